@@ -1,0 +1,29 @@
+# `make demo` and `make test` do all the set-up they need; the only prerequisite is Python 3.11.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	touch $(STAMP)
+
+demo: setup
+	$(BIN)/python -m launch.demo --out demo
+
+test: setup
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf demo runs .pytest_cache .ruff_cache

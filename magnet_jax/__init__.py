@@ -1,0 +1,1 @@
+"""MAGNeT: masked audio generation with one non-autoregressive transformer, in JAX."""

@@ -1,0 +1,281 @@
+"""Every setting of the project, with its default: frozen dataclasses, checks, JSON in and out.
+
+A default stands here and nowhere else. `configs/*.py` hold deltas on `RunConfig`; a run keeps its
+resolved config as `config.json`.
+"""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from magnet_jax.errors import UserError
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodecSpec:
+    """What tokens mean: the codec that made them. Tokenization writes it, all else checks it."""
+
+    source: str
+    """'embedded', a folder or hub id of a transformers EncodecModel, or 'encodec_24khz', '..48khz'."""
+    sha256: str
+    """Hash of the codec's weights; two codecs are the same if and only if this is equal."""
+    sample_rate: int
+    """Samples per second of the audio."""
+    channels: int
+    """Audio channels, 1 or 2."""
+    frame_rate: float
+    """Token frames per second."""
+    num_codebooks: int
+    """Codebooks kept, K."""
+    codebook_size: int
+    """Entries of one codebook, V."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The transformer (paper, section 4)."""
+
+    num_codebooks: int = 4
+    """K; must equal the data set's."""
+    codebook_size: int = 2048
+    """V; must equal the data set's. Id V stands for 'masked'."""
+    width: int = 1024
+    """D, the model width."""
+    num_heads: int = 16
+    """N; the head size is width / num_heads."""
+    num_layers: int = 24
+    """L."""
+    mlp_ratio: int = 4
+    """The MLP is mlp_ratio * width wide."""
+    text_width: int = 768
+    """E, the width of the text encoder's states."""
+    local_context: int = 5
+    """Frames seen to each side by codebooks above the first (section 3.2)."""
+    span_length: int = 3
+    """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
+
+    def __post_init__(self):
+        for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
+                     "mlp_ratio", "text_width", "local_context", "span_length"):  # fmt: skip
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
+        _require(
+            self.width % (2 * self.num_heads) == 0,
+            f"model.width {self.width} must be an even multiple of model.num_heads "
+            f"{self.num_heads}",
+        )
+
+    @property
+    def head_size(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def mask_id(self) -> int:
+        return self.codebook_size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The T5 text encoder."""
+
+    source: str = EMBEDDED
+    """'embedded', a folder (config.json, tokenizer.json, model.safetensors) or a hub id."""
+    max_tokens: int = 64
+    """S; longer texts are cut, shorter ones padded and masked."""
+    finetune: bool = False
+    """Train the text encoder along with the model (for encoders that were not pre-trained)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a training batch is made of."""
+
+    path: str = ""
+    """Folder that `python -m tokenization.job --out` wrote."""
+    segment_seconds: float = 30.0
+    """Length of a training crop; shorter records are padded, the padding left out of the loss."""
+    batch_size: int = 192
+    """Clips in a global batch."""
+    merge_text_p: float = 0.25
+    """Probability that a description is merged with the other metadata (genre, key, ...)."""
+    drop_description_p: float = 0.5
+    """Given a merge: probability that the description itself is left out."""
+    drop_field_p: float = 0.5
+    """Given a merge: probability that each metadata field is left out."""
+    word_dropout: float = 0.3
+    """Probability that each word of the final text is left out."""
+    shuffle: bool = True
+    """Draw records in a new random order every epoch."""
+    num_threads: int = 4
+    """Reader threads per host."""
+    prefetch: int = 16
+    """Records read ahead per host."""
+
+    def __post_init__(self):
+        for name in ("merge_text_p", "drop_description_p", "drop_field_p", "word_dropout"):
+            _require(0 <= getattr(self, name) <= 1, f"data.{name} must lie in [0, 1]")
+        _require(self.segment_seconds > 0, "data.segment_seconds must be positive")
+        _require(self.batch_size >= 1, "data.batch_size must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with warm-up and cosine decay (section 4)."""
+
+    peak_lr: float = 3e-4
+    """Learning rate after the warm-up."""
+    final_lr_ratio: float = 0.0
+    """Learning rate at the end of the schedule, as a share of peak_lr."""
+    warmup_steps: int = 4000
+    """Linear warm-up."""
+    schedule_steps: int = 1_000_000
+    """Steps after which the cosine has reached its end, warm-up included."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled; on every parameter, as in the reference."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+    ema_decay: float = 0.99
+    """Decay a step of the averaged weights that evaluation, sampling and export use."""
+
+    def __post_init__(self):
+        _require(self.peak_lr > 0, "optimizer.peak_lr must be positive")
+        _require(
+            0 <= self.warmup_steps < self.schedule_steps,
+            "optimizer.warmup_steps must be below optimizer.schedule_steps",
+        )
+        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How text becomes tokens (section 3.3; defaults of section 4, text-to-music)."""
+
+    steps: tuple[int, ...] = (20, 10, 10, 10)
+    """Decoding steps of each codebook."""
+    temperature: float = 3.0
+    """At the first step of a codebook."""
+    anneal_temperature: bool = True
+    """Bring the temperature down to 0 linearly over a codebook's steps."""
+    top_p: float = 0.9
+    """Nucleus mass; 1 keeps every token."""
+    max_guidance: float = 10.0
+    """Guidance coefficient where everything is masked (equation 6)."""
+    min_guidance: float = 1.0
+    """Guidance coefficient where nothing is masked."""
+    greedy: bool = False
+    """Take the most probable token instead of sampling."""
+    span_score: Literal["max", "prod"] = "max"
+    """Score a span by its most probable token (the paper) or by the product of all."""
+
+    def __post_init__(self):
+        _require(len(self.steps) > 0 and min(self.steps) >= 1, "decode.steps must all be >= 1")
+        _require(self.temperature > 0, "decode.temperature must be positive")
+        _require(0 < self.top_p <= 1, "decode.top_p must lie in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each mesh axis gets; the product is the device count."""
+
+    data: int = -1
+    """Copies of the model that split the batch; -1 takes what the others leave."""
+    fsdp: int = 1
+    """Devices that split both the batch and the parameters."""
+    tensor: int = 1
+    """Devices that split heads and MLP."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run, whole."""
+
+    model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    decode: DecodeConfig = DecodeConfig()
+    mesh: MeshConfig = MeshConfig()
+    out: str = ""
+    """Folder of the run; the same command with the same folder resumes it."""
+    seed: int = 0
+    """Seeds initialisation, data order, crops, masks and dropout."""
+    steps: int = 1_000_000
+    """Training ends after this many steps."""
+    condition_dropout: float = 0.3
+    """Probability that a clip is trained without its text."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    log_every: int = 50
+    """Steps between lines of TensorBoard scalars."""
+    eval_every: int = 2000
+    """Steps between validation losses; 0 never."""
+    eval_batches: int = 8
+    """Batches of a validation loss."""
+    sample_every: int = 10_000
+    """Steps between sample WAVs; 0 never."""
+    sample_prompts: tuple[str, ...] = ()
+    """Texts to sample from."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    keep_last: int = 3
+    """Newest checkpoints to keep."""
+
+    def __post_init__(self):
+        _require(0 <= self.condition_dropout < 1, "condition_dropout must lie in [0, 1)")
+        _require(self.steps >= 1, "steps must be at least 1")
+        _require(self.save_every >= 1, "save_every must be at least 1")
+        _require(self.log_every >= 1, "log_every must be at least 1")
+        _require(
+            len(self.decode.steps) == self.model.num_codebooks,
+            f"decode.steps needs one number a codebook: {self.model.num_codebooks}, "
+            f"not {len(self.decode.steps)}",
+        )
+
+
+def to_json(config: Any) -> str:
+    """Any config of this module as JSON text."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_dict(cls: type, values: dict, where: str) -> Any:
+    """The inverse of `dataclasses.asdict`; missing and unknown names raise `UserError`."""
+    _require(
+        isinstance(values, dict), f"{where}: expected an object with the fields of {cls.__name__}"
+    )
+    hints = typing.get_type_hints(cls)
+    if problems := sorted(hints.keys() ^ values.keys()):
+        raise UserError(f"{where}: missing or unknown settings: {', '.join(problems)}")
+    kwargs = {}
+    for name, hint in hints.items():
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            value = from_dict(hint, value, f"{where}: {name}")
+        elif typing.get_origin(hint) is tuple:
+            value = tuple(value)
+        kwargs[name] = value
+    return cls(**kwargs)
+
+
+def from_json(cls: type, path: Path) -> Any:
+    """Reads what `to_json` wrote; a missing or damaged file raises `UserError`."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return from_dict(cls, values, str(path))

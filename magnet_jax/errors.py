@@ -1,0 +1,22 @@
+"""Errors that are the user's to mend, and how they are shown."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """One line that says what is wrong, where, and how to mend it."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns a `UserError` into one line on stderr and exit status 2; bugs keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(130) from None
