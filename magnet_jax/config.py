@@ -26,7 +26,7 @@ class CodecSpec:
     """What tokens mean: the codec that made them. Tokenization writes it, all else checks it."""
 
     source: str
-    """'embedded', a folder or hub id of a transformers EncodecModel, or 'encodec_24khz', '..48khz'."""
+    """'embedded', folder or hub id of a transformers EncodecModel, or encodec_24khz, _48khz."""
     sha256: str
     """Hash of the codec's weights; two codecs are the same if and only if this is equal."""
     sample_rate: int

@@ -1,0 +1,121 @@
+"""What MAGNeT learns: hide spans of one codebook and all codebooks above it, predict the spans."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magnet_jax import transformer
+from magnet_jax.config import ModelConfig
+from magnet_jax.masking import masking_rate, span_mask
+
+
+class Corrupted(NamedTuple):
+    input_BKT: jax.Array  # token ids with V where hidden or padding
+    target_BT: jax.Array  # the stage's true tokens
+    mask_BT: jax.Array  # True where the loss counts: hidden and not padding
+
+
+class Noise(NamedTuple):
+    """The random numbers of one training step, a row each; nothing else in it is random."""
+
+    rate_B: jax.Array
+    starts_BT: jax.Array
+    drop_text_B: jax.Array
+
+
+def stage_of_step(seed: int, step: int, num_codebooks: int) -> int:
+    """The codebook that step `step` trains, uniform over all: the same on every host."""
+    return int(np.random.default_rng([seed, step]).integers(num_codebooks))
+
+
+def draw_noise(
+    key: jax.Array, seed_B: jax.Array, num_frames: int, condition_dropout: float
+) -> Noise:
+    """Draws each row's randomness from (key, its own seed): neighbours and hosts change nothing.
+
+    Args:
+      key: the run's key.
+      seed_B: one integer a clip, new at every visit of the clip.
+      num_frames: T.
+      condition_dropout: probability that a row is trained without its text.
+    """
+
+    def row(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        rate_key, start_key, drop_key = jax.random.split(jax.random.fold_in(key, seed), 3)
+        return (
+            masking_rate(jax.random.uniform(rate_key)),
+            jax.random.uniform(start_key, (num_frames,)),
+            jax.random.bernoulli(drop_key, condition_dropout),
+        )
+
+    return Noise(*jax.vmap(row)(seed_B))
+
+
+def hide(
+    codes_BKT: jax.Array,
+    mask_BT: jax.Array,
+    valid_BT: jax.Array,
+    stage: jax.Array | int,
+    mask_id: int,
+) -> Corrupted:
+    """Hides `mask_BT` in codebook `stage` and everything in the codebooks above it (section 2).
+
+    Padding is hidden in every codebook, as in the reference, and left out of the loss.
+    """
+    codebook_K1 = jnp.arange(codes_BKT.shape[1])[:, None]
+    hidden_BKT = (codebook_K1 > stage) | ((codebook_K1 == stage) & mask_BT[:, None])
+    hidden_BKT = hidden_BKT | ~valid_BT[:, None]
+    return Corrupted(
+        input_BKT=jnp.where(hidden_BKT, mask_id, codes_BKT),
+        target_BT=jax.lax.dynamic_index_in_dim(codes_BKT, stage, axis=1, keepdims=False),
+        mask_BT=mask_BT & valid_BT,
+    )
+
+
+def masked_cross_entropy(
+    logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array
+) -> jax.Array:
+    """Mean negative log-likelihood over the masked tokens of the whole batch, float32 nats."""
+    log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
+    nll_BT = -jnp.take_along_axis(log_probs_BTV, target_BT[..., None], axis=-1)[..., 0]
+    return jnp.where(mask_BT, nll_BT, 0.0).sum() / jnp.maximum(mask_BT.sum(), 1)
+
+
+def loss(
+    params: dict,
+    states_BSE: jax.Array,
+    text_mask_BS: jax.Array,
+    codes_BKT: jax.Array,
+    valid_BT: jax.Array,
+    noise: Noise,
+    stage: jax.Array,
+    *,
+    config: ModelConfig,
+    local: bool,
+    dtype: jnp.dtype = jnp.float32,
+    remat: bool = False,
+) -> tuple[jax.Array, dict]:
+    """The training loss of one stage (sections 2 and 3.1).
+
+    Args:
+      params: the transformer's parameters.
+      states_BSE, text_mask_BS: text encoder states and which of them are tokens.
+      codes_BKT, valid_BT: true tokens, and which frames are not padding.
+      noise: from `draw_noise`.
+      stage: codebook to predict, traced; `local` must be `stage > 0`.
+
+    Returns:
+      mean cross-entropy in nats and {"accuracy": share of masked tokens predicted exactly}.
+    """
+    mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
+    corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
+    model = transformer.bind(config, params)
+    text = model.read_text(states_BSE, text_mask_BS & ~noise.drop_text_B[:, None], dtype=dtype)
+    states_BTD = model.trunk(corrupted.input_BKT, text, local=local, remat=remat)
+    logits_BTV = model.head(states_BTD, stage)
+    hit_BT = (logits_BTV.argmax(-1) == corrupted.target_BT) & corrupted.mask_BT
+    accuracy = hit_BT.sum() / jnp.maximum(corrupted.mask_BT.sum(), 1)
+    cross_entropy = masked_cross_entropy(logits_BTV, corrupted.target_BT, corrupted.mask_BT)
+    return cross_entropy, {"accuracy": accuracy}

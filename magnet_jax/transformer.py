@@ -1,0 +1,234 @@
+"""The transformer: summed codebook embeddings, pre-norm blocks, one head a codebook (section 4).
+
+`Transformer` holds the parameters (float32) and says how they may be sharded; `split` parts it
+into a static graph and a plain nested dict, which is what training, decoding and checkpoints
+handle. Parameter shapes, layers stacked on axis 0:
+
+    embed [K, V+1, D]      text_proj/{kernel [E, D], bias [D]}      heads [K, D, V]
+    blocks/{self, cross}/{query, key, value} [L, D, N, H]           blocks/*/out [L, N, H, D]
+    blocks/mlp/{up [L, D, F], down [L, F, D]}
+    blocks/{norm_self, norm_cross, norm_mlp}/{scale, bias} [L, D]   norm_final/{scale, bias} [D]
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from magnet_jax.attention import cross_attention, full_attention, local_attention
+from magnet_jax.config import ModelConfig
+
+
+class TextKeys(NamedTuple):
+    """What cross-attention needs of the texts: computed once, used at every step of decoding."""
+
+    key_LBSNH: jax.Array
+    value_LBSNH: jax.Array
+    mask_BS: jax.Array
+    num_zero_keys_B: jax.Array
+
+
+def sinusoids(num_frames: int, width: int) -> np.ndarray:
+    """Positions as cosines then sines of t / 10000^(i / (D/2 - 1)). float32 [T, D]."""
+    half = width // 2
+    frequencies = 10000.0 ** (-np.arange(half) / (half - 1))
+    phases = np.arange(num_frames)[:, None] * frequencies[None, :]
+    return np.concatenate([np.cos(phases), np.sin(phases)], axis=1).astype(np.float32)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, by erf as in PyTorch."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def _param(key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple) -> nnx.Param:
+    """Truncated normal of variance 1 / fan_in, cut at three deviations as in the reference."""
+    value = jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) / math.sqrt(fan_in)
+    return nnx.Param(value, out_sharding=axes)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width), out_sharding=("embed",))
+        self.bias = nnx.Param(jnp.zeros(width), out_sharding=("embed",))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+        return (x * self.scale[...] + self.bias[...]).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """The four projections of one attention layer, without biases."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, n, h = config.width, config.num_heads, config.head_size
+        for name in ("query", "key", "value"):
+            axes = ("embed", "heads", None)
+            setattr(self, name, _param(rngs.params(), (d, n, h), d, axes))
+        self.out = _param(rngs.params(), (n, h, d), d, ("heads", None, "embed"))
+
+    def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
+        return jnp.einsum("BTD,DNH->BTNH", x_BTD, getattr(self, name)[...].astype(x_BTD.dtype))
+
+    def merge(self, x_BTNH: jax.Array) -> jax.Array:
+        return jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.out[...].astype(x_BTNH.dtype))
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, f = config.width, config.mlp_ratio * config.width
+        self.up = _param(rngs.params(), (d, f), d, ("embed", "mlp"))
+        self.down = _param(rngs.params(), (f, d), f, ("mlp", "embed"))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        hidden_BTF = gelu(x_BTD @ self.up[...].astype(x_BTD.dtype))
+        return hidden_BTF @ self.down[...].astype(x_BTD.dtype)
+
+
+class Block(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.norm_self = LayerNorm(config.width)
+        self.norm_cross = LayerNorm(config.width)
+        self.norm_mlp = LayerNorm(config.width)
+        self.self = Attention(config, rngs)
+        self.cross = Attention(config, rngs)
+        self.mlp = Mlp(config, rngs)
+
+    def __call__(self, x_BTD: jax.Array, text: TextKeys, context: int | None) -> jax.Array:
+        """`text` is this layer's; `context` None attends fully."""
+        h_BTD = self.norm_self(x_BTD)
+        qkv = [self.self.heads(name, h_BTD) for name in ("query", "key", "value")]
+        attended = full_attention(*qkv) if context is None else local_attention(*qkv, context)
+        x_BTD = x_BTD + self.self.merge(attended)
+        query_BTNH = self.cross.heads("query", self.norm_cross(x_BTD))
+        x_BTD = x_BTD + self.cross.merge(cross_attention(query_BTNH, *text))
+        return x_BTD + self.mlp(self.norm_mlp(x_BTD))
+
+
+class Transformer(nnx.Module):
+    """MAGNeT's network. Stage 0 attends fully; the stages above see `local_context` frames."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        k, v, d, e = config.num_codebooks, config.codebook_size, config.width, config.text_width
+        self.config = config
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs) -> Block:
+            return Block(config, rngs)
+
+        self.embed = _param(rngs.params(), (k, v + 1, d), d, (None, "vocab", "embed"))
+        self.text_proj = nnx.Linear(
+            e,
+            d,
+            rngs=rngs,
+            kernel_init=nnx.initializers.truncated_normal(e**-0.5, lower=-3.0, upper=3.0),
+            kernel_metadata={"out_sharding": (None, "embed")},
+            bias_metadata={"out_sharding": ("embed",)},
+        )
+        self.blocks = stack(rngs)
+        self.norm_final = LayerNorm(d)
+        self.heads = _param(rngs.params(), (k, d, v), d, (None, "embed", "vocab"))
+
+    def read_text(
+        self,
+        states_BSE: jax.Array,
+        text_mask_BS: jax.Array,
+        num_zero_keys_B: jax.Array | None = None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> TextKeys:
+        """Projects T5 states to every layer's cross-attention keys and values.
+
+        Args:
+          states_BSE: text encoder states.
+          text_mask_BS: True at the tokens of the text; a row without any is unconditional.
+          num_zero_keys_B: see `cross_attention`; None is zero of them.
+          dtype: precision of the products.
+        """
+        text_BSD = (
+            states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
+            + self.text_proj.bias[...].astype(dtype)
+        ) * text_mask_BS[..., None].astype(dtype)
+        project = "BSD,LDNH->LBSNH"
+        key, value = (
+            jnp.einsum(project, text_BSD, kernel[...].astype(dtype))
+            for kernel in (self.blocks.cross.key, self.blocks.cross.value)
+        )
+        if num_zero_keys_B is None:
+            num_zero_keys_B = jnp.zeros(states_BSE.shape[0], jnp.int32)
+        return TextKeys(key, value, text_mask_BS, num_zero_keys_B)
+
+    def trunk(
+        self, codes_BKT: jax.Array, text: TextKeys, *, local: bool, remat: bool = False
+    ) -> jax.Array:
+        """Everything below the heads.
+
+        Args:
+          codes_BKT: token ids 0..V, V where masked.
+          text: from `read_text`; its dtype is the precision of the products.
+          local: True for stages above 0.
+          remat: recompute activations in the backward pass.
+
+        Returns:
+          final-norm states [B, T, D].
+        """
+        dtype = text.key_LBSNH.dtype
+        num_frames = codes_BKT.shape[-1]
+        codebooks_K1 = jnp.arange(self.config.num_codebooks)[:, None]
+        x_BTD = self.embed[...][codebooks_K1, codes_BKT].sum(1)
+        x_BTD = (x_BTD + sinusoids(num_frames, self.config.width)).astype(dtype)
+        context = self.config.local_context if local else None
+
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            block, key_BSNH, value_BSNH = inputs
+            own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
+            return nnx.merge(graph, block)(x_BTD, own, context), None
+
+        layer = jax.checkpoint(layer) if remat else layer
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH))
+        return self.norm_final(x_BTD)
+
+    def head(self, x_BTD: jax.Array, stage: jax.Array | int) -> jax.Array:
+        """Logits of codebook `stage` alone, float32 [B, T, V]."""
+        kernel_DV = jax.lax.dynamic_index_in_dim(self.heads[...], stage, keepdims=False)
+        return jnp.einsum(
+            "BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh parameters as a nested dict (shapes in the module's docstring)."""
+    with nnx.use_eager_sharding(False):
+        model = Transformer(config, nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@functools.cache
+def abstract(config: ModelConfig) -> Transformer:
+    """The module with shapes instead of arrays; its metadata name the logical axes."""
+    with nnx.use_eager_sharding(False):
+        return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
+
+
+def bind(config: ModelConfig, params: dict) -> Transformer:
+    """A `Transformer` over `params`; cheap, and made anew inside every traced function."""
+    graph, state = nnx.split(abstract(config))
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    with nnx.use_eager_sharding(False):
+        return nnx.merge(graph, state)
+
+
+def count_params(params: dict) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
