@@ -1,0 +1,45 @@
+"""Trains a model, or goes on with a run: the same command does both.
+
+python -m launch.train --config demo --data.path DATA --out RUN
+"""
+
+import argparse
+import importlib
+import pkgutil
+import sys
+
+import tyro
+
+import configs
+from magnet_jax import errors
+from magnet_jax.config import RunConfig
+
+
+def load_config(name: str) -> RunConfig:
+    """The `config` of configs/NAME.py."""
+    names = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+    if name not in names:
+        raise errors.UserError(f"--config {name}: no such config; there are {', '.join(names)}")
+    return importlib.import_module(f"configs.{name}").config
+
+
+def main(args: list[str]) -> None:
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--config", default="demo")
+    chosen, rest = first.parse_known_args(args)
+    config = tyro.cli(
+        RunConfig,
+        default=load_config(chosen.config),
+        args=rest,
+        prog="python -m launch.train [--config NAME]",
+        description=f"{__doc__}\n--config NAME sets the defaults, from configs/NAME.py. "
+        f"Those of {chosen.config!r} are shown.",
+    )
+    from magnet_jax import train  # after the command line is known to be right: it is slow to load
+
+    train.train(config)
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        main(sys.argv[1:])

@@ -1,0 +1,228 @@
+"""An exported model in this project's own format: safetensors, JSON beside it, a model card."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from magnet_jax.config import (
+    EMBEDDED,
+    CodecSpec,
+    DecodeConfig,
+    ModelConfig,
+    TextConfig,
+    from_dict,
+    from_json,
+    to_json,
+)
+from magnet_jax.convert import CODEC_FILE, LM_FILE, flatten, lm_shapes, unflatten
+from magnet_jax.convert_codec import check_tensors
+from magnet_jax.errors import UserError
+
+FORMAT = "magnet_jax"
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """What `model.safetensors`, `config.json` and `generation_config.json` hold."""
+
+    model: ModelConfig
+    text: TextConfig
+    codec: CodecSpec
+    decode: DecodeConfig
+    segment_seconds: float
+    """Length of the clips that the model was trained on."""
+    lineage: dict[str, Any]
+    """Where the weights come from: run, step, weights, data."""
+    params: dict
+    """{'lm': ...} and, where the text encoder was trained along, {'text': ...}; float32."""
+
+
+def write_safetensors(directory: Path, bundle: Bundle) -> None:
+    """Writes `model.safetensors`, `config.json`, `generation_config.json` into an existing folder.
+
+    Tensors are named by their path, 'lm/blocks/self/query' or 'text/...'. `text.source` and
+    `codec.source` may name folders inside `directory`.
+    """
+    directory = Path(directory)
+    tensors = {
+        path: np.ascontiguousarray(np.asarray(leaf))
+        for path, leaf in flatten(bundle.params).items()
+    }
+    lm = flatten(bundle.params["lm"], "lm/")
+    expected = {f"lm/{path}": shape for path, shape in lm_shapes(bundle.model).items()}
+    check_tensors("parameters", {path: tensors[path] for path in lm}, expected)
+    config = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": dataclasses.asdict(bundle.model),
+        "text": dataclasses.asdict(bundle.text),
+        "codec": dataclasses.asdict(bundle.codec),
+        "segment_seconds": bundle.segment_seconds,
+        "lineage": bundle.lineage,
+    }
+    partial = directory / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "np"})
+    partial.replace(directory / "model.safetensors")
+    _write_text(directory / "generation_config.json", to_json(bundle.decode))
+    _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def read_safetensors(directory: Path) -> Bundle:
+    """The inverse of `write_safetensors`; sources inside the folder become paths to them.
+
+    Raises `UserError` for a folder that is missing, damaged, or of another format.
+    """
+    directory = Path(directory)
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a folder that export wrote") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path}: not the config of a model that this project exported")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {config.get('format_version')}, but this release reads "
+            f"{FORMAT_VERSION}; export the model again or use the release that wrote it"
+        )
+    names = {"format", "format_version", "model", "text", "codec", "segment_seconds", "lineage"}
+    if wrong := sorted(names ^ config.keys()):
+        raise UserError(f"{path}: missing or unknown settings: {', '.join(wrong)}")
+    model = from_dict(ModelConfig, config["model"], f"{path}: model")
+    text = from_dict(TextConfig, config["text"], f"{path}: text")
+    codec = from_dict(CodecSpec, config["codec"], f"{path}: codec")
+
+    weights = directory / "model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        raise UserError(f"{weights}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{weights}: damaged ({error})") from None
+    expected = {f"lm/{name}": shape for name, shape in lm_shapes(model).items()}
+    if text.finetune:  # the text encoder's own loader checks its tensors
+        expected |= {name: a.shape for name, a in tensors.items() if name.startswith("text/")}
+    check_tensors(str(weights), tensors, expected)
+    params = unflatten(tensors)
+    if text.finetune and "text" not in params:
+        raise UserError(f"{weights}: holds no text encoder, though {path} says it was trained")
+
+    def resolved(source: str) -> str:
+        inside = directory / source
+        return str(inside) if source != EMBEDDED and inside.is_dir() else source
+
+    return Bundle(
+        model=model,
+        text=dataclasses.replace(text, source=resolved(text.source)),
+        codec=dataclasses.replace(codec, source=resolved(codec.source)),
+        decode=from_json(DecodeConfig, directory / "generation_config.json"),
+        segment_seconds=config["segment_seconds"],
+        lineage=config["lineage"],
+        params=params,
+    )
+
+
+def model_card(
+    bundle: Bundle, license_name: str, text_encoder: str, audiocraft_seconds: int | None
+) -> str:
+    """The README.md of an exported model.
+
+    Args:
+      bundle: what was exported.
+      license_name: of the weights, or 'unspecified'.
+      text_encoder: as in xp.cfg; 'text_encoder' where the encoder travels with the model.
+      audiocraft_seconds: clip length in xp.cfg; None where no AudioCraft files were written.
+    """
+    model, codec, decode = bundle.model, bundle.codec, bundle.decode
+    count = sum(math.prod(shape) for shape in lm_shapes(model).values())
+    if license_name == "unspecified":
+        licence = (
+            "Unspecified: whoever exported this model stated no license. Ask them before you use "
+            "or share it (`--license NAME` of the export states one)."
+        )
+    else:
+        licence = f"{license_name}, as stated by whoever exported this model."
+    lines = [
+        *(() if license_name == "unspecified" else ("---", f"license: {license_name}", "---", "")),
+        "# A MAGNeT model",
+        "",
+        "Text-to-music by masked, non-autoregressive token generation, trained with magnet_jax.",
+        "",
+        "## License",
+        "",
+        licence,
+        "",
+        "## What it is",
+        "",
+        f"- Transformer: {count / 1e6:.1f} M parameters; width {model.width}, "
+        f"{model.num_layers} layers, {model.num_heads} heads; spans of {model.span_length} frames, "
+        f"local context of {model.local_context} frames.",
+        f"- Tokens: {model.num_codebooks} codebooks of {model.codebook_size} at "
+        f"{codec.frame_rate:g} frames/s; {codec.sample_rate} Hz, {codec.channels} channel(s).",
+        f"- Codec: {codec.source}, sha256 {codec.sha256}.",
+        f"- Text encoder: {text_encoder}, width {model.text_width}"
+        + (", trained along with the model." if bundle.text.finetune else ", not trained."),
+        f"- Clips in training: {bundle.segment_seconds:g} s.",
+        "",
+        "## Lineage",
+        "",
+        *(f"- {name}: {value}" for name, value in bundle.lineage.items()),
+        "",
+        "## Files",
+        "",
+        "- `model.safetensors`, `config.json`, `generation_config.json`: for magnet_jax.",
+    ]
+    if text_encoder == "text_encoder":
+        lines.append("- `text_encoder/`: the text encoder, a transformers T5 folder.")
+    if codec.source == "codec":
+        lines.append("- `codec/`: the codec, a transformers EncodecModel folder.")
+    if audiocraft_seconds is not None:
+        lines += [
+            f"- `{LM_FILE}`, `{CODEC_FILE}`: for AudioCraft (PyTorch).",
+            "",
+            "## In AudioCraft",
+            "",
+        ]
+        if text_encoder == "text_encoder":
+            lines += [
+                "AudioCraft builds text encoders by published names only, and this model's is not "
+                "one of them. Run from this folder and register the encoder first:",
+                "",
+                "```python",
+                "from audiocraft.modules.conditioners import T5Conditioner",
+                'T5Conditioner.MODELS.append("text_encoder")',
+                f'T5Conditioner.MODELS_DIMS["text_encoder"] = {model.text_width}',
+                "```",
+                "",
+            ]
+        lines += [
+            "```python",
+            "from audiocraft.models import MAGNeT",
+            'model = MAGNeT.get_pretrained("./")',
+            "model.set_generation_params(",
+            f"    use_sampling={not decode.greedy}, top_p={decode.top_p}, "
+            f"temperature={decode.temperature},",
+            f"    max_cfg_coef={decode.max_guidance}, min_cfg_coef={decode.min_guidance}, "
+            f"decoding_steps={list(decode.steps)},",
+            ")",
+            'wav_BCN = model.generate(["a calm piano piece"])',
+            "```",
+            "",
+            f"Clips come out {audiocraft_seconds} s long: AudioCraft counts in whole seconds.",
+        ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,204 @@
+"""A run's folder: its config, its codec and text encoder, and its checkpoints.
+
+RUN/config.json              the resolved RunConfig
+RUN/codec.json, RUN/codec/   what tokens mean; a copy of the codec if it came from a folder
+RUN/text/                    the text encoder as the run started with it, and its tokenizer
+RUN/checkpoints/STEP/        parameters, their average (ema), optimizer, data position
+RUN/tensorboard/, RUN/samples/
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from tokenizers import Tokenizer
+
+from magnet_jax import records, t5, transformer
+from magnet_jax.config import CodecSpec, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax.errors import UserError
+
+# Settings that may change when a run goes on: they alter neither its parameters' meaning nor the
+# course of what is still to be trained.
+MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
+           "sample_prompts", "save_every", "keep_last", "remat", "mesh", "decode", "data.path",
+           "data.num_threads", "data.prefetch"}  # fmt: skip
+
+
+class Loaded(NamedTuple):
+    """What sampling and export need of a checkpoint."""
+
+    config: RunConfig
+    codec: CodecSpec
+    codec_source: str  # what `codec.load_codec` takes
+    params: dict  # {'lm': transformer} and, where it was trained, {'text': T5}
+    t5_config: t5.T5Config
+    t5_params: dict
+    tokenizer: Tokenizer
+    step: int
+
+
+def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the settings in which two configs differ, those in `MUTABLE` left out."""
+    names = []
+    for field in dataclasses.fields(old):
+        name = prefix + field.name
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if name in MUTABLE or before == after:
+            continue
+        if dataclasses.is_dataclass(before):
+            names += changed_settings(before, after, name + ".")
+        else:
+            names.append(f"{name} (was {before!r}, now {after!r})")
+    return names
+
+
+def prepare_run(config: RunConfig, codec: CodecSpec) -> None:
+    """Writes what a run's folder holds beside checkpoints, or checks that it belongs to this run.
+
+    Raises:
+      UserError: the folder holds another run, or other tokens.
+    """
+    run = Path(config.out)
+    if (run / "config.json").exists():
+        if changes := changed_settings(from_json(RunConfig, run / "config.json"), config):
+            raise UserError(
+                f"{run} holds a run with other settings: {'; '.join(changes)}; "
+                "give these values, or another --out"
+            )
+        known = from_json(CodecSpec, run / "codec.json")
+        if known.sha256 != codec.sha256:
+            raise UserError(
+                f"{config.data.path} was tokenized with {codec.source}, but the run {run} learns "
+                f"the tokens of {known.source}; tokenize again with that codec"
+            )
+    elif run.exists() and any(run.iterdir()):
+        raise UserError(
+            f"{run} is not empty and holds no run; give an empty or new folder as --out"
+        )
+    else:
+        run.mkdir(parents=True, exist_ok=True)
+        text_config, text_params, tokenizer = t5.load(config.text.source)
+        t5.save(run / "text", text_config, text_params, tokenizer)
+        if Path(codec.source).is_dir():
+            shutil.copytree(codec.source, run / "codec", dirs_exist_ok=True)
+        records.write_text(run / "codec.json", to_json(codec))
+    # Written last: a folder without it was never prepared to the end.
+    records.write_text(run / "config.json", to_json(config))
+
+
+def open_manager(config: RunConfig) -> ocp.CheckpointManager:
+    """The run's checkpoints; saving is asynchronous and atomic."""
+    policies = ocp.checkpoint_managers
+    return ocp.CheckpointManager(
+        (Path(config.out) / "checkpoints").absolute(),
+        options=ocp.CheckpointManagerOptions(
+            save_decision_policy=policies.FixedIntervalPolicy(config.save_every),
+            preservation_policy=policies.LatestN(config.keep_last),
+            cleanup_tmp_directories=True,
+        ),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: dict, data: dict, *, force: bool = False
+) -> None:
+    """Saves where the interval says so, or `force` does and it was not just done.
+
+    Each entry of `state` is an item by itself, so that inference reads only the one it needs.
+    """
+    if force and manager.latest_step() == step:
+        return
+    items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=force)
+
+
+def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
+    """Reads the named items of a checkpoint onto the shardings of their abstract trees.
+
+    Raises:
+      UserError: the checkpoint is damaged or of another model.
+    """
+    args = {
+        name: ocp.args.JsonRestore() if tree is None else ocp.args.StandardRestore(tree)
+        for name, tree in abstract.items()
+    }
+    try:
+        return dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
+    except Exception as error:  # Orbax and its stores raise a great many types
+        others = [str(other) for other in manager.all_steps() if other != step]
+        remedy = f"; remove that folder to go on from step {others[-1]}" if others else ""
+        first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        raise UserError(
+            f"{manager.directory / str(step)}: damaged or of another model "
+            f"({type(error).__name__}: {first_line}){remedy}"
+        ) from error
+
+
+def abstract_params(config: ModelConfig, trained_t5: t5.T5Config | None) -> dict:
+    """Shapes of a run's trained parameters."""
+
+    def init() -> dict:
+        params = {"lm": transformer.init_params(config, jax.random.key(0))}
+        if trained_t5 is not None:
+            params["text"] = t5.init(trained_t5, jax.random.key(0))
+        return params
+
+    return jax.eval_shape(init)
+
+
+def codec_source(run: Path, codec: CodecSpec) -> str:
+    """Where a run's codec is to be loaded from: the run's own copy if it has one."""
+    copied = run / "codec"
+    return str(copied) if copied.is_dir() else codec.source
+
+
+def load_for_inference(run: Path, *, weights: str = "ema", step: int | None = None) -> Loaded:
+    """Reads a run's parameters for one device.
+
+    Args:
+      run: the run's folder.
+      weights: 'ema' for the averaged parameters, 'raw' for the trained ones.
+      step: the checkpoint; None is the newest.
+
+    Raises:
+      UserError: no run there, no such checkpoint, or a damaged one.
+    """
+    run = Path(run)
+    if not (run / "config.json").exists():
+        raise UserError(f"{run}: no training run there (no config.json)")
+    config = from_json(RunConfig, run / "config.json")
+    codec = from_json(CodecSpec, run / "codec.json")
+    t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
+    trained = t5_config if config.text.finetune else None
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        abstract_params(config.model, trained),
+    )
+    checkpoints = run / "checkpoints"
+    if not checkpoints.is_dir():
+        raise UserError(f"{run}: the run has no checkpoint yet")
+    with ocp.CheckpointManager(checkpoints.absolute()) as manager:
+        steps = manager.all_steps()
+        if not steps:
+            raise UserError(f"{run}: the run has no checkpoint yet")
+        step = max(steps) if step is None else step
+        if step not in steps:
+            raise UserError(f"{run}: no checkpoint of step {step}; there are {sorted(steps)}")
+        item = {"ema": "ema", "raw": "params"}[weights]
+        params = restore(manager, step, **{item: shapes})[item]
+    if trained is not None:
+        t5_params = params["text"]
+    return Loaded(
+        config=config,
+        codec=codec,
+        codec_source=codec_source(run, codec),
+        params=params,
+        t5_config=t5_config,
+        t5_params=t5_params,
+        tokenizer=tokenizer,
+        step=step,
+    )

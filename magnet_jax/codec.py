@@ -1,0 +1,323 @@
+"""EnCodec in PyTorch: audio to tokens and back, for every published kind of weights."""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
+from magnet_jax.errors import UserError
+from magnet_jax.torch_env import import_torch
+
+# The `encodec` package's models and the files that hold their weights.
+ENCODEC_WEIGHTS = {
+    "encodec_24khz": "encodec_24khz-d7cc33bc.th",
+    "encodec_48khz": "encodec_48khz-7e698e3e.th",
+}
+# Codecs trained for several bandwidths are used at the largest of them up to this one.
+DEFAULT_KBPS = 6.0
+# Codecs that renormalise give their audio back at this RMS (-20 dBFS).
+NOMINAL_RMS = 0.1
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class Codec:
+    """A loaded EnCodec; make one with `load_codec`.
+
+    `spec` says what it is, `hop` is the number of audio samples in a token frame.
+    """
+
+    def __init__(self, spec: CodecSpec, model: Any, quantizer: Any, normalize: bool, device: str):
+        self.spec = spec
+        self.hop = round(spec.sample_rate / spec.frame_rate)
+        self._encoder = model.encoder.to(device).eval()
+        self._decoder = model.decoder.to(device).eval()
+        self._quantizer = quantizer.to(device).eval()
+        self._normalize = normalize
+        self._device = device
+
+    def encode(self, wav_BCN: np.ndarray) -> np.ndarray:
+        """Codes [B, K, ceil(N / hop)] (int16) of audio [B, C, N] (float32 in [-1, 1]).
+
+        The whole of each clip is encoded at once, and nothing is padded, so a clip's codes do not
+        depend on the clips beside it. Codecs made for renormalised one-second chunks (the 48 kHz
+        model) would give a loudness per chunk beside the codes, and codes that overlap in time;
+        here the clip is one chunk brought to RMS 1, so that its codes alone decode to it, up to
+        its level.
+
+        Raises `ValueError` for a wrong shape.
+        """
+        torch = import_torch()
+        if wav_BCN.ndim != 3 or wav_BCN.shape[1] != self.spec.channels or wav_BCN.shape[2] < 1:
+            raise ValueError(f"wav_BCN {wav_BCN.shape}: expected [B, {self.spec.channels}, N]")
+        with torch.inference_mode(), _exact(torch):
+            wav = torch.from_numpy(np.ascontiguousarray(wav_BCN, np.float32)).to(self._device)
+            if self._normalize:
+                wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
+            codes_KBT = self._quantizer.encode(self._encoder(wav))
+            return codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
+
+    def decode(self, codes_BKT: np.ndarray) -> np.ndarray:
+        """Audio [B, C, T * hop] (float32) of codes [B, K, T].
+
+        Raises `ValueError` for a wrong shape or a code outside [0, V), such as a mask id.
+        """
+        torch = import_torch()
+        codes_BKT = np.asarray(codes_BKT)
+        if codes_BKT.ndim != 3 or codes_BKT.shape[1] != self.spec.num_codebooks:
+            raise ValueError(
+                f"codes_BKT {codes_BKT.shape}: expected [B, {self.spec.num_codebooks}, T]"
+            )
+        if codes_BKT.min() < 0 or codes_BKT.max() >= self.spec.codebook_size:
+            raise ValueError(f"codes_BKT: codes must lie in [0, {self.spec.codebook_size})")
+        with torch.inference_mode(), _exact(torch):
+            codes = torch.from_numpy(codes_BKT.astype(np.int64)).to(self._device)
+            wav = self._decoder(self._quantizer.decode(codes.transpose(0, 1)))
+            if self._normalize:
+                wav = wav * NOMINAL_RMS
+            return wav.float().cpu().numpy()
+
+
+def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = None) -> Codec:
+    """Loads an EnCodec.
+
+    `source` is one of: 'embedded'; a folder or hub id of a transformers EncodecModel; the names
+    'encodec_24khz' and 'encodec_48khz', whose weights the `encodec` package publishes; or the
+    path of such a published weights file (.th or .safetensors, under a name that begins so).
+    `num_codebooks` keeps the first K codebooks; None keeps those of the largest bandwidth up to
+    6 kbit/s that the codec was trained for.
+
+    Raises `UserError` when the codec cannot be found or read, or the choice does not fit it.
+    """
+    torch = import_torch()
+    _check_device(torch, source, device)
+    if num_codebooks is not None and num_codebooks < 1:
+        raise UserError(f"num_codebooks must be at least 1, not {num_codebooks}")
+    path = Path(source)
+    if source == EMBEDDED:
+        parts = _from_transformers(ASSETS / "codec", source)
+    elif source in ENCODEC_WEIGHTS:
+        parts = _from_encodec(source, _download_encodec(source), source)
+    elif path.is_file():
+        parts = _from_encodec(_architecture_of(path), _read_weights(path), source)
+    elif path.is_dir():
+        parts = _from_transformers(path, source)
+    elif _HUB_ID.fullmatch(source):
+        parts = _from_transformers(_download_hub(source), source)
+    else:
+        raise UserError(
+            f"codec {source}: no such folder or file, and no hub id (owner/name); "
+            f"'{EMBEDDED}' names the codec that ships with this package"
+        )
+    model, quantizer, facts = parts
+    codebook_size = facts["codebook_size"]
+    if codebook_size >= 2**15:
+        raise UserError(f"codec {source}: {codebook_size} entries a codebook do not fit int16")
+    frame_rate = facts["sample_rate"] / facts["hop"]
+    count = num_codebooks
+    if count is None:
+        # (count as the codecs do: bits per code times codes per second, both rounded up)
+        bits = math.ceil(math.log2(codebook_size)) * math.ceil(frame_rate)
+        fitting = [kbps for kbps in facts["bandwidths"] if kbps <= DEFAULT_KBPS]
+        count = max(1, int(1000 * (max(fitting) if fitting else min(facts["bandwidths"])) // bits))
+    if count > len(quantizer.layers):
+        raise UserError(
+            f"codec {source} has {len(quantizer.layers)} codebooks: "
+            f"num_codebooks {count} is too many"
+        )
+    spec = CodecSpec(
+        source=source,
+        sha256=_weights_sha256(model.state_dict()),
+        sample_rate=facts["sample_rate"],
+        channels=facts["channels"],
+        frame_rate=frame_rate,
+        num_codebooks=count,
+        codebook_size=codebook_size,
+    )
+    quantizer.layers = quantizer.layers[:count]
+    return Codec(spec, model, quantizer, facts["normalize"], device)
+
+
+def check_same_codec(found: CodecSpec, expected: CodecSpec, where: str) -> None:
+    """Raises `UserError` unless both specs mean the same tokens; `where` names what holds `found`.
+
+    The source may differ: a codec is its weights.
+    """
+    if found.sha256 != expected.sha256:
+        raise UserError(
+            f"{where}: its tokens come from codec {found.source} ({found.sha256[:12]}), but "
+            f"{expected.source} ({expected.sha256[:12]}) is wanted: tokenize again with that codec"
+        )
+    for name in ("num_codebooks", "codebook_size", "sample_rate", "channels", "frame_rate"):
+        a, b = getattr(found, name), getattr(expected, name)
+        if a != b:
+            raise UserError(f"{where}: its codec has {name} {a}, but {b} is wanted")
+
+
+def _exact(torch: Any) -> Any:
+    """On GPUs: the same codes every time, and no shortened floats."""
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    )
+
+
+def _check_device(torch: Any, source: str, device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {device}: cannot hold codec {source} ({reason})") from None
+
+
+def _weights_sha256(state: dict[str, Any]) -> str:
+    """One hash for the same tensors, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        array = state[name].detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _from_transformers(folder: Path, source: str) -> tuple[Any, Any, dict]:
+    """(model, quantizer, facts) of a transformers EncodecModel folder."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    except FileNotFoundError:
+        raise UserError(f"codec {source}: no config.json in {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"codec {source}: damaged config.json ({error!r})") from None
+    if model_type != "encodec":
+        raise UserError(f"codec {source}: a {model_type} model, not an encodec model")
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"codec {source}: no model.safetensors in {folder}")
+    # (the class itself: the package's top level would look through all models)
+    from transformers.models.encodec.modeling_encodec import EncodecModel
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, report = EncodecModel.from_pretrained(
+            folder,
+            output_loading_info=True,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype="float32",
+        )
+    except Exception as error:  # transformers and safetensors raise many kinds for a bad file
+        raise UserError(f"codec {source}: cannot be loaded ({_first_line(error)})") from None
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+    # transformers fills what a file lacks with random numbers
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := report[problem]:
+            kind = problem.removesuffix("_keys")
+            raise UserError(
+                f"codec {source}: model.safetensors does not fit config.json: {len(names)} "
+                f"{kind} tensors, such as {sorted(map(str, names))[0]}"
+            )
+    config = model.config
+    facts = {
+        "sample_rate": config.sampling_rate,
+        "channels": config.audio_channels,
+        "hop": config.hop_length,
+        "codebook_size": config.codebook_size,
+        "bandwidths": list(config.target_bandwidths),
+        "normalize": config.normalize,
+    }
+    return model, model.quantizer, facts
+
+
+def _from_encodec(name: str, state: dict[str, Any], source: str) -> tuple[Any, Any, dict]:
+    """(model, quantizer, facts) of one of the `encodec` package's models with these weights."""
+    import warnings
+
+    import encodec
+
+    build = {
+        "encodec_24khz": encodec.EncodecModel.encodec_model_24khz,
+        "encodec_48khz": encodec.EncodecModel.encodec_model_48khz,
+    }[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that package's weight norm is deprecated in torch
+        model = build(pretrained=False)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(
+            f"codec {source}: not the weights of {name} ({_first_line(error)})"
+        ) from None
+    facts = {
+        "sample_rate": model.sample_rate,
+        "channels": model.channels,
+        "hop": model.encoder.hop_length,
+        "codebook_size": model.quantizer.bins,
+        "bandwidths": list(model.target_bandwidths),
+        "normalize": model.normalize,
+    }
+    return model, model.quantizer.vq, facts
+
+
+def _architecture_of(path: Path) -> str:
+    for name in ENCODEC_WEIGHTS:
+        if path.name.startswith(name) and path.suffix in (".th", ".safetensors"):
+            return name
+    raise UserError(
+        f"codec {path}: a weights file must be called encodec_24khz*.th, encodec_48khz*.th or "
+        f"the same with .safetensors; a transformers model is named by its folder"
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    torch = import_torch()
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and safetensors each have their own
+        raise UserError(f"codec {path}: damaged weights ({_first_line(error)})") from None
+
+
+def _download_encodec(name: str) -> dict[str, Any]:
+    torch = import_torch()
+    from encodec.model import ROOT_URL
+
+    file = ENCODEC_WEIGHTS[name]
+    try:
+        return torch.hub.load_state_dict_from_url(
+            ROOT_URL + file, map_location="cpu", check_hash=True, weights_only=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"codec {name}: its weights cannot be fetched ({_first_line(error)}); copy {file} "
+            f"here and pass its path instead"
+        ) from None
+
+
+def _download_hub(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # network, permission, unknown id: all kinds of several packages
+        raise UserError(
+            f"codec {hub_id}: no such folder here, and it cannot be fetched from the hub "
+            f"({_first_line(error)}); download its config.json and model.safetensors into a "
+            f"folder and pass that, or use '{EMBEDDED}'"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

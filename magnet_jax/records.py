@@ -1,0 +1,266 @@
+"""The data set on disk: written by tokenization, read by training.
+
+A data set is one folder that TFDS opens by itself, `tfds.builder_from_directory(DIR)`:
+
+    tokens-train.array_record-00000-of-00003 ...   the records
+    features.json, metadata.json                   their types; the codec and the files' sizes
+    dataset_info.json                              written last: its presence means 'complete'
+
+A record is at most two minutes of one track (see `features`).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
+from magnet_jax import config
+from magnet_jax.config import CodecSpec
+from magnet_jax.errors import UserError
+
+FORMAT = "magnet_jax tokens 1"
+SPLITS = ("train", "validation")
+
+_NAME = "tokens"
+_VERSION = "1.0.0"
+_COMPLETE = "dataset_info.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A written record file: where it is and what it holds; without records there is no file."""
+
+    path: Path
+    num_examples: int
+    num_bytes: int
+    """Of the serialized records."""
+    file_bytes: int
+
+
+def features(num_codebooks: int) -> tfds.features.FeaturesDict:
+    """The types of a record's fields.
+
+    codes int16 [K, T]; caption: the description; info: JSON object of the other metadata; track_id:
+    path of the track without suffix; source_path: path of its file below the audio folder; start,
+    duration: seconds into the track, and of the record.
+    """
+    return tfds.features.FeaturesDict(
+        {
+            "codes": tfds.features.Tensor(
+                shape=(num_codebooks, None), dtype=np.int16, encoding="bytes"
+            ),
+            "caption": tfds.features.Text(),
+            "info": tfds.features.Text(),
+            "track_id": tfds.features.Text(),
+            "source_path": tfds.features.Text(),
+            "start": np.float32,
+            "duration": np.float32,
+        }
+    )
+
+
+def decode_example(example: Mapping[str, Any]) -> dict[str, Any]:
+    """What `open_split` yields, in Python's own types.
+
+    Returns codes_KT (int16 [K, T]), caption (str), info (dict), track_id and source_path (str),
+    start and duration (float, seconds).
+    """
+    return {
+        "codes_KT": np.asarray(example["codes"]),
+        "caption": example["caption"].decode(),
+        "info": json.loads(example["info"].decode()),
+        "track_id": example["track_id"].decode(),
+        "source_path": example["source_path"].decode(),
+        "start": float(example["start"]),
+        "duration": float(example["duration"]),
+    }
+
+
+def read_codec_spec(directory: str | Path) -> CodecSpec:
+    """The codec whose tokens a data set holds.
+
+    Raises `UserError` if the folder is missing, unfinished or no data set of ours.
+    """
+    return config.from_dict(
+        CodecSpec, _read_metadata(directory)["codec"], f"{directory}/metadata.json: codec"
+    )
+
+
+def open_split(directory: str | Path, split: str) -> Any:
+    """Random access to one split: `len`, `[i]` (see `decode_example`); it can be pickled.
+
+    A small data set may have no 'validation' split, see `has_split`. Raises `UserError` for an
+    absent split, and for missing or cut-off record files.
+    """
+    directory = Path(directory)
+    metadata = _read_metadata(directory)
+    for name, size in metadata["files"].items():
+        path = directory / name
+        if not path.exists() or path.stat().st_size != size:
+            state = "cut off" if path.exists() else "missing"
+            raise UserError(f"{path}: record file is {state}; copy the data set again")
+    builder = tfds.builder_from_directory(directory)
+    if split not in builder.info.splits:
+        raise UserError(
+            f"{directory}: no {split} split (it has {', '.join(builder.info.splits)}); a small "
+            f"folder may give none: tokenize with a larger --validation-percent"
+        )
+    return builder.as_data_source(split)
+
+
+def has_split(directory: str | Path, split: str) -> bool:
+    """Whether a data set has any record in that split; raises as `read_codec_spec` does."""
+    _read_metadata(directory)
+    return split in tfds.builder_from_directory(Path(directory)).info.splits
+
+
+def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, Any]]) -> Shard:
+    """Writes one record file and returns what it holds.
+
+    The file appears under `path` only when it is whole, checked and on disk; no example gives no
+    file. The bytes are a function of the examples alone. Raises `OSError` if it cannot be written.
+    """
+    types = features(num_codebooks)
+    temporary = path.with_name(f".{path.name}.tmp")
+    writer, count, num_bytes = None, 0, 0
+    try:
+        for example in examples:
+            if writer is None:
+                writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+            record = types.serialize_example(example)
+            writer.write(record)
+            count += 1
+            num_bytes += len(record)
+    finally:
+        if writer is not None:
+            writer.close()
+    if count == 0:
+        return Shard(path=path, num_examples=0, num_bytes=0, file_bytes=0)
+    _sync(temporary)
+    reader = ArrayRecordReader(str(temporary))
+    whole = reader.ok() and reader.num_records() == count
+    reader.close()
+    if not whole:
+        raise OSError(f"{temporary}: cannot be read back as written; is the disk full?")
+    file_bytes = temporary.stat().st_size
+    temporary.replace(path)
+    _sync(path.parent)
+    return Shard(path=path, num_examples=count, num_bytes=num_bytes, file_bytes=file_bytes)
+
+
+def final_path(directory: Path, split: str, index: int, count: int) -> Path:
+    """Where record file `index` of a split of `count` files belongs."""
+    return directory / f"{_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def finalise(
+    directory: Path,
+    shards: Mapping[str, Sequence[Shard]],
+    spec: CodecSpec,
+    about: Mapping[str, Any],
+) -> None:
+    """Moves the shards of each split to their final names, then writes the metadata.
+
+    Shards without records are left out, and so are splits without shards: readers never meet an
+    empty file. `about` is kept in the metadata, for people. Can be killed anywhere and called again
+    with the same arguments.
+    """
+    infos, files = [], {}
+    for split, all_shards in shards.items():
+        kept = [shard for shard in all_shards if shard.num_examples > 0]
+        if not kept:
+            continue
+        for index, shard in enumerate(kept):
+            final = final_path(directory, split, index, len(kept))
+            if shard.path.exists():
+                shard.path.replace(final)
+            elif not final.exists():
+                raise FileNotFoundError(final)
+            files[final.name] = shard.file_bytes
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[shard.num_examples for shard in kept],
+                num_bytes=sum(shard.num_bytes for shard in kept),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir=directory,
+                    dataset_name=_NAME,
+                    split=split,
+                    filetype_suffix="array_record",
+                ),
+            )
+        )
+    _sync(directory)
+    info = tfds.core.DatasetInfo(
+        builder=DatasetIdentity(
+            name=_NAME,
+            version=tfds.core.Version(_VERSION),
+            data_dir=os.fspath(directory),
+            module_name="",
+        ),
+        description="EnCodec tokens of a folder of music, with its captions.",
+        features=features(spec.num_codebooks),
+        metadata=tfds.core.MetadataDict(
+            format=FORMAT, codec=asdict(spec), files=files, about=dict(about)
+        ),
+    )
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.splits.SplitDict(infos))
+    folder = directory / ".metadata.tmp"
+    shutil.rmtree(folder, ignore_errors=True)  # what a kill may have left
+    folder.mkdir()
+    info.write_to_directory(folder)
+    # (the file that means 'complete' moves last)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _COMPLETE):
+        _sync(path)
+        path.replace(directory / path.name)
+    folder.rmdir()
+    _sync(directory)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file so that a kill leaves the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read_metadata(directory: str | Path) -> dict[str, Any]:
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise UserError(f"data set {directory}: no such folder")
+    if not (directory / _COMPLETE).exists():
+        if (directory / "job.json").exists():
+            raise UserError(
+                f"data set {directory}: unfinished; run the same tokenization command again"
+            )
+        raise UserError(f"data set {directory}: not a folder that tokenization.job wrote")
+    try:
+        metadata = json.loads((directory / "metadata.json").read_text())
+    except (OSError, ValueError):
+        metadata = None
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise UserError(
+            f"data set {directory}: its metadata.json is missing or not of '{FORMAT}'; "
+            f"tokenize again"
+        )
+    return metadata
