@@ -4,6 +4,7 @@ python -m launch.export --checkpoint RUN --out DIR
 """
 
 import dataclasses
+import importlib.metadata
 import shutil
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,11 +12,11 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-import magnet_jax
 from magnet_jax import codec as codecs
 from magnet_jax import convert, convert_codec, t5
 from magnet_jax.bundle import Bundle, model_card, read_safetensors, write_safetensors
 from magnet_jax.checkpoint import Loaded, load_for_inference
+from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError, reported
 
 TEXT_FOLDER = "text_encoder"
@@ -122,7 +123,10 @@ def check_out(args: Args) -> None:
         raise UserError(f"{out}: holds the training run itself; give another --out")
 
 
-def _write(loaded: Loaded, lineage: dict, args: Args, folder: Path, codec, encoder: str) -> Bundle:
+def _write(
+    loaded: Loaded, lineage: dict, args: Args, folder: Path, codec: CodecSpec, encoder: str
+) -> Bundle:
+    """Writes every file of the export into `folder`; `codec.source` is where the codec lies now."""
     config = loaded.config
     text, shipped_codec = config.text, loaded.codec
     if encoder == TEXT_FOLDER:
@@ -153,7 +157,7 @@ def _write(loaded: Loaded, lineage: dict, args: Args, folder: Path, codec, encod
 
 
 def verify(
-    folder: Path, bundle: Bundle, loaded: Loaded, codec, encoder: str, audiocraft: bool
+    folder: Path, bundle: Bundle, loaded: Loaded, codec: CodecSpec, encoder: str, audiocraft: bool
 ) -> str:
     """Reads everything back from `folder` and compares it bit for bit; one line on what it did.
 
@@ -207,7 +211,7 @@ def main(args: Args) -> None:
         "weights": args.weights,
         "data": Path(loaded.config.data.path).name,
         "seed": loaded.config.seed,
-        "magnet_jax": magnet_jax.__version__,
+        "magnet_jax": importlib.metadata.version("magnet-jax"),
     }
     line = export_model(loaded, lineage, args)
     print(f"wrote {args.out} (step {loaded.step}, {args.weights} weights)")

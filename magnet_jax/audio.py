@@ -8,13 +8,20 @@ import soundfile
 
 from magnet_jax.errors import UserError
 
-PEAK = 10 ** (-1 / 20)  # full scale less 1 dB
+KNEE = 0.8  # amplitudes above it are bent, so that they stay below full scale
+
+
+def soft_limit(wav_CN: np.ndarray) -> np.ndarray:
+    """Leaves amplitudes up to `KNEE` as they are and bends what is above below full scale."""
+    over = np.maximum(np.abs(wav_CN) - KNEE, 0)
+    bent = KNEE + (1 - KNEE) * np.tanh(over / (1 - KNEE))
+    return np.where(over > 0, np.copysign(bent, wav_CN), wav_CN).astype(np.float32)
 
 
 def normalize_loudness(
     wav_CN: np.ndarray, sample_rate: int, target_lufs: float
 ) -> tuple[np.ndarray, float | None]:
-    """Scales audio to an integrated loudness (ITU-R BS.1770), or less where peaks forbid it.
+    """Brings audio to an integrated loudness (ITU-R BS.1770), peaks softly limited.
 
     Args:
       wav_CN: float32 [channels, samples].
@@ -22,17 +29,22 @@ def normalize_loudness(
       target_lufs: wanted loudness, such as -14.
 
     Returns:
-      the audio, its peak at -1 dBFS at most, and the loudness reached: None where there is nothing
-      to measure (silence, or less than the 0.4 s that the standard needs), the audio then unscaled.
+      the audio and the loudness it has, a little below the wanted one where peaks were limited;
+      None where there is nothing to measure (silence, or less than the 0.4 s that the standard
+      needs), the audio then unscaled.
     """
-    if wav_CN.shape[-1] < 0.4 * sample_rate:
+
+    def measure(wav_CN: np.ndarray) -> float:
+        return meter.integrated_loudness(wav_CN.T.astype(np.float64))
+
+    meter = pyloudnorm.Meter(sample_rate)
+    if wav_CN.shape[-1] < meter.block_size * sample_rate:
         return wav_CN, None
-    loudness = pyloudnorm.Meter(sample_rate).integrated_loudness(wav_CN.T.astype(np.float64))
-    if not np.isfinite(loudness):
+    before = measure(wav_CN)
+    if not np.isfinite(before):
         return wav_CN, None
-    gain_db = target_lufs - loudness
-    gain = min(10 ** (gain_db / 20), PEAK / max(np.abs(wav_CN).max(), 1e-9))
-    return (gain * wav_CN).astype(np.float32), float(loudness + 20 * np.log10(gain))
+    wav_CN = soft_limit(wav_CN * 10 ** ((target_lufs - before) / 20))
+    return wav_CN, float(measure(wav_CN))
 
 
 def write_wav(path: Path, wav_CN: np.ndarray, sample_rate: int) -> None:

@@ -118,7 +118,7 @@ class DataConfig:
     num_threads: int = 4
     """Reader threads per host."""
     prefetch: int = 16
-    """Records read ahead per host."""
+    """Batches read ahead per host."""
 
     def __post_init__(self):
         for name in ("merge_text_p", "drop_description_p", "drop_field_p", "word_dropout"):

@@ -385,35 +385,29 @@ _MODEL_SETTINGS = {
     "local_context": "transformer_lm.subcodes_context",
     "span_length": "masking.span_len",
 }
-_ABSENT = object()
 
 
-def xp_setting(xp_cfg: Mapping, name: str, default: Any = _ABSENT) -> Any:
-    """The setting 'a.b' of an xp.cfg, following a value like '${c.d}' to what it stands for.
-
-    Raises `KeyError` where it is absent and no default is given, or where references go in a ring.
-    """
-    path = name
-    for _ in range(10):
-        node: Any = xp_cfg
+def xp_setting(xp_cfg: Mapping, name: str, default: Any = None) -> Any:
+    """The setting 'a.b' of an xp.cfg, or `default`; '${c.d}' is followed to what it stands for."""
+    path, node = name, None
+    for _ in range(10):  # references in a ring end as the text they are
+        node = xp_cfg
         for part in path.split("."):
             if not isinstance(node, Mapping) or part not in node:
-                if default is _ABSENT:
-                    raise KeyError(name)
                 return default
             node = node[part]
         reference = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
         if not reference:
             return node
         path = reference[1]
-    raise KeyError(name)
+    return node
 
 
 def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConfig:
     """The model that an xp.cfg describes; `UserError` lists all of it that this project lacks."""
     problems = []
     for name, fitting in _FITTING.items():
-        value = xp_setting(xp_cfg, name, None)
+        value = xp_setting(xp_cfg, name)
         if value != fitting:
             problems.append(f"{name} must be {fitting}, not {value}")
     for name, fitting in _FITTING_OR_ABSENT.items():
@@ -421,12 +415,12 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
         if value != fitting:
             problems.append(f"{name} must be {fitting}, not {value}")
     # 'args' holds settings of text augmentation, not a conditioner.
-    conditioners = set(xp_setting(xp_cfg, "conditioners", None) or {}) - {"args", "description"}
-    if conditioners:
-        problems.append(f"conditioners other than text: {', '.join(sorted(conditioners))}")
+    conditioners = xp_setting(xp_cfg, "conditioners")
+    if isinstance(conditioners, Mapping) and (others := {*conditioners} - {"args", "description"}):
+        problems.append(f"conditioners other than text: {', '.join(sorted(map(str, others)))}")
     settings = {}
     for field, name in _MODEL_SETTINGS.items():
-        value = xp_setting(xp_cfg, name, None)
+        value = xp_setting(xp_cfg, name)
         if not isinstance(value, int) or isinstance(value, bool):
             problems.append(f"{name} must be a whole number, not {value}")
         settings[field] = value
@@ -472,10 +466,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if not isinstance(tensor, torch.Tensor):
             raise UserError(f"{path}: 'best_state' holds {name}, which is not a tensor")
         # NumPy has no bfloat16; widening is exact.
-        tensors[name] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        try:
+            tensors[name] = tensor.detach().numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantised and the like
+            raise UserError(f"{path}: {name} is not a plain tensor ({error})") from None
     try:
         xp_cfg = yaml.safe_load(content["xp.cfg"])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         xp_cfg = None
     if not isinstance(xp_cfg, dict):
         raise UserError(f"{path}: its 'xp.cfg' is not YAML settings")

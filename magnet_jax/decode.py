@@ -132,7 +132,7 @@ def decode(
         hidden_BP = rank_BP < step.num_hidden
         hidden_BT = jnp.repeat(hidden_BP, span_length, axis=-1)
         # A prompt that ends within a span is written back where its span was hidden.
-        hidden_BT = hidden_BT & (np.arange(num_frames) >= num_prompt)
+        hidden_BT = hidden_BT & (np.arange(num_frames) >= num_prompt)[None]
         row_BT = jax.lax.dynamic_index_in_dim(codes_BKT, step.stage, axis=1, keepdims=False)
         row_BT = jnp.where(hidden_BT, mask_id, row_BT)
         codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, row_BT, step.stage, axis=1)

@@ -64,8 +64,8 @@ def hide(
 
     Padding is hidden in every codebook, as in the reference, and left out of the loss.
     """
-    codebook_K1 = jnp.arange(codes_BKT.shape[1])[:, None]
-    hidden_BKT = (codebook_K1 > stage) | ((codebook_K1 == stage) & mask_BT[:, None])
+    codebook_1K1 = jnp.arange(codes_BKT.shape[1])[None, :, None]
+    hidden_BKT = (codebook_1K1 > stage) | ((codebook_1K1 == stage) & mask_BT[:, None])
     hidden_BKT = hidden_BKT | ~valid_BT[:, None]
     return Corrupted(
         input_BKT=jnp.where(hidden_BKT, mask_id, codes_BKT),

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
+from tensorflow_datasets.proto.tf_example_pb2 import Example
 
 from magnet_jax import config
 from magnet_jax.config import CodecSpec
@@ -135,7 +136,9 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
         for example in examples:
             if writer is None:
                 writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
-            record = types.serialize_example(example)
+            # (TFDS leaves the order of the fields to chance, which differs between processes)
+            record = Example.FromString(types.serialize_example(example))
+            record = record.SerializeToString(deterministic=True)
             writer.write(record)
             count += 1
             num_bytes += len(record)

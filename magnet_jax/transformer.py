@@ -61,7 +61,7 @@ class LayerNorm(nnx.Module):
         mean = x.mean(-1, keepdims=True)
         variance = jnp.square(x - mean).mean(-1, keepdims=True)
         x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
-        return (x * self.scale[...] + self.bias[...]).astype(x_BTD.dtype)
+        return (x * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BTD.dtype)
 
 
 class Attention(nnx.Module):
@@ -156,7 +156,7 @@ class Transformer(nnx.Module):
         """
         text_BSD = (
             states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
-            + self.text_proj.bias[...].astype(dtype)
+            + self.text_proj.bias[...][None, None].astype(dtype)
         ) * text_mask_BS[..., None].astype(dtype)
         project = "BSD,LDNH->LBSNH"
         key, value = (
@@ -183,9 +183,9 @@ class Transformer(nnx.Module):
         """
         dtype = text.key_LBSNH.dtype
         num_frames = codes_BKT.shape[-1]
-        codebooks_K1 = jnp.arange(self.config.num_codebooks)[:, None]
-        x_BTD = self.embed[...][codebooks_K1, codes_BKT].sum(1)
-        x_BTD = (x_BTD + sinusoids(num_frames, self.config.width)).astype(dtype)
+        codebooks_1K1 = jnp.arange(self.config.num_codebooks)[None, :, None]
+        x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
+        x_BTD = (x_BTD + sinusoids(num_frames, self.config.width)[None]).astype(dtype)
         context = self.config.local_context if local else None
 
         graph, layers = nnx.split(self.blocks)

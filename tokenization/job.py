@@ -113,12 +113,12 @@ def run(job: Job) -> str:
     with _locked(job.out):
         _begin(job, manifest, codec.spec)
         # captions alone can already decide
-        _check_rejects(job, manifest, list(manifest.rejects))
+        _check_rejects(job, manifest, manifest.rejects, final=False)
         units = _plan(job, manifest)
         try:
             done = _work(job, codec, units)
             rejects = [*manifest.rejects, *(r for unit in done for r in unit.rejects)]
-            _check_rejects(job, manifest, rejects)
+            _check_rejects(job, manifest, rejects, final=True)
             return _finish(job, manifest, codec.spec, units, done, rejects)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -293,11 +293,17 @@ def _finished(out: Path, units: Sequence[_Unit], found: Sequence[_Done | None]) 
 
 def _make_shard(job: Job, codec: Codec, unit: _Unit, progress: _Progress) -> _Done:
     rejects: list[Reject] = []
-    before = progress.seconds
-    examples = _examples(job, codec, unit.tracks, rejects, progress)
+    seconds = 0.0
+
+    def examples() -> Iterator[dict[str, Any]]:
+        nonlocal seconds
+        for example in _examples(job, codec, unit.tracks, rejects, progress):
+            seconds += example["duration"]
+            yield example
+
     path = unit.record_path(job.out)
-    shard = records.write_shard(path, codec.spec.num_codebooks, examples)
-    done = _Done(shard=shard, seconds=progress.seconds - before, rejects=rejects)
+    shard = records.write_shard(path, codec.spec.num_codebooks, examples())
+    done = _Done(shard=shard, seconds=seconds, rejects=rejects)
     values = asdict(done)
     del values["shard"]["path"]
     records.write_text(unit.done_path(job.out), json.dumps(values) + "\n")
@@ -374,13 +380,18 @@ def _read_ahead(
             yield track, future.result()
 
 
-def _check_rejects(job: Job, manifest: Manifest, rejects: list[Reject]) -> None:
-    """Writes rejects.jsonl; raises if there are too many, or nothing is left."""
-    lines = [json.dumps(asdict(reject)) + "\n" for reject in sorted(rejects, key=lambda r: r.path)]
+def _check_rejects(job: Job, manifest: Manifest, rejects: Sequence[Reject], *, final: bool) -> None:
+    """Writes rejects.jsonl and raises if there are too many, or nothing is left.
+
+    Before the end (`final`) the list is only written if it is the reason to stop.
+    """
     total = len(manifest.tracks) + len(manifest.rejects)
     path = job.out / "rejects.jsonl"
-    records.write_text(path, "".join(lines))
-    if len(rejects) == total or len(rejects) > job.max_reject_ratio * total:
+    too_many = len(rejects) == total or len(rejects) > job.max_reject_ratio * total
+    if final or too_many:
+        in_order = sorted(rejects, key=lambda reject: reject.path)
+        records.write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in in_order))
+    if too_many:
         raise UserError(
             f"{len(rejects)} of {total} audio files rejected, --max-reject-ratio is "
             f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {path}"

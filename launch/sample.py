@@ -1,0 +1,150 @@
+"""Turns texts into WAV files with a trained model.
+
+python -m launch.sample --checkpoint RUN --prompt "a slow waltz on the piano" --out wavs --seed 1
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from magnet_jax import errors
+from magnet_jax.config import DecodeConfig, RunConfig, from_json
+from magnet_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    checkpoint: Path
+    """Folder of a training run."""
+    out: Path
+    """Folder for the WAV files; each gets a JSON file beside it with every setting."""
+    prompt: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
+    ] = ()
+    """Text of a clip; give it again for more clips."""
+    unconditional: int = 0
+    """Clips to generate without text, after those of the prompts."""
+    seed: int = 0
+    """Clip i depends on the seed, on i and on its text: not on the other clips."""
+    seconds: float | None = None
+    """Length of a clip; by default what the model was trained on."""
+    step: int | None = None
+    """Checkpoint to use; by default the newest."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Averaged weights, or those of the last step."""
+    decode: DecodeConfig = DecodeConfig()
+    """Schedule and sampling; the defaults are the run's."""
+    batch_size: int = 8
+    """Clips generated at once; it changes no clip."""
+    lufs: float | None = -14.0
+    """Loudness of the files in LUFS; None keeps the model's own."""
+    codec: str | None = None
+    """Where the codec is, if it is no longer where the data set was made with it."""
+
+
+def _file_name(index: int, prompt: str) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return f"{index:03d}-{words or 'unconditional'}"
+
+
+def sample(args: Args) -> list[Path]:
+    """Writes one WAV and one JSON a clip and returns the WAVs' paths."""
+    for prompt in args.prompt:
+        if not prompt.strip():
+            raise UserError(
+                "--prompt is empty: give a text, or --unconditional 1 for a clip without"
+            )
+    texts = [*args.prompt, *[""] * args.unconditional]
+    if not texts:
+        raise UserError("nothing to do: give --prompt TEXT, or --unconditional N")
+    if args.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    if args.seconds is not None and args.seconds <= 0:
+        raise UserError("--seconds must be positive")
+    from magnet_jax import api, audio, checkpoint, codec, train  # JAX is slow to load
+
+    loaded = checkpoint.load_for_inference(args.checkpoint, weights=args.weights, step=args.step)
+    decoder = codec.load_codec(args.codec or loaded.codec_source)
+    codec.check_same_codec(decoder.spec, loaded.codec, str(args.checkpoint))
+    config, spec = loaded.config, loaded.codec
+    seconds = args.seconds or config.data.segment_seconds
+    num_frames = max(1, round(seconds * spec.frame_rate))
+
+    written = []
+    for first in range(0, len(texts), args.batch_size):
+        # A last, smaller batch is filled up so that one program serves all.
+        batch = texts[first : first + args.batch_size]
+        filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
+        started = time.perf_counter()
+        generated = api.generate_codes(
+            loaded.params["lm"],
+            loaded.t5_params,
+            filled,
+            config=config.model,
+            t5_config=loaded.t5_config,
+            tokenizer=loaded.tokenizer,
+            max_tokens=config.text.max_tokens,
+            num_frames=num_frames,
+            decoding=args.decode,
+            seed=args.seed,
+            first_sample=first,
+            dtype=train.compute_dtype(config),
+        )
+        wavs_BCN = decoder.decode(generated.codes_BKT[: len(batch)])
+        took = time.perf_counter() - started
+        for i, (text, wav_CN) in enumerate(zip(batch, wavs_BCN), start=first):
+            wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
+            if args.lufs is not None:
+                wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
+            path = args.out / f"{_file_name(i, text)}.wav"
+            audio.write_wav(path, wav_CN, spec.sample_rate)
+            settings = {
+                "prompt": text,
+                "seed": args.seed,
+                "sample": i,
+                "seconds": seconds,
+                "checkpoint": str(args.checkpoint),
+                "step": loaded.step,
+                "weights": args.weights,
+                "decode": dataclasses.asdict(args.decode),
+                "codec": dataclasses.asdict(spec),
+                "wanted_lufs": args.lufs,
+                "reached_lufs": loudness,
+                "sample_rate": spec.sample_rate,
+            }
+            path.with_suffix(".json").write_text(json.dumps(settings, indent=2) + "\n")
+            written.append(path)
+            print(path)
+        compiled = " (the first batch compiles)" if first == 0 else ""
+        print(f"{len(batch)} clips of {seconds:g} s in {took:.1f} s{compiled}")
+    return written
+
+
+def parse(args: list[str]) -> Args:
+    """Reads the command line; the defaults of `--decode.*` come from the run's config."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--checkpoint", type=Path)
+    checkpoint = first.parse_known_args(args)[0].checkpoint
+    defaults = DecodeConfig()
+    if checkpoint and (checkpoint / "config.json").exists():
+        defaults = from_json(RunConfig, checkpoint / "config.json").decode
+    missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
+    return tyro.cli(
+        Args,
+        default=Args(**missing, decode=defaults),
+        args=args,
+        prog="python -m launch.sample",
+        description=__doc__,
+    )
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        sample(parse(sys.argv[1:]))

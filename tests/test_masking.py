@@ -1,0 +1,76 @@
+"""Masking rates, span counts and span masks, against the reference's numbers and by property."""
+
+import itertools
+from math import comb
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magnet_jax import masking
+
+CASES = list(itertools.product((100, 500, 1500), (1, 2, 3, 4, 5, 10)))
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    return np.load(golden / "masking.npz")
+
+
+@pytest.mark.parametrize(("num_frames", "span_length"), CASES)
+def test_span_counts_are_the_references(reference, num_frames, span_length):
+    expected = reference[f"span_count_T{num_frames}_l{span_length}"]
+    np.testing.assert_array_equal(masking.span_counts(num_frames, span_length), expected)
+
+
+@pytest.mark.parametrize(("num_frames", "span_length"), CASES)
+def test_span_masks_are_the_references(reference, num_frames, span_length):
+    uniform_BT = reference[f"uniform_T{num_frames}_l{span_length}"]
+    mask_BT = np.asarray(
+        masking.span_mask(jnp.asarray(uniform_BT), jnp.asarray(reference["rates"]), span_length)
+    )
+    # Where two numbers are equal, either may come first.
+    clear = np.array([len(np.unique(row)) == num_frames for row in uniform_BT])
+    assert clear.sum() >= 5
+    expected_BT = reference[f"mask_T{num_frames}_l{span_length}"]
+    np.testing.assert_array_equal(mask_BT[clear], expected_BT[clear])
+
+
+def test_expected_rate_is_equation_8():
+    rates = masking.expected_rate(60, 3)
+    for count in range(61):
+        assert rates[count] == pytest.approx(1 - comb(57, count) / comb(60, count), abs=1e-12)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.35, 0.7, 0.95])
+def test_mean_masking_rate_is_the_wanted_one(rate):
+    rows, num_frames, span = 2000, 150, 3
+    uniform_BT = jax.random.uniform(jax.random.key(0), (rows, num_frames))
+    mask_BT = masking.span_mask(uniform_BT, jnp.full(rows, rate), span)
+    # The count is a whole number, and the cut at the end hides l(l-1)/2 places a little less.
+    count = masking.span_counts(num_frames, span)[round(100 * rate)]
+    expected = masking.expected_rate(num_frames, span)
+    assert expected[count - 1] < rate <= expected[count]
+    assert float(mask_BT.mean()) == pytest.approx(expected[count], abs=5e-3)
+
+
+def test_masks_are_spans_and_never_empty():
+    uniform_BT = jax.random.uniform(jax.random.key(1), (64, 90))
+    mask_BT = np.asarray(masking.span_mask(uniform_BT, jnp.zeros(64), 5))
+    for row in mask_BT:
+        (places,) = np.nonzero(row)
+        assert 1 <= len(places) <= 5
+        assert (np.diff(places) == 1).all()
+
+
+def test_masking_rate_is_a_quarter_cosine():
+    fractions = jnp.linspace(0, 1, 5)
+    np.testing.assert_allclose(
+        masking.masking_rate(fractions), np.cos(np.pi / 2 * np.linspace(0, 1, 5)), atol=1e-6
+    )
+
+
+def test_a_span_longer_than_the_sequence_is_refused():
+    with pytest.raises(ValueError, match="does not fit"):
+        masking.span_counts(4, 5)

@@ -1,0 +1,476 @@
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import tensorflow_datasets as tfds
+
+from magnet_jax import records
+from magnet_jax.codec import load_codec
+from magnet_jax.errors import UserError
+from tokenization import job as job_module
+from tokenization.audio import RejectedError, read_audio, scan
+from tokenization.job import Job, cut, run, split_of
+
+RATE = 16000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_codec():
+    """Loads the embedded codec once for all jobs of this file."""
+    codec = load_codec("embedded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "load_codec", lambda source, device, count: codec)
+        yield codec
+
+
+def tone(seconds, rate=RATE, channels=1, frequency=440.0):
+    t = np.arange(round(seconds * rate)) / rate
+    wav = 0.3 * np.sin(2 * np.pi * frequency * t) * (1 + np.sin(7 * t)) / 2
+    return np.repeat(wav[:, None], channels, axis=1).astype(np.float32)
+
+
+def put(path, wav, rate=RATE, caption="a tone", **how):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, wav, rate, **how)
+    if caption is not None:
+        path.with_suffix(".json").write_text(json.dumps({"description": caption, "bpm": 90}))
+    return path
+
+
+def album(folder, count=8, seconds=1.1):
+    for i in range(count):
+        put(folder / f"{i:02d}.wav", tone(seconds + 0.1 * (i % 3), frequency=200 + 50 * i))
+    return folder
+
+
+def read(out, split="train"):
+    return [records.decode_example(example) for example in records.open_split(out, split)]
+
+
+def content(out):
+    """Every file that must not depend on how often the job was killed."""
+    return {
+        path.relative_to(out).as_posix(): path.read_bytes()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- one file -----------------------------------------------------------------------------------
+
+FORMATS = [
+    ("wav", {"subtype": "PCM_U8"}, 44100),
+    ("wav", {"subtype": "PCM_16"}, 8000),
+    ("wav", {"subtype": "PCM_24"}, 48000),
+    ("wav", {"subtype": "PCM_32"}, 96000),
+    ("wav", {"subtype": "FLOAT"}, 37800),
+    ("wav", {"subtype": "DOUBLE"}, 16000),
+    ("flac", {}, 44100),
+    ("ogg", {}, 22050),
+    ("opus", {"format": "OGG", "subtype": "OPUS"}, 48000),
+    ("mp3", {}, 44100),
+    ("aiff", {}, 11025),
+    ("AIF", {"format": "AIFF"}, 32000),
+    ("caf", {}, 44100),
+    ("au", {}, 44100),
+]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize(("suffix", "how", "rate"), FORMATS)
+def test_every_format_gives_the_same_sound(tmp_path, suffix, how, rate, channels):
+    path = put(tmp_path / f"a.{suffix}", tone(1.5, rate, channels), rate, **how)
+    assert [track.path for track in scan(tmp_path).tracks] == [path.name]
+    wav_CN = read_audio(path, RATE, 1, 1.0)
+    expected = tone(1.5).T
+    assert wav_CN.dtype == np.float32 and abs(wav_CN.shape[1] - expected.shape[1]) <= 400
+    size = min(wav_CN.shape[1], expected.shape[1])
+    error = wav_CN[:, :size] - expected[:, :size]
+    # lossy formats come close, the others to a few 8-bit steps
+    assert np.sqrt(np.mean(error**2)) < (0.02 if suffix in ("mp3", "ogg", "opus") else 0.006)
+
+
+def test_channels_are_mixed(tmp_path):
+    left, right = tone(1.2, frequency=300), tone(1.2, frequency=500)
+    path = put(tmp_path / "a.wav", np.hstack([left, right]), subtype="FLOAT")
+    np.testing.assert_allclose(
+        read_audio(path, RATE, 1, 1.0), (left + right).T / 2, rtol=0, atol=1e-6
+    )
+    np.testing.assert_array_equal(read_audio(path, RATE, 2, 1.0), np.hstack([left, right]).T)
+    mono = put(tmp_path / "b.wav", left, subtype="FLOAT")
+    np.testing.assert_array_equal(read_audio(mono, RATE, 2, 1.0), np.hstack([left, left]).T)
+
+
+def test_long_files_are_read_in_blocks_without_seams(tmp_path):
+    import soxr
+
+    wav = tone(20, 44100)
+    path = put(tmp_path / "a.wav", wav, 44100, subtype="FLOAT")
+    np.testing.assert_allclose(
+        read_audio(path, RATE, 1, 1.0)[0],
+        soxr.resample(wav[:, 0], 44100, RATE, quality="VHQ"),
+        rtol=0,
+        atol=1e-6,
+    )
+
+
+def cut_file(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def bad_files(folder):
+    """One file for each reason to reject it: {path: reason}."""
+    sound = tone(1.5)
+    nan = sound.copy()
+    nan[5000] = np.nan
+    put(folder / "text.wav", sound).write_text("no sound at all")
+    put(folder / "zero.wav", sound).write_bytes(b"")
+    put(folder / "no_samples.wav", sound[:0])
+    put(folder / "silent.wav", sound * 1e-3)
+    put(folder / "offset.wav", np.full_like(sound, 0.5))
+    put(folder / "nan.wav", nan, subtype="FLOAT")
+    put(folder / "short.wav", sound[:15999])
+    put(folder / "surround.wav", tone(1.5, channels=6))
+    cut_file(put(folder / "cut.wav", sound))
+    cut_file(put(folder / "cut.aiff.aiff", sound))
+    cut_file(put(folder / "cut_mp3.mp3", tone(3, 44100), 44100))
+    cut_file(put(folder / "cut_flac.flac", sound))
+    put(folder / "alone.wav", sound, caption=None)
+    put(folder / "blank.wav", sound, caption="  ")
+    put(folder / "damaged.wav", sound).with_suffix(".json").write_text("{")
+    put(folder / "list.wav", sound).with_suffix(".json").write_text("[]")
+    put(folder / "twice.flac", sound)
+    put(folder / "twice.wav", sound)
+    put(folder.parent / "elsewhere" / "secret.wav", sound)
+    (folder / "link.wav").symlink_to(folder.parent / "elsewhere" / "secret.wav")
+    (folder / "link.json").write_text('{"description": "a link"}')
+    (folder / "nowhere.wav").symlink_to(folder / "nothing")
+    (folder / "linked_folder").symlink_to(folder.parent / "elsewhere")
+    put(folder / "caption_link.wav", sound, caption=None)
+    (folder / "caption_link.json").symlink_to(folder.parent / "elsewhere" / "secret.json")
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.wav")).write_bytes(b"")
+    return {
+        "text.wav": "unreadable",
+        "zero.wav": "empty",
+        "no_samples.wav": "empty",
+        "silent.wav": "silent",
+        "offset.wav": "silent",
+        "nan.wav": "not finite",
+        "short.wav": "too short",
+        "surround.wav": "too many channels",
+        "cut.wav": "cut off",
+        "cut.aiff.aiff": "cut off",
+        "cut_mp3.mp3": "cut off",
+        "cut_flac.flac": "unreadable",
+        "alone.wav": "no caption",
+        "blank.wav": "no caption",
+        "damaged.wav": "no caption",
+        "list.wav": "no caption",
+        "twice.wav": "duplicate",
+        "link.wav": "outside the folder",
+        "nowhere.wav": "unreadable",
+        "linked_folder": "outside the folder",
+        "caption_link.wav": "outside the folder",
+        "bad\\udcff.wav": "bad name",
+    }
+
+
+def test_every_reason_to_reject_a_file(tmp_path, capfd):
+    folder = tmp_path / "audio"
+    expected = bad_files(folder)
+    (folder / "notes.txt").write_text("not audio")
+    (folder / ".hidden.wav").write_bytes(b"")
+    out = tmp_path / "out"
+    summary = run(Job(audio=folder, out=out, max_reject_ratio=0.99, tracks_per_shard=2))
+    lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {line["path"]: line["reason"] for line in lines} == expected
+    assert [line["path"] for line in lines] == sorted(expected)
+    assert all(line["detail"] and str(tmp_path) not in line["detail"] for line in lines)
+    # shards of which nothing is left do not show
+    assert [record["track_id"] for record in read(out)] == ["twice"]
+    assert len(list(out.glob("tokens-*"))) == 1
+    assert "1 records (1 train, 0 validation)" in summary
+    assert "22 of 23 files rejected (4 no caption, 3 cut off, 3 outside the folder, " in summary
+    assert "1 other files: 1 .txt" in summary
+    # with a lower limit the command says why not, and keeps the list
+    for ratio, message in [
+        (0.6, "22 of 23 audio files rejected.*0.6: 4 no caption, 3 cut off"),
+        (0.1, "10 of 23 audio files rejected.*0.1: 4 no caption, 3 outside"),  # before encoding
+    ]:
+        strict = tmp_path / f"strict{ratio}"
+        with pytest.raises(UserError, match=message):
+            run(Job(audio=folder, out=strict, max_reject_ratio=ratio))
+        assert len((strict / "rejects.jsonl").read_text().splitlines()) == int(message[:2])
+        with pytest.raises(UserError, match="unfinished"):
+            records.read_codec_spec(strict)
+    # nothing needs to be encoded again to let it pass
+    assert run(Job(audio=folder, out=tmp_path / "strict0.6", max_reject_ratio=0.99))
+
+
+def test_a_small_loss_is_not_a_cut_file(tmp_path):
+    path = put(tmp_path / "a.mp3", tone(1.5, 44100), 44100)
+    path.write_bytes(path.read_bytes()[:-300])
+    assert read_audio(path, RATE, 1, 1.0).shape[1] > 1.4 * RATE
+    # a file that was streamed promises more than any file has
+    path = put(tmp_path / "b.wav", tone(1.5))
+    data = bytearray(path.read_bytes())
+    data[4:8] = data[40:44] = b"\xff" * 4
+    path.write_bytes(data)
+    assert read_audio(path, RATE, 1, 1.0).shape == (1, 24000)
+
+
+def test_a_file_that_vanishes_is_no_reject(tmp_path):
+    with pytest.raises(UserError, match="vanished while the job ran"):
+        read_audio(tmp_path / "gone.wav", RATE, 1, 1.0)
+    with pytest.raises(RejectedError):
+        read_audio(put(tmp_path / "a.wav", tone(0.5)), RATE, 1, 1.0)
+
+
+# --- the whole job ------------------------------------------------------------------------------
+
+
+def test_tokens_of_a_record_are_those_of_encoding_it_alone(tmp_path, one_codec):
+    folder = album(tmp_path / "audio", 6)
+    put(folder / "sub" / "long.wav", tone(3.77, 44100, 2), 44100, caption=" a long tone ")
+    out = tmp_path / "out"
+    summary = run(
+        Job(audio=folder, out=out, max_record_seconds=2, batch_size=3, validation_percent=40)
+    )
+    assert records.read_codec_spec(out) == one_codec.spec
+    assert tfds.builder_from_directory(out).info.metadata["about"]["audio_files"] == 7
+    found = [(split, r) for split in records.SPLITS for r in read(out, split)]
+    assert f"{len(found)} records" in summary and len(found) == 8
+    for split, record in found:
+        assert split == split_of(record["track_id"], 40)
+        wav_CN = read_audio(folder / record["source_path"], RATE, 1, 1.0)
+        start, size = round(record["start"] * RATE), round(record["duration"] * RATE)
+        alone = one_codec.encode(wav_CN[None, :, start : start + size])[0]
+        np.testing.assert_array_equal(record["codes_KT"], alone)
+        assert record["info"] == {"bpm": 90}
+    pieces = [r for _, r in found if r["track_id"] == "sub/long"]
+    assert [r["caption"] for r in pieces] == ["a long tone"] * 2
+    assert [r["start"] for r in pieces] == [0.0, pytest.approx(1.9)]
+    assert sum(r["duration"] for r in pieces) == pytest.approx(3.77, abs=1e-3)
+    assert (out / "rejects.jsonl").read_text() == ""
+
+
+def test_cuts_lie_between_frames_and_are_even():
+    for samples in (1, 320, 321, 6400, 6401, 99999):
+        wav_CN = np.arange(samples)[None]
+        pieces = cut(wav_CN, 320, 20)
+        np.testing.assert_array_equal(np.concatenate(pieces, axis=1), wav_CN)
+        assert all(piece.shape[1] % 320 == 0 for piece in pieces[:-1])
+        frames = [-(-piece.shape[1] // 320) for piece in pieces]
+        assert max(frames) <= 20 and len(pieces) == -(-sum(frames) // 20)
+        assert len(pieces) == 1 or min(frames) >= 10 - len(pieces)
+
+
+def test_splits_are_stable_and_of_the_wanted_size():
+    ids = [f"track {i}" for i in range(4000)]
+    five = {i for i in ids if split_of(i, 5) == "validation"}
+    assert 140 < len(five) < 260
+    assert five < {i for i in ids if split_of(i, 10) == "validation"}
+    assert split_of("01_palestrina", 11) == "validation"
+    assert split_of("01_palestrina", 10) == "train"
+
+
+def test_all_in_validation_is_an_error(tmp_path):
+    put(tmp_path / "audio" / "01_palestrina.wav", tone(1.2))
+    with pytest.raises(UserError, match="all 1 records fell to validation"):
+        run(Job(audio=tmp_path / "audio", out=tmp_path / "out", validation_percent=50))
+
+
+def test_a_folder_belongs_to_one_job(tmp_path):
+    folder, out = album(tmp_path / "audio", 3), tmp_path / "out"
+    first = Job(audio=folder, out=out)
+    summary = run(first)
+    before = content(out)
+    assert run(first) == summary and content(out) == before
+    # speed may differ, results may not
+    run(dataclasses.replace(first, batch_size=1, readers=1, max_reject_ratio=0.5))
+    with pytest.raises(UserError, match=r"begun with other settings \(--min-seconds, --tracks-per"):
+        run(dataclasses.replace(first, min_seconds=1.05, tracks_per_shard=2))
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another job is writing there"):
+            run(first)
+    os.utime(folder / "01.wav", ns=(0, 0))
+    with pytest.raises(UserError, match="the audio or captions changed"):
+        run(first)
+    assert content(out) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds other files .thesis.txt."):
+        run(Job(audio=folder, out=tmp_path / "full"))
+
+
+def test_lost_and_cut_record_files_are_made_again(tmp_path):
+    folder, out = album(tmp_path / "audio", 4), tmp_path / "out"
+    job = Job(audio=folder, out=out, tracks_per_shard=1, validation_percent=0)
+    run(job)
+    before = content(out)
+    paths = sorted(out.glob("tokens-*"))
+    assert len(paths) == 4
+    paths[1].unlink()
+    paths[2].write_bytes(paths[2].read_bytes()[:1000])
+    run(job)
+    assert content(out) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"audio": Path("no/such")}, "audio folder no/such: no such folder"),
+        ({"audio": Path("texts")}, "no audio in it .1 other files: 1 .txt."),
+        ({"out": Path("texts/a.txt")}, "cannot make the folder"),
+        ({"min_seconds": 0.0}, "--min-seconds must lie between"),
+        ({"max_record_seconds": 121.0}, "--max-record-seconds must lie between"),
+        ({"validation_percent": 100.0}, "--validation-percent must lie between"),
+        ({"max_reject_ratio": float("nan")}, "--max-reject-ratio must lie between"),
+        ({"batch_size": 0}, "--batch-size must lie between"),
+    ],
+)
+def test_bad_settings_give_one_line(tmp_path, monkeypatch, change, match):
+    monkeypatch.chdir(tmp_path)
+    album(tmp_path / "audio", 1)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    job = Job(audio=tmp_path / "audio", out=tmp_path / "out")
+    with pytest.raises(UserError, match=match) as caught:
+        run(dataclasses.replace(job, **change))
+    assert "\n" not in str(caught.value)
+
+
+# --- kills --------------------------------------------------------------------------------------
+
+# Imports once, then forks one process for each kill: it dies just before or just after its n-th
+# rename (a rename is what commits anything), and another one finishes what it left.
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from tokenization.job import Job, run
+from magnet_jax.codec import import_torch
+import_torch()
+import transformers.models.encodec.modeling_encodec
+import_torch().set_num_threads(1)
+audio, root = map(Path, sys.argv[1:])
+rename = os.replace
+
+def attempt(out, die_at, after):
+    pid = os.fork()
+    if pid == 0:
+        count = 0
+        def replace(*args):
+            nonlocal count
+            count += 1
+            if count == die_at and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*args)
+            if count == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.replace = replace
+        run(Job(audio=audio, out=out, tracks_per_shard=2, validation_percent=30,
+                max_reject_ratio=0.5))
+        os._exit(count)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+renames = attempt(root / "whole", 0, False)
+print(renames)
+for n in range(1, renames + 1):
+    after = n % 2 == 0
+    assert attempt(root / f"killed{n}", n, after) == -signal.SIGKILL, n
+    assert attempt(root / f"killed{n}", 0, False) > 0, n
+# one that is killed again and again, always a little further on
+tries = 1
+while attempt(root / "often", 6, True) == -signal.SIGKILL:
+    tries += 1
+    assert tries < 100
+"""
+
+
+def test_killed_at_any_rename_and_run_again_gives_the_same_bytes(tmp_path):
+    folder = album(tmp_path / "audio", 5, 1.0)
+    put(folder / "03b.wav", tone(0.5))
+    put(folder / "03c.wav", tone(0.5), caption=None)
+    finished = subprocess.run(
+        [sys.executable, "-c", KILLER, folder, tmp_path / "outs"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    renames = int(finished.stdout)
+    whole = content(tmp_path / "outs" / "whole")
+    assert renames >= 12 and b"too short" in whole["rejects.jsonl"]
+    assert len(list((tmp_path / "outs").iterdir())) == renames + 2
+    for out in (tmp_path / "outs").iterdir():
+        assert content(out) == whole, out.name
+        assert len(read(out)) + len(read(out, "validation")) == 5
+
+
+def command(*arguments, **kwargs):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tokenization.job", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **kwargs,
+    )
+
+
+def test_command_line_killed_while_encoding(tmp_path):
+    folder, out = album(tmp_path / "audio", 12, 2.0), tmp_path / "out"
+    arguments = ["--audio", folder, "--out", out, "--tracks-per-shard", 3]
+    first = command(*arguments)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("units/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    first.kill()
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    assert not (out / "dataset_info.json").exists()
+    with pytest.raises(UserError, match="unfinished"):
+        records.read_codec_spec(out)
+    second = command(*arguments)
+    unbroken = tmp_path / "unbroken"
+    run(Job(audio=folder, out=unbroken, tracks_per_shard=3))
+    stdout, stderr = second.communicate()
+    assert second.returncode == 0, stderr
+    assert "12 records" in stdout and "tfds.builder_from_directory(" in stdout
+    assert "x real time" in stderr and "Traceback" not in stderr
+    assert content(out) == content(unbroken)
+
+
+def test_command_line_reports_in_one_line(tmp_path):
+    job = command("--audio", tmp_path / "nothing", "--out", tmp_path / "out")
+    stdout, stderr = job.communicate()
+    assert job.returncode == 2 and stdout == ""
+    assert stderr == f"error: audio folder {tmp_path}/nothing: no such folder\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_shipped_clips_are_all_fit(tmp_path):
+    from magnet_jax.config import ASSETS
+
+    manifest = scan(ASSETS / "clips")
+    assert len(manifest.tracks) == 20 and not manifest.rejects
+    track = manifest.tracks[2]
+    assert track.track_id == "02_bach" and "vibraphone" in track.caption
+    assert json.loads(track.info)["bpm"] == 70 and "description" not in track.info
+    # nothing hangs on where the folder is, or on other files beside the music
+    shutil.copytree(ASSETS / "clips", tmp_path / "copy")
+    (tmp_path / "copy" / "cover.png").write_bytes(b"")
+    copy = scan(tmp_path / "copy")
+    assert copy.fingerprint == manifest.fingerprint and copy.ignored[".png"] == 1

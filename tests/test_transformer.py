@@ -1,0 +1,140 @@
+"""The network against the reference's logits, and by property: leaks, sharding, remat."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from magnet_jax import convert, sharding, transformer
+from magnet_jax.config import MeshConfig, ModelConfig
+from magnet_jax.errors import UserError
+
+SMALL = ModelConfig(
+    codebook_size=32, width=16, num_heads=4, num_layers=3, text_width=12, local_context=2
+)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "local", "remat"))
+def logits(params, states, mask, zeros, codes, stage, *, config, local, remat=False):
+    model = transformer.bind(config, params)
+    text = model.read_text(states, mask, zeros)
+    return model.head(model.trunk(codes, text, local=local, remat=remat), stage)
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_logits_are_the_references(golden, stage):
+    config, params, _ = convert.read_audiocraft(golden / "magnet_tiny")
+    reference = np.load(golden / "magnet_tiny" / "forward.npz")
+    states_BSE, lengths_B = reference["t5_hidden"], reference["text_lengths"]
+    mask_BS = np.arange(states_BSE.shape[1]) < lengths_B[:, None]
+    run = functools.partial(logits, params, states_BSE, config=config, local=stage > 0)
+    codes_BKT = reference["codes"].astype(np.int32)
+    padding_B = states_BSE.shape[1] - lengths_B
+    with_text = run(mask_BS, padding_B, codes_BKT, stage)
+    without = run(np.zeros_like(mask_BS), np.zeros_like(padding_B), codes_BKT, stage)
+    np.testing.assert_allclose(with_text, reference[f"logits_stage{stage}"], atol=5e-5)
+    np.testing.assert_allclose(without, reference[f"null_logits_stage{stage}"], atol=5e-5)
+
+
+def text_of(model, batch=1):
+    states = jax.random.normal(jax.random.key(5), (batch, 3, SMALL.text_width))
+    return model.read_text(states, jnp.ones((batch, 3), bool))
+
+
+def test_nothing_leaks_past_the_local_context():
+    """Zero gradient beyond L * context frames, and some just within."""
+    params = transformer.init_params(SMALL, jax.random.key(0))
+    model = transformer.bind(SMALL, params)
+    num_frames, middle = 41, 20
+    codes_BKT = jax.random.randint(jax.random.key(1), (1, 4, num_frames), 0, 32)
+
+    def output(embed, stage):
+        # One embedding row a frame, so that its gradient says what the frame contributed.
+        own = dataclasses.replace(SMALL, codebook_size=num_frames - 1)
+        shifted = transformer.bind(own, params | {"embed": embed})
+        places = jnp.broadcast_to(jnp.arange(num_frames), codes_BKT.shape)
+        states = shifted.trunk(places, text_of(model), local=stage > 0)
+        return states[0, middle].sum()
+
+    # A sum of layer-normed states is constant; weigh it by a random vector through the scale.
+    params["norm_final"]["scale"] = jax.random.normal(jax.random.key(2), (SMALL.width,))
+    embed = jax.random.normal(jax.random.key(3), (4, num_frames, SMALL.width))
+    reach = SMALL.num_layers * SMALL.local_context
+    for stage in (0, 1):
+        gradient_T = jnp.abs(jax.jit(jax.grad(output), static_argnums=1)(embed, stage)).sum((0, 2))
+        distance_T = abs(np.arange(num_frames) - middle)
+        if stage == 0:
+            assert (gradient_T > 0).all()
+        else:
+            assert (gradient_T[distance_T > reach] == 0).all()
+            assert (gradient_T[distance_T <= reach] > 0).all()
+
+
+def test_a_row_never_depends_on_its_neighbours():
+    params = transformer.init_params(SMALL, jax.random.key(0))
+    states = jax.random.normal(jax.random.key(5), (2, 6, SMALL.text_width))
+    codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
+    mask = jnp.arange(6)[None] < jnp.array([[3], [6]])
+    run = functools.partial(logits, params, config=SMALL, local=False)
+    both = run(states, mask, jnp.zeros(2, jnp.int32), codes, 0)
+    alone = run(states[:1, :3], mask[:1, :3], jnp.zeros(1, jnp.int32), codes[:1], 0)
+    np.testing.assert_allclose(both[0], alone[0], atol=1e-5)
+
+
+def test_remat_changes_neither_values_nor_gradients():
+    params = transformer.init_params(SMALL, jax.random.key(0))
+    states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
+    codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
+
+    def total(params, remat):
+        out = logits(
+            params, states, jnp.ones((2, 3), bool), jnp.zeros(2, jnp.int32), codes, 1,
+            config=SMALL, local=True, remat=remat,
+        )  # fmt: skip
+        return jnp.square(out).sum()
+
+    both = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    plain, remat = both(params, False), both(params, True)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_cosines_then_sines():
+    table = transformer.sinusoids(7, 8)
+    for t in range(7):
+        for i in range(4):
+            phase = t / 10000 ** (i / 3)
+            assert table[t, i] == pytest.approx(np.cos(phase), abs=1e-6)
+            assert table[t, 4 + i] == pytest.approx(np.sin(phase), abs=1e-6)
+
+
+def test_no_biases_but_the_norms_and_the_text_projections():
+    leaves, _ = jax.tree.flatten_with_path(transformer.init_params(SMALL, jax.random.key(0)))
+    biases = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+    biases = {name for name in biases if "bias" in name}
+    assert biases == {"text_proj/bias", "norm_final/bias"} | {
+        f"blocks/norm_{name}/bias" for name in ("self", "cross", "mlp")
+    }
+
+
+def test_shardings_of_the_stacked_layers():
+    """A Flax release that changed these would change them silently."""
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    specs = jax.tree.map(lambda s: s.spec, sharding.model_shardings(SMALL, mesh))
+    assert specs["blocks"]["self"]["query"] == P(None, "fsdp", "tensor", None)
+    assert specs["blocks"]["self"]["out"] == P(None, "tensor", None, "fsdp")
+    assert specs["blocks"]["mlp"]["up"] == P(None, "fsdp", "tensor")
+    assert specs["blocks"]["mlp"]["down"] == P(None, "tensor", "fsdp")
+    assert specs["blocks"]["norm_self"]["scale"] == P(None, "fsdp")
+    assert specs["embed"] == P(None, None, "fsdp")
+    assert specs["heads"] == P(None, "fsdp", None)
+
+
+@pytest.mark.parametrize("mesh", [dict(data=3), dict(data=0), dict(data=-1, fsdp=-1)])
+def test_impossible_meshes_are_refused(mesh):
+    with pytest.raises(UserError, match="mesh"):
+        sharding.make_mesh(MeshConfig(**mesh))
