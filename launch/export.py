@@ -152,7 +152,10 @@ def _write(
         convert.write_audiocraft(folder, loaded.params["lm"], config.model, xp_cfg, codec)
         seconds = convert.segment_seconds(config)
     write_safetensors(folder, bundle)
-    (folder / "README.md").write_text(model_card(bundle, args.license, encoder, seconds))
+    card = folder / "README.md"
+    card.write_text(model_card(bundle, args.license, encoder, seconds))
+    for path in folder.rglob("*.safetensors"):
+        shutil.copymode(card, path)  # safetensors makes files that nobody else may read
     return bundle
 
 

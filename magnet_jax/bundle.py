@@ -201,12 +201,15 @@ def model_card(
         if text_encoder == "text_encoder":
             lines += [
                 "AudioCraft builds text encoders by published names only, and this model's is not "
-                "one of them. Run from this folder and register the encoder first:",
+                "one of them. Run from this folder and register the encoder first (with the "
+                "tokenizer as it is: `T5Tokenizer` would drop its normaliser):",
                 "",
                 "```python",
-                "from audiocraft.modules.conditioners import T5Conditioner",
-                'T5Conditioner.MODELS.append("text_encoder")',
-                f'T5Conditioner.MODELS_DIMS["text_encoder"] = {model.text_width}',
+                "import transformers",
+                "from audiocraft.modules import conditioners",
+                "conditioners.T5Tokenizer = transformers.AutoTokenizer",
+                'conditioners.T5Conditioner.MODELS.append("text_encoder")',
+                f'conditioners.T5Conditioner.MODELS_DIMS["text_encoder"] = {model.text_width}',
                 "```",
                 "",
             ]
@@ -224,5 +227,7 @@ def model_card(
             "```",
             "",
             f"Clips come out {audiocraft_seconds} s long: AudioCraft counts in whole seconds.",
+            "The layout is tested with PyTorch code of the same network; this export was not",
+            "loaded in AudioCraft itself.",
         ]
     return "\n".join(lines) + "\n"

@@ -21,7 +21,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from tensorflow_datasets.core.dataset_info import DatasetIdentity
-from tensorflow_datasets.proto.tf_example_pb2 import Example
+from tensorflow_datasets.proto import tf_example_pb2
 
 from magnet_jax import config
 from magnet_jax.config import CodecSpec
@@ -137,7 +137,7 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
             if writer is None:
                 writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
             # (TFDS leaves the order of the fields to chance, which differs between processes)
-            record = Example.FromString(types.serialize_example(example))
+            record = tf_example_pb2.Example.FromString(types.serialize_example(example))
             record = record.SerializeToString(deterministic=True)
             writer.write(record)
             count += 1

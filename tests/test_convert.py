@@ -590,6 +590,7 @@ def test_export_writes_a_whole_folder(loaded, tmp_path):
         "model.safetensors", "state_dict.bin", "text_encoder",
     }  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
+    assert len({path.stat().st_mode for path in out.rglob("*") if path.is_file()}) == 1
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n")
     for part in ("my-run", "step: 5", "clips", loaded.codec.sha256, "T5Conditioner"):

@@ -1,0 +1,56 @@
+"""It learns and decodes, together: captions to the clips they belong to."""
+
+import dataclasses
+
+import numpy as np
+
+import tiny
+from magnet_jax import api, checkpoint, train, transformer
+from magnet_jax.config import DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TextConfig
+
+
+def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path):
+    examples = tiny.write_clips(tmp_path / "tokens", 4)
+    captions = [example["caption"] for example in examples]
+    assert len(set(captions)) == 4
+    steps = 320
+    config = dataclasses.replace(
+        tiny.run_config(tmp_path / "tokens", tmp_path / "run"),
+        model=ModelConfig(codebook_size=1024, width=128, num_heads=4, num_layers=3, text_width=128),
+        text=TextConfig(max_tokens=32, finetune=True),
+        data=DataConfig(
+            path=str(tmp_path / "tokens"),
+            segment_seconds=tiny.SECONDS,
+            batch_size=8,
+            merge_text_p=0.0,
+            word_dropout=0.0,
+        ),
+        optimizer=OptimizerConfig(
+            peak_lr=2e-3, warmup_steps=20, schedule_steps=steps, ema_decay=0.98, weight_decay=0.01
+        ),
+        condition_dropout=0.1,
+        steps=steps,
+        log_every=80,
+        save_every=steps,
+    )
+    train.train(config)
+
+    loaded = checkpoint.load_for_inference(tmp_path / "run")
+    assert transformer.count_params(loaded.params) <= 3_000_000
+    truth = np.stack([example["codes"] for example in examples])
+    generated = api.generate_codes(
+        loaded.params["lm"],
+        loaded.t5_params,
+        captions,
+        config=config.model,
+        t5_config=loaded.t5_config,
+        tokenizer=loaded.tokenizer,
+        max_tokens=config.text.max_tokens,
+        num_frames=truth.shape[-1],
+        decoding=DecodeConfig(greedy=True, max_guidance=3.0),
+        seed=0,
+    ).codes_BKT
+    agreement = (generated[:, None, 0] == truth[None, :, 0]).mean(-1)
+    print(agreement.round(2))
+    assert (np.diag(agreement) >= 0.8).all()
+    assert (agreement[~np.eye(4, dtype=bool)] <= 0.3).all()

@@ -1,0 +1,248 @@
+"""Training: resumed exactly, the same on one device and on eight, clear about what is wrong."""
+
+import dataclasses
+import functools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import configs
+import tiny
+from launch.train import load_config
+from magnet_jax import checkpoint, codec, data, records, sharding, t5, train
+from magnet_jax.config import MeshConfig, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data") / "tokens"
+    tiny.write_noise(directory, {"train": 20, "validation": 5})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def finished(tokens, tmp_path_factory):
+    """A run that nothing interrupted, with validation and samples on."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    config = tiny.run_config(
+        tokens, out, eval_every=15, eval_batches=2, sample_every=30, sample_prompts=("noise",)
+    )
+    train.train(config)
+    return config
+
+
+def final_state(config: RunConfig) -> dict:
+    _, t5_params, _ = t5.load(config.text.source)
+    abstract, _ = train.state_shardings(config, t5_params, sharding.make_mesh(config.mesh))
+    with checkpoint.open_manager(config) as manager:
+        return checkpoint.restore(manager, config.steps, **abstract)
+
+
+def assert_equal_trees(one, other):
+    for (path, leaf), expected in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, expected, err_msg=jax.tree_util.keystr(path))
+
+
+def newest_step(run: Path) -> int:
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
+
+
+def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
+    config = dataclasses.replace(
+        finished, out=str(tmp_path / "killed"), eval_every=0, sample_every=0
+    )
+    (tmp_path / "config.json").write_text(to_json(config))
+    script = (
+        "import sys; from pathlib import Path; from magnet_jax import train; "
+        "from magnet_jax.config import RunConfig, from_json; "
+        "train.train(from_json(RunConfig, Path(sys.argv[1])))"
+    )
+    rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
+    for wanted in (5, 15):
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "config.json")],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 240
+        while newest_step(Path(config.out)) < wanted:
+            assert process.poll() is None, "the run ended by itself"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    train.train(config)
+    assert_equal_trees(final_state(config), final_state(finished))
+
+
+def test_a_finished_run_holds_what_the_readme_promises(finished):
+    out = Path(finished.out)
+    assert newest_step(out) == 30
+    assert len(list((out / "checkpoints").iterdir())) == finished.keep_last
+    assert list((out / "tensorboard").iterdir())
+    assert [path.name for path in sorted((out / "samples" / "step_0000030").iterdir())] == [
+        "00.wav",
+        "prompts.txt",
+    ]
+
+
+def test_sigterm_saves_and_exits(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=1000, save_every=1000)
+    step = train.train_step
+
+    def interrupting(*args, **kwargs):
+        if newest_step(Path(config.out)) == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_step", interrupting)
+        with pytest.raises(SystemExit) as exit_:
+            train.train(config)
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert newest_step(Path(config.out)) == 1
+
+
+def test_eight_devices_equal_one(tokens):
+    """Two steps, of stage 0 and of stage 2, on (2, 2, 2) devices and on one."""
+    config = tiny.run_config(tokens, Path("unused"))
+    t5_config, t5_params, tokenizer = t5.load(config.text.source)
+    batches = data.make_train_iterator(
+        config.data, frames=30, num_codebooks=4, tokenizer=tokenizer, max_tokens=16, seed=0
+    )
+    rows = [next(batches) for _ in range(2)]
+    results = []
+    for sizes, devices in ((dict(data=1), 1), (dict(data=2, fsdp=2, tensor=2), 8)):
+        mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
+        _, shardings = train.state_shardings(config, t5_params, mesh)
+        init = functools.partial(train.init_state, config)
+        state = jax.jit(init, out_shardings=shardings)(t5_params)
+        for batch, stage in zip(rows, (0, 2)):
+            state, metrics = train.train_step(
+                state, None, train.to_devices(batch, mesh), jax.random.key(0), stage,
+                config=config, t5_config=t5_config, local=stage > 0, dtype=np.dtype("float32"),
+            )  # fmt: skip
+        spec = state["params"]["lm"]["blocks"]["mlp"]["up"].sharding.spec
+        assert ("fsdp" in spec) and ("tensor" in spec)
+        assert state["opt"][1][0].mu["lm"]["blocks"]["mlp"]["up"].sharding.spec == spec
+        results.append(jax.device_get((state["params"], metrics["loss"])))
+    for one, eight in zip(*(jax.tree.leaves(result) for result in results), strict=True):
+        np.testing.assert_allclose(one, eight, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["demo", "music_small_10s"])
+def test_every_config_is_built_and_stepped(name, tokens, tmp_path):
+    config = load_config(name)
+    small = dataclasses.replace(
+        config.model, codebook_size=1024, width=16, num_heads=2, num_layers=2, text_width=128
+    )
+    shrunken = dataclasses.replace(
+        config,
+        model=small,
+        text=dataclasses.replace(config.text, source="embedded", max_tokens=8),
+        data=dataclasses.replace(config.data, path=str(tokens), segment_seconds=0.6, batch_size=8),
+        out=str(tmp_path / "run"),
+        steps=2,
+        eval_every=0,
+        sample_every=0,
+    )
+    train.train(shrunken)
+    assert newest_step(Path(shrunken.out)) == 2
+
+
+def test_all_configs_are_tested():
+    names = {path.stem for path in Path(configs.__path__[0]).glob("*.py")} - {"__init__"}
+    marked = test_every_config_is_built_and_stepped.pytestmark[0].args[1]
+    assert names == set(marked)
+
+
+def test_config_survives_json(tmp_path):
+    config = load_config("demo")
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert from_json(RunConfig, tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('"seed"', '"sead"'), "missing or unknown settings: sead, seed"),
+        (lambda text: text[:50], "not valid JSON"),
+    ],
+)
+def test_damaged_configs_are_named(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(change(to_json(load_config("demo"))))
+    with pytest.raises(UserError, match=message):
+        from_json(RunConfig, tmp_path / "config.json")
+
+
+def test_settings_that_do_not_go_together_are_refused(tokens, finished, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run")
+    model = dataclasses.replace(config.model, codebook_size=2048)
+    with pytest.raises(UserError, match="codebooks of 1024.*wants 4 of 2048"):
+        train.train(dataclasses.replace(config, model=model))
+    model = dataclasses.replace(config.model, text_width=768)
+    with pytest.raises(UserError, match="text_width is 768: set --model.text-width 128"):
+        train.train(dataclasses.replace(config, model=model))
+    with pytest.raises(UserError, match="no_such_folder"):
+        missing = dataclasses.replace(config.data, path=str(tmp_path / "no_such_folder"))
+        train.train(dataclasses.replace(config, data=missing))
+    with pytest.raises(UserError, match="multiple of 8 devices"):
+        train.train(
+            dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=7))
+        )
+    with pytest.raises(UserError, match="other settings: seed .was 0, now 1."):
+        train.train(dataclasses.replace(finished, seed=1))
+    with pytest.raises(UserError, match="even multiple"):
+        ModelConfig(width=30, num_heads=4)
+
+
+def test_tokens_of_another_codec_are_refused(finished, tmp_path):
+    spec = codec.load_codec("embedded").spec
+    example = {
+        "codes": np.zeros((4, 60), np.int16), "caption": "x", "info": "{}", "track_id": "x",
+        "source_path": "x", "start": 0.0, "duration": 1.2,
+    }  # fmt: skip
+    other = dataclasses.replace(spec, sha256="0" * 64)
+    tiny.write_data_set(tmp_path / "tokens", {"train": [example] * 8}, other)
+    moved = dataclasses.replace(finished.data, path=str(tmp_path / "tokens"))
+    with pytest.raises(UserError, match="tokenize again"):
+        train.train(dataclasses.replace(finished, data=moved))
+
+
+def test_damaged_checkpoints_are_named(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished.out, run)
+    for path in (run / "checkpoints" / "30" / "ema").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/30: damaged.*from step 25"):
+        checkpoint.load_for_inference(run)
+    assert checkpoint.load_for_inference(run, step=25).step == 25
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        checkpoint.load_for_inference(run, step=7)
+    with pytest.raises(UserError, match="no training run there"):
+        checkpoint.load_for_inference(tmp_path)
+
+
+def test_raw_and_averaged_weights_differ(finished):
+    raw = checkpoint.load_for_inference(Path(finished.out), weights="raw")
+    ema = checkpoint.load_for_inference(Path(finished.out), weights="ema")
+    assert (raw.params["lm"]["heads"] != ema.params["lm"]["heads"]).any()
+    assert raw.t5_params is raw.params["text"]
+
+
+def test_data_set_and_records_go_together(tokens):
+    assert records.read_codec_spec(tokens) == codec.load_codec("embedded").spec

@@ -1,0 +1,95 @@
+"""The smallest data sets and runs that exercise everything."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import soxr
+
+from magnet_jax import codec, records
+from magnet_jax.config import (
+    ASSETS,
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TextConfig,
+)
+
+SECONDS = 2.0
+
+
+def write_clips(directory: Path, count: int) -> list[dict]:
+    """A data set of the first two seconds (after the first) of shipped clips; its examples."""
+    encoder = codec.load_codec("embedded")
+    rate = encoder.spec.sample_rate
+    examples = []
+    for path in sorted((ASSETS / "clips").glob("*.flac"))[:count]:
+        wav, source_rate = soundfile.read(path, dtype="float32")
+        wav = soxr.resample(wav, source_rate, rate)[rate : round((1 + SECONDS) * rate)]
+        info = json.loads(path.with_suffix(".json").read_text())
+        examples.append(
+            {
+                "codes": np.asarray(encoder.encode(wav[None, None])[0], np.int16),
+                "caption": info.pop("description"),
+                "info": json.dumps(info),
+                "track_id": path.stem,
+                "source_path": path.name,
+                "start": 1.0,
+                "duration": SECONDS,
+            }
+        )
+    write_data_set(directory, {"train": examples}, encoder.spec)
+    return examples
+
+
+def write_noise(directory: Path, counts: dict[str, int], frames: int = 60) -> None:
+    """A data set of random tokens of the shipped codec's kind: fast, and good for nothing else."""
+    spec = codec.load_codec("embedded").spec
+    rng = np.random.default_rng(0)
+    splits = {
+        split: [
+            {
+                "codes": rng.integers(0, spec.codebook_size, (4, frames)).astype(np.int16),
+                "caption": f"noise number {i}, {split}",
+                "info": "{}",
+                "track_id": f"{split}{i}",
+                "source_path": f"{split}{i}.wav",
+                "start": 0.0,
+                "duration": frames / spec.frame_rate,
+            }
+            for i in range(count)
+        ]
+        for split, count in counts.items()
+    }
+    write_data_set(directory, splits, spec)
+
+
+def write_data_set(directory: Path, splits: dict[str, list[dict]], spec) -> None:
+    directory.mkdir(parents=True)
+    shards = {
+        split: [records.write_shard(directory / f".{split}", spec.num_codebooks, examples)]
+        for split, examples in splits.items()
+    }
+    records.finalise(directory, shards, spec, {})
+
+
+def run_config(data: Path, out: Path, **changes) -> RunConfig:
+    """A run of the smallest model on 8 devices."""
+    settings = dict(
+        model=ModelConfig(codebook_size=1024, width=16, num_heads=2, num_layers=2, text_width=128),
+        text=TextConfig(max_tokens=16, finetune=True),
+        data=DataConfig(path=str(data), segment_seconds=0.6, batch_size=8),
+        optimizer=OptimizerConfig(peak_lr=1e-3, warmup_steps=2, schedule_steps=60),
+        decode=DecodeConfig(steps=(2, 1, 1, 1)),
+        out=str(out),
+        steps=30,
+        log_every=5,
+        eval_every=0,
+        sample_every=0,
+        save_every=5,
+        keep_last=2,
+    )
+    return RunConfig(**(settings | changes))
