@@ -71,7 +71,9 @@ def sample(args: Args) -> list[Path]:
     from magnet_jax import api, audio, checkpoint, codec, train  # JAX is slow to load
 
     loaded = checkpoint.load_for_inference(args.checkpoint, weights=args.weights, step=args.step)
-    decoder = codec.load_codec(args.codec or loaded.codec_source)
+    decoder = codec.load_codec(
+        args.codec or loaded.codec_source, num_codebooks=loaded.codec.num_codebooks
+    )
     codec.check_same_codec(decoder.spec, loaded.codec, str(args.checkpoint))
     config, spec = loaded.config, loaded.codec
     seconds = args.seconds or config.data.segment_seconds

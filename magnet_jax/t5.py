@@ -290,6 +290,7 @@ def save(directory: Path, config: T5Config, params: Params, tokenizer: Tokenizer
         ):
             tensors[name] = _to_file(layer, weight)
     safetensors.numpy.save_file(tensors, directory / _SAFETENSORS, metadata={"format": "pt"})
+    (directory / _SAFETENSORS).chmod(0o644)  # the library leaves it to its owner alone
     model = {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",

@@ -277,7 +277,9 @@ def train(config: RunConfig) -> None:
         tqdm.write(f"{config.data.path} has no validation split: no validation loss is computed")
     decoder = None
     if config.sample_every and config.sample_prompts:
-        decoder = codec.load_codec(checkpoint.codec_source(Path(config.out), spec))
+        decoder = codec.load_codec(
+            checkpoint.codec_source(Path(config.out), spec), num_codebooks=spec.num_codebooks
+        )
         codec.check_same_codec(spec, decoder.spec, config.data.path)
 
     abstract, shardings = state_shardings(config, t5_params, mesh)

@@ -1,7 +1,11 @@
 """Eight fake CPU devices, strict shapes, and the small things that several tests need."""
 
 import os
+import tempfile
 
+# Programs compiled by one process are there for the next; gone with the test session.
+_CACHE = tempfile.TemporaryDirectory(prefix="magnet_jax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -3,8 +3,8 @@
 import dataclasses
 
 import numpy as np
-
 import tiny
+
 from magnet_jax import api, checkpoint, train, transformer
 from magnet_jax.config import DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TextConfig
 

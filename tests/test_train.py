@@ -13,13 +13,26 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny
 
 import configs
-import tiny
 from launch.train import load_config
 from magnet_jax import checkpoint, codec, data, records, sharding, t5, train
 from magnet_jax.config import MeshConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Runs take one of the fake devices, as the processes started here have one."""
+    make_mesh = sharding.make_mesh
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding,
+            "make_mesh",
+            lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]),
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +88,7 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
             [sys.executable, "-c", script, str(tmp_path / "config.json")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=os.environ | {"XLA_FLAGS": ""},
         )
         deadline = time.monotonic() + 240
         while newest_step(Path(config.out)) < wanted:
@@ -117,8 +131,10 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
 
 
 def test_eight_devices_equal_one(tokens):
-    """Two steps, of stage 0 and of stage 2, on (2, 2, 2) devices and on one."""
+    """Two steps on (2, 2, 2) devices and on one."""
     config = tiny.run_config(tokens, Path("unused"))
+    # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
     t5_config, t5_params, tokenizer = t5.load(config.text.source)
     batches = data.make_train_iterator(
         config.data, frames=30, num_codebooks=4, tokenizer=tokenizer, max_tokens=16, seed=0
@@ -130,17 +146,18 @@ def test_eight_devices_equal_one(tokens):
         _, shardings = train.state_shardings(config, t5_params, mesh)
         init = functools.partial(train.init_state, config)
         state = jax.jit(init, out_shardings=shardings)(t5_params)
-        for batch, stage in zip(rows, (0, 2)):
+        for batch in rows:
             state, metrics = train.train_step(
-                state, None, train.to_devices(batch, mesh), jax.random.key(0), stage,
-                config=config, t5_config=t5_config, local=stage > 0, dtype=np.dtype("float32"),
+                state, None, train.to_devices(batch, mesh), jax.random.key(0), 2,
+                config=config, t5_config=t5_config, local=True, dtype=np.dtype("float32"),
             )  # fmt: skip
         spec = state["params"]["lm"]["blocks"]["mlp"]["up"].sharding.spec
-        assert ("fsdp" in spec) and ("tensor" in spec)
+        if devices == 8:
+            assert spec == jax.P(None, "fsdp", "tensor")
         assert state["opt"][1][0].mu["lm"]["blocks"]["mlp"]["up"].sharding.spec == spec
         results.append(jax.device_get((state["params"], metrics["loss"])))
     for one, eight in zip(*(jax.tree.leaves(result) for result in results), strict=True):
-        np.testing.assert_allclose(one, eight, rtol=2e-3, atol=2e-5)
+        np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["demo", "music_small_10s"])
@@ -199,10 +216,6 @@ def test_settings_that_do_not_go_together_are_refused(tokens, finished, tmp_path
     with pytest.raises(UserError, match="no_such_folder"):
         missing = dataclasses.replace(config.data, path=str(tmp_path / "no_such_folder"))
         train.train(dataclasses.replace(config, data=missing))
-    with pytest.raises(UserError, match="multiple of 8 devices"):
-        train.train(
-            dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=7))
-        )
     with pytest.raises(UserError, match="other settings: seed .was 0, now 1."):
         train.train(dataclasses.replace(finished, seed=1))
     with pytest.raises(UserError, match="even multiple"):

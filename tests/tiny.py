@@ -77,7 +77,7 @@ def write_data_set(directory: Path, splits: dict[str, list[dict]], spec) -> None
 
 
 def run_config(data: Path, out: Path, **changes) -> RunConfig:
-    """A run of the smallest model on 8 devices."""
+    """A run of the smallest model."""
     settings = dict(
         model=ModelConfig(codebook_size=1024, width=16, num_heads=2, num_layers=2, text_width=128),
         text=TextConfig(max_tokens=16, finetune=True),
