@@ -7,6 +7,7 @@ that was killed and resumed is the run that never was.
 
 import dataclasses
 import functools
+import json
 import signal
 import time
 from collections import defaultdict
@@ -234,6 +235,39 @@ def write_samples(
     return folder
 
 
+class Scalars:
+    """Numbers over steps, for TensorBoard and as lines of JSON in RUN/metrics.jsonl."""
+
+    def __init__(self, run: Path, step: int):
+        """What was logged after `step`, by a process killed before it saved, is forgotten."""
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_scalars(run) if line["step"] <= step]
+            records.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def read_scalars(run: Path) -> list[dict[str, float]]:
+    """The lines of RUN/metrics.jsonl, each with its "step"; a line cut by a kill is left out."""
+    lines = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
 def train(config: RunConfig) -> None:
     """Trains to `config.steps`, from the newest checkpoint of `config.out` if it has one.
 
@@ -306,7 +340,7 @@ def train(config: RunConfig) -> None:
         number: signal.signal(number, lambda number, _: interrupted.append(number))
         for number in (signal.SIGTERM, signal.SIGINT)
     }
-    writer = SummaryWriter(str(Path(config.out) / "tensorboard"), purge_step=step + 1)
+    scalars = Scalars(Path(config.out), step)
     lr = optimizer.learning_rate(config.optimizer)
     losses, waited = defaultdict(list), 0.0
     bar = tqdm(total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1)
@@ -335,19 +369,20 @@ def train(config: RunConfig) -> None:
                 seconds = time.perf_counter() - started
                 count = sum(map(len, losses.values()))
                 means = {k: np.mean(jax.device_get(values)) for k, values in losses.items()}
-                for codebook, mean in means.items():
-                    writer.add_scalar(f"train/loss_{codebook}", mean, step)
                 mean = np.mean(list(means.values()))
                 speed = count * config.data.batch_size * frames / seconds
-                for name, value in {
-                    "train/loss": mean,
-                    "train/grad_norm": metrics["grad_norm"],
-                    "train/accuracy": metrics["accuracy"],
-                    "train/learning_rate": lr(step - 1),
-                    "speed/frames_per_second": speed,
-                    "speed/wait_for_data_share": waited / seconds,
-                }.items():
-                    writer.add_scalar(name, float(value), step)
+                scalars.log(
+                    step,
+                    {f"train/loss_{codebook}": value for codebook, value in sorted(means.items())}
+                    | {
+                        "train/loss": mean,
+                        "train/grad_norm": metrics["grad_norm"],
+                        "train/accuracy": metrics["accuracy"],
+                        "train/learning_rate": lr(step - 1),
+                        "speed/frames_per_second": speed,
+                        "speed/wait_for_data_share": waited / seconds,
+                    },
+                )
                 bar.set_postfix(loss=f"{mean:.3f}", frames_per_s=f"{speed:,.0f}")
                 losses.clear()
                 waited = 0.0
@@ -357,9 +392,8 @@ def train(config: RunConfig) -> None:
             aside = time.perf_counter()
             if held_out and step % config.eval_every == 0:
                 values = validation_loss(state["ema"], frozen_text, held_out, key, **static)
-                for codebook, value in enumerate(values):
-                    writer.add_scalar(f"validation/loss_{codebook}", value, step)
-                writer.add_scalar("validation/loss", np.mean(values), step)
+                by_codebook = {f"validation/loss_{k}": value for k, value in enumerate(values)}
+                scalars.log(step, by_codebook | {"validation/loss": np.mean(values)})
                 tqdm.write(f"step {step}: validation loss {np.mean(values):.4f}")
             if decoder and step % config.sample_every == 0:
                 folder = write_samples(
@@ -370,7 +404,7 @@ def train(config: RunConfig) -> None:
         checkpoint.save(manager, step, state, batches.get_state(), force=True)
     finally:
         manager.close()  # waits for the last save
-        writer.close()
+        scalars.close()
         bar.close()
         batches.close()
         for number, handler in handlers.items():

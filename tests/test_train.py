@@ -100,6 +100,10 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
         process.wait()
     train.train(config)
     assert_equal_trees(final_state(config), final_state(finished))
+    lines = [line for line in train.read_scalars(Path(config.out)) if "train/loss" in line]
+    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
+    whole = [line for line in train.read_scalars(Path(finished.out)) if "train/loss" in line]
+    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in whole]
 
 
 def test_a_finished_run_holds_what_the_readme_promises(finished):
@@ -107,6 +111,9 @@ def test_a_finished_run_holds_what_the_readme_promises(finished):
     assert newest_step(out) == 30
     assert len(list((out / "checkpoints").iterdir())) == finished.keep_last
     assert list((out / "tensorboard").iterdir())
+    scalars = train.read_scalars(out)
+    assert [line["step"] for line in scalars if "train/loss" in line] == [5, 10, 15, 20, 25, 30]
+    assert [line["step"] for line in scalars if "validation/loss_3" in line] == [15, 30]
     assert [path.name for path in sorted((out / "samples" / "step_0000030").iterdir())] == [
         "00.wav",
         "prompts.txt",

@@ -1,0 +1,161 @@
+"""The main job, whole and small: audio to tokens, a model trained on them, WAVs, an export.
+
+python -m launch.demo --out demo
+"""
+
+import dataclasses
+import json
+import shlex
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import soundfile
+import tyro
+from tqdm import tqdm
+
+from launch import export, sample
+from launch.train import load_config
+from magnet_jax import api, checkpoint, errors, train
+from magnet_jax.config import ASSETS
+from tokenization import job
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PROMPTS = (
+    "A Bach chorale played on church organ, slow, in G minor",
+    "A fiddle tune played on violin, lively, in F major",
+    "An Irish dance tune played on harp, slow, in A major",
+)
+SEED = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    out: Path = Path("demo")
+    """Folder for everything the demo makes; run again, it goes on where it was."""
+
+
+def draw(args: Args, wav: Path) -> Path:
+    """The loss curve, the decoding's masks (Fig. 6 of the paper) and a sample's spectrogram."""
+    loaded = checkpoint.load_for_inference(args.out / "run")
+    config = loaded.config
+    generated = api.generate_codes(
+        loaded.params["lm"],
+        loaded.t5_params,
+        PROMPTS,
+        config=config.model,
+        t5_config=loaded.t5_config,
+        tokenizer=loaded.tokenizer,
+        max_tokens=config.text.max_tokens,
+        num_frames=train.segment_frames(config, loaded.codec),
+        decoding=config.decode,
+        seed=SEED,
+        dtype=train.compute_dtype(config),
+    )
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
+
+    scalars = train.read_scalars(args.out / "run")
+    for codebook in range(config.model.num_codebooks):
+        name = f"train/loss_{codebook}"
+        points = [(line["step"], line[name]) for line in scalars if name in line]
+        left.plot(*zip(*points), lw=1, alpha=0.6, label=f"training, codebook {codebook + 1}")
+    for name, style in (("train/loss", "k-"), ("validation/loss", "ko")):
+        points = [(line["step"], line[name]) for line in scalars if name in line]
+        if points:
+            left.plot(*zip(*points), style, label=f"{name.split('/')[0]}, mean")
+    chance = np.log(config.model.codebook_size)
+    left.axhline(chance, color="gray", ls=":", label="chance")
+    left.set(xlabel="step", ylabel="masked cross-entropy (nats)", title="Loss")
+    left.legend(fontsize=8)
+
+    kept_PT = ~generated.hidden_PBT[:, 0]
+    middle.imshow(kept_PT, aspect="auto", cmap="viridis", interpolation="nearest")
+    for end in np.cumsum(config.decode.steps)[:-1]:
+        middle.axhline(end - 0.5, color="white", lw=1.5)
+    middle.set(xlabel="frame", ylabel="decoding step", title="Decoding: kept tokens (yellow)")
+    middle.set_yticks(
+        np.cumsum((0, *config.decode.steps[:-1])) + np.array(config.decode.steps) / 2 - 0.5,
+        [f"codebook {k + 1}" for k in range(config.model.num_codebooks)],
+        rotation=90,
+        va="center",
+    )
+
+    samples, rate = soundfile.read(wav)
+    right.specgram(samples, NFFT=1024, Fs=rate, noverlap=768, vmin=-140)
+    right.set(xlabel="seconds", ylabel="Hz", title=f"Sample: {PROMPTS[0]}")
+    path = args.out / "demo.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def demo(args: Args) -> None:
+    """Runs the five parts; each says the command that does the same by itself."""
+    began = time.perf_counter()
+    config = load_config("demo")
+    data, run, wavs, exported = (args.out / name for name in ("tokens", "run", "wavs", "export"))
+
+    def announce(number: int, what: str, *command: str) -> None:
+        seconds = time.perf_counter() - began
+        tqdm.write(f"\n[{number}/5, {seconds:.0f} s] {what}\n  python -m {shlex.join(command)}")
+
+    clips = ASSETS / "clips"
+    # 15 %: of twenty clips, two.
+    announce(
+        1, "audio to tokens", "tokenization.job", "--audio", str(clips), "--out", str(data),
+        "--validation-percent", "15",
+    )  # fmt: skip
+    print(job.run(job.Job(audio=clips, out=data, validation_percent=15.0)))
+
+    announce(
+        2, "tokens to a model", "launch.train", "--config", "demo", "--data.path", str(data),
+        "--out", str(run),
+    )  # fmt: skip
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, path=str(data)), out=str(run)
+    )
+    train.train(config)
+
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    announce(
+        3, "texts to music", "launch.sample", "--checkpoint", str(run), *prompts,
+        "--out", str(wavs), "--seed", str(SEED),
+    )  # fmt: skip
+    written = sample.sample(
+        sample.Args(checkpoint=run, out=wavs, prompt=PROMPTS, seed=SEED, decode=config.decode)
+    )
+
+    announce(
+        4, "model to AudioCraft and safetensors", "launch.export", "--checkpoint", str(run),
+        "--out", str(exported), "--overwrite",
+    )  # fmt: skip
+    export.main(export.Args(checkpoint=run, out=exported, overwrite=True))
+
+    tqdm.write(f"\n[5/5, {time.perf_counter() - began:.0f} s] a picture of it all")
+    picture = draw(args, written[0])
+
+    scalars = [line for line in train.read_scalars(run) if "train/loss" in line]
+    first, last = scalars[0]["train/loss"], scalars[-1]["train/loss"]
+    seconds = json.loads(written[0].with_suffix(".json").read_text())["seconds"]
+    tqdm.write(
+        f"\nDone in {time.perf_counter() - began:.0f} s. The loss fell from {first:.2f} to "
+        f"{last:.2f} nats a token (chance: {np.log(config.model.codebook_size):.2f}).\n"
+        f"  data set   {data}\n  run        {run}  (tensorboard --logdir {run})\n"
+        f"  music      {wavs}  ({len(written)} WAVs of {seconds:g} s)\n  export     {exported}\n"
+        f"  picture    {picture}\n"
+        "A model this small, trained for minutes on twenty clips, has learned what such music "
+        "sounds like, not how to compose it. Try next:\n"
+        f'  python -m launch.sample --checkpoint {run} --prompt "A slow tune on the flute" '
+        "--seconds 5 --seed 1 --out more\n"
+        "  python -m tokenization.job --audio YOUR_MUSIC --out my_tokens\n"
+        "  python -m launch.train --config demo --data.path my_tokens --out my_run --steps 5000 "
+        "--optimizer.schedule-steps 5000"
+    )
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        demo(tyro.cli(Args, prog="python -m launch.demo", description=__doc__))
