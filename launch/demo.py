@@ -75,17 +75,20 @@ def draw(args: Args, wav: Path) -> Path:
     middle.imshow(kept_PT, aspect="auto", cmap="viridis", interpolation="nearest")
     for end in np.cumsum(config.decode.steps)[:-1]:
         middle.axhline(end - 0.5, color="white", lw=1.5)
-    middle.set(xlabel="frame", ylabel="decoding step", title="Decoding: kept tokens (yellow)")
+    middle.set(xlabel="frame", title="Decoding steps, downwards: kept tokens (yellow)")
     middle.set_yticks(
         np.cumsum((0, *config.decode.steps[:-1])) + np.array(config.decode.steps) / 2 - 0.5,
-        [f"codebook {k + 1}" for k in range(config.model.num_codebooks)],
+        [f"cb {k + 1}, {config.decode.steps[k]} steps" for k in range(config.model.num_codebooks)],
         rotation=90,
         va="center",
     )
 
     samples, rate = soundfile.read(wav)
     right.specgram(samples, NFFT=1024, Fs=rate, noverlap=768, vmin=-140)
-    right.set(xlabel="seconds", ylabel="Hz", title=f"Sample: {PROMPTS[0]}")
+    right.set(xlabel="seconds", ylabel="Hz", title="A sample")
+    right.text(
+        0.5, 0.97, PROMPTS[0], transform=right.transAxes, ha="center", va="top", color="white"
+    )
     path = args.out / "demo.png"
     figure.savefig(path, dpi=100)
     plt.close(figure)

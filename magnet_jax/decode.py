@@ -66,13 +66,23 @@ def make_schedule(config: DecodeConfig, num_spans: int) -> tuple[Schedule, Sched
 def nucleus(probs_V: jax.Array, top_p: jax.Array | float) -> jax.Array:
     """Keeps the most probable tokens until their mass exceeds `top_p`, and renormalises.
 
-    A token stays while the mass of the more probable ones is at most `top_p`. float32 [..., V].
+    A token stays while the mass of the more probable ones is at most `top_p`. That makes the kept
+    set "all at least as probable as some threshold", and the threshold is found by bisection over
+    the bits of a float, exactly and without a sort. float32 [..., V].
     """
-    order_V = jnp.argsort(-probs_V, axis=-1)
-    sorted_V = jnp.take_along_axis(probs_V, order_V, axis=-1)
-    keep_V = jnp.cumsum(sorted_V, axis=-1) - sorted_V <= top_p
-    kept_V = jnp.where(keep_V, sorted_V, 0.0)
-    kept_V = jnp.take_along_axis(kept_V, jnp.argsort(order_V, axis=-1), axis=-1)
+    high = jnp.full(probs_V.shape[:-1], np.float32(1).view(np.int32))  # mass above it: at most p
+    low = jnp.full_like(high, -1)  # mass above it: more than p
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low + high) // 2
+        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)[..., None]
+        enough = jnp.where(probs_V > threshold, probs_V, 0.0).sum(-1) <= top_p
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, high = jax.lax.fori_loop(0, 30, halve, (low, high))
+    threshold = jax.lax.bitcast_convert_type(high, jnp.float32)[..., None]
+    kept_V = jnp.where(probs_V >= threshold, probs_V, 0.0)
     return kept_V / kept_V.sum(-1, keepdims=True)
 
 

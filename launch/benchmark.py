@@ -1,0 +1,138 @@
+"""Measures what this machine does, as ratios of things run side by side.
+
+python -m launch.benchmark loader --data DATA     frames/s of the loader against the train step's
+python -m launch.benchmark decode --checkpoint RUN     programs compiled, and time a clip
+"""
+
+import dataclasses
+import functools
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from launch.train import load_config
+from magnet_jax import api, checkpoint, data, decode, errors, records, sharding, t5, train
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Frames a second: the loader alone, and a train step alone on batches in memory."""
+
+    data: Path
+    """A data set of `python -m tokenization.job`."""
+    config: str = "demo"
+    """Config of the train step."""
+    batches: int = 200
+    """Batches to load."""
+    steps: int = 20
+    """Steps to run, after those that compile."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decode:
+    """Seconds a clip for several batch sizes, and how many programs were compiled."""
+
+    checkpoint: Path
+    """Folder of a training run."""
+    batch_sizes: tuple[int, ...] = (1, 4)
+    """Clips at once."""
+    repeats: int = 3
+    """Calls timed a batch size, after the one that compiles; their settings all differ."""
+
+
+def loader(args: Loader) -> None:
+    config = load_config(args.config)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))
+    spec = records.read_codec_spec(args.data)
+    t5_config, t5_params, tokenizer = t5.load(config.text.source)
+    train.check_fit(config, spec, t5_config)
+    frames = train.segment_frames(config, spec)
+    batches = data.make_train_iterator(
+        config.data,
+        frames=frames,
+        num_codebooks=config.model.num_codebooks,
+        tokenizer=tokenizer,
+        max_tokens=config.text.max_tokens,
+        seed=config.seed,
+    )
+    next(batches)
+    started = time.perf_counter()
+    for _ in range(args.batches):
+        batch = next(batches)
+    loaded = args.batches * config.data.batch_size * frames / (time.perf_counter() - started)
+
+    mesh = sharding.make_mesh(config.mesh)
+    _, shardings = train.state_shardings(config, t5_params, mesh)
+    init = functools.partial(train.init_state, config)
+    state = jax.jit(init, out_shardings=shardings)(t5_params)
+    frozen_text = None if config.text.finetune else t5_params
+    batch = train.to_devices(batch, mesh)
+    static = dict(config=config, t5_config=t5_config, dtype=train.compute_dtype(config))
+    # As in training, each codebook has its turn; the first round compiles both programs.
+    num_codebooks = config.model.num_codebooks
+    for step in range(num_codebooks + args.steps):
+        if step == num_codebooks:
+            jax.block_until_ready(state)
+            started = time.perf_counter()
+        stage = step % num_codebooks
+        state, _ = train.train_step(
+            state, frozen_text, batch, jax.random.key(0), stage, local=stage > 0, **static
+        )
+    jax.block_until_ready(state)
+    trained = args.steps * config.data.batch_size * frames / (time.perf_counter() - started)
+    print(f"loader      {loaded:12,.0f} frames/s")
+    print(f"train step  {trained:12,.0f} frames/s")
+    print(f"ratio       {loaded / trained:12.1f}")
+
+
+def decoding(args: Decode) -> None:
+    loaded = checkpoint.load_for_inference(args.checkpoint)
+    config = loaded.config
+    frames = train.segment_frames(config, loaded.codec)
+    decode.generate.clear_cache()
+    for size in args.batch_sizes:
+        seconds = []
+        for repeat in range(args.repeats + 1):
+            started = time.perf_counter()
+            api.generate_codes(
+                loaded.params["lm"],
+                loaded.t5_params,
+                [f"text {repeat}"] * size,
+                config=config.model,
+                t5_config=loaded.t5_config,
+                tokenizer=loaded.tokenizer,
+                max_tokens=config.text.max_tokens,
+                num_frames=frames,
+                # Other numbers, not other shapes: no new program.
+                decoding=dataclasses.replace(config.decode, max_guidance=10.0 - repeat),
+                seed=repeat,
+                dtype=train.compute_dtype(config),
+            )
+            seconds.append(time.perf_counter() - started)
+        clip = frames / loaded.codec.frame_rate
+        best = min(seconds[1:])
+        print(
+            f"batch {size}: first call {seconds[0]:.2f} s, then {best:.3f} s: "
+            f"{size * clip / best:.1f} s of music a second"
+        )
+    programs = decode.generate._cache_size()
+    print(f"{programs} programs for {len(args.batch_sizes)} shapes")
+
+
+Command = (
+    Annotated[Loader, tyro.conf.subcommand("loader")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+)
+
+
+def main() -> None:
+    args = tyro.cli(Command, prog="python -m launch.benchmark", description=__doc__)
+    loader(args) if isinstance(args, Loader) else decoding(args)
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        main()
