@@ -13,6 +13,7 @@ from typing import Annotated
 import jax
 import tyro
 
+from launch import cli
 from launch.train import load_config
 from magnet_jax import api, checkpoint, data, decode, errors, records, sharding, t5, train
 
@@ -129,7 +130,7 @@ Command = (
 
 
 def main() -> None:
-    args = tyro.cli(Command, prog="python -m launch.benchmark", description=__doc__)
+    args = cli.parse(Command, prog="python -m launch.benchmark", description=__doc__)
     loader(args) if isinstance(args, Loader) else decoding(args)
 
 

@@ -12,10 +12,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import soundfile
-import tyro
 from tqdm import tqdm
 
-from launch import export, sample
+from launch import cli, export, sample
 from launch.train import load_config
 from magnet_jax import api, checkpoint, errors, train
 from magnet_jax.config import ASSETS
@@ -161,4 +160,4 @@ def demo(args: Args) -> None:
 
 if __name__ == "__main__":
     with errors.reported():
-        demo(tyro.cli(Args, prog="python -m launch.demo", description=__doc__))
+        demo(cli.parse(Args, prog="python -m launch.demo", description=__doc__))

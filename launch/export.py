@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from launch import cli
 from magnet_jax import codec as codecs
 from magnet_jax import convert, convert_codec, t5
 from magnet_jax.bundle import Bundle, model_card, read_safetensors, write_safetensors
@@ -223,4 +224,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with reported():
-        main(tyro.cli(Args))
+        main(cli.parse(Args, prog="python -m launch.export", description=__doc__))

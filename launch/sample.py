@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from launch import cli
 from magnet_jax import errors
 from magnet_jax.config import DecodeConfig, RunConfig, from_json
 from magnet_jax.errors import UserError
@@ -138,10 +139,10 @@ def parse(args: list[str]) -> Args:
     if checkpoint and (checkpoint / "config.json").exists():
         defaults = from_json(RunConfig, checkpoint / "config.json").decode
     missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
-    return tyro.cli(
+    return cli.parse(
         Args,
+        args,
         default=Args(**missing, decode=defaults),
-        args=args,
         prog="python -m launch.sample",
         description=__doc__,
     )

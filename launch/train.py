@@ -8,9 +8,8 @@ import importlib
 import pkgutil
 import sys
 
-import tyro
-
 import configs
+from launch import cli
 from magnet_jax import errors
 from magnet_jax.config import RunConfig
 
@@ -27,10 +26,10 @@ def main(args: list[str]) -> None:
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--config", default="demo")
     chosen, rest = first.parse_known_args(args)
-    config = tyro.cli(
+    config = cli.parse(
         RunConfig,
+        rest,
         default=load_config(chosen.config),
-        args=rest,
         prog="python -m launch.train [--config NAME]",
         description=f"{__doc__}\n--config NAME sets the defaults, from configs/NAME.py. "
         f"Those of {chosen.config!r} are shown.",

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from launch import cli
 from magnet_jax import records
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.config import EMBEDDED, CodecSpec
@@ -440,7 +440,7 @@ def _finish(
 
 def main() -> None:
     with reported():
-        print(run(tyro.cli(Job)))
+        print(run(cli.parse(Job, prog="python -m tokenization.job")))
 
 
 if __name__ == "__main__":
