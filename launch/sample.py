@@ -100,7 +100,8 @@ def sample(args: Args) -> list[Path]:
             first_sample=first,
             dtype=train.compute_dtype(config),
         )
-        wavs_BCN = decoder.decode(generated.codes_BKT[: len(batch)])
+        # One at a time: PyTorch's convolutions round differently in batches.
+        wavs_BCN = [decoder.decode(codes_KT[None])[0] for codes_KT in generated.codes_BKT]
         took = time.perf_counter() - started
         for i, (text, wav_CN) in enumerate(zip(batch, wavs_BCN), start=first):
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None

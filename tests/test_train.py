@@ -24,14 +24,8 @@ from magnet_jax.errors import UserError
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Runs take one of the fake devices, as the processes started here have one."""
-    make_mesh = sharding.make_mesh
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            sharding,
-            "make_mesh",
-            lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]),
-        )
+        tiny.use_one_device(patch)
         yield
 
 

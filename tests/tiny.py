@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 import soundfile
 import soxr
 
-from magnet_jax import codec, records
+from magnet_jax import codec, records, sharding
 from magnet_jax.config import (
     ASSETS,
     DataConfig,
@@ -74,6 +76,16 @@ def write_data_set(directory: Path, splits: dict[str, list[dict]], spec) -> None
         for split, examples in splits.items()
     }
     records.finalise(directory, shards, spec, {})
+
+
+def use_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Lets runs take one of the fake devices, as processes started by tests have one."""
+    make_mesh = sharding.make_mesh
+    patch.setattr(
+        sharding,
+        "make_mesh",
+        lambda mesh, devices=None: make_mesh(mesh, devices or jax.devices()[:1]),
+    )
 
 
 def run_config(data: Path, out: Path, **changes) -> RunConfig:

@@ -1,0 +1,149 @@
+"""The commands: what they write, that they repeat, and one line for every mistake."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+
+from launch import benchmark, cli, sample
+from launch import train as launch_train
+from magnet_jax import audio, errors, train
+from magnet_jax.config import DecodeConfig, RunConfig
+from magnet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("launch")
+    tiny.write_noise(folder / "tokens", {"train": 8})
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        train.train(tiny.run_config(folder / "tokens", folder / "run", steps=2))
+    return folder / "run"
+
+
+def sample_args(run, out, *more):
+    return sample.parse(["--checkpoint", str(run), "--out", str(out), *more])
+
+
+def test_samples_are_written_with_every_setting(run, tmp_path):
+    args = sample_args(run, tmp_path, "--prompt", "A tune!", "--prompt", "drums", "--seed", "3")
+    paths = sample.sample(args)
+    assert [path.name for path in paths] == ["000-a-tune.wav", "001-drums.wav"]
+    samples, rate = soundfile.read(paths[0])
+    assert rate == 16000 and len(samples) == 0.6 * rate
+    settings = json.loads(paths[0].with_suffix(".json").read_text())
+    assert settings["prompt"] == "A tune!" and settings["seed"] == 3 and settings["step"] == 2
+    assert settings["decode"]["steps"] == [2, 1, 1, 1]  # the run's own
+    assert settings["reached_lufs"] == pytest.approx(-14, abs=1.0)
+
+
+def test_a_clip_is_the_same_alone_in_a_batch_and_again(run, tmp_path):
+    prompts = ["--prompt", "one", "--prompt", "two", "--prompt", "three"]
+    one = sample.sample(sample_args(run, tmp_path / "a", *prompts, "--batch-size", "2"))
+    other = sample.sample(sample_args(run, tmp_path / "b", *prompts[:2]))
+    again = sample.sample(sample_args(run, tmp_path / "c", *prompts, "--batch-size", "2"))
+    assert one[0].read_bytes() == other[0].read_bytes() == again[0].read_bytes()
+    assert one[2].read_bytes() == again[2].read_bytes()
+    assert one[0].read_bytes() != one[1].read_bytes()
+
+
+def test_unconditional_length_and_loudness(run, tmp_path):
+    more = ("--unconditional", "1", "--seconds", "0.5", "--lufs", "None")
+    (path,) = sample.sample(sample_args(run, tmp_path, *more))
+    assert path.name == "000-unconditional.wav"
+    assert soundfile.info(path).frames == 8000
+    assert json.loads(path.with_suffix(".json").read_text())["reached_lufs"] is None
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt", " "], "--prompt is empty"),
+        ([], "nothing to do"),
+        (["--prompt", "x", "--seconds", "0"], "--seconds must be positive"),
+        (["--prompt", "x", "--batch-size", "0"], "--batch-size must be"),
+        (["--prompt", "x", "--decode.steps", "2", "2"], "one number a codebook"),
+        (["--prompt", "x", "--step", "1"], "no checkpoint of step 1"),
+        (["--prompt", "x", "--decode.top-p", "1.5"], "decode.top_p must lie"),
+        (["--prompt", "x", "--promt", "y"], "unknown setting --promt: did you mean --prompt"),
+        (["--prompt", "x", "--seed", "a"], "--seed"),
+    ],
+)
+def test_mistakes_in_sampling_are_named_and_nothing_is_written(run, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        sample.sample(sample_args(run, tmp_path, *more))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_ends_in_one_line_and_a_status(tmp_path):
+    command = [sys.executable, "-m", "launch.train", "--data.path", "nowhere"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: data set nowhere")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        launch_train.main(["--help"])
+    shown = capsys.readouterr().out
+    for name in cli.setting_names(RunConfig):
+        assert name in shown
+
+
+def test_unknown_configs_and_settings_are_named():
+    with pytest.raises(UserError, match="there are demo, music_small_10s"):
+        launch_train.main(["--config", "nothing"])
+    with pytest.raises(UserError, match="did you mean --optimizer.peak-lr"):
+        launch_train.main(["--optimizer.peek-lr", "1"])
+
+
+def test_errors_are_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_, errors.reported():
+        raise UserError("two\nlines")
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == "error: two lines\n"
+
+
+def test_loudness_is_reached_and_peaks_stay_below_full_scale():
+    rng = np.random.default_rng(0)
+    wav_CN = (0.01 * rng.standard_normal((1, 16000))).astype(np.float32)
+    out_CN, loudness = audio.normalize_loudness(wav_CN, 16000, -14.0)
+    assert loudness == pytest.approx(-14, abs=0.2)
+    quiet_CN = np.abs(out_CN) < audio.KNEE  # these were scaled and nothing else
+    gains = out_CN[quiet_CN] / wav_CN[quiet_CN]
+    np.testing.assert_allclose(gains, gains[0], rtol=1e-3)
+    assert quiet_CN.mean() > 0.99
+    wav_CN[0, 8000] = 0.5
+    out_CN, loudness = audio.normalize_loudness(wav_CN, 16000, -14.0)
+    assert -15.5 < loudness < -14
+    assert 0.99 < np.abs(out_CN).max() < 1
+    silence = np.zeros((1, 16000), np.float32)
+    out_CN, loudness = audio.normalize_loudness(silence, 16000, -14.0)
+    assert loudness is None and not out_CN.any()
+    assert audio.normalize_loudness(wav_CN[:, :100], 16000, -14.0)[1] is None
+
+
+def test_audio_that_is_not_finite_is_not_written(tmp_path):
+    with pytest.raises(UserError, match="NaN"):
+        audio.write_wav(tmp_path / "x.wav", np.full((1, 8), np.nan, np.float32), 16000)
+    assert not list(tmp_path.iterdir())
+
+
+def test_benchmarks_run(run, capsys, monkeypatch):
+    tiny.use_one_device(monkeypatch)
+    benchmark.decoding(benchmark.Decode(checkpoint=run, batch_sizes=(1, 2), repeats=2))
+    assert "2 programs for 2 shapes" in capsys.readouterr().out
+    monkeypatch.setattr(
+        benchmark,
+        "load_config",
+        lambda name: dataclasses.replace(tiny.run_config("", ""), decode=DecodeConfig()),
+    )
+    benchmark.loader(benchmark.Loader(data=run.parent / "tokens", batches=3, steps=2))
+    assert "ratio" in capsys.readouterr().out
