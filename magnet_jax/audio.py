@@ -8,11 +8,11 @@ import soundfile
 
 from magnet_jax.errors import UserError
 
-KNEE = 0.8  # amplitudes above it are bent, so that they stay below full scale
+KNEE = 0.8  # amplitudes above it are bent, so that they stay within full scale
 
 
 def soft_limit(wav_CN: np.ndarray) -> np.ndarray:
-    """Leaves amplitudes up to `KNEE` as they are and bends what is above below full scale."""
+    """Leaves amplitudes up to `KNEE` as they are and bends what is above into full scale."""
     over = np.maximum(np.abs(wav_CN) - KNEE, 0)
     bent = KNEE + (1 - KNEE) * np.tanh(over / (1 - KNEE))
     return np.where(over > 0, np.copysign(bent, wav_CN), wav_CN).astype(np.float32)
