@@ -102,17 +102,13 @@ def open_manager(config: RunConfig) -> ocp.CheckpointManager:
     )
 
 
-def save(
-    manager: ocp.CheckpointManager, step: int, state: dict, data: dict, *, force: bool = False
-) -> None:
-    """Saves where the interval says so, or `force` does and it was not just done.
+def save(manager: ocp.CheckpointManager, step: int, state: dict, data: dict) -> None:
+    """Begins to save a step, whatever the interval says; the manager's `close` waits for it.
 
     Each entry of `state` is an item by itself, so that inference reads only the one it needs.
     """
-    if force and manager.latest_step() == step:
-        return
     items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=force)
+    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=True)
 
 
 def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:

@@ -5,14 +5,16 @@ data position, the stage from (seed, step), all noise from (seed, each clip's ow
 that was killed and resumed is the run that never was.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -202,35 +204,92 @@ def validation_loss(
     ]
 
 
+class Setup(NamedTuple):
+    """What a run works with, beside its config."""
+
+    spec: CodecSpec
+    t5_config: t5.T5Config
+    t5_params: dict
+    tokenizer: Tokenizer
+    mesh: Mesh
+    frames: int  # T of a batch
+    dtype: jnp.dtype
+
+    def static(self, config: RunConfig) -> dict:
+        """Static arguments of the compiled steps, without names that no program depends on."""
+        config = dataclasses.replace(config, out="", sample_prompts=())
+        return {"config": config, "t5_config": self.t5_config, "dtype": self.dtype}
+
+
+def set_up(config: RunConfig) -> Setup:
+    """Checks that settings, data and model go together, and prepares the run's folder."""
+    if not config.out:
+        raise UserError("no folder for the run: give --out DIR")
+    run = Path(config.out)
+    spec = records.read_codec_spec(config.data.path)
+    begun = (run / "config.json").exists()
+    t5_config, t5_params, tokenizer = t5.load(str(run / "text") if begun else config.text.source)
+    check_fit(config, spec, t5_config)
+    mesh = sharding.make_mesh(config.mesh)
+    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.data.batch_size % rows:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} is not a multiple of {rows} devices"
+        )
+    checkpoint.prepare_run(config, spec)
+    frames, dtype = segment_frames(config, spec), compute_dtype(config)
+    return Setup(spec, t5_config, t5_params, tokenizer, mesh, frames, dtype)
+
+
+def open_data(config: RunConfig, setup: Setup) -> tuple[Any, list[dict]]:
+    """The endless training batches, and all validation batches, on the devices."""
+    keywords = dict(
+        frames=setup.frames,
+        num_codebooks=config.model.num_codebooks,
+        tokenizer=setup.tokenizer,
+        max_tokens=config.text.max_tokens,
+    )
+    batches = data.make_train_iterator(config.data, **keywords, seed=config.seed)
+    if not config.eval_every:
+        return batches, []
+    if not records.has_split(config.data.path, "validation"):
+        tqdm.write(f"{config.data.path} has no validation split: no validation loss is computed")
+        return batches, []
+    held_out = data.validation_batches(config.data, **keywords, num_batches=config.eval_batches)
+    return batches, [to_devices(batch, setup.mesh) for batch in held_out]
+
+
+def open_decoder(config: RunConfig, spec: CodecSpec) -> codec.Codec | None:
+    """The codec that makes sample audio, where samples are wanted."""
+    if not (config.sample_every and config.sample_prompts):
+        return None
+    source = checkpoint.codec_source(Path(config.out), spec)
+    decoder = codec.load_codec(source, num_codebooks=spec.num_codebooks)
+    codec.check_same_codec(spec, decoder.spec, config.data.path)
+    return decoder
+
+
 def write_samples(
-    config: RunConfig,
-    spec: CodecSpec,
-    decoder: codec.Codec,
-    state: dict,
-    frozen_text: dict | None,
-    t5_config: t5.T5Config,
-    tokenizer: Tokenizer,
-    step: int,
-    dtype: jnp.dtype,
+    config: RunConfig, setup: Setup, decoder: codec.Codec, ema: dict, frozen_text: Any, step: int
 ) -> Path:
     """Samples the run's prompts from the averaged weights, always with the same seed."""
     generated = api.generate_codes(
-        state["ema"]["lm"],
-        state["ema"].get("text", frozen_text),
+        ema["lm"],
+        ema.get("text", frozen_text),
         config.sample_prompts,
         config=config.model,
-        t5_config=t5_config,
-        tokenizer=tokenizer,
+        t5_config=setup.t5_config,
+        tokenizer=setup.tokenizer,
         max_tokens=config.text.max_tokens,
-        num_frames=segment_frames(config, spec),
+        num_frames=setup.frames,
         decoding=config.decode,
         seed=config.seed,
-        dtype=dtype,
+        dtype=setup.dtype,
     )
     folder = Path(config.out) / "samples" / f"step_{step:07d}"
     for i, wav_CN in enumerate(decoder.decode(generated.codes_BKT)):
-        wav_CN, _ = audio.normalize_loudness(wav_CN, spec.sample_rate, target_lufs=-14.0)
-        audio.write_wav(folder / f"{i:02d}.wav", wav_CN, spec.sample_rate)
+        wav_CN, _ = audio.normalize_loudness(wav_CN, setup.spec.sample_rate, target_lufs=-14.0)
+        audio.write_wav(folder / f"{i:02d}.wav", wav_CN, setup.spec.sample_rate)
     (folder / "prompts.txt").write_text("".join(f"{p}\n" for p in config.sample_prompts))
     return folder
 
@@ -268,6 +327,50 @@ def read_scalars(run: Path) -> list[dict[str, float]]:
     return lines
 
 
+class Window:
+    """What happened since the last line of scalars."""
+
+    def __init__(self):
+        self.losses = defaultdict(list)  # of each codebook, still on the devices
+        self.waited = 0.0  # seconds for data
+        self.started = time.perf_counter()
+
+    def scalars(self, frames_per_step: int) -> dict[str, float]:
+        """Mean losses and speeds; waits for the steps to finish."""
+        means = {k: np.mean(jax.device_get(losses)) for k, losses in sorted(self.losses.items())}
+        seconds = time.perf_counter() - self.started
+        steps = sum(map(len, self.losses.values()))
+        return {f"train/loss_{codebook}": mean for codebook, mean in means.items()} | {
+            "train/loss": np.mean(list(means.values())),
+            "speed/frames_per_second": steps * frames_per_step / seconds,
+            "speed/wait_for_data_share": self.waited / seconds,
+        }
+
+
+def check_finite(loss: jax.Array, step: int) -> None:
+    """Raises `UserError` where training has diverged; waits for the step."""
+    if not np.isfinite(loss):
+        raise UserError(
+            f"the loss of step {step} is {loss}; nothing of it was saved: start again from the "
+            "last checkpoint, or anew with a lower --optimizer.peak-lr"
+        )
+
+
+@contextlib.contextmanager
+def catching_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT in a list instead of dying of them."""
+    caught: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda number, _: caught.append(number))
+        for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def train(config: RunConfig) -> None:
     """Trains to `config.steps`, from the newest checkpoint of `config.out` if it has one.
 
@@ -276,144 +379,78 @@ def train(config: RunConfig) -> None:
     Raises:
       UserError: settings, data, model and folder do not go together, or the loss is not finite.
     """
-    if not config.out:
-        raise UserError("no folder for the run: give --out DIR")
-    spec = records.read_codec_spec(config.data.path)
-    t5_config, t5_params, tokenizer = t5.load(config.text.source)
-    check_fit(config, spec, t5_config)
-    mesh = sharding.make_mesh(config.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} is not a multiple of {rows} devices"
-        )
-    checkpoint.prepare_run(config, spec)
-
-    dtype = compute_dtype(config)
-    key = jax.random.key(config.seed)
-    frames = segment_frames(config, spec)
-    per_batch = dict(
-        frames=frames,
-        num_codebooks=config.model.num_codebooks,
-        tokenizer=tokenizer,
-        max_tokens=config.text.max_tokens,
-    )
-    batches = data.make_train_iterator(config.data, **per_batch, seed=config.seed)
-    held_out = []
-    if config.eval_every and records.has_split(config.data.path, "validation"):
-        held_out = [
-            to_devices(batch, mesh)
-            for batch in data.validation_batches(
-                config.data, **per_batch, num_batches=config.eval_batches
-            )
-        ]
-    elif config.eval_every:
-        tqdm.write(f"{config.data.path} has no validation split: no validation loss is computed")
-    decoder = None
-    if config.sample_every and config.sample_prompts:
-        decoder = codec.load_codec(
-            checkpoint.codec_source(Path(config.out), spec), num_codebooks=spec.num_codebooks
-        )
-        codec.check_same_codec(spec, decoder.spec, config.data.path)
-
-    abstract, shardings = state_shardings(config, t5_params, mesh)
-    manager = checkpoint.open_manager(config)
-    step = manager.latest_step() or 0
-    if step:
-        state = checkpoint.restore(manager, step, **abstract, data=None)
-        batches.set_state(state.pop("data"))
-    else:
-        state = jax.jit(functools.partial(init_state, config), out_shardings=shardings)(t5_params)
+    setup = set_up(config)
+    batches, held_out = open_data(config, setup)
+    decoder = open_decoder(config, setup.spec)
+    abstract, shardings = state_shardings(config, setup.t5_params, setup.mesh)
     frozen_text = None
     if not config.text.finetune:
-        frozen_text = jax.device_put(t5_params, sharding.replicated(mesh))
-    static = dict(config=static_part(config), t5_config=t5_config, dtype=dtype)
+        frozen_text = jax.device_put(setup.t5_params, sharding.replicated(setup.mesh))
+    key, static = jax.random.key(config.seed), setup.static(config)
+    learning_rate = optimizer.learning_rate(config.optimizer)
 
-    tqdm.write(
-        f"{transformer.count_params(state['params']['lm']) / 1e6:.1f} M parameters, "
-        f"{config.data.batch_size} clips of {frames} frames a step, {dtype} on "
-        f"{mesh.size} {jax.devices()[0].device_kind} device(s)"
-        + (f", resumed at step {step}" if step else "")
-    )
-    interrupted = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: interrupted.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    scalars = Scalars(Path(config.out), step)
-    lr = optimizer.learning_rate(config.optimizer)
-    losses, waited = defaultdict(list), 0.0
-    bar = tqdm(total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1)
-    started = time.perf_counter()
-    try:
-        while step < config.steps and not interrupted:
+    with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)
+        manager = stack.enter_context(checkpoint.open_manager(config))  # waits for the last save
+        step = manager.latest_step() or 0
+        if step:
+            state = checkpoint.restore(manager, step, **abstract, data=None)
+            batches.set_state(state.pop("data"))
+        else:
+            init = jax.jit(functools.partial(init_state, config), out_shardings=shardings)
+            state = init(setup.t5_params)
+        tqdm.write(
+            f"{transformer.count_params(state['params']['lm']) / 1e6:.1f} M parameters, "
+            f"{config.data.batch_size} clips of {setup.frames} frames a step, {setup.dtype} on "
+            f"{setup.mesh.size} {jax.devices()[0].device_kind} device(s)"
+            + (f", resumed at step {step}" if step else "")
+        )
+        scalars = stack.enter_context(contextlib.closing(Scalars(Path(config.out), step)))
+        bar = stack.enter_context(
+            tqdm(total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1)
+        )
+        caught = stack.enter_context(catching_signals())
+        window, saved = Window(), step
+        while step < config.steps and not caught:
             before = time.perf_counter()
-            batch = to_devices(next(batches), mesh)
+            batch = to_devices(next(batches), setup.mesh)
             position = batches.get_state()
-            waited += time.perf_counter() - before
+            window.waited += time.perf_counter() - before
             stage = objective.stage_of_step(config.seed, step, config.model.num_codebooks)
             state, metrics = train_step(
                 state, frozen_text, batch, key, stage, local=stage > 0, **static
             )
+            window.losses[stage].append(metrics.pop("loss"))
             step += 1
             bar.update()
-            losses[stage].append(metrics["loss"])
-            logging = step % config.log_every == 0 or step == config.steps
-            saving = manager.should_save(step)
-            if (logging or saving) and not np.isfinite(metrics["loss"]):  # waits for the step
-                raise UserError(
-                    f"the loss of step {step} is {metrics['loss']}; nothing of it was saved: start "
-                    "again from the last checkpoint, or anew with a lower --optimizer.peak-lr"
+            last = step == config.steps or bool(caught)
+            if step % config.log_every == 0 or last:
+                values = window.scalars(config.data.batch_size * setup.frames)
+                check_finite(values["train/loss"], step)
+                metrics["learning_rate"] = learning_rate(step - 1)
+                scalars.log(step, values | {f"train/{k}": v for k, v in metrics.items()})
+                bar.set_postfix(
+                    loss=f"{values['train/loss']:.3f}",
+                    frames_per_s=f"{values['speed/frames_per_second']:,.0f}",
                 )
-            if logging:
-                seconds = time.perf_counter() - started
-                count = sum(map(len, losses.values()))
-                means = {k: np.mean(jax.device_get(values)) for k, values in losses.items()}
-                mean = np.mean(list(means.values()))
-                speed = count * config.data.batch_size * frames / seconds
-                scalars.log(
-                    step,
-                    {f"train/loss_{codebook}": value for codebook, value in sorted(means.items())}
-                    | {
-                        "train/loss": mean,
-                        "train/grad_norm": metrics["grad_norm"],
-                        "train/accuracy": metrics["accuracy"],
-                        "train/learning_rate": lr(step - 1),
-                        "speed/frames_per_second": speed,
-                        "speed/wait_for_data_share": waited / seconds,
-                    },
-                )
-                bar.set_postfix(loss=f"{mean:.3f}", frames_per_s=f"{speed:,.0f}")
-                losses.clear()
-                waited = 0.0
-                started = time.perf_counter()
-            if saving:
+                window = Window()
+            if manager.should_save(step) or last:
+                check_finite(metrics["grad_norm"], step)
                 checkpoint.save(manager, step, state, position)
+                saved = step
             aside = time.perf_counter()
             if held_out and step % config.eval_every == 0:
-                values = validation_loss(state["ema"], frozen_text, held_out, key, **static)
-                by_codebook = {f"validation/loss_{k}": value for k, value in enumerate(values)}
-                scalars.log(step, by_codebook | {"validation/loss": np.mean(values)})
-                tqdm.write(f"step {step}: validation loss {np.mean(values):.4f}")
+                losses = validation_loss(state["ema"], frozen_text, held_out, key, **static)
+                by_codebook = {f"validation/loss_{k}": loss for k, loss in enumerate(losses)}
+                scalars.log(step, by_codebook | {"validation/loss": np.mean(losses)})
+                tqdm.write(f"step {step}: validation loss {np.mean(losses):.4f}")
             if decoder and step % config.sample_every == 0:
-                folder = write_samples(
-                    config, spec, decoder, state, frozen_text, t5_config, tokenizer, step, dtype
-                )
+                folder = write_samples(config, setup, decoder, state["ema"], frozen_text, step)
                 tqdm.write(f"step {step}: samples in {folder}")
-            started += time.perf_counter() - aside  # evaluation is not training time
-        checkpoint.save(manager, step, state, batches.get_state(), force=True)
-    finally:
-        manager.close()  # waits for the last save
-        scalars.close()
-        bar.close()
-        batches.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if interrupted:
+            window.started += time.perf_counter() - aside  # evaluation is not training time
+        if caught and saved < step:
+            # The signal came after the step's own saving was decided.
+            checkpoint.save(manager, step, state, position)
+    if caught:
         tqdm.write(f"stopped and saved at step {step}; the same command goes on from there")
-        raise SystemExit(128 + interrupted[0])
-
-
-def static_part(config: RunConfig) -> RunConfig:
-    """The config without names that no compiled step depends on."""
-    return dataclasses.replace(config, out="", sample_prompts=())
+        raise SystemExit(128 + caught[0])
