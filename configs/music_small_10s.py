@@ -8,5 +8,6 @@ from magnet_jax.config import DataConfig, RunConfig, TextConfig
 config = RunConfig(
     text=TextConfig(source="t5-base"),
     data=DataConfig(segment_seconds=10.0, batch_size=576),
+    sample_prompts=("90s rock song with electric guitar and heavy drums",),
     remat=True,
 )

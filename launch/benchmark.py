@@ -1,4 +1,4 @@
-"""Measures what this machine does, as ratios of things run side by side.
+"""Measures what this machine does, as ratios of things run one after the other.
 
 python -m launch.benchmark loader --data DATA     frames/s of the loader against the train step's
 python -m launch.benchmark decode --checkpoint RUN     programs compiled, and time a clip
@@ -50,7 +50,7 @@ def loader(args: Loader) -> None:
     spec = records.read_codec_spec(args.data)
     t5_config, t5_params, tokenizer = t5.load(config.text.source)
     train.check_fit(config, spec, t5_config)
-    frames = train.segment_frames(config, spec)
+    frames = api.segment_frames(config, spec)
     batches = data.make_train_iterator(
         config.data,
         frames=frames,
@@ -71,7 +71,7 @@ def loader(args: Loader) -> None:
     state = jax.jit(init, out_shardings=shardings)(t5_params)
     frozen_text = None if config.text.finetune else t5_params
     batch = train.to_devices(batch, mesh)
-    static = dict(config=config, t5_config=t5_config, dtype=train.compute_dtype(config))
+    static = dict(config=config, t5_config=t5_config, dtype=api.compute_dtype(config), mesh=mesh)
     # As in training, each codebook has its turn; the first round compiles both programs.
     num_codebooks = config.model.num_codebooks
     for step in range(num_codebooks + args.steps):
@@ -92,25 +92,19 @@ def loader(args: Loader) -> None:
 def decoding(args: Decode) -> None:
     loaded = checkpoint.load_for_inference(args.checkpoint)
     config = loaded.config
-    frames = train.segment_frames(config, loaded.codec)
+    frames = api.segment_frames(config, loaded.codec)
     decode.generate.clear_cache()
     for size in args.batch_sizes:
         seconds = []
         for repeat in range(args.repeats + 1):
             started = time.perf_counter()
             api.generate_codes(
-                loaded.params["lm"],
-                loaded.t5_params,
+                loaded,
                 [f"text {repeat}"] * size,
-                config=config.model,
-                t5_config=loaded.t5_config,
-                tokenizer=loaded.tokenizer,
-                max_tokens=config.text.max_tokens,
                 num_frames=frames,
                 # Other numbers, not other shapes: no new program.
                 decoding=dataclasses.replace(config.decode, max_guidance=10.0 - repeat),
                 seed=repeat,
-                dtype=train.compute_dtype(config),
             )
             seconds.append(time.perf_counter() - started)
         clip = frames / loaded.codec.frame_rate

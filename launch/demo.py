@@ -42,17 +42,11 @@ def draw(args: Args, wav: Path) -> Path:
     loaded = checkpoint.load_for_inference(args.out / "run")
     config = loaded.config
     generated = api.generate_codes(
-        loaded.params["lm"],
-        loaded.t5_params,
+        loaded,
         PROMPTS,
-        config=config.model,
-        t5_config=loaded.t5_config,
-        tokenizer=loaded.tokenizer,
-        max_tokens=config.text.max_tokens,
-        num_frames=train.segment_frames(config, loaded.codec),
+        num_frames=api.segment_frames(config, loaded.codec),
         decoding=config.decode,
         seed=SEED,
-        dtype=train.compute_dtype(config),
     )
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
 

@@ -11,14 +11,22 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
+from safetensors import SafetensorError
 
 from launch import cli
 from magnet_jax import codec as codecs
 from magnet_jax import convert, convert_codec, t5
-from magnet_jax.bundle import Bundle, model_card, read_safetensors, write_safetensors
+from magnet_jax.bundle import (
+    Bundle,
+    is_export,
+    model_card,
+    read_safetensors,
+    write_safetensors,
+)
 from magnet_jax.checkpoint import Loaded, load_for_inference
-from magnet_jax.config import CodecSpec
+from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError, reported
+from magnet_jax.hub import is_hub_id
 
 TEXT_FOLDER = "text_encoder"
 CODEC_FOLDER = "codec"
@@ -29,7 +37,7 @@ class Args:
     """Exports a training run."""
 
     checkpoint: Path
-    """Folder of the training run."""
+    """Folder of the training run, or of an earlier export."""
     out: Path
     """Folder to write; it appears when everything in it is written and checked."""
     weights: Literal["ema", "raw"] = "ema"
@@ -82,38 +90,49 @@ def export_model(loaded: Loaded, lineage: dict, args: Args) -> str:
     Everything is made in a folder beside `args.out` that takes its name at the end.
 
     Raises:
-      UserError: `args.out` is in the way, or the model cannot be expressed.
+      UserError: the model cannot be expressed, or the folder cannot be written.
     """
-    check_out(args)
     out = args.out.absolute()
     codec = dataclasses.replace(loaded.codec, source=loaded.codec_source)
-    codec_folder = convert_codec.codec_folder(codec)
-    if codec_folder:
+    if Path(codec.source).exists() or codec.source == EMBEDDED:
         found = codecs.load_codec(codec.source, num_codebooks=codec.num_codebooks).spec
         codecs.check_same_codec(found, codec, str(args.checkpoint))
+    elif codec.source not in codecs.ENCODEC_WEIGHTS and not (
+        "/" in codec.source and is_hub_id(codec.source)
+    ):
+        raise UserError(f"codec {codec.source}: no such folder or file; put it there again")
     encoder = text_encoder_name(loaded, args.t5_name)
-    partial = out.with_name(f".{out.name}.partial")
+    partial, old = _beside(out, "partial"), _beside(out, "old")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         bundle = _write(loaded, lineage, args, partial, codec, encoder)
         line = verify(partial, bundle, loaded, codec, encoder, args.audiocraft)
+        shutil.rmtree(old, ignore_errors=True)
         if out.exists():
-            old = out.with_name(f".{out.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder of someone else's
+        raise UserError(f"{out}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return line
 
 
-def check_out(args: Args) -> None:
-    """Raises `UserError` unless `args.out` is free, or an earlier export that may be replaced."""
-    out = args.out
+def _beside(out: Path, kind: str) -> Path:
+    """Where the new export ('partial') and the one it replaces ('old') lie meanwhile."""
+    return out.absolute().with_name(f".{out.absolute().name}.{kind}")
+
+
+def prepare_out(args: Args) -> None:
+    """Puts back an export that a kill left under its other name, and checks that `out` may be used.
+
+    Raises `UserError` unless `args.out` is free, or an earlier export that may be replaced.
+    """
+    out, old = args.out, _beside(args.out, "old")
+    if not out.exists() and old.exists():
+        old.rename(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
@@ -129,15 +148,20 @@ def _write(
 ) -> Bundle:
     """Writes every file of the export into `folder`; `codec.source` is where the codec lies now."""
     config = loaded.config
-    text, shipped_codec = config.text, loaded.codec
+    text = dataclasses.replace(config.text, source=encoder)
     if encoder == TEXT_FOLDER:
         t5.save(folder / TEXT_FOLDER, loaded.t5_config, loaded.t5_params, loaded.tokenizer)
-        text = dataclasses.replace(text, source=TEXT_FOLDER)
-    if Path(codec.source).is_dir():  # neither shipped with the package nor published
+    # What is neither shipped with the package nor published travels along.
+    codec_path, shipped_codec = Path(codec.source), codec
+    if codec_path.is_dir():
         (folder / CODEC_FOLDER).mkdir()
         for name in ("config.json", "model.safetensors"):
-            shutil.copyfile(Path(codec.source) / name, folder / CODEC_FOLDER / name)
+            shutil.copyfile(codec_path / name, folder / CODEC_FOLDER / name)
         shipped_codec = dataclasses.replace(codec, source=CODEC_FOLDER)
+    elif codec_path.is_file():
+        (folder / CODEC_FOLDER).mkdir()
+        shutil.copyfile(codec_path, folder / CODEC_FOLDER / codec_path.name)
+        shipped_codec = dataclasses.replace(codec, source=f"{CODEC_FOLDER}/{codec_path.name}")
     bundle = Bundle(
         model=config.model,
         text=text,
@@ -206,17 +230,20 @@ def _require_equal(what: str, found: dict, expected: dict) -> None:
 
 
 def main(args: Args) -> None:
-    check_out(args)
+    prepare_out(args)
     loaded = load_for_inference(args.checkpoint, weights=args.weights, step=args.step)
-    lineage = {
-        # Names alone: where folders lay on this machine is nobody's business.
-        "run": args.checkpoint.resolve().name,
-        "step": loaded.step,
-        "weights": args.weights,
-        "data": Path(loaded.config.data.path).name,
-        "seed": loaded.config.seed,
-        "magnet_jax": importlib.metadata.version("magnet-jax"),
-    }
+    if is_export(args.checkpoint):
+        lineage = read_safetensors(args.checkpoint).lineage
+    else:
+        lineage = {
+            # Names alone: where folders lay on this machine is nobody's business.
+            "run": args.checkpoint.resolve().name,
+            "step": loaded.step,
+            "weights": args.weights,
+            "data": Path(loaded.config.data.path).name,
+            "seed": loaded.config.seed,
+            "magnet_jax": importlib.metadata.version("magnet-jax"),
+        }
     line = export_model(loaded, lineage, args)
     print(f"wrote {args.out} (step {loaded.step}, {args.weights} weights)")
     print(line)

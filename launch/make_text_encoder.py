@@ -7,15 +7,17 @@ For runs that cannot fetch a pre-trained T5; such an encoder is trained along wi
 import itertools
 import json
 import math
+import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import jax
-import tyro
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
+from launch import cli
 from magnet_jax import data, errors, t5
 from magnet_jax.errors import UserError
 
@@ -23,6 +25,30 @@ _SPACE = "▁"
 _LONGEST_PIECE = 16
 # every printable ASCII character that survives lower-casing: any English text can be spelled
 _ALPHABET = [chr(c) for c in range(33, 127) if chr(c) == chr(c).lower()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Train a tokenizer on captions, draw a small T5 encoder, write both as one folder."""
+
+    captions: Path
+    """Folder of sidecar .json files."""
+    out: Path
+    """Folder to write; it must be new or empty."""
+    vocab_size: int = 512
+    """Most tokens the vocabulary may have."""
+    width: int = 128
+    """Width of the text states."""
+    layers: int = 2
+    """Number of layers."""
+    heads: int = 4
+    """Attention heads of a layer."""
+    head_size: int = 32
+    """Width of a head."""
+    mlp_width: int = 256
+    """Width of the MLP."""
+    seed: int = 0
+    """Of the random weights."""
 
 
 def read_texts(directory: Path) -> list[str]:
@@ -157,34 +183,37 @@ def _best_split(word: str, scores: dict[str, float]) -> list[str]:
     return pieces[::-1]
 
 
-def make_text_encoder(
-    captions: Annotated[Path, tyro.conf.arg(help="folder of sidecar .json files")],
-    out: Annotated[Path, tyro.conf.arg(help="folder to write")],
-    vocab_size: Annotated[int, tyro.conf.arg(help="most tokens the vocabulary may have")] = 512,
-    width: Annotated[int, tyro.conf.arg(help="width of the text states")] = 128,
-    layers: Annotated[int, tyro.conf.arg(help="number of layers")] = 2,
-    heads: Annotated[int, tyro.conf.arg(help="attention heads of a layer")] = 4,
-    head_size: Annotated[int, tyro.conf.arg(help="width of a head")] = 32,
-    mlp_width: Annotated[int, tyro.conf.arg(help="width of the MLP")] = 256,
-    seed: Annotated[int, tyro.conf.arg(help="of the random weights")] = 0,
-) -> None:
-    """Train a tokenizer on captions, draw a small T5 encoder, write both as one folder."""
-    texts = read_texts(captions)
-    tokenizer = train_tokenizer(texts, vocab_size)
+def make_text_encoder(args: Args) -> None:
+    """Writes the encoder's folder; raises `UserError` for a folder or sizes that do not fit."""
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise UserError(f"--out {args.out}: is there already; name a new folder")
+    texts = read_texts(args.captions)
+    tokenizer = train_tokenizer(texts, args.vocab_size)
     config = t5.T5Config(
-        d_model=width,
-        d_kv=head_size,
-        d_ff=mlp_width,
-        num_layers=layers,
-        num_heads=heads,
+        d_model=args.width,
+        d_kv=args.head_size,
+        d_ff=args.mlp_width,
+        num_layers=args.layers,
+        num_heads=args.heads,
         vocab_size=tokenizer.get_vocab_size(),
     )
-    params = t5.init(config, jax.random.key(seed))
-    t5.save(out, config, params, tokenizer)
+    params = t5.init(config, jax.random.key(args.seed))
+    try:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        # written beside it and renamed: a kill leaves no half of an encoder
+        with tempfile.TemporaryDirectory(prefix=".text_encoder", dir=args.out.parent) as folder:
+            t5.save(Path(folder, "new"), config, params, tokenizer)
+            Path(folder, "new").replace(args.out)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    print(f"{out}: {config.vocab_size} tokens from {len(texts)} texts, {count:,} parameters")
+    print(f"{args.out}: {config.vocab_size} tokens from {len(texts)} texts, {count:,} parameters")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    make_text_encoder(cli.parse(Args, words, prog="python -m launch.make_text_encoder"))
 
 
 if __name__ == "__main__":
     with errors.reported():
-        tyro.cli(make_text_encoder)
+        main()

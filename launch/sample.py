@@ -16,6 +16,7 @@ import tyro
 
 from launch import cli
 from magnet_jax import errors
+from magnet_jax.bundle import is_export
 from magnet_jax.config import DecodeConfig, RunConfig, from_json
 from magnet_jax.errors import UserError
 
@@ -23,7 +24,7 @@ from magnet_jax.errors import UserError
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     checkpoint: Path
-    """Folder of a training run."""
+    """Folder of a training run, or of an exported model."""
     out: Path
     """Folder for the WAV files; each gets a JSON file beside it with every setting."""
     prompt: Annotated[
@@ -51,13 +52,15 @@ class Args:
 
 
 def _file_name(index: int, prompt: str) -> str:
-    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    return f"{index:03d}-{words or 'unconditional'}"
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return f"{index:03d}-{words or ('clip' if prompt else 'unconditional')}"
 
 
 def sample(args: Args) -> list[Path]:
     """Writes one WAV and one JSON a clip and returns the WAVs' paths."""
     for prompt in args.prompt:
+        if prompt.encode(errors="replace").decode() != prompt:
+            raise UserError(f"--prompt {prompt!r}: not valid UTF-8")
         if not prompt.strip():
             raise UserError(
                 "--prompt is empty: give a text, or --unconditional 1 for a clip without"
@@ -67,9 +70,14 @@ def sample(args: Args) -> list[Path]:
         raise UserError("nothing to do: give --prompt TEXT, or --unconditional N")
     if args.batch_size < 1:
         raise UserError("--batch-size must be at least 1")
-    if args.seconds is not None and args.seconds <= 0:
-        raise UserError("--seconds must be positive")
-    from magnet_jax import api, audio, checkpoint, codec, train  # JAX is slow to load
+    if args.seconds is not None and not 0 < args.seconds <= 600:
+        raise UserError("--seconds must be positive, and at most 600")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must lie between 0 and 2147483647")
+    if args.unconditional < 0:
+        raise UserError("--unconditional must not be negative")
+    args.out.mkdir(parents=True, exist_ok=True)
+    from magnet_jax import api, audio, checkpoint, codec, records  # JAX is slow to load
 
     loaded = checkpoint.load_for_inference(args.checkpoint, weights=args.weights, step=args.step)
     decoder = codec.load_codec(
@@ -80,6 +88,11 @@ def sample(args: Args) -> list[Path]:
     seconds = args.seconds or config.data.segment_seconds
     num_frames = max(1, round(seconds * spec.frame_rate))
 
+    for text in texts:
+        if len(loaded.tokenizer.encode(text).ids) > config.text.max_tokens:
+            print(
+                f"cut to the {config.text.max_tokens} tokens that the model reads: {text[:60]}..."
+            )
     written = []
     for first in range(0, len(texts), args.batch_size):
         # A last, smaller batch is filled up so that one program serves all.
@@ -87,18 +100,12 @@ def sample(args: Args) -> list[Path]:
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
         generated = api.generate_codes(
-            loaded.params["lm"],
-            loaded.t5_params,
+            loaded,
             filled,
-            config=config.model,
-            t5_config=loaded.t5_config,
-            tokenizer=loaded.tokenizer,
-            max_tokens=config.text.max_tokens,
             num_frames=num_frames,
             decoding=args.decode,
             seed=args.seed,
             first_sample=first,
-            dtype=train.compute_dtype(config),
         )
         # One at a time: PyTorch's convolutions round differently in batches.
         wavs_BCN = [decoder.decode(codes_KT[None])[0] for codes_KT in generated.codes_BKT]
@@ -123,7 +130,7 @@ def sample(args: Args) -> list[Path]:
                 "reached_lufs": loudness,
                 "sample_rate": spec.sample_rate,
             }
-            path.with_suffix(".json").write_text(json.dumps(settings, indent=2) + "\n")
+            records.write_text(path.with_suffix(".json"), json.dumps(settings, indent=2) + "\n")
             written.append(path)
             print(path)
         compiled = " (the first batch compiles)" if first == 0 else ""
@@ -132,12 +139,14 @@ def sample(args: Args) -> list[Path]:
 
 
 def parse(args: list[str]) -> Args:
-    """Reads the command line; the defaults of `--decode.*` come from the run's config."""
+    """Reads the command line; the defaults of `--decode.*` come from the run or the export."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint", type=Path)
     checkpoint = first.parse_known_args(args)[0].checkpoint
     defaults = DecodeConfig()
-    if checkpoint and (checkpoint / "config.json").exists():
+    if checkpoint and is_export(checkpoint):
+        defaults = from_json(DecodeConfig, checkpoint / "generation_config.json")
+    elif checkpoint and (checkpoint / "config.json").exists():
         defaults = from_json(RunConfig, checkpoint / "config.json").decode
     missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
     return cli.parse(

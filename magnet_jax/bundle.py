@@ -23,6 +23,7 @@ from magnet_jax.config import (
 from magnet_jax.convert import CODEC_FILE, LM_FILE, flatten, lm_shapes, unflatten
 from magnet_jax.convert_codec import check_tensors
 from magnet_jax.errors import UserError
+from magnet_jax.hub import is_hub_id
 
 FORMAT = "magnet_jax"
 FORMAT_VERSION = 1
@@ -48,7 +49,7 @@ def write_safetensors(directory: Path, bundle: Bundle) -> None:
     """Writes `model.safetensors`, `config.json`, `generation_config.json` into an existing folder.
 
     Tensors are named by their path, 'lm/blocks/self/query' or 'text/...'. `text.source` and
-    `codec.source` may name folders inside `directory`.
+    `codec.source` may name what lies inside `directory`.
     """
     directory = Path(directory)
     tensors = {
@@ -67,17 +68,19 @@ def write_safetensors(directory: Path, bundle: Bundle) -> None:
         "segment_seconds": bundle.segment_seconds,
         "lineage": bundle.lineage,
     }
-    partial = directory / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "np"})
-    partial.replace(directory / "model.safetensors")
-    _write_text(directory / "generation_config.json", to_json(bundle.decode))
-    _write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "np"})
+    (directory / "generation_config.json").write_text(to_json(bundle.decode))
+    # Written last: it is what makes the folder an export.
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def is_export(directory: Path) -> bool:
+    """Whether `directory` holds an exported model rather than, say, a training run."""
+    try:
+        config = json.loads((Path(directory) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == FORMAT
 
 
 def read_safetensors(directory: Path) -> Bundle:
@@ -103,6 +106,11 @@ def read_safetensors(directory: Path) -> Bundle:
     names = {"format", "format_version", "model", "text", "codec", "segment_seconds", "lineage"}
     if wrong := sorted(names ^ config.keys()):
         raise UserError(f"{path}: missing or unknown settings: {', '.join(wrong)}")
+    for name, kind in (("segment_seconds", int | float), ("lineage", dict)):
+        if not isinstance(config[name], kind) or isinstance(config[name], bool):
+            raise UserError(f"{path}: {name} cannot be {config[name]!r}")
+    if not 0 < config["segment_seconds"] < math.inf:
+        raise UserError(f"{path}: segment_seconds must be positive")
     model = from_dict(ModelConfig, config["model"], f"{path}: model")
     text = from_dict(TextConfig, config["text"], f"{path}: text")
     codec = from_dict(CodecSpec, config["codec"], f"{path}: codec")
@@ -124,7 +132,16 @@ def read_safetensors(directory: Path) -> Bundle:
 
     def resolved(source: str) -> str:
         inside = directory / source
-        return str(inside) if source != EMBEDDED and inside.is_dir() else source
+        # Judged by its spelling: in the hub's cache every file is a link to elsewhere.
+        leaves = Path(source).is_absolute() or ".." in Path(source).parts
+        if source != EMBEDDED and not leaves and inside.exists():
+            return str(inside)
+        if not is_hub_id(source):
+            raise UserError(
+                f"{path}: source {source!r} is neither in this folder nor a published name; "
+                "exports refer to nothing else"
+            )
+        return source
 
     return Bundle(
         model=model,
@@ -191,6 +208,8 @@ def model_card(
         lines.append("- `text_encoder/`: the text encoder, a transformers T5 folder.")
     if codec.source == "codec":
         lines.append("- `codec/`: the codec, a transformers EncodecModel folder.")
+    elif codec.source.startswith("codec/"):
+        lines.append(f"- `{codec.source}`: the codec's weights, for the `encodec` package's model.")
     if audiocraft_seconds is not None:
         lines += [
             f"- `{LM_FILE}`, `{CODEC_FILE}`: for AudioCraft (PyTorch).",

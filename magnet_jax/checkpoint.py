@@ -16,15 +16,17 @@ import jax
 import orbax.checkpoint as ocp
 from tokenizers import Tokenizer
 
-from magnet_jax import records, t5, transformer
-from magnet_jax.config import CodecSpec, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax import bundle, records, t5, transformer
+from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
 
-# Settings that may change when a run goes on: they alter neither its parameters' meaning nor the
-# course of what is still to be trained.
+# Settings that may change when a run goes on: what was trained keeps its meaning without them.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
            "sample_prompts", "save_every", "keep_last", "remat", "mesh", "decode", "data.path",
            "data.num_threads", "data.prefetch"}  # fmt: skip
+
+OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
+             "tensorboard", "samples", ".config.json.tmp", ".codec.json.tmp"}  # fmt: skip
 
 
 class Loaded(NamedTuple):
@@ -55,14 +57,23 @@ def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
     return names
 
 
+def has_begun(run: Path) -> bool:
+    """Whether a run's folder holds a checkpoint; until then its settings may still change."""
+    return (run / "config.json").exists() and any(
+        path.name.isdigit() for path in (run / "checkpoints").glob("*")
+    )
+
+
 def prepare_run(config: RunConfig, codec: CodecSpec) -> None:
     """Writes what a run's folder holds beside checkpoints, or checks that it belongs to this run.
 
+    May be killed anywhere and called again.
+
     Raises:
-      UserError: the folder holds another run, or other tokens.
+      UserError: the folder holds another run, other tokens, or something else altogether.
     """
     run = Path(config.out)
-    if (run / "config.json").exists():
+    if has_begun(run):
         if changes := changed_settings(from_json(RunConfig, run / "config.json"), config):
             raise UserError(
                 f"{run} holds a run with other settings: {'; '.join(changes)}; "
@@ -74,18 +85,20 @@ def prepare_run(config: RunConfig, codec: CodecSpec) -> None:
                 f"{config.data.path} was tokenized with {codec.source}, but the run {run} learns "
                 f"the tokens of {known.source}; tokenize again with that codec"
             )
-    elif run.exists() and any(run.iterdir()):
-        raise UserError(
-            f"{run} is not empty and holds no run; give an empty or new folder as --out"
-        )
     else:
         run.mkdir(parents=True, exist_ok=True)
+        if foreign := sorted({path.name for path in run.iterdir()} - OWN_NAMES):
+            raise UserError(
+                f"{run} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
+            )
         text_config, text_params, tokenizer = t5.load(config.text.source)
         t5.save(run / "text", text_config, text_params, tokenizer)
         if Path(codec.source).is_dir():
             shutil.copytree(codec.source, run / "codec", dirs_exist_ok=True)
+        elif Path(codec.source).is_file():  # its name tells which model it is for
+            (run / "codec").mkdir(exist_ok=True)
+            shutil.copy(codec.source, run / "codec" / Path(codec.source).name)
         records.write_text(run / "codec.json", to_json(codec))
-    # Written last: a folder without it was never prepared to the end.
     records.write_text(run / "config.json", to_json(config))
 
 
@@ -123,9 +136,11 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
     }
     try:
         return dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
+    except (MemoryError, PermissionError, KeyboardInterrupt):
+        raise
     except Exception as error:  # Orbax and its stores raise a great many types
         others = [str(other) for other in manager.all_steps() if other != step]
-        remedy = f"; remove that folder to go on from step {others[-1]}" if others else ""
+        remedy = f"; move that folder away to go on from step {others[-1]}" if others else ""
         first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise UserError(
             f"{manager.directory / str(step)}: damaged or of another model "
@@ -148,14 +163,17 @@ def abstract_params(config: ModelConfig, trained_t5: t5.T5Config | None) -> dict
 def codec_source(run: Path, codec: CodecSpec) -> str:
     """Where a run's codec is to be loaded from: the run's own copy if it has one."""
     copied = run / "codec"
+    weights = copied / Path(codec.source).name
+    if weights.is_file():
+        return str(weights)
     return str(copied) if copied.is_dir() else codec.source
 
 
 def load_for_inference(run: Path, *, weights: str = "ema", step: int | None = None) -> Loaded:
-    """Reads a run's parameters for one device.
+    """Reads the parameters of a run, or of an exported model, for one device.
 
     Args:
-      run: the run's folder.
+      run: the run's folder, or an export's, which holds one step and one kind of weights.
       weights: 'ema' for the averaged parameters, 'raw' for the trained ones.
       step: the checkpoint; None is the newest.
 
@@ -165,6 +183,8 @@ def load_for_inference(run: Path, *, weights: str = "ema", step: int | None = No
     run = Path(run)
     if not (run / "config.json").exists():
         raise UserError(f"{run}: no training run there (no config.json)")
+    if bundle.is_export(run):
+        return _load_export(run, weights, step)
     config = from_json(RunConfig, run / "config.json")
     codec = from_json(CodecSpec, run / "codec.json")
     t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
@@ -197,4 +217,32 @@ def load_for_inference(run: Path, *, weights: str = "ema", step: int | None = No
         t5_params=t5_params,
         tokenizer=tokenizer,
         step=step,
+    )
+
+
+def _load_export(folder: Path, weights: str, step: int | None) -> Loaded:
+    """The same from an exported model; what it does not tell of the run has the defaults."""
+    exported = bundle.read_safetensors(folder)
+    for name, wanted in (("weights", weights), ("step", step)):
+        held = exported.lineage.get(name, wanted)
+        if wanted is not None and held != wanted:
+            raise UserError(
+                f"{folder}: an exported model with {name} {held} alone; give --{name} {held}"
+            )
+    t5_config, t5_params, tokenizer = t5.load(exported.text.source)
+    params = jax.device_put(exported.params, jax.devices()[0])
+    return Loaded(
+        config=RunConfig(
+            model=exported.model,
+            text=exported.text,
+            data=DataConfig(segment_seconds=exported.segment_seconds),
+            decode=exported.decode,
+        ),
+        codec=exported.codec,
+        codec_source=exported.codec.source,
+        params=params,
+        t5_config=t5_config,
+        t5_params=params.get("text", t5_params),
+        tokenizer=tokenizer,
+        step=exported.lineage.get("step", 0),
     )

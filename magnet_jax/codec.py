@@ -3,15 +3,19 @@
 import hashlib
 import json
 import math
-import re
+import pickle
+from collections.abc import Mapping
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from magnet_jax import hub
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
+from magnet_jax.convert_codec import CODEC_SETTINGS, parametrized_name
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch
+from magnet_jax.torch_env import import_torch, load_tensors
 
 # The `encodec` package's models and the files that hold their weights.
 ENCODEC_WEIGHTS = {
@@ -22,8 +26,6 @@ ENCODEC_WEIGHTS = {
 DEFAULT_KBPS = 6.0
 # Codecs that renormalise give their audio back at this RMS (-20 dBFS).
 NOMINAL_RMS = 0.1
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Codec:
@@ -104,11 +106,12 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
     elif source in ENCODEC_WEIGHTS:
         parts = _from_encodec(source, _download_encodec(source), source)
     elif path.is_file():
-        parts = _from_encodec(_architecture_of(path), _read_weights(path), source)
+        parts = _from_encodec(architecture_of(path), load_tensors(path), source)
     elif path.is_dir():
         parts = _from_transformers(path, source)
-    elif _HUB_ID.fullmatch(source):
-        parts = _from_transformers(_download_hub(source), source)
+    elif "/" in source and hub.is_hub_id(source):
+        folder = hub.fetch(source, ("config.json", "model.safetensors"), "codec")
+        parts = _from_transformers(folder, source)
     else:
         raise UserError(
             f"codec {source}: no such folder or file, and no hub id (owner/name); "
@@ -132,7 +135,7 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
         )
     spec = CodecSpec(
         source=source,
-        sha256=_weights_sha256(model.state_dict()),
+        sha256=_sha256(model.state_dict(), facts["settings"]),
         sample_rate=facts["sample_rate"],
         channels=facts["channels"],
         frame_rate=frame_rate,
@@ -146,7 +149,7 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
 def check_same_codec(found: CodecSpec, expected: CodecSpec, where: str) -> None:
     """Raises `UserError` unless both specs mean the same tokens; `where` names what holds `found`.
 
-    The source may differ: a codec is its weights.
+    The source may differ: a codec is its weights and what is computed with them.
     """
     if found.sha256 != expected.sha256:
         raise UserError(
@@ -174,11 +177,15 @@ def _check_device(torch: Any, source: str, device: str) -> None:
         raise UserError(f"device {device}: cannot hold codec {source} ({reason})") from None
 
 
-def _weights_sha256(state: dict[str, Any]) -> str:
-    """One hash for the same tensors, whatever file they came in."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        array = state[name].detach().cpu().contiguous().numpy()
+def _sha256(state: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """One hash for the same tensors computed with alike, whatever file they came in.
+
+    The weights alone would not do: made causal, or padded otherwise, they give other tokens.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    tensors = {parametrized_name(name): tensor for name, tensor in state.items()}
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().contiguous().numpy()
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -233,6 +240,7 @@ def _from_transformers(folder: Path, source: str) -> tuple[Any, Any, dict]:
         "codebook_size": config.codebook_size,
         "bandwidths": list(config.target_bandwidths),
         "normalize": config.normalize,
+        "settings": {name: getattr(config, name) for name in CODEC_SETTINGS},
     }
     return model, model.quantizer, facts
 
@@ -263,11 +271,13 @@ def _from_encodec(name: str, state: dict[str, Any], source: str) -> tuple[Any, A
         "codebook_size": model.quantizer.bins,
         "bandwidths": list(model.target_bandwidths),
         "normalize": model.normalize,
+        "settings": {"encodec": name},  # the package's name stands for all of them
     }
     return model, model.quantizer.vq, facts
 
 
-def _architecture_of(path: Path) -> str:
+def architecture_of(path: Path) -> str:
+    """Which of the `encodec` package's models a weights file is for, by its name."""
     for name in ENCODEC_WEIGHTS:
         if path.name.startswith(name) and path.suffix in (".th", ".safetensors"):
             return name
@@ -275,18 +285,6 @@ def _architecture_of(path: Path) -> str:
         f"codec {path}: a weights file must be called encodec_24khz*.th, encodec_48khz*.th or "
         f"the same with .safetensors; a transformers model is named by its folder"
     )
-
-
-def _read_weights(path: Path) -> dict[str, Any]:
-    torch = import_torch()
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and safetensors each have their own
-        raise UserError(f"codec {path}: damaged weights ({_first_line(error)})") from None
 
 
 def _download_encodec(name: str) -> dict[str, Any]:
@@ -298,23 +296,10 @@ def _download_encodec(name: str) -> dict[str, Any]:
         return torch.hub.load_state_dict_from_url(
             ROOT_URL + file, map_location="cpu", check_hash=True, weights_only=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError) as error:
         raise UserError(
             f"codec {name}: its weights cannot be fetched ({_first_line(error)}); copy {file} "
             f"here and pass its path instead"
-        ) from None
-
-
-def _download_hub(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["config.json", "model.safetensors"]))
-    except Exception as error:  # network, permission, unknown id: all kinds of several packages
-        raise UserError(
-            f"codec {hub_id}: no such folder here, and it cannot be fetched from the hub "
-            f"({_first_line(error)}); download its config.json and model.safetensors into a "
-            f"folder and pass that, or use '{EMBEDDED}'"
         ) from None
 
 

@@ -28,7 +28,7 @@ class CodecSpec:
     source: str
     """'embedded', folder or hub id of a transformers EncodecModel, or encodec_24khz, _48khz."""
     sha256: str
-    """Hash of the codec's weights; two codecs are the same if and only if this is equal."""
+    """Hash of the codec's weights and settings; two codecs are the same if and only if it is."""
     sample_rate: int
     """Samples per second of the audio."""
     channels: int
@@ -46,7 +46,7 @@ class ModelConfig:
     """The transformer (paper, section 4)."""
 
     num_codebooks: int = 4
-    """K; must equal the data set's."""
+    """K; at most the data set's, whose further ones are left out."""
     codebook_size: int = 2048
     """V; must equal the data set's. Id V stands for 'masked'."""
     width: int = 1024
@@ -68,6 +68,7 @@ class ModelConfig:
         for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
                      "mlp_ratio", "text_width", "local_context", "span_length"):  # fmt: skip
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
+        _require(self.width >= 4, "model.width must be at least 4")
         _require(
             self.width % (2 * self.num_heads) == 0,
             f"model.width {self.width} must be an even multiple of model.num_heads "
@@ -93,6 +94,9 @@ class TextConfig:
     """S; longer texts are cut, shorter ones padded and masked."""
     finetune: bool = False
     """Train the text encoder along with the model (for encoders that were not pre-trained)."""
+
+    def __post_init__(self):
+        _require(self.max_tokens >= 2, "text.max_tokens must be at least 2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,8 @@ class DataConfig:
         for name in ("merge_text_p", "drop_description_p", "drop_field_p", "word_dropout"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name} must lie in [0, 1]")
         _require(self.segment_seconds > 0, "data.segment_seconds must be positive")
-        _require(self.batch_size >= 1, "data.batch_size must be at least 1")
+        for name in ("batch_size", "num_threads", "prefetch"):
+            _require(getattr(self, name) >= 1, f"data.{name} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,7 +160,12 @@ class OptimizerConfig:
             0 <= self.warmup_steps < self.schedule_steps,
             "optimizer.warmup_steps must be below optimizer.schedule_steps",
         )
-        _require(0 <= self.ema_decay < 1, "optimizer.ema_decay must lie in [0, 1)")
+        for name in ("b1", "b2", "ema_decay"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
+        for name in ("eps", "clip_norm"):
+            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
+        for name in ("weight_decay", "final_lr_ratio"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +247,12 @@ class RunConfig:
     def __post_init__(self):
         _require(0 <= self.condition_dropout < 1, "condition_dropout must lie in [0, 1)")
         _require(self.steps >= 1, "steps must be at least 1")
+        _require(0 <= self.seed < 2**31, "seed must lie between 0 and 2147483647")
         _require(self.save_every >= 1, "save_every must be at least 1")
+        _require(self.keep_last >= 1, "keep_last must be at least 1")
+        _require(self.eval_batches >= 1, "eval_batches must be at least 1")
+        _require(self.eval_every >= 0, "eval_every must not be negative")
+        _require(self.sample_every >= 0, "sample_every must not be negative")
         _require(self.log_every >= 1, "log_every must be at least 1")
         _require(
             len(self.decode.steps) == self.model.num_codebooks,
@@ -249,6 +264,17 @@ class RunConfig:
 def to_json(config: Any) -> str:
     """Any config of this module as JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    """The value of a scalar setting, if it is of the type that the dataclass wants."""
+    if typing.get_origin(hint) is Literal:
+        _require(value in typing.get_args(hint), f"{where} must be one of {typing.get_args(hint)}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
+    return value
 
 
 def from_dict(cls: type, values: dict, where: str) -> Any:
@@ -265,7 +291,11 @@ def from_dict(cls: type, values: dict, where: str) -> Any:
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{where}: {name}")
         elif typing.get_origin(hint) is tuple:
-            value = tuple(value)
+            _require(isinstance(value, list), f"{where}: {name} must be a list")
+            (item, _) = typing.get_args(hint)
+            value = tuple(_checked(item, element, f"{where}: {name}") for element in value)
+        else:
+            value = _checked(hint, value, f"{where}: {name}")
         kwargs[name] = value
     return cls(**kwargs)
 

@@ -11,7 +11,6 @@ text, 'version', 'exported'}; a codec may instead be a pointer {'pretrained': na
 import dataclasses
 import itertools
 import math
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,7 +29,7 @@ from magnet_jax.convert_codec import (
     read_codec_folder,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch
+from magnet_jax.torch_env import import_torch, load_tensors
 
 AUDIOCRAFT_VERSION = "1.4.0a2"  # of the layout written here
 LM_FILE = "state_dict.bin"
@@ -441,18 +440,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Returns {'pretrained': name, ...} for a pointer, else {'best_state', 'xp.cfg', ...}.
     Raises `UserError` for a missing, damaged or unsafe file, or one of another layout.
     """
-    torch = import_torch()
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: refused, because it is damaged or holds more than tensors and plain values "
-            "and loading it could run code; re-save it as AudioCraft exports checkpoints"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged or not a checkpoint ({error})") from None
+    torch, content = import_torch(), load_tensors(path)
     if isinstance(content, dict) and isinstance(content.get("pretrained"), str):
         return content
     if (
@@ -481,10 +469,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def _write_torch(path: Path, content: dict[str, Any]) -> None:
-    """`torch.save` under a temporary name, then renamed: the file is whole or not there."""
-    partial = path.with_name(path.name + ".partial")
-    import_torch().save(content, partial)
-    partial.replace(path)
+    with path.open("wb") as file:  # given a path, torch reports a full disk as RuntimeError
+        import_torch().save(content, file)
 
 
 def _write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], xp_cfg: Mapping) -> None:

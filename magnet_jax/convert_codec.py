@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from magnet_jax import hub
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError
 
@@ -49,16 +50,26 @@ def codec_pointer(codec: CodecSpec) -> str | None:
     """
     if codec_folder(codec):
         return None
-    if codec.source == "encodec_48khz" or Path(codec.source).is_file():
+    if Path(codec.source).is_file() or _renormalizes(codec.source):
         raise UserError(
             f"codec {codec.source}: AudioCraft has no checkpoint of this kind; export with "
             "--no-audiocraft to write model.safetensors alone"
         )
     if codec.source == "encodec_24khz":
         return "facebook/encodec_24khz"  # the same weights, as AudioCraft loads them
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", codec.source):
+    if "/" in codec.source and hub.is_hub_id(codec.source):
         return codec.source
     raise UserError(f"codec {codec.source}: no such folder, and not a hub id like owner/name")
+
+
+def _renormalizes(source: str) -> bool:
+    """Whether a published codec decodes to RMS 1, which AudioCraft's MAGNeT leaves as it is."""
+    if source in ("encodec_48khz", "facebook/encodec_48khz"):
+        return True
+    if "/" not in source or not hub.is_hub_id(source):
+        return False
+    config = hub.cached_file(source, "config.json")  # whoever used the codec here has it
+    return config is not None and json.loads(config.read_text()).get("normalize") is True
 
 
 def read_codec_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -71,12 +82,13 @@ def read_codec_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarra
         raise UserError(f"{folder}: not a readable EncodecModel folder ({error})") from None
     if not isinstance(settings, dict) or settings.get("model_type") != "encodec":
         raise UserError(f"{folder}/config.json: not the config of an EncodecModel")
-    # Files written before torch's parametrizations name the two parts of a weight as AudioCraft.
-    renamed = {}
-    for name, array in tensors.items():
-        name = name.replace(".weight_g", ".parametrizations.weight.original0")
-        renamed[name.replace(".weight_v", ".parametrizations.weight.original1")] = array
-    return settings, renamed
+    return settings, {parametrized_name(name): array for name, array in tensors.items()}
+
+
+def parametrized_name(name: str) -> str:
+    """A tensor's name as torch's parametrizations have it; older files call it as AudioCraft."""
+    name = name.replace(".weight_g", ".parametrizations.weight.original0")
+    return name.replace(".weight_v", ".parametrizations.weight.original1")
 
 
 # One table for both ways: (transformers' name, AudioCraft's name, axes). I and O are channels in
@@ -105,7 +117,8 @@ _CODEC_TENSORS = {
         ("codebook.embed_avg", "_codebook.embed_avg", "VD"),
     ),
 }
-_CODEC_SETTINGS = (
+# The settings of a transformers config.json that decide what is computed with the tensors.
+CODEC_SETTINGS = (
     "audio_channels",
     "codebook_size",
     "compress",
@@ -129,9 +142,11 @@ _CODEC_SETTINGS = (
 
 
 def _check_codec_settings(settings: Mapping) -> None:
-    problems = [f"{name} is missing" for name in _CODEC_SETTINGS if name not in settings]
+    problems = [f"{name} is missing" for name in CODEC_SETTINGS if name not in settings]
     if settings.get("norm_type") != "weight_norm":
         problems.append(f"norm_type must be weight_norm, not {settings.get('norm_type')}")
+    if settings.get("normalize"):
+        problems.append("normalize must be false: AudioCraft would decode far too loud")
     if settings.get("chunk_length_s") is not None:
         problems.append("AudioCraft does not code audio in chunks (chunk_length_s)")
     if settings.get("codebook_dim") not in (None, settings.get("hidden_size")):

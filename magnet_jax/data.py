@@ -9,6 +9,7 @@ nothing. A batch is a dict:
     seed_B int32, a random number of the example's own, for masks that depend on nothing else.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -31,13 +32,31 @@ def field_texts(info: dict[str, Any]) -> list[str]:
     texts = []
     for name in MERGED_FIELDS:
         value = info.get(name)
-        if isinstance(value, list):
-            value = ", ".join(str(item) for item in value)
-        if isinstance(value, float):
-            value = f"{value:g}"
-        if isinstance(value, int | str) and str(value).strip():
-            texts.append(f"{name}: {value}")
+        words = [_word(item) for item in (value if isinstance(value, list) else [value])]
+        if text := ", ".join(word for word in words if word):
+            texts.append(f"{name}: {text}")
     return texts
+
+
+def _word(value: Any) -> str:
+    """A text or number in words; '' for all else, which says nothing that could be heard."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return ""
+    if isinstance(value, float):
+        return f"{value:g}" if math.isfinite(value) else ""
+    return str(value).strip()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What the rows of a batch are cut to."""
+
+    frames: int
+    num_codebooks: int
+    frame_rate: float
+    """Frames a second of the records."""
+    tokenizer: Tokenizer
+    max_tokens: int
 
 
 def merge_text(
@@ -92,30 +111,23 @@ def make_train_iterator(
     Raises:
       UserError: no data set there, too few codebooks, or a batch that the hosts cannot share.
     """
-    frame_rate = _frame_rate(config, num_codebooks)
-    source = records.open_split(config.path, "train")
-    return train_iterator(
-        grain.MapDataset.source(source).map(records.decode_example),
-        config,
+    layout = Layout(
         frames=frames,
         num_codebooks=num_codebooks,
-        frame_rate=frame_rate,
+        frame_rate=_frame_rate(config, num_codebooks),
         tokenizer=tokenizer,
         max_tokens=max_tokens,
-        seed=seed,
-        shard_options=shard_options,
     )
+    source = records.open_split(config.path, "train")
+    examples = grain.MapDataset.source(source).map(records.decode_example)
+    return train_iterator(examples, config, layout, seed=seed, shard_options=shard_options)
 
 
 def train_iterator(
     examples: grain.MapDataset,
     config: DataConfig,
+    layout: Layout,
     *,
-    frames: int,
-    num_codebooks: int,
-    frame_rate: float,
-    tokenizer: Tokenizer,
-    max_tokens: int,
     seed: int,
     shard_options: grain.sharding.ShardOptions | None = None,
 ) -> grain.experimental.ElasticIterator:
@@ -130,16 +142,7 @@ def train_iterator(
     if config.shuffle:
         examples = examples.shuffle(seed=order_seed)
     examples = examples.repeat().random_map(
-        functools.partial(
-            random_example,
-            config=config,
-            frames=frames,
-            num_codebooks=num_codebooks,
-            frame_rate=frame_rate,
-            tokenizer=tokenizer,
-            max_tokens=max_tokens,
-        ),
-        seed=example_seed,
+        functools.partial(random_example, config=config, layout=layout), seed=example_seed
     )
     return grain.experimental.ElasticIterator(
         examples,
@@ -167,32 +170,27 @@ def validation_batches(
     rows whose `valid_BT` and `text_mask_BS` are False. `seed_B` is the record's number. A data set
     too small to have a validation split gives no batch.
     """
-    frame_rate = _frame_rate(config, num_codebooks)
+    layout = Layout(
+        frames=frames,
+        num_codebooks=num_codebooks,
+        frame_rate=_frame_rate(config, num_codebooks),
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+    )
     if not records.has_split(config.path, "validation"):
         return iter(())
     source = records.open_split(config.path, "validation")
+    examples = grain.MapDataset.source(source).map(records.decode_example)
     return first_crops(
-        grain.MapDataset.source(source).map(records.decode_example),
-        config,
-        frames=frames,
-        num_codebooks=num_codebooks,
-        frame_rate=frame_rate,
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-        num_batches=num_batches,
-        shard_options=shard_options,
+        examples, config, layout, num_batches=num_batches, shard_options=shard_options
     )
 
 
 def first_crops(
     examples: grain.MapDataset,
     config: DataConfig,
+    layout: Layout,
     *,
-    frames: int,
-    num_codebooks: int,
-    frame_rate: float,
-    tokenizer: Tokenizer,
-    max_tokens: int,
     num_batches: int | None = None,
     shard_options: grain.sharding.ShardOptions | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -201,7 +199,7 @@ def first_crops(
     total = math.ceil(len(examples) / config.batch_size)
     total = total if num_batches is None else min(total, num_batches)
     blank = {
-        "codes_KT": np.zeros((num_codebooks, 0), np.int16),
+        "codes_KT": np.zeros((layout.num_codebooks, 0), np.int16),
         "caption": "",
         "info": {},
         "track_id": "",
@@ -215,17 +213,7 @@ def first_crops(
         for i in range(shard_options.shard_index, config.batch_size, shard_options.shard_count):
             example = examples[first + i] if first + i < len(examples) else blank
             rows.append(
-                _example(
-                    example,
-                    example["caption"],
-                    first_frame=0,
-                    seed=first + i,
-                    frames=frames,
-                    num_codebooks=num_codebooks,
-                    frame_rate=frame_rate,
-                    tokenizer=tokenizer,
-                    max_tokens=max_tokens,
-                )
+                _example(example, example["caption"], layout, first_frame=0, seed=first + i)
             )
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -237,16 +225,12 @@ def random_example(
     rng: np.random.Generator,
     *,
     config: DataConfig,
-    frames: int,
-    num_codebooks: int,
-    frame_rate: float,
-    tokenizer: Tokenizer,
-    max_tokens: int,
+    layout: Layout,
 ) -> dict[str, np.ndarray]:
     """One row of a training batch from a decoded record: a random crop, with augmented text."""
     # the crop first: settings of the text then leave seeds and crops as they are
     seed = int(rng.integers(0, 2**31))
-    room = max(0, example["codes_KT"].shape[1] - frames)
+    room = max(0, example["codes_KT"].shape[1] - layout.frames)
     first_frame = int(rng.integers(0, room + 1))
     text = merge_text(
         example["caption"],
@@ -256,33 +240,20 @@ def random_example(
         drop_description_p=config.drop_description_p,
         drop_field_p=config.drop_field_p,
     )
-    return _example(
-        example,
-        drop_words(text, rng, config.word_dropout),
-        first_frame=first_frame,
-        seed=seed,
-        frames=frames,
-        num_codebooks=num_codebooks,
-        frame_rate=frame_rate,
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-    )
+    text = drop_words(text, rng, config.word_dropout)
+    return _example(example, text, layout, first_frame=first_frame, seed=seed)
 
 
 def _example(
     example: dict[str, Any],
     text: str,
+    layout: Layout,
     *,
     first_frame: int,
     seed: int,
-    frames: int,
-    num_codebooks: int,
-    frame_rate: float,
-    tokenizer: Tokenizer,
-    max_tokens: int,
 ) -> dict[str, np.ndarray]:
     """One row of a batch, under the names that the batch of rows has."""
-    codes_KT = example["codes_KT"]
+    codes_KT, frames, num_codebooks = example["codes_KT"], layout.frames, layout.num_codebooks
     if codes_KT.shape[0] < num_codebooks:
         raise UserError(
             f"record of {example['track_id']!r}: {codes_KT.shape[0]} codebooks, and the model has "
@@ -291,13 +262,13 @@ def _example(
     crop_KT = codes_KT[:num_codebooks, first_frame : first_frame + frames]
     padded_KT = np.zeros((num_codebooks, frames), np.int32)
     padded_KT[:, : crop_KT.shape[1]] = crop_KT
-    text_ids_S, text_mask_S = t5.tokenize(tokenizer, text, max_tokens)
+    text_ids_S, text_mask_S = t5.tokenize(layout.tokenizer, text, layout.max_tokens)
     return {
         "codes_BKT": padded_KT,
         "valid_BT": np.arange(frames) < crop_KT.shape[1],
         "text_ids_BS": text_ids_S,
         "text_mask_BS": text_mask_S,
-        "offset_B": np.float32(example["start"] + first_frame / frame_rate),
+        "offset_B": np.float32(example["start"] + first_frame / layout.frame_rate),
         "seed_B": np.int32(seed),
     }
 

@@ -81,7 +81,8 @@ def nucleus(probs_V: jax.Array, top_p: jax.Array | float) -> jax.Array:
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
     _, high = jax.lax.fori_loop(0, 30, halve, (low, high))
-    threshold = jax.lax.bitcast_convert_type(high, jnp.float32)[..., None]
+    # Where even the whole mass is not more than p, the search ends below the bits of 0.
+    threshold = jax.lax.bitcast_convert_type(jnp.maximum(high, 0), jnp.float32)[..., None]
     kept_V = jnp.where(probs_V >= threshold, probs_V, 0.0)
     return kept_V / kept_V.sum(-1, keepdims=True)
 

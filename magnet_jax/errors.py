@@ -11,11 +11,19 @@ class UserError(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit status 2; bugs keep their traceback."""
+    """Turns a `UserError`, or a file that cannot be had, into one line on stderr and exit status 2.
+
+    Bugs keep their traceback.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.filename is None:  # not about a file that someone named
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)

@@ -96,6 +96,7 @@ def loss(
     local: bool,
     dtype: jnp.dtype = jnp.float32,
     remat: bool = False,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> tuple[jax.Array, dict]:
     """The training loss of one stage (sections 2 and 3.1).
 
@@ -105,6 +106,7 @@ def loss(
       codes_BKT, valid_BT: true tokens, and which frames are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
+      remat, sharding: see `Transformer.trunk`.
 
     Returns:
       mean cross-entropy in nats and {"accuracy": share of masked tokens predicted exactly}.
@@ -113,7 +115,7 @@ def loss(
     corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
     model = transformer.bind(config, params)
     text = model.read_text(states_BSE, text_mask_BS & ~noise.drop_text_B[:, None], dtype=dtype)
-    states_BTD = model.trunk(corrupted.input_BKT, text, local=local, remat=remat)
+    states_BTD = model.trunk(corrupted.input_BKT, text, local=local, remat=remat, sharding=sharding)
     logits_BTV = model.head(states_BTD, stage)
     hit_BT = (logits_BTV.argmax(-1) == corrupted.target_BT) & corrupted.mask_BT
     accuracy = hit_BT.sum() / jnp.maximum(corrupted.mask_BT.sum(), 1)

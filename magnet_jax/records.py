@@ -9,6 +9,7 @@ A data set is one folder that TFDS opens by itself, `tfds.builder_from_directory
 A record is at most two minutes of one track (see `features`).
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -108,7 +109,7 @@ def open_split(directory: str | Path, split: str) -> Any:
         if not path.exists() or path.stat().st_size != size:
             state = "cut off" if path.exists() else "missing"
             raise UserError(f"{path}: record file is {state}; copy the data set again")
-    builder = tfds.builder_from_directory(directory)
+    builder = _builder(directory)
     if split not in builder.info.splits:
         raise UserError(
             f"{directory}: no {split} split (it has {', '.join(builder.info.splits)}); a small "
@@ -120,7 +121,18 @@ def open_split(directory: str | Path, split: str) -> Any:
 def has_split(directory: str | Path, split: str) -> bool:
     """Whether a data set has any record in that split; raises as `read_codec_spec` does."""
     _read_metadata(directory)
-    return split in tfds.builder_from_directory(Path(directory)).info.splits
+    return split in _builder(Path(directory)).info.splits
+
+
+def digest(directory: str | Path) -> str:
+    """Tells one data set from another: a hash of its metadata, with every file's name and size."""
+    _read_metadata(directory)
+    return hashlib.sha256((Path(directory) / "metadata.json").read_bytes()).hexdigest()
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether tokenization of a folder came to its end."""
+    return (directory / _COMPLETE).exists()
 
 
 def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, Any]]) -> Shard:
@@ -247,11 +259,21 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _builder(directory: Path) -> tfds.core.DatasetBuilder:
+    try:
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # what TFDS raises depends on the damage
+        raise UserError(
+            f"data set {directory}: its {_COMPLETE} or features.json is damaged "
+            f"({type(error).__name__}); copy the data set again"
+        ) from None
+
+
 def _read_metadata(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory)
     if not directory.is_dir():
         raise UserError(f"data set {directory}: no such folder")
-    if not (directory / _COMPLETE).exists():
+    if not is_complete(directory):
         if (directory / "job.json").exists():
             raise UserError(
                 f"data set {directory}: unfinished; run the same tokenization command again"

@@ -12,10 +12,10 @@ Folders are those of transformers: config.json, tokenizer.json, model.safetensor
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +23,10 @@ import safetensors
 import safetensors.numpy
 from tokenizers import Tokenizer
 
+from magnet_jax import hub
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.errors import UserError
+from magnet_jax.torch_env import load_tensors
 
 Params = dict[str, Any]
 
@@ -65,6 +67,15 @@ class T5Config:
                 raise UserError(f"T5 {field.name} must be a whole number above 0, not {value!r}")
         if self.relative_attention_num_buckets % 4:
             raise UserError("T5 relative_attention_num_buckets must be a multiple of 4")
+        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own
+        if self.relative_attention_max_distance <= exact:
+            raise UserError(
+                f"T5 relative_attention_max_distance must be above {exact}, a quarter of "
+                f"relative_attention_num_buckets, not {self.relative_attention_max_distance}"
+            )
+        epsilon = self.layer_norm_epsilon
+        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+            raise UserError(f"T5 layer_norm_epsilon must be a number above 0, not {epsilon!r}")
 
     @property
     def gated(self) -> bool:
@@ -340,21 +351,12 @@ def _locate(source: str) -> Path:
         return ASSETS / "text"
     if Path(source).is_dir():
         return Path(source)
-    if source.count("/") > 1 or source.startswith((".", "/", "~")) or not source:
+    if not hub.is_hub_id(source):
         raise UserError(f"text encoder {source!r}: no such folder")
     patterns = ["config.json", "tokenizer.json", "model*.safetensors", _SAFETENSORS_INDEX]
-    try:
-        directory = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-        if not any(directory.glob("model*.safetensors")):
-            patterns.append(_TORCH_WEIGHTS)
-            directory = Path(huggingface_hub.snapshot_download(source, allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises a dozen unrelated kinds
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"text encoder {source!r}: no such folder, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}{': ' + reason[0] if reason else ''}); offline, name a folder "
-            f"with config.json, tokenizer.json and {_SAFETENSORS}, or {EMBEDDED!r}"
-        ) from None
+    directory = hub.fetch(source, patterns, "text encoder")
+    if not any(directory.glob("model*.safetensors")):
+        directory = hub.fetch(source, [*patterns, _TORCH_WEIGHTS], "text encoder")
     return directory
 
 
@@ -404,6 +406,17 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def _part_names(index: Path) -> list[str]:
+    """The files that an index of weights names: in its own folder, and nowhere else."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: no 'weight_map' from tensors to files in it")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{index}: {name!r} is not the plain name of a file beside it")
+    return sorted(set(weight_map.values()))
+
+
 def _read_tensors(directory: Path) -> tuple[dict[str, np.ndarray], Path]:
     """The encoder's tensors as float32 by transformers' names, and the file they are from."""
 
@@ -415,15 +428,10 @@ def _read_tensors(directory: Path) -> tuple[dict[str, np.ndarray], Path]:
         origin, files = directory / _SAFETENSORS, [directory / _SAFETENSORS]
     elif (directory / _SAFETENSORS_INDEX).is_file():
         origin = directory / _SAFETENSORS_INDEX
-        files = sorted({directory / f for f in _read_json(origin)["weight_map"].values()})
+        files = [directory / name for name in _part_names(origin)]
     elif (directory / _TORCH_WEIGHTS).is_file():
-        from magnet_jax.torch_env import import_torch  # torch is needed for this format only
-
-        origin, torch = directory / _TORCH_WEIGHTS, import_torch()
-        try:
-            state = torch.load(origin, map_location="cpu", weights_only=True)
-        except Exception as error:  # what a damaged pickle raises depends on the damage
-            raise UserError(f"{origin}: not readable as weights ({type(error).__name__})") from None
+        origin = directory / _TORCH_WEIGHTS
+        state = load_tensors(origin)
         return {k: v.float().numpy() for k, v in state.items() if wanted(k)}, origin
     else:
         raise UserError(

@@ -1,8 +1,13 @@
 """The one way to torch: every module that needs it calls `import_torch` first."""
 
 import importlib.machinery
+import pickle
 import sys
 import types
+from pathlib import Path
+from typing import Any
+
+from magnet_jax.errors import UserError
 
 
 def import_torch() -> types.ModuleType:
@@ -28,3 +33,27 @@ def import_torch() -> types.ModuleType:
         stand_in.__version__ = "0.0.0"
         sys.modules["torchaudio"] = stand_in
     return torch
+
+
+def load_tensors(path: Path) -> Any:
+    """What a `torch.save` or safetensors file holds, on the CPU. Runs no code in it.
+
+    Raises `UserError` for a missing, damaged or unsafe file.
+    """
+    torch = import_torch()
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: not readable as weights and refused: it is damaged, or holds more than "
+            "tensors and plain values, and loading it could run code; re-save its tensors alone"
+        ) from None
+    except Exception as error:  # what a damaged file raises depends on the damage
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: damaged, not readable as weights ({reason})") from None

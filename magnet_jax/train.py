@@ -42,18 +42,6 @@ from magnet_jax.config import CodecSpec, RunConfig
 from magnet_jax.errors import UserError
 
 
-def compute_dtype(config: RunConfig) -> jnp.dtype:
-    """Precision of the matrix products on this machine."""
-    if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.compute_dtype)
-
-
-def segment_frames(config: RunConfig, spec: CodecSpec) -> int:
-    """Frames of a training crop."""
-    return round(config.data.segment_seconds * spec.frame_rate)
-
-
 def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
     """Raises `UserError` where data set, model and text encoder do not go together."""
     model = config.model
@@ -69,7 +57,7 @@ def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> Non
             f"text encoder {config.text.source} is {t5_config.d_model} wide, model.text_width is "
             f"{model.text_width}: set --model.text-width {t5_config.d_model}"
         )
-    if segment_frames(config, spec) < model.span_length:
+    if api.segment_frames(config, spec) < model.span_length:
         raise UserError(
             f"data.segment_seconds {config.data.segment_seconds} is shorter than one span of "
             f"{model.span_length} frames at {spec.frame_rate} Hz"
@@ -103,7 +91,9 @@ def state_shardings(config: RunConfig, t5_params: dict, mesh: Mesh) -> tuple[Any
     return abstract, shardings
 
 
-def _loss(params, frozen_text, batch, key, stage, *, config, t5_config, local, dropout, dtype):
+def _loss(
+    params, frozen_text, batch, key, stage, *, config, t5_config, local, dropout, dtype, mesh
+):
     text_params = params.get("text", frozen_text)
     states_BSE = t5.encode(
         text_params, t5_config, batch["text_ids_BS"], batch["text_mask_BS"], dtype=dtype
@@ -121,11 +111,14 @@ def _loss(params, frozen_text, batch, key, stage, *, config, t5_config, local, d
         local=local,
         dtype=dtype,
         remat=config.remat,
+        sharding=sharding.batch_sharding(mesh),
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "t5_config", "local", "dtype"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("config", "t5_config", "local", "dtype", "mesh"),
+    donate_argnames="state",
 )
 def train_step(
     state: dict,
@@ -138,6 +131,7 @@ def train_step(
     t5_config: t5.T5Config,
     local: bool,
     dtype: jnp.dtype,
+    mesh: Mesh,
 ) -> tuple[dict, dict]:
     """One update; two programs are compiled, for stage 0 and for the stages above.
 
@@ -153,7 +147,7 @@ def train_step(
     """
     loss = functools.partial(
         _loss, config=config, t5_config=t5_config, local=local,
-        dropout=config.condition_dropout, dtype=dtype,
+        dropout=config.condition_dropout, dtype=dtype, mesh=mesh,
     )  # fmt: skip
     value, gradients = jax.value_and_grad(loss, has_aux=True)(
         state["params"], frozen_text, batch, key, stage
@@ -164,15 +158,18 @@ def train_step(
     params = optax.apply_updates(state["params"], updates)
     ema = optax.incremental_update(params, state["ema"], 1 - config.optimizer.ema_decay)
     metrics = {"loss": value[0], "grad_norm": optax.global_norm(gradients), **value[1]}
-    return {"params": params, "ema": ema, "opt": opt}, metrics
+    # What comes out lives where what came in did, whatever the compiler would rather do.
+    _, shardings = state_shardings(config, state["params"].get("text", {}), mesh)
+    state = {"params": params, "ema": ema, "opt": opt}
+    return jax.lax.with_sharding_constraint(state, shardings), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("config", "t5_config", "local", "dtype"))
-def eval_step(params, frozen_text, batch, key, stage, *, config, t5_config, local, dtype):
+@functools.partial(jax.jit, static_argnames=("config", "t5_config", "local", "dtype", "mesh"))
+def eval_step(params, frozen_text, batch, key, stage, *, config, t5_config, local, dtype, mesh):
     """The loss of one stage with every text given; otherwise as in training."""
     value, _ = _loss(
         params, frozen_text, batch, key, stage, config=config, t5_config=t5_config,
-        local=local, dropout=0.0, dtype=dtype,
+        local=local, dropout=0.0, dtype=dtype, mesh=mesh,
     )  # fmt: skip
     return value
 
@@ -218,16 +215,18 @@ class Setup(NamedTuple):
     def static(self, config: RunConfig) -> dict:
         """Static arguments of the compiled steps, without names that no program depends on."""
         config = dataclasses.replace(config, out="", sample_prompts=())
-        return {"config": config, "t5_config": self.t5_config, "dtype": self.dtype}
+        return dict(config=config, t5_config=self.t5_config, dtype=self.dtype, mesh=self.mesh)
 
 
 def set_up(config: RunConfig) -> Setup:
     """Checks that settings, data and model go together, and prepares the run's folder."""
+    if jax.process_count() > 1:
+        raise UserError("several processes are not supported yet: run one with all its devices")
     if not config.out:
         raise UserError("no folder for the run: give --out DIR")
     run = Path(config.out)
     spec = records.read_codec_spec(config.data.path)
-    begun = (run / "config.json").exists()
+    begun = checkpoint.has_begun(run)
     t5_config, t5_params, tokenizer = t5.load(str(run / "text") if begun else config.text.source)
     check_fit(config, spec, t5_config)
     mesh = sharding.make_mesh(config.mesh)
@@ -236,8 +235,10 @@ def set_up(config: RunConfig) -> Setup:
         raise UserError(
             f"data.batch_size {config.data.batch_size} is not a multiple of {rows} devices"
         )
+    # Codebooks beyond the model's are neither learnt nor decoded.
+    spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
     checkpoint.prepare_run(config, spec)
-    frames, dtype = segment_frames(config, spec), compute_dtype(config)
+    frames, dtype = api.segment_frames(config, spec), api.compute_dtype(config)
     return Setup(spec, t5_config, t5_params, tokenizer, mesh, frames, dtype)
 
 
@@ -273,18 +274,22 @@ def write_samples(
     config: RunConfig, setup: Setup, decoder: codec.Codec, ema: dict, frozen_text: Any, step: int
 ) -> Path:
     """Samples the run's prompts from the averaged weights, always with the same seed."""
-    generated = api.generate_codes(
-        ema["lm"],
-        ema.get("text", frozen_text),
-        config.sample_prompts,
-        config=config.model,
+    model = checkpoint.Loaded(
+        config=config,
+        codec=setup.spec,
+        codec_source=setup.spec.source,
+        params=ema,
         t5_config=setup.t5_config,
+        t5_params=ema.get("text", frozen_text),
         tokenizer=setup.tokenizer,
-        max_tokens=config.text.max_tokens,
+        step=step,
+    )
+    generated = api.generate_codes(
+        model,
+        config.sample_prompts,
         num_frames=setup.frames,
         decoding=config.decode,
         seed=config.seed,
-        dtype=setup.dtype,
     )
     folder = Path(config.out) / "samples" / f"step_{step:07d}"
     for i, wav_CN in enumerate(decoder.decode(generated.codes_BKT)):
@@ -347,23 +352,28 @@ class Window:
         }
 
 
-def check_finite(loss: jax.Array, step: int) -> None:
+def check_finite(grad_norm: jax.Array, step: int) -> None:
     """Raises `UserError` where training has diverged; waits for the step."""
-    if not np.isfinite(loss):
+    if not np.isfinite(grad_norm):
         raise UserError(
-            f"the loss of step {step} is {loss}; nothing of it was saved: start again from the "
-            "last checkpoint, or anew with a lower --optimizer.peak-lr"
+            f"the gradient norm of step {step} is {grad_norm}; nothing of it was saved: start "
+            "again from the last checkpoint, or anew with a lower --optimizer.peak-lr"
         )
 
 
 @contextlib.contextmanager
 def catching_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list instead of dying of them."""
+    """Collects the first SIGTERM or SIGINT in a list; a second one does what it always does."""
     caught: list[int] = []
-    handlers = {
-        number: signal.signal(number, lambda number, _: caught.append(number))
-        for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    handlers = {}
+
+    def catch(number: int, _: Any) -> None:
+        caught.append(number)
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, catch)
     try:
         yield caught
     finally:
@@ -388,6 +398,7 @@ def train(config: RunConfig) -> None:
         frozen_text = jax.device_put(setup.t5_params, sharding.replicated(setup.mesh))
     key, static = jax.random.key(config.seed), setup.static(config)
     learning_rate = optimizer.learning_rate(config.optimizer)
+    data_set = records.digest(config.data.path)
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
@@ -395,7 +406,13 @@ def train(config: RunConfig) -> None:
         step = manager.latest_step() or 0
         if step:
             state = checkpoint.restore(manager, step, **abstract, data=None)
-            batches.set_state(state.pop("data"))
+            position = state.pop("data")
+            if position.pop("data_set") != data_set:
+                raise UserError(
+                    f"{config.data.path} is not the data set that {config.out} was trained on up "
+                    f"to step {step}: go on with that one, or begin another run"
+                )
+            batches.set_state(position)
         else:
             init = jax.jit(functools.partial(init_state, config), out_shardings=shardings)
             state = init(setup.t5_params)
@@ -414,7 +431,7 @@ def train(config: RunConfig) -> None:
         while step < config.steps and not caught:
             before = time.perf_counter()
             batch = to_devices(next(batches), setup.mesh)
-            position = batches.get_state()
+            position = batches.get_state() | {"data_set": data_set}
             window.waited += time.perf_counter() - before
             stage = objective.stage_of_step(config.seed, step, config.model.num_codebooks)
             state, metrics = train_step(
@@ -424,9 +441,11 @@ def train(config: RunConfig) -> None:
             step += 1
             bar.update()
             last = step == config.steps or bool(caught)
-            if step % config.log_every == 0 or last:
+            logging, saving = step % config.log_every == 0, manager.should_save(step)
+            if logging or saving or last:
+                check_finite(metrics["grad_norm"], step)
+            if logging or last:
                 values = window.scalars(config.data.batch_size * setup.frames)
-                check_finite(values["train/loss"], step)
                 metrics["learning_rate"] = learning_rate(step - 1)
                 scalars.log(step, values | {f"train/{k}": v for k, v in metrics.items()})
                 bar.set_postfix(
@@ -434,10 +453,11 @@ def train(config: RunConfig) -> None:
                     frames_per_s=f"{values['speed/frames_per_second']:,.0f}",
                 )
                 window = Window()
-            if manager.should_save(step) or last:
-                check_finite(metrics["grad_norm"], step)
+            if saving or last:
                 checkpoint.save(manager, step, state, position)
                 saved = step
+            if caught:
+                break
             aside = time.perf_counter()
             if held_out and step % config.eval_every == 0:
                 losses = validation_loss(state["ema"], frozen_text, held_out, key, **static)
@@ -450,6 +470,7 @@ def train(config: RunConfig) -> None:
             window.started += time.perf_counter() - aside  # evaluation is not training time
         if caught and saved < step:
             # The signal came after the step's own saving was decided.
+            check_finite(metrics["grad_norm"], step)
             checkpoint.save(manager, step, state, position)
     if caught:
         tqdm.write(f"stopped and saved at step {step}; the same command goes on from there")

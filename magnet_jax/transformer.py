@@ -1,8 +1,8 @@
 """The transformer: summed codebook embeddings, pre-norm blocks, one head a codebook (section 4).
 
-`Transformer` holds the parameters (float32) and says how they may be sharded; `split` parts it
-into a static graph and a plain nested dict, which is what training, decoding and checkpoints
-handle. Parameter shapes, layers stacked on axis 0:
+`Transformer` holds the parameters (float32) and says how they may be sharded. Training, decoding
+and checkpoints handle them as a plain nested dict, which `init_params` makes and `bind` puts back
+into a module. Parameter shapes, layers stacked on axis 0:
 
     embed [K, V+1, D]      text_proj/{kernel [E, D], bias [D]}      heads [K, D, V]
     blocks/{self, cross}/{query, key, value} [L, D, N, H]           blocks/*/out [L, N, H, D]
@@ -168,7 +168,13 @@ class Transformer(nnx.Module):
         return TextKeys(key, value, text_mask_BS, num_zero_keys_B)
 
     def trunk(
-        self, codes_BKT: jax.Array, text: TextKeys, *, local: bool, remat: bool = False
+        self,
+        codes_BKT: jax.Array,
+        text: TextKeys,
+        *,
+        local: bool,
+        remat: bool = False,
+        sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
         """Everything below the heads.
 
@@ -177,6 +183,8 @@ class Transformer(nnx.Module):
           text: from `read_text`; its dtype is the precision of the products.
           local: True for stages above 0.
           remat: recompute activations in the backward pass.
+          sharding: where activations [B, T, D] live; without it XLA would let them follow the
+            parameters, and a batch split over fsdp would not stay split.
 
         Returns:
           final-norm states [B, T, D].
@@ -187,16 +195,21 @@ class Transformer(nnx.Module):
         x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
         x_BTD = (x_BTD + sinusoids(num_frames, self.config.width)[None]).astype(dtype)
         context = self.config.local_context if local else None
+        pin = (
+            (lambda x: x)
+            if sharding is None
+            else functools.partial(jax.lax.with_sharding_constraint, shardings=sharding)
+        )
 
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
             block, key_BSNH, value_BSNH = inputs
             own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
-            return nnx.merge(graph, block)(x_BTD, own, context), None
+            return pin(nnx.merge(graph, block)(pin(x_BTD), own, context)), None
 
         layer = jax.checkpoint(layer) if remat else layer
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH))
+        x_BTD, _ = jax.lax.scan(layer, pin(x_BTD), (layers, text.key_LBSNH, text.value_LBSNH))
         return self.norm_final(x_BTD)
 
     def head(self, x_BTD: jax.Array, stage: jax.Array | int) -> jax.Array:

@@ -1,6 +1,8 @@
 import dataclasses
+import http.client
 import importlib.util
 import json
+import pickle
 import shutil
 import urllib.error
 
@@ -59,6 +61,19 @@ def test_round_trip_of_a_clip_keeps_the_music(embedded):
     coarse = load_codec("embedded", num_codebooks=1)
     coarse_back = coarse.decode(coarse.encode(wav[None, None]))[0, 0, : len(wav)]
     assert np.sum((wav - coarse_back) ** 2) > 1.1 * np.sum((wav - back) ** 2)
+
+
+def test_codes_equal_those_of_transformers(embedded):
+    torch = import_torch()
+    import transformers
+
+    model = transformers.EncodecModel.from_pretrained(ASSETS / "codec").eval()
+    wav_BCN = noise(2, 1, 16000)
+    with torch.no_grad():
+        bandwidth = max(model.config.target_bandwidths)
+        theirs = model.encode(torch.tensor(wav_BCN), bandwidth=bandwidth).audio_codes
+    (codes_BKT,) = theirs.numpy()
+    np.testing.assert_array_equal(embedded.encode(wav_BCN), codes_BKT[:, :4])
 
 
 def test_codes_do_not_depend_on_the_batch(embedded):
@@ -169,6 +184,14 @@ def test_downloads_that_fail_name_the_way_out(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(UserError, match=r"no network.*encodec_24khz-d7cc33bc.th"):
         load_codec("encodec_24khz")
+    for kind in (http.client.IncompleteRead, pickle.UnpicklingError):  # cut off, or not weights
+
+        def broken(*args, kind=kind, **kwargs):
+            raise kind(b"half")
+
+        monkeypatch.setattr(torch.hub, "load_state_dict_from_url", broken)
+        with pytest.raises(UserError, match="cannot be fetched .* copy encodec_24khz-d7cc33bc.th"):
+            load_codec("encodec_24khz")
     with pytest.raises(UserError, match=r"no network.*folder.*'embedded'"):
         load_codec("facebook/encodec_32khz")
 
@@ -193,11 +216,7 @@ def test_damaged_codecs_give_one_line(tmp_path, encodec_files):
         assert "\n" not in str(caught.value)
 
     def set_config(**values):
-        def change(folder):
-            config = json.loads((folder / "config.json").read_text())
-            (folder / "config.json").write_text(json.dumps(config | values))
-
-        return change
+        return lambda folder: change_settings(folder, **values)
 
     broken(lambda f: (f / "config.json").unlink(), "no config.json")
     broken(lambda f: (f / "config.json").write_text("{"), "damaged config.json")
@@ -212,7 +231,7 @@ def test_damaged_codecs_give_one_line(tmp_path, encodec_files):
     with pytest.raises(UserError, match="must be called"):
         load_codec(str(tmp_path / "weights.th"))
     (tmp_path / "encodec_24khz.th").write_bytes(b"?")
-    with pytest.raises(UserError, match="damaged weights"):
+    with pytest.raises(UserError, match="not readable as weights"):
         load_codec(str(tmp_path / "encodec_24khz.th"))
     shutil.copy(encodec_files / "encodec_48khz-test.th", tmp_path / "encodec_24khz.th")
     with pytest.raises(UserError, match="not the weights of encodec_24khz"):
@@ -222,14 +241,46 @@ def test_damaged_codecs_give_one_line(tmp_path, encodec_files):
 def test_hash_follows_the_weights(embedded):
     torch = import_torch()
     state = {"b": torch.arange(4.0), "a": torch.zeros(2, 2)}
-    first = codec_module._weights_sha256(state)
-    assert codec_module._weights_sha256(dict(reversed(state.items()))) == first
+    first = codec_module._sha256(state, {})
+    assert codec_module._sha256(dict(reversed(state.items())), {}) == first
     for other in (
         state | {"b": torch.arange(4.0) + 1e-6},
         state | {"a": torch.zeros(4)},
         {"b": state["b"], "c": state["a"]},
     ):
-        assert codec_module._weights_sha256(other) != first
+        assert codec_module._sha256(other, {}) != first
+    # the two names that torch has had for the parts of a normalised weight
+    older = codec_module._sha256({"x.weight_g": state["a"], "x.weight_v": state["b"]}, {})
+    prefix = "x.parametrizations.weight.original"
+    newer = {f"{prefix}0": state["a"], f"{prefix}1": state["b"]}
+    assert codec_module._sha256(newer, {}) == older
+
+
+def change_settings(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"use_causal_conv": True},
+        {"normalize": True},
+        {"pad_mode": "constant"},
+        {"dilation_growth_rate": 3},
+    ],
+)
+def test_same_weights_computed_otherwise_are_another_codec(tmp_path, embedded, change):
+    shutil.copytree(ASSETS / "codec", tmp_path / "codec")
+    change_settings(tmp_path / "codec", **change)
+    with pytest.raises(UserError, match="tokenize again with that codec"):
+        check_same_codec(load_codec(str(tmp_path / "codec")).spec, embedded.spec, "data")
+
+
+def test_a_setting_that_changes_no_code_changes_no_hash(tmp_path, embedded):
+    shutil.copytree(ASSETS / "codec", tmp_path / "codec")
+    change_settings(tmp_path / "codec", transformers_version="4.0.0", torch_dtype="float32")
+    check_same_codec(load_codec(str(tmp_path / "codec")).spec, embedded.spec, "data")
 
 
 def test_check_same_codec(embedded):

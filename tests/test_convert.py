@@ -8,14 +8,16 @@ import os
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from safetensors import SafetensorError
 
-from launch import export
+from launch import export, sample
+from magnet_jax import api, checkpoint, convert, convert_codec, t5
 from magnet_jax import bundle as bundles
-from magnet_jax import checkpoint, convert, convert_codec, t5
 from magnet_jax.config import ASSETS, CodecSpec, ModelConfig, RunConfig, TextConfig
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch
@@ -38,6 +40,32 @@ EMBEDDED_CODEC = CodecSpec(
 PUBLISHED_CODEC = dataclasses.replace(
     EMBEDDED_CODEC, source="facebook/encodec_32khz", sample_rate=32000, codebook_size=2048
 )
+
+
+# Of a small EnCodec of the published 32 kHz architecture.
+GOLDEN_CODEC_SETTINGS = {
+    "audio_channels": 1,
+    "chunk_length_s": None,
+    "codebook_dim": 32,
+    "codebook_size": 128,
+    "compress": 2,
+    "dilation_growth_rate": 2,
+    "hidden_size": 32,
+    "kernel_size": 7,
+    "last_kernel_size": 7,
+    "norm_type": "weight_norm",
+    "normalize": False,
+    "num_filters": 8,
+    "num_lstm_layers": 2,
+    "num_residual_layers": 1,
+    "pad_mode": "constant",
+    "residual_kernel_size": 3,
+    "sampling_rate": 32000,
+    "trim_right_ratio": 1.0,
+    "upsampling_ratios": [8, 5, 4, 4],
+    "use_causal_conv": False,
+    "use_conv_shortcut": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -364,29 +392,7 @@ def shipped_codec():
 def test_codec_layout_equals_the_references():
     """Names, shapes and settings of a small EnCodec of the published 32 kHz architecture."""
     expected = json.loads((GOLDEN / "encodec_tiny_layout.json").read_text())
-    settings = {
-        "audio_channels": 1,
-        "chunk_length_s": None,
-        "codebook_dim": 32,
-        "codebook_size": 128,
-        "compress": 2,
-        "dilation_growth_rate": 2,
-        "hidden_size": 32,
-        "kernel_size": 7,
-        "last_kernel_size": 7,
-        "norm_type": "weight_norm",
-        "normalize": False,
-        "num_filters": 8,
-        "num_lstm_layers": 2,
-        "num_residual_layers": 1,
-        "pad_mode": "constant",
-        "residual_kernel_size": 3,
-        "sampling_rate": 32000,
-        "trim_right_ratio": 1.0,
-        "upsampling_ratios": [8, 5, 4, 4],
-        "use_causal_conv": False,
-        "use_conv_shortcut": False,
-    }
+    settings = GOLDEN_CODEC_SETTINGS
     layout = convert_codec.codec_layout(settings, 4)
     assert {name: list(shape) for _, name, shape in layout} == expected["tensors"]
     assert len({here for here, _, _ in layout}) == len({there for _, there, _ in layout})
@@ -394,6 +400,24 @@ def test_codec_layout_equals_the_references():
     # Two residual layers shift every later place: the count alone must still be right.
     deeper = convert_codec.codec_layout(settings | {"num_residual_layers": 2}, 4)
     assert len(deeper) == len(layout) + 8 * 6
+
+
+def test_a_codec_of_audiocraft_gives_the_references_codes_and_audio(tmp_path):
+    from safetensors.numpy import save_file
+
+    from magnet_jax.codec import load_codec
+
+    content = convert.read_checkpoint(GOLDEN / "encodec_tiny" / "compression_state_dict.bin")
+    settings = GOLDEN_CODEC_SETTINGS | {"model_type": "encodec", "target_bandwidths": [1.4]}
+    assert content["xp.cfg"] == convert_codec.make_codec_xp_cfg(settings, 4)
+    tensors = convert_codec.codec_from_audiocraft(content["best_state"], settings, 4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    codec = load_codec(str(tmp_path))
+    golden = np.load(GOLDEN / "encodec_tiny" / "codec.npz")
+    np.testing.assert_array_equal(codec.encode(golden["wav"]), golden["codes"])
+    assert len(np.unique(golden["codes"])) > 30
+    np.testing.assert_allclose(codec.decode(golden["codes"]), golden["decoded"], atol=1e-6, rtol=0)
 
 
 def test_codec_round_trip_is_the_identity(shipped_codec):
@@ -423,6 +447,8 @@ def test_codec_mismatches_are_reported_together(shipped_codec):
     del unfit["compress"]
     with pytest.raises(UserError, match="compress is missing.*norm_type.*chunk"):
         convert_codec.codec_layout(unfit, 4)
+    with pytest.raises(UserError, match="normalize must be false"):
+        convert_codec.codec_layout(settings | {"normalize": True}, 4)
 
 
 def test_exported_codec_computes_the_same_codes_and_audio(tmp_path):
@@ -469,7 +495,7 @@ def test_exported_codec_computes_the_same_codes_and_audio(tmp_path):
         assert torch.allclose(found_wav, expected_wav, atol=1e-5)
 
 
-def test_codec_pointers(tmp_path):
+def test_codec_pointers(tmp_path, monkeypatch):
     def pointer(source):
         return convert_codec.codec_pointer(dataclasses.replace(EMBEDDED_CODEC, source=source))
 
@@ -477,8 +503,23 @@ def test_codec_pointers(tmp_path):
     assert pointer(str(ASSETS / "codec")) is None
     assert pointer("facebook/encodec_32khz") == "facebook/encodec_32khz"
     assert pointer("encodec_24khz") == "facebook/encodec_24khz"
+    for source in ("encodec_48khz", "facebook/encodec_48khz"):
+        with pytest.raises(UserError, match="--no-audiocraft"):
+            pointer(source)
+    # Under another name as well, if the codec's config says so.
+    cached = tmp_path / "config.json"
+    monkeypatch.setattr(
+        huggingface_hub,
+        "try_to_load_from_cache",
+        lambda *_: str(cached) if cached.exists() else None,
+    )
+    assert pointer("someone/codec") == "someone/codec"
+    cached.write_text('{"normalize": false}')
+    assert pointer("someone/codec") == "someone/codec"
+    cached.write_text('{"normalize": true}')
     with pytest.raises(UserError, match="--no-audiocraft"):
-        pointer("encodec_48khz")
+        pointer("someone/codec")
+    cached.unlink()
     (tmp_path / "encodec_24khz.th").write_bytes(b"")
     with pytest.raises(UserError, match="--no-audiocraft"):
         pointer(str(tmp_path / "encodec_24khz.th"))
@@ -528,6 +569,19 @@ def test_safetensors_round_trip(tmp_path):
     assert bundles.read_safetensors(tmp_path).text.source == str(tmp_path / "text_encoder")
 
 
+@pytest.mark.parametrize("kind", ["text", "codec"])
+def test_exports_refer_to_nothing_outside(tmp_path, monkeypatch, kind):
+    (tmp_path / "private_home" / "thing").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path)
+    outside = tmp_path / "private_home" / "thing"
+    for source in ("../private_home/thing", str(outside), "./private_home/../private_home/thing"):
+        part = dataclasses.replace(getattr(make_bundle(), kind), source=source)
+        bundles.write_safetensors(tmp_path / "out", make_bundle(**{kind: part}))
+        with pytest.raises(UserError, match="config.json: source .* neither in this folder"):
+            bundles.read_safetensors(tmp_path / "out")
+
+
 def test_damaged_safetensors(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         bundles.read_safetensors(tmp_path)
@@ -543,6 +597,9 @@ def test_damaged_safetensors(tmp_path):
         ({"format_version": 2}, "format version 2"),
         ({"format": "other"}, "not the config"),
         ({"extra": 1}, "extra"),
+        ({"segment_seconds": "10"}, "segment_seconds cannot be '10'"),
+        ({"segment_seconds": -1}, "segment_seconds must be positive"),
+        ({"lineage": 3}, "lineage cannot be 3"),
         ({"model": config["model"] | {"num_layers": 3}}, "blocks/.* is \\[2, .*not \\[3, "),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
@@ -578,6 +635,7 @@ def run_export(loaded, tmp_path, **changes):
     run = tmp_path / "run"
     run.mkdir(exist_ok=True)
     args = export.Args(checkpoint=run, out=tmp_path / "out", **changes)
+    export.prepare_out(args)
     return export.export_model(loaded, {"run": "my-run", "step": 5, "data": "clips"}, args)
 
 
@@ -609,14 +667,44 @@ def test_export_writes_a_whole_folder(loaded, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 
-def test_export_never_leaves_half_a_folder(loaded, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_folder(loaded, tmp_path, monkeypatch, error):
     def fail(*_):
-        raise OSError("disk full")
+        raise error
 
     monkeypatch.setattr(export, "write_safetensors", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="out: cannot be written .*No space left"):
         run_export(loaded, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+def test_a_full_disk_under_torchs_files_is_an_oserror():
+    with pytest.raises(OSError, match="No space left"):
+        convert._write_torch(Path("/dev/full"), {"a": import_torch().zeros(100_000)})
+
+
+def test_a_kill_while_an_export_is_replaced_loses_nothing(loaded, tmp_path, monkeypatch):
+    run_export(loaded, tmp_path, audiocraft=False)
+    whole = (tmp_path / "out" / "config.json").read_bytes()
+    rename = Path.rename
+
+    def killed(path, target):
+        if path.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_export(loaded, tmp_path, audiocraft=False, overwrite=True)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="--overwrite"):  # it is back, and as precious as before
+        run_export(loaded, tmp_path)
+    assert (tmp_path / "out" / "config.json").read_bytes() == whole
+    run_export(loaded, tmp_path, audiocraft=False, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
 
 
 def test_export_notices_what_was_written_wrongly(loaded, tmp_path, monkeypatch):
@@ -682,3 +770,76 @@ def test_export_copies_a_codec_folder(loaded, tmp_path):
     assert found.source == str(moved / "codec")
     assert str(tmp_path) not in (moved / "README.md").read_text()
     convert_codec.read_codec_folder(convert_codec.codec_folder(found))
+
+
+def all_text(folder: Path) -> str:
+    return "".join(path.read_bytes().decode("latin1") for path in folder.rglob("*.*"))
+
+
+def test_a_text_encoder_called_by_its_published_name_leaves_no_path(loaded, tmp_path):
+    model = dataclasses.replace(loaded.config.model, text_width=512)
+    config = RunConfig(model=model, text=TextConfig(source=str(tmp_path / "home" / "my_t5")))
+    params = {"lm": random_params(model)}
+    changed = loaded._replace(config=config, params=params)
+    run_export(changed, tmp_path, t5_name="t5-small")
+    assert bundles.read_safetensors(tmp_path / "out").text.source == "t5-small"
+    assert str(tmp_path) not in all_text(tmp_path / "out")
+
+
+def test_a_codec_from_a_weights_file_travels_along(loaded, tmp_path):
+    torch = import_torch()
+    import encodec
+
+    from magnet_jax.codec import load_codec
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = encodec.EncodecModel.encodec_model_24khz(pretrained=False)
+    (tmp_path / "home").mkdir()
+    weights = tmp_path / "home" / "encodec_24khz-mine.th"
+    torch.save(model.state_dict(), weights)
+    spec = load_codec(str(weights), num_codebooks=4).spec
+
+    # Into the run ...
+    config = dataclasses.replace(loaded.config, out=str(tmp_path / "run"))
+    checkpoint.prepare_run(config, spec)
+    source = checkpoint.codec_source(tmp_path / "run", spec)
+    assert source == str(tmp_path / "run" / "codec" / "encodec_24khz-mine.th")
+    weights.unlink()
+    # ... and on into the export.
+    changed = loaded._replace(codec=spec, codec_source=source)
+    with pytest.raises(UserError, match="--no-audiocraft"):
+        run_export(changed, tmp_path)
+    run_export(changed, tmp_path, audiocraft=False)
+    assert str(tmp_path) not in all_text(tmp_path / "out")
+    assert "- `codec/encodec_24khz-mine.th`: " in (tmp_path / "out" / "README.md").read_text()
+    moved = (tmp_path / "out").rename(tmp_path / "elsewhere")
+    found = bundles.read_safetensors(moved).codec
+    assert load_codec(found.source, num_codebooks=4).spec == found
+
+
+def test_an_export_samples_as_its_run_does_and_can_be_exported_again(loaded, tmp_path):
+    decode = dataclasses.replace(loaded.config.decode, steps=(2, 1, 1, 1), top_p=0.7)
+    data = dataclasses.replace(loaded.config.data, segment_seconds=0.4)
+    config = dataclasses.replace(loaded.config, decode=decode, data=data)
+    run = loaded._replace(config=config)
+    run_export(run, tmp_path, audiocraft=False)
+    out = tmp_path / "out"
+    found = checkpoint.load_for_inference(out)
+    assert (found.step, found.codec, found.config.decode) == (5, loaded.codec, decode)
+    assert sample.parse(["--checkpoint", str(out), "--out", "x"]).decode == decode
+
+    def codes(model):
+        frames = api.segment_frames(model.config, model.codec)
+        assert frames == 20
+        return api.generate_codes(
+            model, ["drums", ""], num_frames=frames, decoding=model.config.decode, seed=3
+        ).codes_BKT
+
+    np.testing.assert_array_equal(codes(found), codes(run))
+    with pytest.raises(UserError, match="step 5 alone; give --step 5"):
+        checkpoint.load_for_inference(out, step=4)
+
+    export.main(export.Args(checkpoint=out, out=tmp_path / "again"))
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()

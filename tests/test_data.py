@@ -49,16 +49,18 @@ def example(index):
 EXAMPLES = grain.MapDataset.source([example(i) for i in range(len(LENGTHS))])
 
 
+def layout(tokenizer):
+    return data.Layout(
+        frames=FRAMES, num_codebooks=2, frame_rate=RATE, tokenizer=tokenizer, max_tokens=TOKENS
+    )
+
+
 def train(tokenizer, *, seed=0, host=0, hosts=1, examples=EXAMPLES, **changes):
     values = {"path": "memory", "batch_size": 4, "num_threads": 1, "prefetch": 2}
     return data.train_iterator(
         examples,
         DataConfig(**(values | changes)),
-        frames=FRAMES,
-        num_codebooks=2,
-        frame_rate=RATE,
-        tokenizer=tokenizer,
-        max_tokens=TOKENS,
+        layout(tokenizer),
         seed=seed,
         shard_options=grain.sharding.ShardOptions(host, hosts, drop_remainder=True),
     )
@@ -207,6 +209,13 @@ def test_field_texts_take_the_known_fields_that_have_a_value():
     ]
 
 
+def test_field_texts_leave_out_what_cannot_be_heard():
+    odd = {"bpm": True, "moods": ["", " ", None], "keywords": {"a": 1}, "key": float("nan")}
+    assert data.field_texts(odd) == []
+    mixed = {"moods": ["calm", " ", False, ["x"], 3, 2.5], "bpm": float("inf"), "genre": " folk "}
+    assert data.field_texts(mixed) == ["genre: folk", "moods: calm, 3, 2.5"]
+
+
 def test_merging_at_probabilities_zero_and_one():
     def texts(merge, description, field):
         return set(
@@ -265,11 +274,7 @@ def first_crops(tokenizer, host=0, hosts=1, num_batches=None, **changes):
         data.first_crops(
             EXAMPLES,
             DataConfig(**(values | changes)),
-            frames=FRAMES,
-            num_codebooks=2,
-            frame_rate=RATE,
-            tokenizer=tokenizer,
-            max_tokens=TOKENS,
+            layout(tokenizer),
             num_batches=num_batches,
             shard_options=grain.sharding.ShardOptions(host, hosts, drop_remainder=True),
         )

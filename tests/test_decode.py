@@ -65,6 +65,12 @@ def test_nucleus_is_the_references(golden, mass):
     np.testing.assert_array_equal(probs > 0, reference[f"probs_p{mass}"] > 0)
 
 
+def test_a_nucleus_of_everything_keeps_everything():
+    logits = 20 * jax.random.normal(jax.random.key(0), (50, 300))
+    probs = jnp.concatenate([jax.nn.softmax(logits), jax.nn.one_hot(jnp.arange(3), 300)])
+    np.testing.assert_allclose(decode.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
+
+
 def test_schedule_follows_equation_6_and_anneals():
     config = DecodeConfig(steps=(5, 1, 2), temperature=3.0, max_guidance=10, min_guidance=1)
     first, others = decode.make_schedule(config, 40)

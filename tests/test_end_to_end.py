@@ -39,13 +39,8 @@ def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path):
     assert transformer.count_params(loaded.params) <= 3_000_000
     truth = np.stack([example["codes"] for example in examples])
     generated = api.generate_codes(
-        loaded.params["lm"],
-        loaded.t5_params,
+        loaded,
         captions,
-        config=config.model,
-        t5_config=loaded.t5_config,
-        tokenizer=loaded.tokenizer,
-        max_tokens=config.text.max_tokens,
         num_frames=truth.shape[-1],
         decoding=DecodeConfig(greedy=True, max_guidance=3.0),
         seed=0,

@@ -65,8 +65,11 @@ def test_unconditional_length_and_loudness(run, tmp_path):
     ("more", "message"),
     [
         (["--prompt", " "], "--prompt is empty"),
+        (["--prompt", "\udcff"], "not valid UTF-8"),
         ([], "nothing to do"),
         (["--prompt", "x", "--seconds", "0"], "--seconds must be positive"),
+        (["--prompt", "x", "--seconds", "nan"], "--seconds must be positive"),
+        (["--prompt", "x", "--seed", str(2**31)], "--seed must lie"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size must be"),
         (["--prompt", "x", "--decode.steps", "2", "2"], "one number a codebook"),
         (["--prompt", "x", "--step", "1"], "no checkpoint of step 1"),
@@ -79,6 +82,26 @@ def test_mistakes_in_sampling_are_named_and_nothing_is_written(run, tmp_path, mo
     with pytest.raises(UserError, match=message):
         sample.sample(sample_args(run, tmp_path, *more))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_fewer_codebooks_than_the_data_samples(tmp_path):
+    tiny.write_noise(tmp_path / "tokens", {"train": 8})
+    config = tiny.run_config(tmp_path / "tokens", tmp_path / "run", steps=1)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_codebooks=2),
+        decode=DecodeConfig(steps=(1, 1)),
+        sample_every=1,
+        sample_prompts=("two of four",),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        train.train(config)
+    assert (tmp_path / "run" / "samples" / "step_0000001" / "00.wav").exists()
+    args = sample_args(tmp_path / "run", tmp_path / "wavs", "--prompt", "x")
+    (path,) = sample.sample(args)
+    settings = json.loads(path.with_suffix(".json").read_text())
+    assert settings["codec"]["num_codebooks"] == 2
 
 
 def test_a_command_ends_in_one_line_and_a_status(tmp_path):

@@ -141,6 +141,16 @@ def test_unfit_folders_give_one_line(tmp_path):
         records.read_codec_spec(data)
 
 
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_damaged_descriptions_give_one_line(tmp_path, name):
+    write(tmp_path, {"train": [2]})
+    (tmp_path / name).write_text("{")
+    for read in (records.open_split, records.has_split):
+        with pytest.raises(UserError, match="features.json is damaged") as caught:
+            read(tmp_path, "train")
+        assert "\n" not in str(caught.value)
+
+
 def test_damaged_record_files_are_found_before_reading(tmp_path):
     write(tmp_path, {"train": [2]})
     (path,) = tmp_path.glob("tokens-*")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import os
 import shutil
 
 import huggingface_hub
@@ -210,6 +211,20 @@ def test_other_weight_files(tmp_path, embedded):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
     assert_same_tree(t5.load(str(tmp_path))[1], rounded)
 
+    index_path = tmp_path / "model.safetensors.index.json"
+    good_index = index_path.read_text()
+    (tmp_path / "sub").mkdir()
+    shutil.copy(tmp_path / "model-2.safetensors", tmp_path / "sub")
+    for name in ("sub/model-2.safetensors", "..", "../x.safetensors", "/x.safetensors", "", 3):
+        index_path.write_text(json.dumps({"weight_map": index["weight_map"] | {names[1]: name}}))
+        with pytest.raises(UserError, match=r"is not the plain name of a file beside it"):
+            t5.load(str(tmp_path))
+    for bad in ({}, {"weight_map": ["model-1.safetensors"]}, {"weight_map": {}}):
+        index_path.write_text(json.dumps(bad))
+        with pytest.raises(UserError, match=r"index.json: no 'weight_map'"):
+            t5.load(str(tmp_path))
+    index_path.write_text(good_index)
+
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors: no such file"):
         t5.load(str(tmp_path))
@@ -246,6 +261,11 @@ def test_bad_folders_are_told_in_one_line(tmp_path, embedded):
     assert "missing settings: d_model, d_ff" in broken(config__json=no_width)
     assert "'gated-silu'" in broken(config__json=changed(feed_forward_proj="gated-silu"))
     assert "d_ff must be" in broken(config__json=changed(d_ff=-1))
+    for epsilon in ("x", None, 0, -1e-6, True, float("nan")):
+        message = broken(config__json=changed(layer_norm_epsilon=epsilon))
+        assert "layer_norm_epsilon must be a number above 0" in message
+    near = {"relative_attention_max_distance": 8, "relative_attention_num_buckets": 32}
+    assert "max_distance must be above 8" in broken(config__json=changed(**near))
     assert "AutoTokenizer" in broken(tokenizer__json=None)
     assert "not a tokenizer" in broken(tokenizer__json=b"{}")
     assert "vocab_size 9" in broken(config__json=changed(vocab_size=9))
@@ -313,7 +333,7 @@ def test_any_english_text_can_be_spelled(embedded):
 
 
 def test_shipped_encoder_is_what_its_command_makes(tmp_path, embedded):
-    make_text_encoder.make_text_encoder(CLIPS, tmp_path)
+    make_text_encoder.main(["--captions", str(CLIPS), "--out", str(tmp_path)])
     shipped = config.ASSETS / "text"
     assert (tmp_path / "tokenizer.json").read_bytes() == (shipped / "tokenizer.json").read_bytes()
     cfg, params, _ = t5.load(str(tmp_path))
@@ -330,3 +350,37 @@ def test_shipped_encoder_is_what_its_command_makes(tmp_path, embedded):
         make_text_encoder.train_tokenizer(["a"], 20)
     with pytest.raises(UserError, match="no such folder"):
         make_text_encoder.read_texts(tmp_path / "nowhere")
+
+
+def test_a_text_encoder_takes_no_others_place(tmp_path):
+    captions = tmp_path / "captions"
+    captions.mkdir()
+    (captions / "a.json").write_text('{"description": "drums"}')
+
+    def make(out, *more):
+        sizes = ["--width", "8", "--layers", "1", "--heads", "1", "--mlp-width", "8"]
+        words = ["--captions", str(captions), "--out", str(out), *sizes, *more]
+        make_text_encoder.main(words)
+
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "config.json").write_text("mine")
+    for out in (taken, taken / "config.json"):
+        with pytest.raises(UserError, match="is there already; name a new folder"):
+            make(out)
+    assert (taken / "config.json").read_text() == "mine" and len(list(taken.iterdir())) == 1
+    with pytest.raises(UserError, match="cannot be written"):
+        make(taken / "config.json" / "below")
+    with pytest.raises(UserError, match="unknown setting --widht: did you mean --width"):
+        make(tmp_path / "new", "--widht", "3")
+    assert not (tmp_path / "new").exists()
+    make(tmp_path / "deep" / "new")
+    assert t5.load(str(tmp_path / "deep" / "new"))[0].d_model == 8
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
+    assert (tmp_path / "deep" / "new").stat().st_mode & 0o055 == 0o055 & ~_umask()
+
+
+def _umask():
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

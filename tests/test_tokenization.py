@@ -143,6 +143,17 @@ def bad_files(folder):
     put(folder / "surround.wav", tone(1.5, channels=6))
     cut_file(put(folder / "cut.wav", sound))
     cut_file(put(folder / "cut.aiff.aiff", sound))
+    put(folder / "loud.wav", sound * 32768, subtype="FLOAT")
+    put(folder / "half.wav", sound).with_suffix(".json").write_text(r'{"description": "\ud800"}')
+    put(folder / "half_info.wav", sound).with_suffix(".json").write_text(
+        r'{"description": "a", "keywords": ["\udfff"]}'
+    )
+    put(folder / "nan_info.wav", sound).with_suffix(".json").write_text(
+        '{"description": "a", "bpm": NaN}'
+    )
+    put(folder / "deep.wav", sound).with_suffix(".json").write_text("[" * 200_000)
+    put(folder / "song.wav", sound).rename(folder / "song.m4a")
+    os.mkfifo(folder / "pipe.wav")
     cut_file(put(folder / "cut_mp3.mp3", tone(3, 44100), 44100))
     cut_file(put(folder / "cut_flac.flac", sound))
     put(folder / "alone.wav", sound, caption=None)
@@ -170,6 +181,13 @@ def bad_files(folder):
         "surround.wav": "too many channels",
         "cut.wav": "cut off",
         "cut.aiff.aiff": "cut off",
+        "loud.wav": "too loud",
+        "half.wav": "no caption",
+        "half_info.wav": "no caption",
+        "nan_info.wav": "no caption",
+        "deep.wav": "no caption",
+        "song.m4a": "unknown format",
+        "pipe.wav": "unreadable",
         "cut_mp3.mp3": "cut off",
         "cut_flac.flac": "unreadable",
         "alone.wav": "no caption",
@@ -189,6 +207,7 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
     folder = tmp_path / "audio"
     expected = bad_files(folder)
     (folder / "notes.txt").write_text("not audio")
+    (folder / "twice.png").write_text("beside a song, with the caption of the song")
     (folder / ".hidden.wav").write_bytes(b"")
     out = tmp_path / "out"
     summary = run(Job(audio=folder, out=out, max_reject_ratio=0.99, tracks_per_shard=2))
@@ -200,12 +219,12 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
     assert [record["track_id"] for record in read(out)] == ["twice"]
     assert len(list(out.glob("tokens-*"))) == 1
     assert "1 records (1 train, 0 validation)" in summary
-    assert "22 of 23 files rejected (4 no caption, 3 cut off, 3 outside the folder, " in summary
-    assert "1 other files: 1 .txt" in summary
+    assert "29 of 30 files rejected (8 no caption, 4 unreadable, 3 cut off, " in summary
+    assert "2 other files: 1 .png, 1 .txt" in summary
     # with a lower limit the command says why not, and keeps the list
     for ratio, message in [
-        (0.6, "22 of 23 audio files rejected.*0.6: 4 no caption, 3 cut off"),
-        (0.1, "10 of 23 audio files rejected.*0.1: 4 no caption, 3 outside"),  # before encoding
+        (0.9, "29 of 30 audio files rejected.*0.9: 8 no caption, 4 unreadable"),
+        (0.1, "16 of 30 audio files rejected so far.*0.1: 8 no caption, 3 outside"),  # at once
     ]:
         strict = tmp_path / f"strict{ratio}"
         with pytest.raises(UserError, match=message):
@@ -214,7 +233,7 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
         with pytest.raises(UserError, match="unfinished"):
             records.read_codec_spec(strict)
     # nothing needs to be encoded again to let it pass
-    assert run(Job(audio=folder, out=tmp_path / "strict0.6", max_reject_ratio=0.99))
+    assert run(Job(audio=folder, out=tmp_path / "strict0.9", max_reject_ratio=0.99))
 
 
 def test_a_small_loss_is_not_a_cut_file(tmp_path):
@@ -227,6 +246,64 @@ def test_a_small_loss_is_not_a_cut_file(tmp_path):
     data[4:8] = data[40:44] = b"\xff" * 4
     path.write_bytes(data)
     assert read_audio(path, RATE, 1, 1.0).shape == (1, 24000)
+
+
+CUT = ["wav", "aiff", "au", "svx", "w64", "rf64", "voc", "wve", "mat4", "mp3", "ogg", "opus"]
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_half_a_file_is_cut_off_and_a_whole_one_is_not(tmp_path, kind):
+    how = {"format": {"opus": "OGG"}.get(kind, kind)}
+    how |= {"subtype": {"opus": "OPUS", "wve": "ALAW", "svx": "PCM_16"}.get(kind)}
+    rate = 8000 if kind == "wve" else RATE
+    path = put(tmp_path / f"a.{kind}", tone(6, rate), rate, **how)
+    data = path.read_bytes()
+    assert read_audio(path, RATE, 1, 1.0).shape[1] == pytest.approx(6 * RATE, abs=400)
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(RejectedError) as caught:
+        read_audio(path, RATE, 1, 1.0)
+    assert caught.value.reason == "cut off"
+    if kind not in ("voc", "ogg", "opus"):  # these do not say how much is missing
+        path.write_bytes(data[:-2])
+        assert read_audio(path, RATE, 1, 1.0).shape[1] > 5.9 * RATE
+
+
+def test_ogg_without_its_last_page_is_cut_off(tmp_path):
+    path = put(tmp_path / "a.ogg", tone(6))
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"OggS")])
+    with pytest.raises(RejectedError) as caught:
+        read_audio(path, RATE, 1, 1.0)
+    assert "the page that ends the stream" in caught.value.detail
+    path.write_bytes(data + b"TAG" + b"\0" * 125)  # an ID3 tag behind the stream does no harm
+    assert read_audio(path, RATE, 1, 1.0).shape[1] == pytest.approx(6 * RATE, abs=400)
+
+
+def test_a_folder_that_cannot_be_listed_stops_the_job(tmp_path, monkeypatch):
+    put(tmp_path / "sub" / "a.wav", tone(1.1))
+    put(tmp_path / "b.wav", tone(1.1))
+    listed = os.scandir
+
+    def scandir(path):
+        if os.fspath(path).endswith("sub"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(UserError, match=r"sub: cannot be listed \(Permission denied\)"):
+        scan(tmp_path)
+
+
+def test_a_file_that_cannot_be_opened_is_a_reject(tmp_path, monkeypatch):
+    path = put(tmp_path / "a.wav", tone(1.1))
+
+    def refuse(self, **how):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(RejectedError) as caught:
+        read_audio(path, RATE, 1, 1.0)
+    assert (caught.value.reason, caught.value.detail) == ("unreadable", "Permission denied")
 
 
 def test_a_file_that_vanishes_is_no_reject(tmp_path):
@@ -286,8 +363,66 @@ def test_splits_are_stable_and_of_the_wanted_size():
 
 def test_all_in_validation_is_an_error(tmp_path):
     put(tmp_path / "audio" / "01_palestrina.wav", tone(1.2))
-    with pytest.raises(UserError, match="all 1 records fell to validation"):
-        run(Job(audio=tmp_path / "audio", out=tmp_path / "out", validation_percent=50))
+    job = Job(audio=tmp_path / "audio", out=tmp_path / "out", validation_percent=50)
+    with pytest.raises(UserError, match="all 1 tracks would fall to validation: lower"):
+        run(job)
+    assert not (tmp_path / "out").exists()
+    # the one track to train on turns out to be unfit
+    name = next(n for n in map(str, range(99)) if split_of(n, 50) == "train")
+    put(tmp_path / "audio" / f"{name}.wav", tone(0.5))
+    with pytest.raises(UserError, match="1 records of validation are left.*name a new --out"):
+        run(dataclasses.replace(job, max_reject_ratio=0.9))
+
+
+def test_too_many_rejects_stop_the_job_as_soon_as_they_are_certain(tmp_path, one_codec):
+    folder, out = tmp_path / "audio", tmp_path / "out"
+    for i in range(6):
+        put(folder / f"{i}.wav", tone(0.5 if i < 3 else 1.1))
+    job = Job(audio=folder, out=out, tracks_per_shard=1, validation_percent=0, max_reject_ratio=0.2)
+    with pytest.raises(UserError, match="2 of 6 audio files rejected so far"):
+        run(job)
+    assert len(list((out / "units").glob("*.json"))) == 2
+    run(dataclasses.replace(job, max_reject_ratio=0.5))
+    before = content(out)
+    # the list of a complete data set stays whole
+    put(folder / "7.wav", tone(1.1), caption=None)
+    other = dataclasses.replace(job, out=tmp_path / "other")
+    run(dataclasses.replace(other, max_reject_ratio=0.6))
+    whole = (tmp_path / "other" / "rejects.jsonl").read_bytes()
+    with pytest.raises(UserError, match="4 of 7 audio files rejected so far"):
+        run(dataclasses.replace(other, max_reject_ratio=0.0))
+    assert (tmp_path / "other" / "rejects.jsonl").read_bytes() == whole
+    assert whole.count(b"\n") == 4 and content(out) == before
+
+
+def test_a_wrong_out_is_left_as_it_was(tmp_path, monkeypatch):
+    folder = album(tmp_path / "audio", 2)
+    before = content(folder)
+    with pytest.raises(UserError, match="holds other files"):
+        run(Job(audio=folder, out=folder))
+    assert content(folder) == before and len(list(folder.iterdir())) == len(before)
+
+    def refuse(*how):
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    # the lock, and job.json
+    for module, name in [(job_module.fcntl, "flock"), (records, "write_text")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, refuse)
+            with pytest.raises(UserError, match=r"out: cannot be written \(Permission denied\)"):
+                run(Job(audio=folder, out=tmp_path / "out"))
+
+
+def test_a_damaged_note_means_that_the_unit_is_made_again(tmp_path):
+    out = tmp_path / "out"
+    job = Job(audio=album(tmp_path / "audio", 2), out=out, validation_percent=0)
+    run(job)
+    before = content(out)
+    (note,) = (out / "units").glob("*.json")
+    for damaged in ("", '{"seconds": 1', "[]", "{}", '{"shard": 1, "seconds": 1, "rejects": []}'):
+        note.write_text(damaged)
+        run(job)
+        assert content(out) == before
 
 
 def test_a_folder_belongs_to_one_job(tmp_path):
@@ -304,7 +439,12 @@ def test_a_folder_belongs_to_one_job(tmp_path):
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another job is writing there"):
             run(first)
-    os.utime(folder / "01.wav", ns=(0, 0))
+    os.utime(folder / "01.wav", ns=(0, 0))  # as after a plain copy
+    assert run(first) == summary
+    with pytest.raises(UserError, match=r"begun with other settings \(--device\)"):
+        run(dataclasses.replace(first, device="cuda:1"))
+    data = (folder / "01.wav").read_bytes()
+    (folder / "01.wav").write_bytes(data[:-2] + bytes([data[-2] ^ 1, data[-1]]))
     with pytest.raises(UserError, match="the audio or captions changed"):
         run(first)
     assert content(out) == before
@@ -312,6 +452,7 @@ def test_a_folder_belongs_to_one_job(tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds other files .thesis.txt."):
         run(Job(audio=folder, out=tmp_path / "full"))
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
 def test_lost_and_cut_record_files_are_made_again(tmp_path):
@@ -332,7 +473,7 @@ def test_lost_and_cut_record_files_are_made_again(tmp_path):
     [
         ({"audio": Path("no/such")}, "audio folder no/such: no such folder"),
         ({"audio": Path("texts")}, "no audio in it .1 other files: 1 .txt."),
-        ({"out": Path("texts/a.txt")}, "cannot make the folder"),
+        ({"out": Path("texts/a.txt")}, r"cannot be written \(Not a directory\)"),
         ({"min_seconds": 0.0}, "--min-seconds must lie between"),
         ({"max_record_seconds": 121.0}, "--max-record-seconds must lie between"),
         ({"validation_percent": 100.0}, "--validation-percent must lie between"),
@@ -353,16 +494,17 @@ def test_bad_settings_give_one_line(tmp_path, monkeypatch, change, match):
 
 # --- kills --------------------------------------------------------------------------------------
 
-# Imports once, then forks one process for each kill: it dies just before or just after its n-th
-# rename (a rename is what commits anything), and another one finishes what it left.
+# Loads the codec once, then forks one process for each kill: it dies just before or just after its
+# n-th rename (a rename is what commits anything), and another one finishes what it left.
 KILLER = """
 import os, signal, sys
 from pathlib import Path
+from tokenization import job
 from tokenization.job import Job, run
-from magnet_jax.codec import import_torch
-import_torch()
-import transformers.models.encodec.modeling_encodec
+from magnet_jax.torch_env import import_torch
 import_torch().set_num_threads(1)
+codec = job.load_codec("embedded", "cpu", None)
+job.load_codec = lambda *args: codec
 audio, root = map(Path, sys.argv[1:])
 rename = os.replace
 
@@ -387,9 +529,10 @@ def attempt(out, die_at, after):
 renames = attempt(root / "whole", 0, False)
 print(renames)
 for n in range(1, renames + 1):
-    after = n % 2 == 0
-    assert attempt(root / f"killed{n}", n, after) == -signal.SIGKILL, n
-    assert attempt(root / f"killed{n}", 0, False) > 0, n
+    for after in (False, True):
+        out = root / f"killed{n}{after}"
+        assert attempt(out, n, after) == -signal.SIGKILL, out
+        assert attempt(out, 0, False) > 0, out
 # one that is killed again and again, always a little further on
 tries = 1
 while attempt(root / "often", 6, True) == -signal.SIGKILL:
@@ -413,7 +556,7 @@ def test_killed_at_any_rename_and_run_again_gives_the_same_bytes(tmp_path):
     renames = int(finished.stdout)
     whole = content(tmp_path / "outs" / "whole")
     assert renames >= 12 and b"too short" in whole["rejects.jsonl"]
-    assert len(list((tmp_path / "outs").iterdir())) == renames + 2
+    assert len(list((tmp_path / "outs").iterdir())) == 2 * renames + 2
     for out in (tmp_path / "outs").iterdir():
         assert content(out) == whole, out.name
         assert len(read(out)) + len(read(out, "validation")) == 5

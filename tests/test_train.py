@@ -18,7 +18,7 @@ import tiny
 import configs
 from launch.train import load_config
 from magnet_jax import checkpoint, codec, data, records, sharding, t5, train
-from magnet_jax.config import MeshConfig, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax.config import ASSETS, MeshConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
 
 
@@ -76,7 +76,9 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
         "from magnet_jax.config import RunConfig, from_json; "
         "train.train(from_json(RunConfig, Path(sys.argv[1])))"
     )
-    rng = np.random.default_rng(int.from_bytes(os.urandom(4)))
+    seed = int.from_bytes(os.urandom(4))
+    print("moments of the kills drawn with seed", seed)
+    rng = np.random.default_rng(seed)
     for wanted in (5, 15):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "config.json")],
@@ -89,9 +91,9 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.2))
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
     train.train(config)
     assert_equal_trees(final_state(config), final_state(finished))
     lines = [line for line in train.read_scalars(Path(config.out)) if "train/loss" in line]
@@ -112,6 +114,64 @@ def test_a_finished_run_holds_what_the_readme_promises(finished):
         "00.wav",
         "prompts.txt",
     ]
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
+    """Whatever the folder was left with, and with other settings if need be."""
+    config = tiny.run_config(tokens, tmp_path / "run", steps=1)
+    write_text = records.write_text
+    for fatal in ("codec.json", "config.json"):
+
+        def dying(path, text, fatal=fatal):
+            if path.name == fatal:
+                raise KeyboardInterrupt
+            write_text(path, text)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(records, "write_text", dying)
+            train.set_up(config)
+    train.set_up(dataclasses.replace(config, seed=5))
+    train.train(config)
+    assert newest_step(Path(config.out)) == 1
+    with pytest.raises(UserError, match="other settings: seed"):
+        train.set_up(dataclasses.replace(config, seed=5))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(UserError, match="holds no run .thesis.tex."):
+        train.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
+
+
+def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=1)
+    train.train(config)
+    tiny.write_noise(tmp_path / "other", {"train": 9})
+    moved = dataclasses.replace(config.data, path=str(tmp_path / "other"))
+    with pytest.raises(UserError, match="is not the data set"):
+        train.train(dataclasses.replace(config, steps=2, data=moved))
+    shutil.copytree(tokens, tmp_path / "copy")
+    copied = dataclasses.replace(config.data, path=str(tmp_path / "copy"))
+    train.train(dataclasses.replace(config, steps=2, data=copied))
+
+
+@pytest.mark.parametrize(
+    ("section", "settings", "message"),
+    [
+        (None, {"keep_last": 0}, "keep_last"),
+        (None, {"seed": -1}, "seed"),
+        (None, {"eval_batches": -1}, "eval_batches"),
+        ("text", {"max_tokens": 0}, "max_tokens"),
+        ("optimizer", {"clip_norm": 0.0}, "clip_norm"),
+        ("data", {"batch_size": 0}, "batch_size"),
+        ("decode", {"top_p": 0.0}, "top_p"),
+        ("decode", {"steps": (1, 1)}, "one number a codebook"),
+    ],
+)
+def test_impossible_settings_are_refused(section, settings, message):
+    config = RunConfig()
+    with pytest.raises(UserError, match=message):
+        if section:
+            settings = {section: dataclasses.replace(getattr(config, section), **settings)}
+        dataclasses.replace(config, **settings)
 
 
 def test_sigterm_saves_and_exits(tokens, tmp_path):
@@ -151,10 +211,15 @@ def test_eight_devices_equal_one(tokens):
             state, metrics = train.train_step(
                 state, None, train.to_devices(batch, mesh), jax.random.key(0), 2,
                 config=config, t5_config=t5_config, local=True, dtype=np.dtype("float32"),
+                mesh=mesh,
             )  # fmt: skip
         spec = state["params"]["lm"]["blocks"]["mlp"]["up"].sharding.spec
         if devices == 8:
             assert spec == jax.P(None, "fsdp", "tensor")
+        same = jax.tree.map(
+            lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings
+        )
+        assert all(jax.tree.leaves(same))
         assert state["opt"][1][0].mu["lm"]["blocks"]["mlp"]["up"].sharding.spec == spec
         results.append(jax.device_get((state["params"], metrics["loss"])))
     for one, eight in zip(*(jax.tree.leaves(result) for result in results), strict=True):
@@ -198,6 +263,8 @@ def test_config_survives_json(tmp_path):
     [
         (lambda text: text.replace('"seed"', '"sead"'), "missing or unknown settings: sead, seed"),
         (lambda text: text[:50], "not valid JSON"),
+        (lambda text: text.replace('"width": 128', '"width": "128"'), "width must be of type int"),
+        (lambda text: text.replace('"auto"', '"half"'), "compute_dtype must be one of"),
     ],
 )
 def test_damaged_configs_are_named(tmp_path, change, message):
@@ -234,6 +301,19 @@ def test_tokens_of_another_codec_are_refused(finished, tmp_path):
     moved = dataclasses.replace(finished.data, path=str(tmp_path / "tokens"))
     with pytest.raises(UserError, match="tokenize again"):
         train.train(dataclasses.replace(finished, data=moved))
+
+
+def test_a_resumed_run_reads_its_own_text_encoder(tokens, tmp_path):
+    source = tmp_path / "text"
+    shutil.copytree(ASSETS / "text", source)
+    config = tiny.run_config(tokens, tmp_path / "run", steps=1)
+    config = dataclasses.replace(
+        config, text=dataclasses.replace(config.text, source=str(source), finetune=False)
+    )
+    train.train(config)
+    shutil.rmtree(source)
+    train.train(dataclasses.replace(config, steps=2))
+    assert newest_step(Path(config.out)) == 2
 
 
 def test_damaged_checkpoints_are_named(finished, tmp_path):

@@ -74,7 +74,7 @@ class Job:
     readers: int = 2
     """Threads that read and resample audio ahead of the codec."""
     device: str = "cpu"
-    """Torch device of the codec: cpu, cuda, cuda:1, ..."""
+    """Torch device of the codec: cpu, cuda, cuda:1, ...; one kind for the whole folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,24 +105,18 @@ def run(job: Job) -> str:
     """Runs a job to its end and returns the summary; raises `UserError` as the class says."""
     _check(job)
     manifest = scan(job.audio)
+    units = _plan(job, manifest)
+    with _writing(job.out):
+        _check_out(job)  # before anything is written there
     codec = load_codec(job.codec, job.device, job.num_codebooks)
-    try:
+    with _writing(job.out):
         (job.out / "units").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {job.out}: cannot make the folder ({error.strerror})") from None
-    with _locked(job.out):
-        _begin(job, manifest, codec.spec)
-        # captions alone can already decide
-        _check_rejects(job, manifest, manifest.rejects, final=False)
-        units = _plan(job, manifest)
-        try:
-            done = _work(job, codec, units)
+        with _locked(job.out):
+            _begin(job, manifest, codec.spec)
+            done = _work(job, manifest, codec, units)
             rejects = [*manifest.rejects, *(r for unit in done for r in unit.rejects)]
             _check_rejects(job, manifest, rejects, final=True)
             return _finish(job, manifest, codec.spec, units, done, rejects)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"--out {job.out}: cannot be written ({reason})") from None
 
 
 def split_of(track_id: str, validation_percent: float) -> str:
@@ -156,13 +150,33 @@ def _check(job: Job) -> None:
             raise UserError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
 
 
+def _check_out(job: Job) -> None:
+    """Raises `UserError` if --out holds what is not this command's."""
+    if not job.out.exists() or (job.out / "job.json").exists():
+        return
+    others = [p.name for p in job.out.iterdir() if p.name[0] != "." and p.name != "units"]
+    if others or job.out.resolve() == job.audio.resolve():
+        what = sorted(others)[0] if others else "the audio"
+        raise UserError(f"--out {job.out}: holds other files ({what}); name a new folder")
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Turns whatever the file system refuses into a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--out {out}: cannot be written ({reason})") from None
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Holds the folder for this process; the lock ends with the process, however it ends."""
     with (out / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"--out {out}: another job is writing there") from None
         yield
 
@@ -170,18 +184,16 @@ def _locked(out: Path) -> Iterator[None]:
 def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
     settings = ("validation_percent", "min_seconds", "max_record_seconds", "tracks_per_shard")
-    # (a codec is its weights, not its path; batch_size, device, readers only change the speed)
+    # (a codec is its weights, not its path; batch_size, readers, a device's number only change the
+    # speed, but its kind rounds in its own way)
     begun = {
         "audio": manifest.fingerprint,
         **{f"codec {k}": v for k, v in asdict(spec).items() if k != "source"},
         **{f"--{name.replace('_', '-')}": getattr(job, name) for name in settings},
+        "--device": job.device.split(":")[0],
     }
     path = job.out / "job.json"
     if not path.exists():
-        if others := [p.name for p in job.out.iterdir() if p.name[0] != "." and p.name != "units"]:
-            raise UserError(
-                f"--out {job.out}: holds other files ({sorted(others)[0]}); name a new folder"
-            )
         records.write_text(path, json.dumps(begun, indent=2) + "\n")
         return
     try:
@@ -202,6 +214,7 @@ def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
 
 
 def _plan(job: Job, manifest: Manifest) -> list[_Unit]:
+    """The shards to make; raises `UserError` if no track is left to train on."""
     units = []
     for split in records.SPLITS:
         tracks = [
@@ -210,15 +223,24 @@ def _plan(job: Job, manifest: Manifest) -> list[_Unit]:
         for index, start in enumerate(range(0, len(tracks), job.tracks_per_shard)):
             part = tracks[start : start + job.tracks_per_shard]
             units.append(_Unit(split=split, index=index, tracks=part))
+    if units and all(unit.split == "validation" for unit in units):
+        count = len(manifest.tracks)
+        raise UserError(f"all {count} tracks would fall to validation: lower --validation-percent")
     return units
 
 
-def _work(job: Job, codec: Codec, units: Sequence[_Unit]) -> list[_Done]:
-    """Makes every shard that is not there yet, with a progress bar."""
+def _work(job: Job, manifest: Manifest, codec: Codec, units: Sequence[_Unit]) -> list[_Done]:
+    """Makes every shard that is not there yet, with a progress bar.
+
+    Raises `UserError` as soon as there are too many rejects, whatever may follow.
+    """
     found = [_read_done(job.out, unit) for unit in units]
     finished = _finished(job.out, units, found)
     seconds = sum(done.seconds for done, ok in zip(found, finished) if ok)
     files = sum(len(unit.tracks) for unit, ok in zip(units, finished) if ok)
+    rejects = list(manifest.rejects)  # captions alone can already decide
+    rejects += [r for done, ok in zip(found, finished) if ok for r in done.rejects]
+    _check_rejects(job, manifest, rejects, final=False)
     with tqdm(
         total=sum(len(unit.tracks) for unit in units),
         initial=files,
@@ -230,6 +252,8 @@ def _work(job: Job, codec: Codec, units: Sequence[_Unit]) -> list[_Done]:
         for i, unit in enumerate(units):
             if not finished[i]:
                 found[i] = _make_shard(job, codec, unit, progress)
+                rejects += found[i].rejects
+                _check_rejects(job, manifest, rejects, final=False)
     return found
 
 
@@ -255,15 +279,16 @@ class _Progress:
 
 
 def _read_done(out: Path, unit: _Unit) -> _Done | None:
+    """What a unit left behind; None if it is not done, or its note is damaged."""
     try:
-        values = json.loads(unit.done_path(out).read_text())
-    except FileNotFoundError:
+        values = json.loads(unit.done_path(out).read_text(encoding="utf-8"))
+        return _Done(
+            shard=records.Shard(path=unit.record_path(out), **values["shard"]),
+            seconds=float(values["seconds"]),
+            rejects=[Reject(**reject) for reject in values["rejects"]],
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return _Done(
-        shard=records.Shard(path=unit.record_path(out), **values["shard"]),
-        seconds=values["seconds"],
-        rejects=[Reject(**reject) for reject in values["rejects"]],
-    )
 
 
 def _finished(out: Path, units: Sequence[_Unit], found: Sequence[_Done | None]) -> list[bool]:
@@ -383,17 +408,19 @@ def _read_ahead(
 def _check_rejects(job: Job, manifest: Manifest, rejects: Sequence[Reject], *, final: bool) -> None:
     """Writes rejects.jsonl and raises if there are too many, or nothing is left.
 
-    Before the end (`final`) the list is only written if it is the reason to stop.
+    Before the end (`final`) the list is only written if it is the reason to stop, and never over
+    the whole list of a complete data set.
     """
     total = len(manifest.tracks) + len(manifest.rejects)
     path = job.out / "rejects.jsonl"
     too_many = len(rejects) == total or len(rejects) > job.max_reject_ratio * total
-    if final or too_many:
+    if final or (too_many and not records.is_complete(job.out)):
         in_order = sorted(rejects, key=lambda reject: reject.path)
         records.write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in in_order))
     if too_many:
+        when = "" if final else " so far"
         raise UserError(
-            f"{len(rejects)} of {total} audio files rejected, --max-reject-ratio is "
+            f"{len(rejects)} of {total} audio files rejected{when}, --max-reject-ratio is "
             f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {path}"
         )
 
@@ -419,7 +446,8 @@ def _finish(
     counts = {split: sum(s.num_examples for s in shards[split]) for split in records.SPLITS}
     if counts["train"] == 0:
         raise UserError(
-            f"all {counts['validation']} records fell to validation: lower --validation-percent"
+            f"every track to train on was rejected, {counts['validation']} records of validation "
+            f"are left: mend the audio, or lower --validation-percent and name a new --out"
         )
     seconds = sum(d.seconds for d in done)
     total = len(manifest.tracks) + len(manifest.rejects)
