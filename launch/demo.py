@@ -68,12 +68,12 @@ def draw(args: Args, wav: Path) -> Path:
     middle.imshow(kept_PT, aspect="auto", cmap="viridis", interpolation="nearest")
     for end in np.cumsum(config.decode.steps)[:-1]:
         middle.axhline(end - 0.5, color="white", lw=1.5)
-    middle.set(xlabel="frame", title="Decoding steps, downwards: kept tokens (yellow)")
+    middle.set(
+        xlabel="frame", ylabel="codebook", title="Decoding steps, downwards: kept tokens (yellow)"
+    )
     middle.set_yticks(
         np.cumsum((0, *config.decode.steps[:-1])) + np.array(config.decode.steps) / 2 - 0.5,
-        [f"cb {k + 1}, {config.decode.steps[k]} steps" for k in range(config.model.num_codebooks)],
-        rotation=90,
-        va="center",
+        [f"{k + 1}" for k in range(config.model.num_codebooks)],
     )
 
     samples, rate = soundfile.read(wav)

@@ -51,9 +51,10 @@ class Args:
     """Where the codec is, if it is no longer where the data set was made with it."""
 
 
-def _file_name(index: int, prompt: str) -> str:
+def _file_name(index: int, prompt: str, seed: int) -> str:
     words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-    return f"{index:03d}-{words or ('clip' if prompt else 'unconditional')}"
+    words = words or ("clip" if prompt else "unconditional")
+    return f"{index:03d}-{words}-seed{seed}"
 
 
 def sample(args: Args) -> list[Path]:
@@ -72,6 +73,8 @@ def sample(args: Args) -> list[Path]:
         raise UserError("--batch-size must be at least 1")
     if args.seconds is not None and not 0 < args.seconds <= 600:
         raise UserError("--seconds must be positive, and at most 600")
+    if args.lufs is not None and not -70 <= args.lufs <= 0:
+        raise UserError("--lufs must lie between -70 and 0, or be None")
     if not 0 <= args.seed < 2**31:
         raise UserError("--seed must lie between 0 and 2147483647")
     if args.unconditional < 0:
@@ -83,7 +86,11 @@ def sample(args: Args) -> list[Path]:
     decoder = codec.load_codec(
         args.codec or loaded.codec_source, num_codebooks=loaded.codec.num_codebooks
     )
-    codec.check_same_codec(decoder.spec, loaded.codec, str(args.checkpoint))
+    if decoder.spec.sha256 != loaded.codec.sha256:
+        raise UserError(
+            f"{args.checkpoint} learnt the tokens of codec {loaded.codec.source}, and "
+            f"{decoder.spec.source} is another: name that one as --codec"
+        )
     config, spec = loaded.config, loaded.codec
     seconds = args.seconds or config.data.segment_seconds
     num_frames = max(1, round(seconds * spec.frame_rate))
@@ -114,7 +121,7 @@ def sample(args: Args) -> list[Path]:
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
             if args.lufs is not None:
                 wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
-            path = args.out / f"{_file_name(i, text)}.wav"
+            path = args.out / f"{_file_name(i, text, args.seed)}.wav"
             audio.write_wav(path, wav_CN, spec.sample_rate)
             settings = {
                 "prompt": text,
@@ -134,7 +141,9 @@ def sample(args: Args) -> list[Path]:
             written.append(path)
             print(path)
         compiled = " (the first batch compiles)" if first == 0 else ""
-        print(f"{len(batch)} clips of {seconds:g} s in {took:.1f} s{compiled}")
+        print(
+            f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s{compiled}"
+        )
     return written
 
 

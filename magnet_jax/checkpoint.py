@@ -141,10 +141,9 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
     except Exception as error:  # Orbax and its stores raise a great many types
         others = [str(other) for other in manager.all_steps() if other != step]
         remedy = f"; move that folder away to go on from step {others[-1]}" if others else ""
-        first_line = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
         raise UserError(
             f"{manager.directory / str(step)}: damaged or of another model "
-            f"({type(error).__name__}: {first_line}){remedy}"
+            f"({type(error).__name__}){remedy}"
         ) from error
 
 

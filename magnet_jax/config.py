@@ -128,8 +128,9 @@ class DataConfig:
         for name in ("merge_text_p", "drop_description_p", "drop_field_p", "word_dropout"):
             _require(0 <= getattr(self, name) <= 1, f"data.{name} must lie in [0, 1]")
         _require(self.segment_seconds > 0, "data.segment_seconds must be positive")
-        for name in ("batch_size", "num_threads", "prefetch"):
-            _require(getattr(self, name) >= 1, f"data.{name} must be at least 1")
+        _require(self.batch_size >= 1, "data.batch_size must be at least 1")
+        for name in ("num_threads", "prefetch"):
+            _require(getattr(self, name) >= 0, f"data.{name} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

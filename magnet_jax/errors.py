@@ -26,5 +26,5 @@ def reported() -> Iterator[None]:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

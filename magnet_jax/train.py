@@ -389,6 +389,15 @@ def train(config: RunConfig) -> None:
     Raises:
       UserError: settings, data, model and folder do not go together, or the loss is not finite.
     """
+    with catching_signals() as caught:
+        step = _train(config, caught)
+    if caught:
+        tqdm.write(f"stopped and saved at step {step}; the same command goes on from there")
+        raise SystemExit(128 + caught[0])
+
+
+def _train(config: RunConfig, caught: list[int]) -> int:
+    """`train`, until `caught` is not empty; the last step, saved."""
     setup = set_up(config)
     batches, held_out = open_data(config, setup)
     decoder = open_decoder(config, setup.spec)
@@ -426,7 +435,6 @@ def train(config: RunConfig) -> None:
         bar = stack.enter_context(
             tqdm(total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1)
         )
-        caught = stack.enter_context(catching_signals())
         window, saved = Window(), step
         while step < config.steps and not caught:
             before = time.perf_counter()
@@ -472,6 +480,4 @@ def train(config: RunConfig) -> None:
             # The signal came after the step's own saving was decided.
             check_finite(metrics["grad_norm"], step)
             checkpoint.save(manager, step, state, position)
-    if caught:
-        tqdm.write(f"stopped and saved at step {step}; the same command goes on from there")
-        raise SystemExit(128 + caught[0])
+    return step

@@ -34,7 +34,7 @@ def sample_args(run, out, *more):
 def test_samples_are_written_with_every_setting(run, tmp_path):
     args = sample_args(run, tmp_path, "--prompt", "A tune!", "--prompt", "drums", "--seed", "3")
     paths = sample.sample(args)
-    assert [path.name for path in paths] == ["000-a-tune.wav", "001-drums.wav"]
+    assert [path.name for path in paths] == ["000-a-tune-seed3.wav", "001-drums-seed3.wav"]
     samples, rate = soundfile.read(paths[0])
     assert rate == 16000 and len(samples) == 0.6 * rate
     settings = json.loads(paths[0].with_suffix(".json").read_text())
@@ -56,7 +56,7 @@ def test_a_clip_is_the_same_alone_in_a_batch_and_again(run, tmp_path):
 def test_unconditional_length_and_loudness(run, tmp_path):
     more = ("--unconditional", "1", "--seconds", "0.5", "--lufs", "None")
     (path,) = sample.sample(sample_args(run, tmp_path, *more))
-    assert path.name == "000-unconditional.wav"
+    assert path.name == "000-unconditional-seed0.wav"
     assert soundfile.info(path).frames == 8000
     assert json.loads(path.with_suffix(".json").read_text())["reached_lufs"] is None
 
@@ -70,6 +70,7 @@ def test_unconditional_length_and_loudness(run, tmp_path):
         (["--prompt", "x", "--seconds", "0"], "--seconds must be positive"),
         (["--prompt", "x", "--seconds", "nan"], "--seconds must be positive"),
         (["--prompt", "x", "--seed", str(2**31)], "--seed must lie"),
+        (["--prompt", "x", "--lufs", "20"], "--lufs must lie"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size must be"),
         (["--prompt", "x", "--decode.steps", "2", "2"], "one number a codebook"),
         (["--prompt", "x", "--step", "1"], "no checkpoint of step 1"),
