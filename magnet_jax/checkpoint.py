@@ -9,6 +9,7 @@ RUN/tensorboard/, RUN/samples/
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,8 +135,15 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
         name: ocp.args.JsonRestore() if tree is None else ocp.args.StandardRestore(tree)
         for name, tree in abstract.items()
     }
+    show = sys.unraisablehook
+    # When one read fails, those still under way report to an event loop that is gone.
+    sys.unraisablehook = lambda late: (
+        None if "Event loop is closed" in str(late.exc_value) else show(late)
+    )
     try:
-        return dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
+        items = dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
+        sys.unraisablehook = show
+        return items
     except (MemoryError, PermissionError, KeyboardInterrupt):
         raise
     except Exception as error:  # Orbax and its stores raise a great many types

@@ -1,5 +1,6 @@
 """Errors that are the user's to mend, and how they are shown."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ def reported() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if error.__cause__ is not None:
+            # A library failed underneath, and its threads may still complain while the process
+            # ends. The line above is what there is to say.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         raise SystemExit(2) from None
     except OSError as error:
         if error.filename is None:  # not about a file that someone named
