@@ -15,7 +15,7 @@ import tyro
 
 from launch import cli
 from launch.train import load_config
-from magnet_jax import api, checkpoint, data, decode, errors, records, sharding, t5, train
+from magnet_jax import data, decode, errors, pretrained, records, sampling, sharding, t5, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def loader(args: Loader) -> None:
     spec = records.read_codec_spec(args.data)
     t5_config, t5_params, tokenizer = t5.load(config.text.source)
     train.check_fit(config, spec, t5_config)
-    frames = api.segment_frames(config, spec)
+    frames = sampling.segment_frames(config, spec)
     batches = data.make_train_iterator(
         config.data,
         frames=frames,
@@ -71,7 +71,9 @@ def loader(args: Loader) -> None:
     state = jax.jit(init, out_shardings=shardings)(t5_params)
     frozen_text = None if config.text.finetune else t5_params
     batch = train.to_devices(batch, mesh)
-    static = dict(config=config, t5_config=t5_config, dtype=api.compute_dtype(config), mesh=mesh)
+    static = dict(
+        config=config, t5_config=t5_config, dtype=sampling.compute_dtype(config), mesh=mesh
+    )
     # As in training, each codebook has its turn; the first round compiles both programs.
     num_codebooks = config.model.num_codebooks
     for step in range(num_codebooks + args.steps):
@@ -90,15 +92,15 @@ def loader(args: Loader) -> None:
 
 
 def decoding(args: Decode) -> None:
-    loaded = checkpoint.load_for_inference(args.checkpoint)
+    loaded = pretrained.load(args.checkpoint)
     config = loaded.config
-    frames = api.segment_frames(config, loaded.codec)
+    frames = sampling.segment_frames(config, loaded.codec)
     decode.generate.clear_cache()
     for size in args.batch_sizes:
         seconds = []
         for repeat in range(args.repeats + 1):
             started = time.perf_counter()
-            api.generate_codes(
+            sampling.generate_codes(
                 loaded,
                 [f"text {repeat}"] * size,
                 num_frames=frames,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from launch import cli, export, sample
 from launch.train import load_config
-from magnet_jax import api, checkpoint, errors, train
+from magnet_jax import errors, pretrained, sampling, train
 from magnet_jax.config import ASSETS
 from tokenization import job
 
@@ -39,12 +39,12 @@ class Args:
 
 def draw(args: Args, wav: Path) -> Path:
     """The loss curve, the decoding's masks (Fig. 6 of the paper) and a sample's spectrogram."""
-    loaded = checkpoint.load_for_inference(args.out / "run")
+    loaded = pretrained.load(args.out / "run")
     config = loaded.config
-    generated = api.generate_codes(
+    generated = sampling.generate_codes(
         loaded,
         PROMPTS,
-        num_frames=api.segment_frames(config, loaded.codec),
+        num_frames=sampling.segment_frames(config, loaded.codec),
         decoding=config.decode,
         seed=SEED,
     )

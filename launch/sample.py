@@ -16,15 +16,16 @@ import tyro
 
 from launch import cli
 from magnet_jax import errors
-from magnet_jax.bundle import is_export
-from magnet_jax.config import DecodeConfig, RunConfig, from_json
+from magnet_jax.bundle import is_export, read_generation
+from magnet_jax.config import AutoregressiveConfig, DecodeConfig, RunConfig, from_json
 from magnet_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     checkpoint: Path
-    """Folder of a training run, or of an exported model."""
+    """Folder of a training run, of an exported or imported model, or of an AudioCraft checkpoint;
+    or a hub id."""
     out: Path
     """Folder for the WAV files; each gets a JSON file beside it with every setting."""
     prompt: Annotated[
@@ -42,13 +43,17 @@ class Args:
     weights: Literal["ema", "raw"] = "ema"
     """Averaged weights, or those of the last step."""
     decode: DecodeConfig = DecodeConfig()
-    """Schedule and sampling; the defaults are the run's."""
+    """Schedule and sampling; the defaults are the model's."""
+    autoregressive: AutoregressiveConfig = AutoregressiveConfig()
+    """The same for a MusicGen."""
     batch_size: int = 8
     """Clips generated at once; it changes no clip."""
     lufs: float | None = -14.0
     """Loudness of the files in LUFS; None keeps the model's own."""
     codec: str | None = None
     """Where the codec is, if it is no longer where the data set was made with it."""
+    text_encoder: str | None = None
+    """Of an AudioCraft checkpoint: folder of its text encoder, where the hub is out of reach."""
 
 
 def _file_name(index: int, prompt: str, seed: int) -> str:
@@ -80,11 +85,19 @@ def sample(args: Args) -> list[Path]:
     if args.unconditional < 0:
         raise UserError("--unconditional must not be negative")
     args.out.mkdir(parents=True, exist_ok=True)
-    from magnet_jax import api, audio, checkpoint, codec, records  # JAX is slow to load
+    from magnet_jax import audio, codec, pretrained, records, sampling  # JAX is slow to load
 
-    loaded = checkpoint.load_for_inference(args.checkpoint, weights=args.weights, step=args.step)
+    imported = pretrained.is_audiocraft(pretrained.locate(args.checkpoint))
+    loaded = pretrained.load(
+        args.checkpoint,
+        weights=args.weights,
+        step=args.step,
+        text_encoder=args.text_encoder,
+        codec=args.codec if imported else None,
+    )
     decoder = codec.load_codec(
-        args.codec or loaded.codec_source, num_codebooks=loaded.codec.num_codebooks
+        (None if imported else args.codec) or loaded.codec_source,
+        num_codebooks=loaded.codec.num_codebooks,
     )
     if decoder.spec.sha256 != loaded.codec.sha256:
         raise UserError(
@@ -92,6 +105,7 @@ def sample(args: Args) -> list[Path]:
             f"{decoder.spec.source} is another: name that one as --codec"
         )
     config, spec = loaded.config, loaded.codec
+    decoding = args.autoregressive if config.model.kind == "musicgen" else args.decode
     seconds = args.seconds or config.data.segment_seconds
     num_frames = max(1, round(seconds * spec.frame_rate))
 
@@ -106,16 +120,15 @@ def sample(args: Args) -> list[Path]:
         batch = texts[first : first + args.batch_size]
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
-        generated = api.generate_codes(
+        generated = sampling.generate_codes(
             loaded,
             filled,
             num_frames=num_frames,
-            decoding=args.decode,
+            decoding=decoding,
             seed=args.seed,
             first_sample=first,
         )
-        # One at a time: PyTorch's convolutions round differently in batches.
-        wavs_BCN = [decoder.decode(codes_KT[None])[0] for codes_KT in generated.codes_BKT]
+        wavs_BCN = sampling.decode_audio(decoder, generated.codes_BKT)
         took = time.perf_counter() - started
         for i, (text, wav_CN) in enumerate(zip(batch, wavs_BCN), start=first):
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
@@ -131,7 +144,7 @@ def sample(args: Args) -> list[Path]:
                 "checkpoint": str(args.checkpoint),
                 "step": loaded.step,
                 "weights": args.weights,
-                "decode": dataclasses.asdict(args.decode),
+                "decode": dataclasses.asdict(decoding),
                 "codec": dataclasses.asdict(spec),
                 "wanted_lufs": args.lufs,
                 "reached_lufs": loudness,
@@ -148,20 +161,25 @@ def sample(args: Args) -> list[Path]:
 
 
 def parse(args: list[str]) -> Args:
-    """Reads the command line; the defaults of `--decode.*` come from the run or the export."""
+    """Reads the command line; the defaults of how tokens are chosen come from the model."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint", type=Path)
     checkpoint = first.parse_known_args(args)[0].checkpoint
     defaults = DecodeConfig()
     if checkpoint and is_export(checkpoint):
-        defaults = from_json(DecodeConfig, checkpoint / "generation_config.json")
+        defaults = read_generation(checkpoint)
     elif checkpoint and (checkpoint / "config.json").exists():
         defaults = from_json(RunConfig, checkpoint / "config.json").decode
+    elif checkpoint:
+        from magnet_jax import pretrained  # JAX is slow to load
+
+        _, defaults = pretrained.read_defaults(checkpoint)
+    part = "autoregressive" if isinstance(defaults, AutoregressiveConfig) else "decode"
     missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
     return cli.parse(
         Args,
         args,
-        default=Args(**missing, decode=defaults),
+        default=Args(**missing, **{part: defaults}),
         prog="python -m launch.sample",
         description=__doc__,
     )

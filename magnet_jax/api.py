@@ -1,97 +1,426 @@
-"""From texts to tokens with a loaded model: what sampling and training's samples share."""
+"""The Python API, with the names, arguments and shapes that AudioCraft's users know.
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+    from magnet_jax import MAGNeT, audio_write
+    model = MAGNeT.get_pretrained("exported")
+    for i, wav_CN in enumerate(model.generate(["a slow waltz", "a fiddle tune"], seed=1)):
+        audio_write(f"clip{i}", wav_CN, model.sample_rate, strategy="loudness")
+
+What differs is said where it does: clips depend on a `seed`, and nothing is trimmed to whole spans.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import soxr
+from tqdm import tqdm
 
-from magnet_jax import decode, t5
-from magnet_jax.checkpoint import Loaded
-from magnet_jax.config import CodecSpec, DecodeConfig, RunConfig
+from magnet_jax import codec as codecs
+from magnet_jax import pretrained, sampling
+from magnet_jax.codec import Codec
+from magnet_jax.config import AutoregressiveConfig, DecodeConfig
 from magnet_jax.errors import UserError
+from magnet_jax.pretrained import Loaded
+
+Descriptions = str | Sequence[str | None]
 
 
-class Generated(NamedTuple):
-    codes_BKT: np.ndarray  # int32 token ids
-    hidden_PBT: np.ndarray  # bool, True where decoding step P predicted
+class _Report:
+    """Passes on a running program's steps; one object a model, as programs are compiled for it."""
+
+    def __init__(self):
+        self.listener: Callable[[int, int], None] | None = None
+
+    def __call__(self, done, total) -> None:
+        if self.listener is not None:
+            self.listener(int(done), int(total))
 
 
-_encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
+class Generator:
+    """What MAGNeT and MusicGen share; make one with `get_pretrained`."""
 
+    kind: ClassVar[str]
 
-def compute_dtype(config: RunConfig) -> jnp.dtype:
-    """Precision of the matrix products on this machine."""
-    if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.compute_dtype)
+    def __init__(self, loaded: Loaded, decoder: Codec):
+        if loaded.config.model.kind != self.kind:
+            names = {"magnet": "MAGNeT", "musicgen": "MusicGen"}
+            raise UserError(
+                f"this model is a {loaded.config.model.kind}: load it with "
+                f"{names[loaded.config.model.kind]}.get_pretrained"
+            )
+        self.loaded = loaded
+        self.decoder = decoder
+        self.duration = loaded.config.data.segment_seconds
+        self.generation = pretrained.sampling_settings(loaded.config)
+        self._callback: Callable[[int, int], None] | None = None
+        self._report = _Report()
 
+    @classmethod
+    def get_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        weights: Literal["ema", "raw"] = "ema",
+        step: int | None = None,
+        text_encoder: str | None = None,
+        codec: str | None = None,
+        compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    ) -> Self:
+        """Loads a model.
 
-def segment_frames(config: RunConfig, spec: CodecSpec) -> int:
-    """Frames of a clip in training."""
-    return round(config.data.segment_seconds * spec.frame_rate)
+        Args:
+          name: folder of a training run, of an exported or imported model or of an AudioCraft
+            checkpoint; or a hub id such as facebook/magnet-small-10secs.
+          weights, step: of a run, see `pretrained.load`.
+          text_encoder, codec: of an AudioCraft checkpoint, where its text encoder and codec lie,
+            if not where it says; of other models, `codec` is where the codec lies now.
+          compute_dtype: precision of the matrix products; auto is bfloat16 on accelerators.
 
-
-def generate_codes(
-    loaded: Loaded,
-    texts: Sequence[str],
-    *,
-    num_frames: int,
-    decoding: DecodeConfig,
-    seed: int,
-    first_sample: int = 0,
-) -> Generated:
-    """Generates the tokens of one clip a text.
-
-    Args:
-      loaded: the model.
-      texts: descriptions; an empty one is generated without text.
-      num_frames: frames of a clip.
-      decoding: schedule and sampling.
-      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
-
-    Raises:
-      UserError: the decoding does not fit the model.
-    """
-    config = loaded.config.model
-    if len(decoding.steps) != config.num_codebooks:
-        raise UserError(
-            f"decode.steps has {len(decoding.steps)} numbers, the model {config.num_codebooks} "
-            "codebooks: give one number a codebook"
+        Raises:
+          UserError: no such model, or one of another kind.
+        """
+        imported = pretrained.is_audiocraft(pretrained.locate(name))
+        loaded = pretrained.load(
+            name,
+            weights=weights,
+            step=step,
+            text_encoder=text_encoder,
+            codec=codec if imported else None,
         )
-    max_tokens = loaded.config.text.max_tokens
-    tokens = [t5.tokenize(loaded.tokenizer, text, max_tokens) for text in texts]
-    text_ids_BS = np.stack([ids for ids, _ in tokens])
-    text_mask_BS = np.stack([mask for _, mask in tokens])
-    # Whole spans are decoded; what exceeds the wanted length is cut off.
-    num_spans = math.ceil(num_frames / config.span_length)
-    batch = len(texts)
-    dtype = compute_dtype(loaded.config)
-    states_BSE = _encode(
-        loaded.t5_params,
-        config=loaded.t5_config,
-        text_ids_BS=text_ids_BS,
-        text_mask_BS=text_mask_BS,
-        dtype=dtype,
-    )
-    decoded = decode.generate(
-        loaded.params["lm"],
-        states_BSE,
-        text_mask_BS,
-        jnp.zeros(batch, jnp.int32),
-        decode.sample_keys(seed, jnp.arange(first_sample, first_sample + batch)),
-        jnp.zeros((batch, config.num_codebooks, 0), jnp.int32),
-        decode.make_schedule(decoding, num_spans),
-        decoding.top_p,
-        config=config,
-        num_frames=num_spans * config.span_length,
-        greedy=decoding.greedy,
-        span_score=decoding.span_score,
-        dtype=dtype,
-    )
-    return Generated(
-        np.asarray(decoded.codes_BKT)[..., :num_frames],
-        np.asarray(decoded.hidden_PBT)[..., :num_frames],
-    )
+        config = dataclasses.replace(loaded.config, compute_dtype=compute_dtype)
+        decoder = codecs.load_codec(
+            (None if imported else codec) or loaded.codec_source,
+            num_codebooks=loaded.codec.num_codebooks,
+        )
+        codecs.check_same_codec(decoder.spec, loaded.codec, str(name))
+        return cls(loaded._replace(config=config), decoder)
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples per second of what is generated."""
+        return self.loaded.codec.sample_rate
+
+    @property
+    def frame_rate(self) -> float:
+        """Token frames per second."""
+        return self.loaded.codec.frame_rate
+
+    @property
+    def audio_channels(self) -> int:
+        """Channels of what is generated."""
+        return self.loaded.codec.channels
+
+    @property
+    def max_duration(self) -> float:
+        """Seconds of the clips that the model was trained on."""
+        return self.loaded.config.data.segment_seconds
+
+    def set_custom_progress_callback(
+        self, progress_callback: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Calls `progress_callback(steps done, steps in all)` where `progress` is asked for."""
+        self._callback = progress_callback
+
+    def generate(
+        self,
+        descriptions: Descriptions,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        seed: int = 0,
+        text_pad_len: int | Literal["batch"] | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Generates a clip for each description.
+
+        Args:
+          descriptions: texts; a string by itself is one, None or "" a clip without text.
+          progress: show a bar, or call the callback.
+          return_tokens: return the tokens as well, int32 [B, K, T].
+          seed: clip i depends on (seed, i) and on its text, not on its neighbours.
+          text_pad_len: see `sampling.encode_texts`; 'batch' is what AudioCraft does.
+
+        Returns:
+          audio, float32 [B, C, samples].
+        """
+        return self._generate(
+            _texts(descriptions), None, progress, return_tokens, seed, text_pad_len
+        )
+
+    def generate_unconditional(
+        self,
+        num_samples: int,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        seed: int = 0,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Generates clips without text; see `generate`."""
+        if num_samples < 1:
+            raise UserError(f"num_samples must be at least 1, not {num_samples}")
+        return self._generate([""] * num_samples, None, progress, return_tokens, seed, None)
+
+    def generate_continuation(
+        self,
+        prompt: np.ndarray,
+        prompt_sample_rate: int,
+        descriptions: Descriptions | None = None,
+        progress: bool = False,
+        return_tokens: bool = False,
+        *,
+        seed: int = 0,
+        text_pad_len: int | Literal["batch"] | None = None,
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """Goes on from audio; what is returned begins with it and is `duration` long.
+
+        Args:
+          prompt: float [B, C, samples], or [C, samples] for one; any channels.
+          prompt_sample_rate: its samples per second.
+          descriptions: texts, one a prompt; None is none.
+          progress, return_tokens, seed, text_pad_len: see `generate`.
+
+        Raises:
+          UserError: a prompt of another shape, or as long as the clip.
+        """
+        wav_BCN = np.asarray(prompt)
+        wav_BCN = wav_BCN[None] if wav_BCN.ndim == 2 else wav_BCN
+        if wav_BCN.ndim != 3 or not np.issubdtype(wav_BCN.dtype, np.floating) or not wav_BCN.size:
+            raise UserError(
+                f"prompt must be floating-point audio [B, C, samples] or [C, samples], not "
+                f"{wav_BCN.dtype} {list(np.shape(prompt))}"
+            )
+        if not np.isfinite(wav_BCN).all():
+            raise UserError("prompt holds NaN or infinite samples")
+        if prompt_sample_rate <= 0:
+            raise UserError(f"prompt_sample_rate must be positive, not {prompt_sample_rate}")
+        texts = [""] * len(wav_BCN) if descriptions is None else _texts(descriptions)
+        if len(texts) != len(wav_BCN):
+            raise UserError(f"{len(wav_BCN)} prompts need as many descriptions, not {len(texts)}")
+        codes = [self._encode(wav_CN, prompt_sample_rate) for wav_CN in wav_BCN]
+        return self._generate(texts, np.stack(codes), progress, return_tokens, seed, text_pad_len)
+
+    def _encode(self, wav_CN: np.ndarray, sample_rate: int) -> np.ndarray:
+        """Codes [K, P] of audio of any rate and channel count."""
+        if len(wav_CN) != self.audio_channels:
+            wav_CN = wav_CN.mean(0, keepdims=True).repeat(self.audio_channels, axis=0)
+        if sample_rate != self.sample_rate:
+            wav_CN = soxr.resample(wav_CN.T, sample_rate, self.sample_rate).T
+        return self.decoder.encode(wav_CN[None].astype(np.float32))[0]
+
+    def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
+        with _listening(self._report, progress, self._callback) as on_step:
+            codes_BKT = self._codes(
+                texts,
+                num_frames=max(1, round(self.duration * self.frame_rate)),
+                seed=seed,
+                prompt_BKP=prompt_BKP,
+                text_pad_len=text_pad_len,
+                on_step=on_step,
+            )
+        wav_BCN = self.generate_audio(codes_BKT)
+        return (wav_BCN, codes_BKT) if return_tokens else wav_BCN
+
+    def _codes(self, texts: list[str], **keywords) -> np.ndarray:
+        return sampling.generate_codes(
+            self.loaded, texts, decoding=self.generation, **keywords
+        ).codes_BKT
+
+    def generate_audio(self, gen_tokens: np.ndarray) -> np.ndarray:
+        """Audio, float32 [B, C, samples], of tokens [B, K, T]."""
+        return sampling.decode_audio(self.decoder, np.asarray(gen_tokens))
+
+
+class MAGNeT(Generator):
+    """Text to audio in a fixed number of parallel steps."""
+
+    kind = "magnet"
+
+    def set_generation_params(
+        self,
+        use_sampling: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        max_cfg_coef: float | None = None,
+        min_cfg_coef: float | None = None,
+        decoding_steps: Sequence[int] | None = None,
+        span_arrangement: Literal["nonoverlap", "stride1"] | None = None,
+        *,
+        span_scoring: Literal["max", "prod"] | None = None,
+        anneal_temp: bool | None = None,
+        whole_spans: bool | None = None,
+        duration: float | None = None,
+    ) -> None:
+        """Sets how clips are generated; what is not given gets the model's own default.
+
+        The defaults come with the model: of an AudioCraft checkpoint those that its authors give
+        for its kind and length, of a run or an export what its config says.
+
+        Args:
+          use_sampling: False takes the most probable token.
+          top_k: sample among the k most probable tokens; 0 uses `top_p`.
+          top_p: nucleus mass.
+          temperature: at a codebook's first step.
+          max_cfg_coef, min_cfg_coef: guidance where all and where nothing is masked.
+          decoding_steps: steps of each codebook.
+          span_arrangement: spans on a grid, or of any neighbouring frames.
+          span_scoring: a span is as sure as its surest token, or as all of them.
+          anneal_temp: bring the temperature down to 0 over a codebook's steps.
+          whole_spans: trim the clip to whole spans, as AudioCraft does.
+          duration: seconds of a clip; the default is what the model was trained on.
+        """
+        default = pretrained.sampling_settings(self.loaded.config)
+        if decoding_steps is not None:
+            decoding_steps = tuple(int(steps) for steps in decoding_steps)
+            if len(decoding_steps) != len(default.steps):
+                raise UserError(
+                    f"decoding_steps needs one number a codebook, {len(default.steps)}, not "
+                    f"{list(decoding_steps)}"
+                )
+        if top_p is not None and top_p == 0:  # AudioCraft's way to switch it off
+            top_p = 1.0
+        self.generation = _replaced(
+            default,
+            greedy=None if use_sampling is None else not use_sampling,
+            # In AudioCraft the nucleus goes before the k best.
+            top_k=0 if top_k is None and top_p is not None else top_k,
+            top_p=top_p,
+            temperature=temperature,
+            max_guidance=max_cfg_coef,
+            min_guidance=min_cfg_coef,
+            steps=decoding_steps,
+            span_arrangement=span_arrangement,
+            span_score=span_scoring,
+            anneal_temperature=anneal_temp,
+            whole_spans=whole_spans,
+        )
+        self.duration = _checked_duration(duration, self.max_duration)
+
+
+class MusicGen(Generator):
+    """Text to audio one step after another; AudioGen's checkpoints as well."""
+
+    kind = "musicgen"
+    extend_stride = 18.0
+
+    def set_generation_params(
+        self,
+        use_sampling: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        duration: float | None = None,
+        cfg_coef: float | None = None,
+        *,
+        extend_stride: float = 18.0,
+    ) -> None:
+        """Sets how clips are generated; what is not given gets the model's own default.
+
+        Args:
+          use_sampling: False takes the most probable token.
+          top_k: sample among the k most probable tokens (250); 0 uses `top_p`.
+          top_p: nucleus mass; if given and not 0, it goes before `top_k` as in AudioCraft.
+          temperature: of the sampling.
+          duration: seconds of a clip; the default is what the model was trained on. Longer clips
+            are generated in windows that overlap.
+          cfg_coef: guidance coefficient.
+          extend_stride: seconds by which such windows lie apart.
+        """
+        if top_p:
+            top_k = 0
+        self.generation = _replaced(
+            pretrained.sampling_settings(self.loaded.config),
+            greedy=None if use_sampling is None else not use_sampling,
+            top_k=top_k,
+            top_p=top_p or None,
+            temperature=temperature,
+            guidance=cfg_coef,
+        )
+        self.duration = _checked_duration(duration, self.max_duration)
+        if not 0 < extend_stride < self.max_duration and self.duration > self.max_duration:
+            raise UserError(
+                f"extend_stride must lie between 0 and {self.max_duration:g} seconds, the length "
+                f"of a window, not {extend_stride}"
+            )
+        self.extend_stride = extend_stride
+
+    def _codes(self, texts, *, num_frames, prompt_BKP, seed, text_pad_len, on_step) -> np.ndarray:
+        window = round(self.max_duration * self.frame_rate)
+        stride = max(1, round(self.extend_stride * self.frame_rate))
+        if prompt_BKP is None:
+            prompt_BKP = np.zeros((len(texts), self.loaded.config.model.num_codebooks, 0), np.int32)
+        if prompt_BKP.shape[-1] >= min(window, num_frames):
+            raise UserError(
+                f"a prompt of {prompt_BKP.shape[-1] / self.frame_rate:g} s leaves nothing to "
+                f"generate of {min(window, num_frames) / self.frame_rate:g} s"
+            )
+        codes_BKT, start, number = prompt_BKP, 0, 0
+        while codes_BKT.shape[-1] < num_frames:
+            generated_BKT = sampling.generate_codes(
+                self.loaded,
+                texts,
+                decoding=self.generation,
+                num_frames=min(window, num_frames - start),
+                seed=seed,
+                first_sample=number * 2**16,  # each window has random numbers of its own
+                prompt_BKP=codes_BKT[..., start:],
+                text_pad_len=text_pad_len,
+                on_step=on_step,
+            ).codes_BKT
+            codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
+            start, number = start + stride, number + 1
+        return codes_BKT
+
+
+def _replaced(settings: DecodeConfig | AutoregressiveConfig, **given):
+    """The settings with what was given, as their own types."""
+    for name, value in given.items():
+        if value is not None:
+            kind = type(getattr(settings, name))
+            settings = dataclasses.replace(settings, **{name: kind(value)})
+    return settings
+
+
+def _checked_duration(duration: float | None, default: float) -> float:
+    if duration is None:
+        return default
+    if not 0 < duration <= 600:
+        raise UserError(f"duration must be positive, and at most 600 seconds, not {duration}")
+    return float(duration)
+
+
+def _texts(descriptions: Descriptions) -> list[str]:
+    texts = [descriptions] if isinstance(descriptions, str) else list(descriptions)
+    if not texts:
+        raise UserError("descriptions are empty: give at least one, or use generate_unconditional")
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise UserError(f"descriptions must be texts, not {text!r}")
+    return [text or "" for text in texts]
+
+
+@contextlib.contextmanager
+def _listening(
+    report: _Report, progress: bool, callback: Callable[[int, int], None] | None
+) -> Iterator[_Report | None]:
+    """Shows a program's progress meanwhile: in a bar, or through `callback`."""
+    if not progress:
+        yield None
+        return
+    bar = None if callback else tqdm(unit="step")
+
+    def advance(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    report.listener = callback or advance
+    try:
+        yield report
+        jax.effects_barrier()
+    finally:
+        report.listener = None
+        if bar is not None:
+            bar.close()

@@ -1,4 +1,4 @@
-"""Attention: over everything, over near frames only, and from frames to text.
+"""Attention: over everything, over near frames, over the past, and from frames to text.
 
 All functions take and return [batch, length, heads, head size] and compute the softmax in float32.
 """
@@ -73,6 +73,21 @@ def local_attention(
     weights = jax.nn.softmax(scores, axis=-1).astype(value_BTNH.dtype)
     out = jnp.einsum("BCNTS,BCSNH->BCTNH", weights, split(value_BTNH))
     return out.reshape(out.shape[0], num_blocks * block, *out.shape[3:])[:, :num_frames]
+
+
+def cached_attention(
+    query_BTNH: jax.Array, key_BCNH: jax.Array, value_BCNH: jax.Array, first: jax.Array | int
+) -> jax.Array:
+    """Steps first, first + 1, ... attend to themselves and to what came before.
+
+    Keys and values are a cache of C steps, of which those after the last query are not yet
+    written; `first` may be traced. With first = 0 and C = T this is plain causal attention.
+    """
+    query_step = first + jnp.arange(query_BTNH.shape[1])
+    past_TC = jnp.arange(key_BCNH.shape[1])[None, :] <= query_step[:, None]
+    scores_BNTC = jnp.where(past_TC[None, None], _scores(query_BTNH, key_BCNH), -jnp.inf)
+    weights_BNTC = jax.nn.softmax(scores_BNTC, axis=-1)
+    return jnp.einsum("BNTC,BCNH->BTNH", weights_BNTC.astype(value_BCNH.dtype), value_BCNH)
 
 
 def cross_attention(

@@ -1,6 +1,8 @@
 """Writing audio files: loudness normalisation and WAV, never half a file."""
 
+import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyloudnorm
@@ -53,10 +55,132 @@ def write_wav(path: Path, wav_CN: np.ndarray, sample_rate: int) -> None:
     Raises:
       UserError: the audio holds NaN or infinity.
     """
-    if not np.isfinite(wav_CN).all():
-        raise UserError(f"{path}: the audio holds NaN or infinite samples; nothing was written")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, wav_CN, sample_rate, format="WAV", subtype="PCM_16")
+
+
+def _write(path: Path, wav_CN: np.ndarray, sample_rate: int, **encoding) -> None:
+    if not np.isfinite(wav_CN).all():
+        raise UserError(f"{path}: the audio holds NaN or infinite samples; nothing was written")
     temporary = path.with_name(f".{path.name}.tmp")
-    soundfile.write(temporary, wav_CN.T.clip(-1, 1), sample_rate, format="WAV", subtype="PCM_16")
-    temporary.replace(path)
+    try:
+        soundfile.write(temporary, wav_CN.T.clip(-1, 1), sample_rate, **encoding)
+        temporary.replace(path)
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path}: cannot be written at {sample_rate} Hz ({error})") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# Below this RMS audio counts as silence, whose loudness is left alone.
+SILENCE_RMS = 2e-3
+
+
+def audio_write(
+    stem_name: str | Path,
+    wav: np.ndarray,
+    sample_rate: int,
+    format: Literal["wav", "mp3", "flac", "ogg"] = "wav",
+    mp3_rate: int = 320,
+    normalize: bool = True,
+    strategy: Literal["peak", "clip", "rms", "loudness"] = "peak",
+    peak_clip_headroom_db: float = 1,
+    rms_headroom_db: float = 18,
+    loudness_headroom_db: float = 14,
+    loudness_compressor: bool = False,
+    log_clipping: bool = True,
+    make_parent_dir: bool = True,
+    add_suffix: bool = True,
+) -> Path:
+    """Writes audio to a file, never half of one; names and meanings as in AudioCraft.
+
+    Args:
+      stem_name: path without suffix, or with it where `add_suffix` is False.
+      wav: float [C, samples] or [samples].
+      sample_rate: samples per second.
+      format: 16-bit WAV or FLAC, MP3 at `mp3_rate` kbit/s, or Ogg Vorbis.
+      normalize: scale the audio by `strategy`; without it samples beyond full scale are cut.
+      strategy: 'peak' brings the peak to -peak_clip_headroom_db dBFS; 'clip' turns the audio down
+        by as much; 'rms' brings the RMS to -rms_headroom_db dBFS; 'loudness' brings the integrated
+        loudness (ITU-R BS.1770) to -loudness_headroom_db LUFS, silence and clips shorter than
+        0.4 s left alone.
+      loudness_compressor: with 'loudness', bend peaks by tanh instead of cutting them.
+      log_clipping: say on stderr where samples were cut.
+      make_parent_dir, add_suffix: make the folder; append '.wav' and the like.
+
+    Returns:
+      the path written.
+
+    Raises:
+      UserError: no such format or strategy, or no audio.
+    """
+    wav_CN = np.asarray(wav)
+    wav_CN = wav_CN[None] if wav_CN.ndim == 1 else wav_CN
+    path = Path(f"{stem_name}.{format}" if add_suffix else stem_name)
+    if wav_CN.ndim != 2 or not wav_CN.size or not np.issubdtype(wav_CN.dtype, np.floating):
+        raise UserError(
+            f"{path}: wav must be floating-point [C, samples] or [samples], not {wav_CN.dtype} "
+            f"{list(np.shape(wav))}"
+        )
+    encodings = {
+        "wav": {"format": "WAV", "subtype": "PCM_16"},
+        "flac": {"format": "FLAC", "subtype": "PCM_16"},
+        "ogg": {"format": "OGG", "subtype": "VORBIS"},
+        "mp3": _mp3_encoding(sample_rate, mp3_rate),
+    }
+    for name, value, known in (
+        ("format", format, list(encodings)),
+        ("strategy", strategy, ["peak", "clip", "rms", "loudness"]),
+    ):
+        if value not in known:
+            raise UserError(f"{path}: {name} must be one of {', '.join(known)}, not {value!r}")
+    wav_CN = wav_CN.astype(np.float32)
+    if normalize and np.isfinite(wav_CN).all():
+        headroom_db = {
+            "peak": peak_clip_headroom_db,
+            "clip": peak_clip_headroom_db,
+            "rms": rms_headroom_db,
+            "loudness": loudness_headroom_db,
+        }[strategy]
+        gain = _gain(wav_CN, sample_rate, strategy, headroom_db)
+        wav_CN = wav_CN * np.float32(gain)
+        if strategy == "loudness" and loudness_compressor and gain != 1:
+            wav_CN = np.tanh(wav_CN)
+    if log_clipping and (peak := np.abs(wav_CN).max()) > 1:
+        print(f"{path}: peaks of {peak:.2f} are cut to full scale", file=sys.stderr)
+    if make_parent_dir:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, wav_CN, sample_rate, **encodings[format])
+    return path
+
+
+def _gain(wav_CN: np.ndarray, sample_rate: int, strategy: str, headroom_db: float) -> float:
+    wanted = 10 ** (-headroom_db / 20)
+    if strategy == "clip":
+        return wanted
+    if strategy == "peak":
+        return wanted / max(float(np.abs(wav_CN).max()), 1e-8)
+    mono_N = wav_CN.mean(0, dtype=np.float64)
+    rms = float(np.sqrt(np.square(mono_N).mean()))
+    if strategy == "rms":
+        return wanted / max(rms, 1e-8)
+    meter = pyloudnorm.Meter(sample_rate)
+    if rms < SILENCE_RMS or wav_CN.shape[-1] < meter.block_size * sample_rate:
+        return 1.0
+    loudness = meter.integrated_loudness(wav_CN.T.astype(np.float64))
+    return 10 ** ((-headroom_db - loudness) / 20) if np.isfinite(loudness) else 1.0
+
+
+def _mp3_encoding(sample_rate: int, kbps: int) -> dict[str, object]:
+    # libsndfile takes a share of the way from a rate's highest to its lowest number of kbit/s.
+    highest, lowest = (320, 32) if sample_rate >= 32_000 else (160, 8)
+    if sample_rate < 16_000:
+        highest = 64
+    share = (highest - min(max(kbps, lowest), highest)) / (highest - lowest)
+    return {
+        "format": "MP3",
+        "subtype": "MPEG_LAYER_III",
+        "bitrate_mode": "CONSTANT",
+        "compression_level": min(share, 0.999),
+    }

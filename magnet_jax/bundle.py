@@ -4,14 +4,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin
 from magnet_jax.config import (
     EMBEDDED,
+    AutoregressiveConfig,
     CodecSpec,
     DecodeConfig,
     ModelConfig,
@@ -20,13 +22,14 @@ from magnet_jax.config import (
     from_json,
     to_json,
 )
-from magnet_jax.convert import CODEC_FILE, LM_FILE, flatten, lm_shapes, unflatten
+from magnet_jax.convert import flatten, lm_shapes, unflatten
 from magnet_jax.convert_codec import check_tensors
 from magnet_jax.errors import UserError
 from magnet_jax.hub import is_hub_id
 
 FORMAT = "magnet_jax"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+TEXT_FOLDER = "text_encoder"  # beside the model, where the text encoder travels along
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +39,14 @@ class Bundle:
     model: ModelConfig
     text: TextConfig
     codec: CodecSpec
-    decode: DecodeConfig
+    generation: DecodeConfig | AutoregressiveConfig
+    """The latter for models of kind musicgen."""
     segment_seconds: float
     """Length of the clips that the model was trained on."""
     lineage: dict[str, Any]
-    """Where the weights come from: run, step, weights, data."""
+    """Where the weights come from: run, step, weights, data; or what they were imported from."""
+    origin: Origin | None = None
+    """Of a model that was imported from AudioCraft."""
     params: dict
     """{'lm': ...} and, where the text encoder was trained along, {'text': ...}; float32."""
 
@@ -56,9 +62,10 @@ def write_safetensors(directory: Path, bundle: Bundle) -> None:
         path: np.ascontiguousarray(np.asarray(leaf))
         for path, leaf in flatten(bundle.params).items()
     }
-    lm = flatten(bundle.params["lm"], "lm/")
-    expected = {f"lm/{path}": shape for path, shape in lm_shapes(bundle.model).items()}
-    check_tensors("parameters", {path: tensors[path] for path in lm}, expected)
+    lm = flatten(bundle.params["lm"])
+    check_tensors(
+        "parameters", {path: tensors[f"lm/{path}"] for path in lm}, lm_shapes(bundle.model)
+    )
     config = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -67,9 +74,12 @@ def write_safetensors(directory: Path, bundle: Bundle) -> None:
         "codec": dataclasses.asdict(bundle.codec),
         "segment_seconds": bundle.segment_seconds,
         "lineage": bundle.lineage,
+        "audiocraft": bundle.origin and dataclasses.asdict(bundle.origin),
     }
+    if bundle.origin and bundle.origin.lm_dtype == "float16":  # they came so: nothing is lost
+        tensors |= {f"lm/{path}": tensors[f"lm/{path}"].astype(np.float16) for path in lm}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "np"})
-    (directory / "generation_config.json").write_text(to_json(bundle.decode))
+    (directory / "generation_config.json").write_text(to_json(bundle.generation))
     # Written last: it is what makes the folder an export.
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -83,10 +93,21 @@ def is_export(directory: Path) -> bool:
     return isinstance(config, dict) and config.get("format") == FORMAT
 
 
-def read_safetensors(directory: Path) -> Bundle:
-    """The inverse of `write_safetensors`; sources inside the folder become paths to them.
+class Config(NamedTuple):
+    """What an export's `config.json` says."""
 
-    Raises `UserError` for a folder that is missing, damaged, or of another format.
+    model: ModelConfig
+    text: TextConfig
+    codec: CodecSpec
+    segment_seconds: float
+    lineage: dict[str, Any]
+    origin: Origin | None
+
+
+def read_config(directory: Path) -> Config:
+    """An export's `config.json`; sources inside the folder become paths to them.
+
+    Raises `UserError` for a file that is missing, damaged, or of another format.
     """
     directory = Path(directory)
     path = directory / "config.json"
@@ -103,7 +124,8 @@ def read_safetensors(directory: Path) -> Bundle:
             f"{path}: format version {config.get('format_version')}, but this release reads "
             f"{FORMAT_VERSION}; export the model again or use the release that wrote it"
         )
-    names = {"format", "format_version", "model", "text", "codec", "segment_seconds", "lineage"}
+    names = {"format", "format_version", "model", "text", "codec", "segment_seconds", "lineage",
+             "audiocraft"}  # fmt: skip
     if wrong := sorted(names ^ config.keys()):
         raise UserError(f"{path}: missing or unknown settings: {', '.join(wrong)}")
     for name, kind in (("segment_seconds", int | float), ("lineage", dict)):
@@ -114,21 +136,9 @@ def read_safetensors(directory: Path) -> Bundle:
     model = from_dict(ModelConfig, config["model"], f"{path}: model")
     text = from_dict(TextConfig, config["text"], f"{path}: text")
     codec = from_dict(CodecSpec, config["codec"], f"{path}: codec")
-
-    weights = directory / "model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        raise UserError(f"{weights}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{weights}: damaged ({error})") from None
-    expected = {f"lm/{name}": shape for name, shape in lm_shapes(model).items()}
-    if text.finetune:  # the text encoder's own loader checks its tensors
-        expected |= {name: a.shape for name, a in tensors.items() if name.startswith("text/")}
-    check_tensors(str(weights), tensors, expected)
-    params = unflatten(tensors)
-    if text.finetune and "text" not in params:
-        raise UserError(f"{weights}: holds no text encoder, though {path} says it was trained")
+    origin = config["audiocraft"]
+    if origin is not None:
+        origin = from_dict(Origin, origin, f"{path}: audiocraft")
 
     def resolved(source: str) -> str:
         inside = directory / source
@@ -143,15 +153,69 @@ def read_safetensors(directory: Path) -> Bundle:
             )
         return source
 
-    return Bundle(
+    return Config(
         model=model,
         text=dataclasses.replace(text, source=resolved(text.source)),
         codec=dataclasses.replace(codec, source=resolved(codec.source)),
-        decode=from_json(DecodeConfig, directory / "generation_config.json"),
         segment_seconds=config["segment_seconds"],
         lineage=config["lineage"],
-        params=params,
+        origin=origin,
     )
+
+
+def read_safetensors(directory: Path) -> Bundle:
+    """The inverse of `write_safetensors`; see `read_config`.
+
+    Raises `UserError` for a folder that is missing, damaged, or of another format.
+    """
+    directory = Path(directory)
+    path, config = directory / "config.json", read_config(directory)
+    weights = directory / "model.safetensors"
+    try:
+        tensors = load_file(weights)
+    except FileNotFoundError:
+        raise UserError(f"{weights}: no such file") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{weights}: damaged ({error})") from None
+    expected = {f"lm/{name}": shape for name, shape in lm_shapes(config.model).items()}
+    if config.text.finetune:  # the text encoder's own loader checks its tensors
+        expected |= {name: a.shape for name, a in tensors.items() if name.startswith("text/")}
+    check_tensors(str(weights), tensors, expected)
+    params = unflatten(
+        {name: array.astype(np.float32, copy=False) for name, array in tensors.items()}
+    )
+    if config.text.finetune and "text" not in params:
+        raise UserError(f"{weights}: holds no text encoder, though {path} says it was trained")
+
+    return Bundle(params=params, generation=read_generation(directory), **config._asdict())
+
+
+def read_generation(directory: Path) -> DecodeConfig | AutoregressiveConfig:
+    """The `generation_config.json` of an exported model, as its kind has it."""
+    kind = read_config(directory).model.kind
+    cls = AutoregressiveConfig if kind == "musicgen" else DecodeConfig
+    return from_json(cls, Path(directory) / "generation_config.json")
+
+
+_ABOUT = {
+    "magnet": "Text to audio by masked, non-autoregressive token generation.",
+    "musicgen": "Text to audio by autoregressive generation of codebooks in a delay pattern.",
+}
+
+
+def _audiocraft_parameters(generation: DecodeConfig | AutoregressiveConfig) -> list[str]:
+    """The arguments of AudioCraft's `set_generation_params`, as lines of Python."""
+    g = generation
+    lines = [f"use_sampling={not g.greedy}, top_k={g.top_k}, top_p={0.0 if g.top_k else g.top_p},"]
+    if isinstance(g, AutoregressiveConfig):
+        lines.append(f"temperature={g.temperature}, cfg_coef={g.guidance},")
+    else:
+        lines += [
+            f"temperature={g.temperature}, span_arrangement={g.span_arrangement!r},",
+            f"max_cfg_coef={g.max_guidance}, min_cfg_coef={g.min_guidance},",
+            f"decoding_steps={list(g.steps)},",
+        ]
+    return [f"    {line}" for line in lines]
 
 
 def model_card(
@@ -162,10 +226,11 @@ def model_card(
     Args:
       bundle: what was exported.
       license_name: of the weights, or 'unspecified'.
-      text_encoder: as in xp.cfg; 'text_encoder' where the encoder travels with the model.
+      text_encoder: as in xp.cfg: a published name, or `TEXT_FOLDER`.
       audiocraft_seconds: clip length in xp.cfg; None where no AudioCraft files were written.
     """
-    model, codec, decode = bundle.model, bundle.codec, bundle.decode
+    model, codec = bundle.model, bundle.codec
+    name = {"magnet": "MAGNeT", "musicgen": "MusicGen"}[model.kind]
     count = sum(math.prod(shape) for shape in lm_shapes(model).values())
     if license_name == "unspecified":
         licence = (
@@ -176,9 +241,9 @@ def model_card(
         licence = f"{license_name}, as stated by whoever exported this model."
     lines = [
         *(() if license_name == "unspecified" else ("---", f"license: {license_name}", "---", "")),
-        "# A MAGNeT model",
+        f"# A {name} model",
         "",
-        "Text-to-music by masked, non-autoregressive token generation, trained with magnet_jax.",
+        _ABOUT[model.kind],
         "",
         "## License",
         "",
@@ -187,8 +252,12 @@ def model_card(
         "## What it is",
         "",
         f"- Transformer: {count / 1e6:.1f} M parameters; width {model.width}, "
-        f"{model.num_layers} layers, {model.num_heads} heads; spans of {model.span_length} frames, "
-        f"local context of {model.local_context} frames.",
+        f"{model.num_layers} layers, {model.num_heads} heads; "
+        + (
+            f"spans of {model.span_length} frames, local context of {model.local_context} frames."
+            if model.kind == "magnet"
+            else f"codebook delays {list(model.delays)}."
+        ),
         f"- Tokens: {model.num_codebooks} codebooks of {model.codebook_size} at "
         f"{codec.frame_rate:g} frames/s; {codec.sample_rate} Hz, {codec.channels} channel(s).",
         f"- Codec: {codec.source}, sha256 {codec.sha256}.",
@@ -204,7 +273,7 @@ def model_card(
         "",
         "- `model.safetensors`, `config.json`, `generation_config.json`: for magnet_jax.",
     ]
-    if text_encoder == "text_encoder":
+    if bundle.text.source == TEXT_FOLDER:
         lines.append("- `text_encoder/`: the text encoder, a transformers T5 folder.")
     if codec.source == "codec":
         lines.append("- `codec/`: the codec, a transformers EncodecModel folder.")
@@ -217,7 +286,7 @@ def model_card(
             "## In AudioCraft",
             "",
         ]
-        if text_encoder == "text_encoder":
+        if text_encoder == TEXT_FOLDER:
             lines += [
                 "AudioCraft builds text encoders by published names only, and this model's is not "
                 "one of them. Run from this folder and register the encoder first (with the "
@@ -234,13 +303,10 @@ def model_card(
             ]
         lines += [
             "```python",
-            "from audiocraft.models import MAGNeT",
-            'model = MAGNeT.get_pretrained("./")',
+            f"from audiocraft.models import {name}",
+            f'model = {name}.get_pretrained("./")',
             "model.set_generation_params(",
-            f"    use_sampling={not decode.greedy}, top_p={decode.top_p}, "
-            f"temperature={decode.temperature},",
-            f"    max_cfg_coef={decode.max_guidance}, min_cfg_coef={decode.min_guidance}, "
-            f"decoding_steps={list(decode.steps)},",
+            *_audiocraft_parameters(bundle.generation),
             ")",
             'wav_BCN = model.generate(["a calm piano piece"])',
             "```",

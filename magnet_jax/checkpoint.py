@@ -11,36 +11,22 @@ import dataclasses
 import shutil
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from tokenizers import Tokenizer
 
-from magnet_jax import bundle, records, t5, transformer
-from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax import records, t5, transformer
+from magnet_jax.config import CodecSpec, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
 
 # Settings that may change when a run goes on: what was trained keeps its meaning without them.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
-           "sample_prompts", "save_every", "keep_last", "remat", "mesh", "decode", "data.path",
-           "data.num_threads", "data.prefetch"}  # fmt: skip
+           "sample_prompts", "save_every", "keep_last", "remat", "mesh", "decode", "autoregressive",
+           "data.path", "data.num_threads", "data.prefetch"}  # fmt: skip
 
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
              "tensorboard", "samples", ".config.json.tmp", ".codec.json.tmp"}  # fmt: skip
-
-
-class Loaded(NamedTuple):
-    """What sampling and export need of a checkpoint."""
-
-    config: RunConfig
-    codec: CodecSpec
-    codec_source: str  # what `codec.load_codec` takes
-    params: dict  # {'lm': transformer} and, where it was trained, {'text': T5}
-    t5_config: t5.T5Config
-    t5_params: dict
-    tokenizer: Tokenizer
-    step: int
 
 
 def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -176,30 +162,25 @@ def codec_source(run: Path, codec: CodecSpec) -> str:
     return str(copied) if copied.is_dir() else codec.source
 
 
-def load_for_inference(run: Path, *, weights: str = "ema", step: int | None = None) -> Loaded:
-    """Reads the parameters of a run, or of an exported model, for one device.
+def read_params(
+    run: Path, config: RunConfig, trained_t5: t5.T5Config | None, *, weights: str, step: int | None
+) -> tuple[dict, int]:
+    """A run's parameters for one device, and their step.
 
     Args:
-      run: the run's folder, or an export's, which holds one step and one kind of weights.
+      run: its folder.
+      config: the run's.
+      trained_t5: the text encoder's config where it was trained along.
       weights: 'ema' for the averaged parameters, 'raw' for the trained ones.
       step: the checkpoint; None is the newest.
 
     Raises:
-      UserError: no run there, no such checkpoint, or a damaged one.
+      UserError: no such checkpoint, or a damaged one.
     """
-    run = Path(run)
-    if not (run / "config.json").exists():
-        raise UserError(f"{run}: no training run there (no config.json)")
-    if bundle.is_export(run):
-        return _load_export(run, weights, step)
-    config = from_json(RunConfig, run / "config.json")
-    codec = from_json(CodecSpec, run / "codec.json")
-    t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
-    trained = t5_config if config.text.finetune else None
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        abstract_params(config.model, trained),
+        abstract_params(config.model, trained_t5),
     )
     checkpoints = run / "checkpoints"
     if not checkpoints.is_dir():
@@ -212,44 +193,4 @@ def load_for_inference(run: Path, *, weights: str = "ema", step: int | None = No
         if step not in steps:
             raise UserError(f"{run}: no checkpoint of step {step}; there are {sorted(steps)}")
         item = {"ema": "ema", "raw": "params"}[weights]
-        params = restore(manager, step, **{item: shapes})[item]
-    if trained is not None:
-        t5_params = params["text"]
-    return Loaded(
-        config=config,
-        codec=codec,
-        codec_source=codec_source(run, codec),
-        params=params,
-        t5_config=t5_config,
-        t5_params=t5_params,
-        tokenizer=tokenizer,
-        step=step,
-    )
-
-
-def _load_export(folder: Path, weights: str, step: int | None) -> Loaded:
-    """The same from an exported model; what it does not tell of the run has the defaults."""
-    exported = bundle.read_safetensors(folder)
-    for name, wanted in (("weights", weights), ("step", step)):
-        held = exported.lineage.get(name, wanted)
-        if wanted is not None and held != wanted:
-            raise UserError(
-                f"{folder}: an exported model with {name} {held} alone; give --{name} {held}"
-            )
-    t5_config, t5_params, tokenizer = t5.load(exported.text.source)
-    params = jax.device_put(exported.params, jax.devices()[0])
-    return Loaded(
-        config=RunConfig(
-            model=exported.model,
-            text=exported.text,
-            data=DataConfig(segment_seconds=exported.segment_seconds),
-            decode=exported.decode,
-        ),
-        codec=exported.codec,
-        codec_source=exported.codec.source,
-        params=params,
-        t5_config=t5_config,
-        t5_params=params.get("text", t5_params),
-        tokenizer=tokenizer,
-        step=exported.lineage.get("step", 0),
-    )
+        return restore(manager, step, **{item: shapes})[item], step

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import pickle
+import tempfile
 from collections.abc import Mapping
 from http.client import HTTPException
 from pathlib import Path
@@ -12,8 +13,14 @@ from typing import Any
 import numpy as np
 
 from magnet_jax import hub
+from magnet_jax.audiocraft import CODEC_FILE, read_file
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
-from magnet_jax.convert_codec import CODEC_SETTINGS, parametrized_name
+from magnet_jax.convert_codec import (
+    CODEC_SETTINGS,
+    check_tensors,
+    codec_folder_from_audiocraft,
+    parametrized_name,
+)
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch, load_tensors
 
@@ -88,9 +95,10 @@ class Codec:
 def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = None) -> Codec:
     """Loads an EnCodec.
 
-    `source` is one of: 'embedded'; a folder or hub id of a transformers EncodecModel; the names
-    'encodec_24khz' and 'encodec_48khz', whose weights the `encodec` package publishes; or the
-    path of such a published weights file (.th or .safetensors, under a name that begins so).
+    `source` is one of: 'embedded'; a folder or hub id of a transformers EncodecModel; AudioCraft's
+    file `compression_state_dict.bin`; the names 'encodec_24khz' and 'encodec_48khz', whose weights
+    the `encodec` package publishes; or the path of such a published weights file (.th or
+    .safetensors, under a name that begins so).
     `num_codebooks` keeps the first K codebooks; None keeps those of the largest bandwidth up to
     6 kbit/s that the codec was trained for.
 
@@ -105,6 +113,8 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
         parts = _from_transformers(ASSETS / "codec", source)
     elif source in ENCODEC_WEIGHTS:
         parts = _from_encodec(source, _download_encodec(source), source)
+    elif path.name == CODEC_FILE and path.is_file():
+        parts = _from_audiocraft(path)
     elif path.is_file():
         parts = _from_encodec(architecture_of(path), load_tensors(path), source)
     elif path.is_dir():
@@ -194,7 +204,8 @@ def _sha256(state: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
 def _from_transformers(folder: Path, source: str) -> tuple[Any, Any, dict]:
     """(model, quantizer, facts) of a transformers EncodecModel folder."""
     try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+        settings = json.loads((folder / "config.json").read_text())
+        model_type = settings["model_type"]
     except FileNotFoundError:
         raise UserError(f"codec {source}: no config.json in {folder}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -203,36 +214,29 @@ def _from_transformers(folder: Path, source: str) -> tuple[Any, Any, dict]:
         raise UserError(f"codec {source}: a {model_type} model, not an encodec model")
     if not (folder / "model.safetensors").exists():
         raise UserError(f"codec {source}: no model.safetensors in {folder}")
-    # (the class itself: the package's top level would look through all models)
-    from transformers.models.encodec.modeling_encodec import EncodecModel
-    from transformers.utils import logging
+    torch = import_torch()
+    # The parts themselves: the whole model wants codebooks of a power of two, which they do not.
+    from transformers.models.encodec import modeling_encodec as parts
+    from transformers.models.encodec.configuration_encodec import EncodecConfig
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        model, report = EncodecModel.from_pretrained(
-            folder,
-            output_loading_info=True,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype="float32",
+        config = EncodecConfig(**settings)
+        model = torch.nn.ModuleDict(
+            {
+                "encoder": parts.EncodecEncoder(config),
+                "decoder": parts.EncodecDecoder(config),
+                "quantizer": parts.EncodecResidualVectorQuantizer(config),
+            }
         )
-    except Exception as error:  # transformers and safetensors raise many kinds for a bad file
-        raise UserError(f"codec {source}: cannot be loaded ({_first_line(error)})") from None
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-    # transformers fills what a file lacks with random numbers
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := report[problem]:
-            kind = problem.removesuffix("_keys")
-            raise UserError(
-                f"codec {source}: model.safetensors does not fit config.json: {len(names)} "
-                f"{kind} tensors, such as {sorted(map(str, names))[0]}"
-            )
-    config = model.config
+    except Exception as error:  # whatever a setting that makes no sense leads to
+        raise UserError(f"codec {source}: cannot be built ({_first_line(error)})") from None
+    # (a name to every tensor, whatever the age of the file)
+    found = load_tensors(folder / "model.safetensors")
+    found = {parametrized_name(name): tensor.float() for name, tensor in found.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    arrays = {name: tensor.numpy() for name, tensor in found.items()}
+    check_tensors(f"codec {source}", arrays, expected)
+    model.load_state_dict(found)
     facts = {
         "sample_rate": config.sampling_rate,
         "channels": config.audio_channels,
@@ -242,7 +246,17 @@ def _from_transformers(folder: Path, source: str) -> tuple[Any, Any, dict]:
         "normalize": config.normalize,
         "settings": {name: getattr(config, name) for name in CODEC_SETTINGS},
     }
-    return model, model.quantizer, facts
+    return model, model["quantizer"], facts
+
+
+def _from_audiocraft(path: Path) -> tuple[Any, Any, dict]:
+    """(model, quantizer, facts) of an AudioCraft codec with weights of its own."""
+    file = read_file(path)
+    if file.pretrained:
+        raise UserError(f"codec {path}: points to {file.pretrained}, holds no weights; name that")
+    with tempfile.TemporaryDirectory() as folder:
+        codec_folder_from_audiocraft(file.tensors, file.xp_cfg, Path(folder), str(path))
+        return _from_transformers(Path(folder), str(path))
 
 
 def _from_encodec(name: str, state: dict[str, Any], source: str) -> tuple[Any, Any, dict]:

@@ -21,6 +21,18 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
+def _checked(hint: Any, value: Any, where: str) -> Any:
+    """The value of a scalar setting, if it is of the type that the dataclass wants."""
+    if typing.get_origin(hint) is Literal:
+        known = typing.get_args(hint)
+        _require(value in known, f"{where} must be one of {known}, not {value!r}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    _require(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
+    return value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodecSpec:
     """What tokens mean: the codec that made them. Tokenization writes it, all else checks it."""
@@ -43,8 +55,10 @@ class CodecSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer (paper, section 4)."""
+    """The transformer (paper, section 4): MAGNeT, or the same network made autoregressive."""
 
+    kind: Literal["magnet", "musicgen"] = "magnet"
+    """magnet fills masked spans in parallel; musicgen predicts the next step from those before."""
     num_codebooks: int = 4
     """K; at most the data set's, whose further ones are left out."""
     codebook_size: int = 2048
@@ -63,6 +77,8 @@ class ModelConfig:
     """Frames seen to each side by codebooks above the first (section 3.2)."""
     span_length: int = 3
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
+    delays: tuple[int, ...] = ()
+    """musicgen only: frames by which each codebook lags behind (Copet et al. 2023, section 2.2)."""
 
     def __post_init__(self):
         for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
@@ -74,6 +90,17 @@ class ModelConfig:
             f"model.width {self.width} must be an even multiple of model.num_heads "
             f"{self.num_heads}",
         )
+        delays = self.delays
+        if self.kind == "musicgen":
+            _require(
+                len(delays) == self.num_codebooks
+                and all(0 <= a <= b for a, b in zip((0, *delays), delays)),
+                f"model.delays {delays} must hold one number a codebook "
+                f"({self.num_codebooks}), from 0 up, none below the one before",
+            )
+            _require(delays[0] == 0, "model.delays must begin with 0")
+        else:
+            _require(not delays, "model.delays belongs to kind musicgen")
 
     @property
     def head_size(self) -> int:
@@ -181,6 +208,8 @@ class DecodeConfig:
     """Bring the temperature down to 0 linearly over a codebook's steps."""
     top_p: float = 0.9
     """Nucleus mass; 1 keeps every token."""
+    top_k: int = 0
+    """Sample among the k most probable tokens instead of the nucleus; 0 uses the nucleus."""
     max_guidance: float = 10.0
     """Guidance coefficient where everything is masked (equation 6)."""
     min_guidance: float = 1.0
@@ -189,11 +218,40 @@ class DecodeConfig:
     """Take the most probable token instead of sampling."""
     span_score: Literal["max", "prod"] = "max"
     """Score a span by its most probable token (the paper) or by the product of all."""
+    span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
+    """Hide whole spans of a fixed grid, or any neighbouring frames (scored by their product)."""
+    whole_spans: bool = False
+    """Cut a clip's end down to whole spans as AudioCraft does; stride1 has no grid to cut to."""
 
     def __post_init__(self):
         _require(len(self.steps) > 0 and min(self.steps) >= 1, "decode.steps must all be >= 1")
         _require(self.temperature > 0, "decode.temperature must be positive")
         _require(0 < self.top_p <= 1, "decode.top_p must lie in (0, 1]")
+        _require(self.top_k >= 0, "decode.top_k must not be negative")
+        for name in ("span_score", "span_arrangement"):
+            _checked(
+                typing.get_type_hints(DecodeConfig)[name], getattr(self, name), f"decode.{name}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoregressiveConfig:
+    """How a model of kind musicgen turns text into tokens; the defaults are MusicGen's."""
+
+    temperature: float = 1.0
+    top_k: int = 250
+    """Sample among the k most probable tokens; 0 uses the nucleus."""
+    top_p: float = 1.0
+    """Nucleus mass where top_k is 0; 1 keeps every token."""
+    guidance: float = 3.0
+    """Guidance coefficient; 1 is none."""
+    greedy: bool = False
+    """Take the most probable token instead of sampling."""
+
+    def __post_init__(self):
+        _require(self.temperature > 0, "autoregressive.temperature must be positive")
+        _require(0 < self.top_p <= 1, "autoregressive.top_p must lie in (0, 1]")
+        _require(self.top_k >= 0, "autoregressive.top_k must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,6 +275,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     decode: DecodeConfig = DecodeConfig()
+    autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     mesh: MeshConfig = MeshConfig()
     out: str = ""
     """Folder of the run; the same command with the same folder resumes it."""
@@ -256,7 +315,7 @@ class RunConfig:
         _require(self.sample_every >= 0, "sample_every must not be negative")
         _require(self.log_every >= 1, "log_every must be at least 1")
         _require(
-            len(self.decode.steps) == self.model.num_codebooks,
+            self.model.kind == "musicgen" or len(self.decode.steps) == self.model.num_codebooks,
             f"decode.steps needs one number a codebook: {self.model.num_codebooks}, "
             f"not {len(self.decode.steps)}",
         )
@@ -265,17 +324,6 @@ class RunConfig:
 def to_json(config: Any) -> str:
     """Any config of this module as JSON text."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    """The value of a scalar setting, if it is of the type that the dataclass wants."""
-    if typing.get_origin(hint) is Literal:
-        _require(value in typing.get_args(hint), f"{where} must be one of {typing.get_args(hint)}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
-    return value
 
 
 def from_dict(cls: type, values: dict, where: str) -> Any:

@@ -1,11 +1,8 @@
 """AudioCraft's language models <-> our parameters, one table of rules for both ways.
 
 `LM_RULES` says how tensors are called and laid out; `make_xp_cfg` and `model_from_xp_cfg` do the
-same for settings. All of it works on NumPy arrays; torch only opens and writes `.bin` files.
-
-An AudioCraft folder holds `state_dict.bin`, the language model, and `compression_state_dict.bin`,
-the codec (convert_codec.py). Both are `torch.save` files of {'best_state': tensors, 'xp.cfg': YAML
-text, 'version', 'exported'}; a codec may instead be a pointer {'pretrained': name}.
+same for settings. All of it works on NumPy arrays and serves MAGNeT and MusicGen alike, whose
+tensors are the same.
 """
 
 import dataclasses
@@ -14,12 +11,20 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
-from magnet_jax.config import CodecSpec, ModelConfig, RunConfig
+from magnet_jax.audiocraft import (
+    CODEC_FILE,
+    LM_FILE,
+    Origin,
+    read_file,
+    write_pointer,
+    write_weights,
+    xp_setting,
+)
+from magnet_jax.config import CodecSpec, DecodeConfig, ModelConfig, RunConfig
 from magnet_jax.convert_codec import (
     check_tensors,
     codec_folder,
@@ -29,11 +34,6 @@ from magnet_jax.convert_codec import (
     read_codec_folder,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch, load_tensors
-
-AUDIOCRAFT_VERSION = "1.4.0a2"  # of the layout written here
-LM_FILE = "state_dict.bin"
-CODEC_FILE = "compression_state_dict.bin"
 
 # The text encoders that AudioCraft builds by name, with the width of their states.
 PUBLISHED_T5_WIDTHS = {
@@ -243,11 +243,12 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
       codec: that made the tokens.
       text_encoder: a name in `PUBLISHED_T5_WIDTHS`, or the folder that holds the encoder.
     """
-    model, decode, k = config.model, config.decode, config.model.num_codebooks
+    model, k = config.model, config.model.num_codebooks
+    magnet = model.kind == "magnet"
     pointer = codec_pointer(codec)
     return {
-        "lm_model": "transformer_lm_magnet",
-        "solver": "magnet",
+        "lm_model": "transformer_lm_magnet" if magnet else "transformer_lm",
+        "solver": model.kind,
         "sample_rate": codec.sample_rate,
         "channels": codec.channels,
         "device": "cpu",
@@ -259,9 +260,13 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
         "dataset": {"segment_duration": segment_seconds(config)},
         "masking": {"span_len": model.span_length},
         "codebooks_pattern": {
-            "modeling": "parallel",
+            "modeling": "parallel" if magnet else "delay",
             "parallel": {"empty_initial": -1},
-            "delay": {"delays": list(range(k)), "flatten_first": 0, "empty_initial": 0},
+            "delay": {
+                "delays": list(model.delays or range(k)),
+                "flatten_first": 0,
+                "empty_initial": 0,
+            },
             "unroll": {"flattening": list(range(k)), "delays": [0] * k},
             "music_lm": {"group_by": 2},
             "coarse_first": {"delays": [0] * (k - 1)},
@@ -281,7 +286,7 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
             "bias_attn": False,
             "bias_proj": False,
             "past_context": None,
-            "causal": False,
+            "causal": not magnet,
             "custom": False,
             "memory_efficient": True,
             "attention_as_float32": False,
@@ -299,14 +304,21 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
             "attention_dropout": None,
             "kv_repeat": 1,
             "two_step_cfg": False,
-            "subcodes_context": model.local_context,
-            "compression_model_framerate": _whole(codec.frame_rate),
-            "segment_duration": segment_seconds(config),
-            "span_len": model.span_length,
-        },
+        }
+        | (
+            {
+                "subcodes_context": model.local_context,
+                "compression_model_framerate": _whole(codec.frame_rate),
+                "segment_duration": segment_seconds(config),
+                "span_len": model.span_length,
+            }
+            if magnet
+            else {}
+        ),
         "classifier_free_guidance": {
             "training_dropout": config.condition_dropout,
-            "inference_coef": 3.0,  # required by the builders; MAGNeT's decoding does not read it
+            # Required by the builders; MAGNeT's decoding does not read it.
+            "inference_coef": config.autoregressive.guidance,
         },
         "attribute_dropout": {},
         "fuser": {
@@ -328,26 +340,36 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
                 },
             }
         },
-        "generate": {
-            "lm": {
-                "use_sampling": not decode.greedy,
-                "temp": decode.temperature,
-                "top_k": 0,
-                "top_p": decode.top_p,
-                "max_cfg_coef": decode.max_guidance,
-                "min_cfg_coef": decode.min_guidance,
-                "decoding_steps": list(decode.steps),
-                "anneal_temp": decode.anneal_temperature,
-                "span_scoring": decode.span_score,
-                "span_arrangement": "nonoverlap",
-            }
-        },
+        "generate": {"lm": _generate_settings(config)},
+    }
+
+
+def _generate_settings(config: RunConfig) -> dict[str, Any]:
+    if config.model.kind == "musicgen":
+        settings = config.autoregressive
+        return {
+            "use_sampling": not settings.greedy,
+            "temp": settings.temperature,
+            "top_k": settings.top_k,
+            "top_p": 0.0 if settings.top_k else settings.top_p,
+        }
+    decode = config.decode
+    return {
+        "use_sampling": not decode.greedy,
+        "temp": decode.temperature,
+        "top_k": decode.top_k,
+        "top_p": 0.0 if decode.top_k else decode.top_p,
+        "max_cfg_coef": decode.max_guidance,
+        "min_cfg_coef": decode.min_guidance,
+        "decoding_steps": list(decode.steps),
+        "anneal_temp": decode.anneal_temperature,
+        "span_scoring": decode.span_score,
+        "span_arrangement": decode.span_arrangement,
     }
 
 
 # What our transformer computes, in xp.cfg's terms: each setting with the only value that fits.
 _FITTING = {
-    "lm_model": "transformer_lm_magnet",
     "transformer_lm.activation": "gelu",
     "transformer_lm.norm": "layer_norm",
     "transformer_lm.norm_first": True,
@@ -360,7 +382,6 @@ _FITTING = {
 }
 # The same; where the setting is absent, AudioCraft's own default is the value that fits.
 _FITTING_OR_ABSENT = {
-    "transformer_lm.causal": False,
     "transformer_lm.layer_scale": None,
     "transformer_lm.past_context": None,
     "transformer_lm.positional_embedding": "sin",
@@ -373,6 +394,15 @@ _FITTING_OR_ABSENT = {
     "fuser.prepend": [],
     "fuser.input_interpolate": [],
     "fuser.cross_attention_pos_emb": False,
+    "interleave_stereo_codebooks.use": False,
+    "codebooks_pattern.delay.flatten_first": 0,
+    "codebooks_pattern.delay.empty_initial": 0,
+}
+# What tells the two kinds of model apart, beside their class.
+_CLASSES = {"transformer_lm_magnet": "magnet", "transformer_lm": "musicgen"}
+_FITTING_KIND = {
+    "magnet": {"transformer_lm.causal": False, "codebooks_pattern.modeling": "parallel"},
+    "musicgen": {"transformer_lm.causal": True, "codebooks_pattern.modeling": "delay"},
 }
 _MODEL_SETTINGS = {
     "num_codebooks": "transformer_lm.n_q",
@@ -381,31 +411,24 @@ _MODEL_SETTINGS = {
     "num_heads": "transformer_lm.num_heads",
     "num_layers": "transformer_lm.num_layers",
     "mlp_ratio": "transformer_lm.hidden_scale",
+}
+_MAGNET_SETTINGS = {
     "local_context": "transformer_lm.subcodes_context",
     "span_length": "masking.span_len",
 }
 
 
-def xp_setting(xp_cfg: Mapping, name: str, default: Any = None) -> Any:
-    """The setting 'a.b' of an xp.cfg, or `default`; '${c.d}' is followed to what it stands for."""
-    path, node = name, None
-    for _ in range(10):  # references in a ring end as the text they are
-        node = xp_cfg
-        for part in path.split("."):
-            if not isinstance(node, Mapping) or part not in node:
-                return default
-            node = node[part]
-        reference = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
-        if not reference:
-            return node
-        path = reference[1]
-    return node
-
-
 def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConfig:
     """The model that an xp.cfg describes; `UserError` lists all of it that this project lacks."""
+    name = xp_setting(xp_cfg, "lm_model")
+    kind = _CLASSES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise UserError(
+            f"{where}: not a model that can be converted: lm_model must be "
+            f"{' or '.join(_CLASSES)}, not {name}"
+        )
     problems = []
-    for name, fitting in _FITTING.items():
+    for name, fitting in (_FITTING | _FITTING_KIND[kind]).items():
         value = xp_setting(xp_cfg, name)
         if value != fitting:
             problems.append(f"{name} must be {fitting}, not {value}")
@@ -417,12 +440,20 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
     conditioners = xp_setting(xp_cfg, "conditioners")
     if isinstance(conditioners, Mapping) and (others := {*conditioners} - {"args", "description"}):
         problems.append(f"conditioners other than text: {', '.join(sorted(map(str, others)))}")
-    settings = {}
-    for field, name in _MODEL_SETTINGS.items():
+    names = _MODEL_SETTINGS | (_MAGNET_SETTINGS if kind == "magnet" else {})
+    settings: dict[str, Any] = {"kind": kind}
+    for field, name in names.items():
         value = xp_setting(xp_cfg, name)
         if not isinstance(value, int) or isinstance(value, bool):
             problems.append(f"{name} must be a whole number, not {value}")
         settings[field] = value
+    if kind == "musicgen":
+        name = "codebooks_pattern.delay.delays"
+        delays = xp_setting(xp_cfg, name)
+        if not isinstance(delays, list) or not all(type(delay) is int for delay in delays):
+            problems.append(f"{name} must be a list of whole numbers, not {delays}")
+        else:
+            settings["delays"] = tuple(delays)
     if problems:
         raise UserError(f"{where}: not a model that can be converted: {'; '.join(problems)}")
     try:
@@ -431,81 +462,58 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
         raise UserError(f"{where}: {error}") from None
 
 
+def published_defaults(xp_cfg: Mapping, model: ModelConfig, seconds: float) -> DecodeConfig:
+    """The decoding that AudioCraft's authors give for such a MAGNeT: by kind and by length.
+
+    Music and sound take other temperatures; the first codebook takes 2 steps a second, at least
+    20 (the paper's 20 for 10 s and 60 for 30 s).
+    """
+    steps = (max(20, round(2 * seconds)), *[10] * (model.num_codebooks - 1))
+    if xp_setting(xp_cfg, "solver") == "audio_magnet":
+        return DecodeConfig(steps=steps, temperature=3.5, top_p=0.8, max_guidance=20.0)
+    return DecodeConfig(steps=steps)
+
+
 # --- AudioCraft's files -------------------------------------------------------------------------
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """An AudioCraft `.bin` file: tensors as NumPy arrays, 'xp.cfg' as a dict. Runs no code in it.
+class ImportedLM(NamedTuple):
+    """A language model as an AudioCraft file holds it."""
 
-    Returns {'pretrained': name, ...} for a pointer, else {'best_state', 'xp.cfg', ...}.
-    Raises `UserError` for a missing, damaged or unsafe file, or one of another layout.
-    """
-    torch, content = import_torch(), load_tensors(path)
-    if isinstance(content, dict) and isinstance(content.get("pretrained"), str):
-        return content
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("best_state"), dict)
-        or not isinstance(content.get("xp.cfg"), str)
-    ):
-        raise UserError(f"{path}: not an AudioCraft checkpoint (no 'best_state' and 'xp.cfg')")
-    tensors = {}
-    for name, tensor in content["best_state"].items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path}: 'best_state' holds {name}, which is not a tensor")
-        # NumPy has no bfloat16; widening is exact.
-        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        try:
-            tensors[name] = tensor.detach().numpy()
-        except (TypeError, RuntimeError) as error:  # sparse, quantised and the like
-            raise UserError(f"{path}: {name} is not a plain tensor ({error})") from None
-    try:
-        xp_cfg = yaml.safe_load(content["xp.cfg"])
-    except (yaml.YAMLError, RecursionError):
-        xp_cfg = None
-    if not isinstance(xp_cfg, dict):
-        raise UserError(f"{path}: its 'xp.cfg' is not YAML settings")
-    return {**content, "best_state": tensors, "xp.cfg": xp_cfg}
+    model: ModelConfig
+    params: dict  # our layout, float32
+    xp_cfg: dict[str, Any]
+    xp_cfg_text: str
+    dtype: str  # of the file's tensors: 'float16' or 'float32'
 
 
-def _write_torch(path: Path, content: dict[str, Any]) -> None:
-    with path.open("wb") as file:  # given a path, torch reports a full disk as RuntimeError
-        import_torch().save(content, file)
-
-
-def _write_checkpoint(path: Path, tensors: Mapping[str, np.ndarray], xp_cfg: Mapping) -> None:
-    torch = import_torch()
-    content = {
-        "best_state": {name: torch.from_numpy(np.array(a)) for name, a in tensors.items()},
-        "xp.cfg": yaml.safe_dump(dict(xp_cfg), sort_keys=False),
-        "version": AUDIOCRAFT_VERSION,
-        "exported": True,
-    }
-    _write_torch(path, content)
-
-
-def read_audiocraft(directory: Path) -> tuple[ModelConfig, dict, dict[str, Any]]:
-    """A MAGNeT folder's language model: its config, our parameters (float32) and its xp.cfg.
+def read_audiocraft(directory: Path) -> ImportedLM:
+    """The language model of an AudioCraft folder, MAGNeT or MusicGen.
 
     Raises `UserError` for a file that is missing, damaged, unsafe, or of a model that we lack.
     """
     path = Path(directory) / LM_FILE
-    content = read_checkpoint(path)
-    if "pretrained" in content:
-        raise UserError(f"{path}: points to {content['pretrained']} and holds no language model")
-    state_dict, xp_cfg = content["best_state"], content["xp.cfg"]
+    file = read_file(path)
+    if file.pretrained:
+        raise UserError(f"{path}: points to {file.pretrained} and holds no language model")
     # The text width stands nowhere in xp.cfg but in the encoder's name.
-    projection = state_dict.get(f"{_TEXT_PROJECTION}.weight")
+    projection = file.tensors.get(f"{_TEXT_PROJECTION}.weight")
     if projection is not None and projection.ndim == 2:
         text_width = projection.shape[1]
     else:
         text_width = ModelConfig.text_width  # the check of the tensors reports the projection
-    model = model_from_xp_cfg(xp_cfg, text_width, str(path))
-    return model, from_audiocraft(state_dict, model, str(path)), xp_cfg
+    model = model_from_xp_cfg(file.xp_cfg, text_width, str(path))
+    params = from_audiocraft(file.tensors, model, str(path))
+    return ImportedLM(model, params, file.xp_cfg, file.xp_cfg_text, file.dtype)
 
 
 def write_audiocraft(
-    directory: Path, lm_params: Mapping, model: ModelConfig, xp_cfg: Mapping, codec: CodecSpec
+    directory: Path,
+    lm_params: Mapping,
+    model: ModelConfig,
+    xp_cfg: Mapping,
+    codec: CodecSpec,
+    origin: Origin | None = None,
 ) -> None:
     """Writes `state_dict.bin` and `compression_state_dict.bin` into an existing folder.
 
@@ -513,22 +521,28 @@ def write_audiocraft(
       directory: existing folder.
       lm_params: our parameters.
       model: their sizes.
-      xp_cfg: from `make_xp_cfg`, or the one that `read_audiocraft` gave.
+      xp_cfg: from `make_xp_cfg`.
       codec: the codec that made the tokens; a folder's weights are converted, a published codec
         is pointed to.
+      origin: of an imported model: its settings, in the words of its files, stand in place of
+        `xp_cfg`, and its tensors have the width that they had there.
 
     Raises:
       UserError: parameters that do not fit, or a codec that AudioCraft cannot express.
     """
     directory = Path(directory)
-    _write_checkpoint(directory / LM_FILE, to_audiocraft(lm_params, model), xp_cfg)
-    if pointer := codec_pointer(codec):
-        content = {"pretrained": pointer, "exported": True, "version": AUDIOCRAFT_VERSION}
-        _write_torch(directory / CODEC_FILE, content)
+    state_dict = to_audiocraft(lm_params, model)
+    lm_settings, lm_dtype = (origin.lm_xp_cfg, origin.lm_dtype) if origin else (xp_cfg, "float32")
+    write_weights(directory / LM_FILE, state_dict, lm_settings, lm_dtype)
+    pointer = origin.codec_pretrained if origin else ""
+    if pointer := pointer or codec_pointer(codec):
+        write_pointer(directory / CODEC_FILE, pointer)
+        return
+    settings, tensors = read_codec_folder(codec_folder(codec))
+    tensors = codec_to_audiocraft(tensors, settings, codec.num_codebooks)
+    if origin and origin.codec_xp_cfg:
+        codec_settings, codec_dtype = origin.codec_xp_cfg, origin.codec_dtype
     else:
-        settings, tensors = read_codec_folder(codec_folder(codec))
-        _write_checkpoint(
-            directory / CODEC_FILE,
-            codec_to_audiocraft(tensors, settings, codec.num_codebooks),
-            make_codec_xp_cfg(settings, codec.num_codebooks),
-        )
+        codec_settings = make_codec_xp_cfg(settings, codec.num_codebooks)
+        codec_dtype = "float32"
+    write_weights(directory / CODEC_FILE, tensors, codec_settings, codec_dtype)

@@ -4,7 +4,9 @@ Both hold the same tensors in the same layout and differ in names only; shapes f
 transformers folder's config.json, and so does AudioCraft's xp.cfg.
 """
 
+import copy
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +14,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from magnet_jax import hub
+from magnet_jax.audiocraft import xp_setting
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError
 
@@ -89,6 +92,12 @@ def parametrized_name(name: str) -> str:
     """A tensor's name as torch's parametrizations have it; older files call it as AudioCraft."""
     name = name.replace(".weight_g", ".parametrizations.weight.original0")
     return name.replace(".weight_v", ".parametrizations.weight.original1")
+
+
+def weight_norm_name(name: str) -> str:
+    """The inverse of `parametrized_name`."""
+    name = name.replace(".parametrizations.weight.original0", ".weight_g")
+    return name.replace(".parametrizations.weight.original1", ".weight_v")
 
 
 # One table for both ways: (transformers' name, AudioCraft's name, axes). I and O are channels in
@@ -239,67 +248,163 @@ def codec_to_audiocraft(
 
 
 def codec_from_audiocraft(
-    state_dict: Mapping[str, np.ndarray], settings: Mapping, num_codebooks: int
+    state_dict: Mapping[str, np.ndarray],
+    settings: Mapping,
+    num_codebooks: int,
+    where: str = "codec",
 ) -> dict[str, np.ndarray]:
-    """The inverse of `codec_to_audiocraft`."""
+    """The inverse of `codec_to_audiocraft`; takes torch's newer names of weight norms as well."""
     layout = codec_layout(settings, num_codebooks)
-    check_tensors("codec", state_dict, {there: shape for _, there, shape in layout})
+    state_dict = {weight_norm_name(name): array for name, array in state_dict.items()}
+    check_tensors(where, state_dict, {there: shape for _, there, shape in layout})
     return {here: state_dict[there] for here, there, _ in layout}
+
+
+# One table for both ways: transformers' setting, its type, and xp.cfg's names for it, which must
+# agree where there are several. `true_skip` is the opposite of `use_conv_shortcut`.
+_CODEC_XP_SETTINGS = (
+    ("sampling_rate", int, ("sample_rate", "encodec.sample_rate")),
+    ("audio_channels", int, ("channels", "encodec.channels", "seanet.channels")),
+    ("use_causal_conv", bool, ("encodec.causal", "seanet.causal")),
+    ("normalize", bool, ("encodec.renormalize",)),
+    ("hidden_size", int, ("seanet.dimension",)),
+    ("num_filters", int, ("seanet.n_filters",)),
+    ("num_residual_layers", int, ("seanet.n_residual_layers",)),
+    ("upsampling_ratios", list, ("seanet.ratios",)),
+    ("norm_type", str, ("seanet.norm",)),
+    ("kernel_size", int, ("seanet.kernel_size",)),
+    ("residual_kernel_size", int, ("seanet.residual_kernel_size",)),
+    ("last_kernel_size", int, ("seanet.last_kernel_size",)),
+    ("dilation_growth_rate", int, ("seanet.dilation_base",)),
+    ("pad_mode", str, ("seanet.pad_mode",)),
+    ("use_conv_shortcut", bool, ("seanet.true_skip",)),
+    ("compress", int, ("seanet.compress",)),
+    ("num_lstm_layers", int, ("seanet.lstm",)),
+    ("trim_right_ratio", float, ("seanet.decoder.trim_right_ratio",)),
+    ("codebook_size", int, ("rvq.bins",)),
+)
+# What transformers' EnCodec computes besides: each setting with the only value that fits. All but
+# the first three may be absent, which is the same in AudioCraft.
+_CODEC_XP_FITTING = {
+    "compression_model": "encodec",
+    "encodec.autoencoder": "seanet",
+    "encodec.quantizer": "rvq",
+    "seanet.activation": "ELU",
+    "seanet.activation_params": {"alpha": 1.0},
+    "seanet.norm_params": {},
+    "seanet.disable_norm_outer_blocks": 0,
+    "seanet.decoder.final_activation": None,
+    "seanet.decoder.final_activation_params": None,
+    "seanet.encoder": {},
+}
+# Settings of training, which the builders want all the same.
+_CODEC_XP_TRAINING = {
+    "device": "cpu",
+    "rvq.q_dropout": False,
+    "rvq.decay": 0.99,
+    "rvq.kmeans_init": True,
+    "rvq.kmeans_iters": 50,
+    "rvq.threshold_ema_dead_code": 2,
+    "rvq.orthogonal_reg_weight": 0.0,
+    "rvq.orthogonal_reg_active_codes_only": False,
+}
 
 
 def make_codec_xp_cfg(settings: Mapping, num_codebooks: int) -> dict[str, Any]:
     """The xp.cfg of an exported codec, from a transformers EncodecModel's config.json."""
     _check_codec_settings(settings)
-    channels, causal = settings["audio_channels"], settings["use_causal_conv"]
-    return {
-        "compression_model": "encodec",
-        "device": "cpu",
-        "sample_rate": settings["sampling_rate"],
-        "channels": channels,
-        "encodec": {
-            "autoencoder": "seanet",
-            "quantizer": "rvq",
-            "sample_rate": settings["sampling_rate"],
-            "channels": channels,
-            "causal": causal,
-            "renormalize": settings["normalize"],
-        },
-        "seanet": {
-            "dimension": settings["hidden_size"],
-            "channels": channels,
-            "causal": causal,
-            "n_filters": settings["num_filters"],
-            "n_residual_layers": settings["num_residual_layers"],
-            "ratios": list(settings["upsampling_ratios"]),
-            "activation": "ELU",
-            "activation_params": {"alpha": 1.0},
-            "norm": settings["norm_type"],
-            "norm_params": {},
-            "kernel_size": settings["kernel_size"],
-            "residual_kernel_size": settings["residual_kernel_size"],
-            "last_kernel_size": settings["last_kernel_size"],
-            "dilation_base": settings["dilation_growth_rate"],
-            "pad_mode": settings["pad_mode"],
-            "true_skip": not settings["use_conv_shortcut"],
-            "compress": settings["compress"],
-            "lstm": settings["num_lstm_layers"],
-            "disable_norm_outer_blocks": 0,
-            "decoder": {
-                "trim_right_ratio": settings["trim_right_ratio"],
-                "final_activation": None,
-                "final_activation_params": None,
-            },
-            "encoder": {},
-        },
-        "rvq": {
-            "n_q": num_codebooks,
-            "q_dropout": False,
-            "bins": settings["codebook_size"],
-            "decay": 0.99,
-            "kmeans_init": True,
-            "kmeans_iters": 50,
-            "threshold_ema_dead_code": 2,
-            "orthogonal_reg_weight": 0.0,
-            "orthogonal_reg_active_codes_only": False,
-        },
+    named = _CODEC_XP_FITTING | _CODEC_XP_TRAINING | {"rvq.n_q": num_codebooks}
+    for setting, _, names in _CODEC_XP_SETTINGS:
+        value = settings[setting]
+        value = not value if setting == "use_conv_shortcut" else value
+        named |= dict.fromkeys(names, list(value) if isinstance(value, tuple) else value)
+    xp_cfg: dict[str, Any] = {}
+    for name, value in named.items():
+        *sections, last = name.split(".")
+        node = xp_cfg
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[last] = copy.deepcopy(value)
+    return xp_cfg
+
+
+def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, Any], int]:
+    """The inverse of `make_codec_xp_cfg`: a transformers EncodecModel's config.json, and K.
+
+    Raises `UserError`, beginning with `where`, that lists all that transformers' EnCodec lacks.
+    """
+    problems, settings = [], {}
+    for i, (name, fitting) in enumerate(_CODEC_XP_FITTING.items()):
+        value = xp_setting(xp_cfg, name, None if i < 3 else fitting)
+        if value != fitting:
+            problems.append(f"{name} must be {fitting}, not {value}")
+    decoder = xp_setting(xp_cfg, "seanet.decoder", {})
+    known = {"trim_right_ratio", "final_activation", "final_activation_params"}
+    if isinstance(decoder, Mapping) and (others := sorted(map(str, decoder.keys() - known))):
+        problems.append(f"seanet.decoder has settings of its own: {', '.join(others)}")
+    for setting, kind, names in _CODEC_XP_SETTINGS:
+        found = [value for name in names if (value := xp_setting(xp_cfg, name)) is not None]
+        if not found or any(value != found[0] for value in found):
+            problems.append(f"{' and '.join(names)} must be given, and equal, not {found}")
+        elif not _of_kind(found[0], kind):
+            problems.append(f"{names[0]} cannot be {found[0]!r}")
+        else:
+            settings[setting] = not found[0] if setting == "use_conv_shortcut" else found[0]
+    num_codebooks = xp_setting(xp_cfg, "rvq.n_q")
+    if not _of_kind(num_codebooks, int):
+        problems.append(f"rvq.n_q cannot be {num_codebooks!r}")
+    if settings.get("normalize"):
+        problems.append("encodec.renormalize must be False: tokens alone would lose the loudness")
+    if settings.get("norm_type", "weight_norm") != "weight_norm":
+        problems.append(f"seanet.norm must be weight_norm, not {settings['norm_type']}")
+    if settings.get("codebook_size", 2) < 2:
+        problems.append("rvq.bins must be at least 2")
+    if problems:
+        raise UserError(f"{where}: not a codec that can be converted: {'; '.join(problems)}")
+    settings |= {
+        "model_type": "encodec",
+        "architectures": ["EncodecModel"],
+        "chunk_length_s": None,
+        "overlap": None,
+        "codebook_dim": settings["hidden_size"],
+        "target_bandwidths": [_bandwidth(settings, num_codebooks)],
     }
+    return settings, num_codebooks
+
+
+def _of_kind(value: Any, kind: type) -> bool:
+    if kind is list:
+        return isinstance(value, list) and bool(value) and all(_of_kind(v, int) for v in value)
+    if kind is int:
+        return type(value) is int and value >= 1
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _bandwidth(settings: Mapping, num_codebooks: int) -> float:
+    """The kbit/s for which transformers builds that many codebooks: it divides and rounds down."""
+    frame_rate = math.ceil(settings["sampling_rate"] / math.prod(settings["upsampling_ratios"]))
+    bits = frame_rate * math.ceil(math.log2(settings["codebook_size"]))
+    exact = num_codebooks * bits / 1000
+    # (where the exact number falls short by a rounding, a little more does)
+    return exact if int(1000 * exact // bits) == num_codebooks else exact + bits / 2000
+
+
+def codec_folder_from_audiocraft(
+    state_dict: Mapping[str, np.ndarray], xp_cfg: Mapping, folder: Path, where: str
+) -> None:
+    """Writes an AudioCraft codec as a transformers EncodecModel folder, float32.
+
+    Args:
+      state_dict, xp_cfg: of the checkpoint.
+      folder: an existing one.
+      where: how to call the checkpoint in messages.
+
+    Raises:
+      UserError: settings or tensors that do not fit.
+    """
+    settings, num_codebooks = codec_settings_from_xp_cfg(xp_cfg, where)
+    tensors = codec_from_audiocraft(state_dict, settings, num_codebooks, where)
+    # float16 is widened, which is exact.
+    tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")

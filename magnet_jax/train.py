@@ -26,14 +26,15 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from magnet_jax import (
-    api,
     audio,
     checkpoint,
     codec,
     data,
     objective,
     optimizer,
+    pretrained,
     records,
+    sampling,
     sharding,
     t5,
     transformer,
@@ -57,7 +58,7 @@ def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> Non
             f"text encoder {config.text.source} is {t5_config.d_model} wide, model.text_width is "
             f"{model.text_width}: set --model.text-width {t5_config.d_model}"
         )
-    if api.segment_frames(config, spec) < model.span_length:
+    if sampling.segment_frames(config, spec) < model.span_length:
         raise UserError(
             f"data.segment_seconds {config.data.segment_seconds} is shorter than one span of "
             f"{model.span_length} frames at {spec.frame_rate} Hz"
@@ -238,7 +239,7 @@ def set_up(config: RunConfig) -> Setup:
     # Codebooks beyond the model's are neither learnt nor decoded.
     spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
     checkpoint.prepare_run(config, spec)
-    frames, dtype = api.segment_frames(config, spec), api.compute_dtype(config)
+    frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
     return Setup(spec, t5_config, t5_params, tokenizer, mesh, frames, dtype)
 
 
@@ -274,7 +275,7 @@ def write_samples(
     config: RunConfig, setup: Setup, decoder: codec.Codec, ema: dict, frozen_text: Any, step: int
 ) -> Path:
     """Samples the run's prompts from the averaged weights, always with the same seed."""
-    model = checkpoint.Loaded(
+    model = pretrained.Loaded(
         config=config,
         codec=setup.spec,
         codec_source=setup.spec.source,
@@ -283,8 +284,9 @@ def write_samples(
         t5_params=ema.get("text", frozen_text),
         tokenizer=setup.tokenizer,
         step=step,
+        lineage={},
     )
-    generated = api.generate_codes(
+    generated = sampling.generate_codes(
         model,
         config.sample_prompts,
         num_frames=setup.frames,

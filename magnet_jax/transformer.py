@@ -12,14 +12,20 @@ into a module. Parameter shapes, layers stacked on axis 0:
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from magnet_jax.attention import cross_attention, full_attention, local_attention
+from magnet_jax.attention import (
+    cached_attention,
+    cross_attention,
+    full_attention,
+    local_attention,
+)
 from magnet_jax.config import ModelConfig
 
 
@@ -30,6 +36,13 @@ class TextKeys(NamedTuple):
     value_LBSNH: jax.Array
     mask_BS: jax.Array
     num_zero_keys_B: jax.Array
+
+
+class Cache(NamedTuple):
+    """Keys and values of the C steps that an autoregressive model has seen, or will see."""
+
+    key_LBCNH: jax.Array
+    value_LBCNH: jax.Array
 
 
 def sinusoids(num_frames: int, width: int) -> np.ndarray:
@@ -102,19 +115,27 @@ class Block(nnx.Module):
         self.cross = Attention(config, rngs)
         self.mlp = Mlp(config, rngs)
 
-    def __call__(self, x_BTD: jax.Array, text: TextKeys, context: int | None) -> jax.Array:
-        """`text` is this layer's; `context` None attends fully."""
+    def __call__(
+        self, x_BTD: jax.Array, text: TextKeys, attend: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
+        """`text` is this layer's; `attend` takes query, key and value of the frames.
+
+        What `attend` returns beside the attended values is passed on.
+        """
         h_BTD = self.norm_self(x_BTD)
-        qkv = [self.self.heads(name, h_BTD) for name in ("query", "key", "value")]
-        attended = full_attention(*qkv) if context is None else local_attention(*qkv, context)
+        attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
         x_BTD = x_BTD + self.self.merge(attended)
         query_BTNH = self.cross.heads("query", self.norm_cross(x_BTD))
         x_BTD = x_BTD + self.cross.merge(cross_attention(query_BTNH, *text))
-        return x_BTD + self.mlp(self.norm_mlp(x_BTD))
+        return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
 
 
 class Transformer(nnx.Module):
-    """MAGNeT's network. Stage 0 attends fully; the stages above see `local_context` frames."""
+    """The network of MAGNeT and of MusicGen, which differ in what a frame attends to.
+
+    MAGNeT (`trunk`): at stage 0 everything, at the stages above `local_context` frames to both
+    sides. MusicGen (`extend`): the steps before it.
+    """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         k, v, d, e = config.num_codebooks, config.codebook_size, config.width, config.text_width
@@ -189,28 +210,90 @@ class Transformer(nnx.Module):
         Returns:
           final-norm states [B, T, D].
         """
-        dtype = text.key_LBSNH.dtype
-        num_frames = codes_BKT.shape[-1]
-        codebooks_1K1 = jnp.arange(self.config.num_codebooks)[None, :, None]
-        x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
-        x_BTD = (x_BTD + sinusoids(num_frames, self.config.width)[None]).astype(dtype)
-        context = self.config.local_context if local else None
+        context = self.config.local_context
+
+        def attend(*qkv):
+            return local_attention(*qkv, context) if local else full_attention(*qkv), None
+
         pin = (
             (lambda x: x)
             if sharding is None
             else functools.partial(jax.lax.with_sharding_constraint, shardings=sharding)
         )
+        positions_TD = sinusoids(codes_BKT.shape[-1], self.config.width)
 
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
             block, key_BSNH, value_BSNH = inputs
             own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
-            return pin(nnx.merge(graph, block)(pin(x_BTD), own, context)), None
+            x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend)
+            return pin(x_BTD), None
 
         layer = jax.checkpoint(layer) if remat else layer
-        x_BTD, _ = jax.lax.scan(layer, pin(x_BTD), (layers, text.key_LBSNH, text.value_LBSNH))
+        x_BTD = pin(self._embed(codes_BKT, positions_TD, text.key_LBSNH.dtype))
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH))
         return self.norm_final(x_BTD)
+
+    def extend(
+        self, codes_BKT: jax.Array, text: TextKeys, cache: Cache, first: jax.Array | int
+    ) -> tuple[jax.Array, Cache]:
+        """Everything below the heads for T more steps of an autoregressive model.
+
+        Args:
+          codes_BKT: what the steps hold (patterns.py): token ids 0..V, V for none.
+          text: from `read_text`; its dtype is the precision of the products.
+          cache: from `empty_cache`, filled by earlier calls.
+          first: number of the first of these steps; may be traced.
+
+        Returns:
+          final-norm states [B, T, D], from which the next steps are predicted, and the cache with
+          these steps in it.
+        """
+        capacity = cache.key_LBCNH.shape[2]
+        positions_TD = jax.lax.dynamic_slice_in_dim(
+            jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
+        )
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            block, text_key, text_value, past_key, past_value = inputs
+
+            def attend(query_BTNH, key_BTNH, value_BTNH):
+                key = jax.lax.dynamic_update_slice_in_dim(past_key, key_BTNH, first, axis=1)
+                value = jax.lax.dynamic_update_slice_in_dim(past_value, value_BTNH, first, axis=1)
+                return cached_attention(query_BTNH, key, value, first), Cache(key, value)
+
+            own = text._replace(key_LBSNH=text_key, value_LBSNH=text_value)
+            return nnx.merge(graph, block)(x_BTD, own, attend)
+
+        x_BTD = self._embed(codes_BKT, positions_TD, text.key_LBSNH.dtype)
+        x_BTD, cache = jax.lax.scan(
+            layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, *cache)
+        )
+        return self.norm_final(x_BTD), cache
+
+    def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+        """A cache for `capacity` steps of `batch` rows."""
+        c = self.config
+        shape = (c.num_layers, batch, capacity, c.num_heads, c.head_size)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def _embed(
+        self, codes_BKT: jax.Array, positions_TD: jax.Array | np.ndarray, dtype: jnp.dtype
+    ) -> jax.Array:
+        codebooks_1K1 = jnp.arange(self.config.num_codebooks)[None, :, None]
+        x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
+        return (x_BTD + positions_TD[None]).astype(dtype)
+
+    def all_heads(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits of every codebook, float32 [B, K, T, V]."""
+        return jnp.einsum(
+            "BTD,KDV->BKTV",
+            x_BTD,
+            self.heads[...].astype(x_BTD.dtype),
+            preferred_element_type=jnp.float32,
+        )
 
     def head(self, x_BTD: jax.Array, stage: jax.Array | int) -> jax.Array:
         """Logits of codebook `stage` alone, float32 [B, T, V]."""

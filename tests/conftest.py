@@ -17,10 +17,10 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder of numbers that the reference implementation printed."""
+    """The folder of numbers that the reference implementation printed: GOLDEN_DIR, or ours."""
     return GOLDEN

@@ -222,8 +222,9 @@ def test_damaged_codecs_give_one_line(tmp_path, encodec_files):
     broken(lambda f: (f / "config.json").write_text("{"), "damaged config.json")
     broken(set_config(model_type="bert"), "a bert model")
     broken(lambda f: (f / "model.safetensors").unlink(), "no model.safetensors")
-    broken(lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99), "cannot be loaded")
-    broken(set_config(num_lstm_layers=2), "8 missing tensors")
+    broken(lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99), "damaged")
+    broken(set_config(num_lstm_layers=2), "8 tensors do not fit .* missing")
+    broken(set_config(upsampling_ratios="many"), "cannot be built")
     for source in ("no/such/folder", "/no/such", "nothing"):
         with pytest.raises(UserError, match="no such folder"):
             load_codec(source)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import tiny
 
-from magnet_jax import api, checkpoint, train, transformer
+from magnet_jax import pretrained, sampling, train, transformer
 from magnet_jax.config import DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TextConfig
 
 
@@ -35,10 +35,10 @@ def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path):
     )
     train.train(config)
 
-    loaded = checkpoint.load_for_inference(tmp_path / "run")
+    loaded = pretrained.load(tmp_path / "run")
     assert transformer.count_params(loaded.params) <= 3_000_000
     truth = np.stack([example["codes"] for example in examples])
-    generated = api.generate_codes(
+    generated = sampling.generate_codes(
         loaded,
         captions,
         num_frames=truth.shape[-1],

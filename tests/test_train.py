@@ -17,7 +17,7 @@ import tiny
 
 import configs
 from launch.train import load_config
-from magnet_jax import checkpoint, codec, data, records, sharding, t5, train
+from magnet_jax import checkpoint, codec, data, pretrained, records, sharding, t5, train
 from magnet_jax.config import ASSETS, MeshConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
 
@@ -323,17 +323,17 @@ def test_damaged_checkpoints_are_named(finished, tmp_path):
         if path.is_file():
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(UserError, match=r"checkpoints/30: damaged.*from step 25"):
-        checkpoint.load_for_inference(run)
-    assert checkpoint.load_for_inference(run, step=25).step == 25
+        pretrained.load(run)
+    assert pretrained.load(run, step=25).step == 25
     with pytest.raises(UserError, match="no checkpoint of step 7"):
-        checkpoint.load_for_inference(run, step=7)
+        pretrained.load(run, step=7)
     with pytest.raises(UserError, match="no training run there"):
-        checkpoint.load_for_inference(tmp_path)
+        pretrained.load(tmp_path)
 
 
 def test_raw_and_averaged_weights_differ(finished):
-    raw = checkpoint.load_for_inference(Path(finished.out), weights="raw")
-    ema = checkpoint.load_for_inference(Path(finished.out), weights="ema")
+    raw = pretrained.load(Path(finished.out), weights="raw")
+    ema = pretrained.load(Path(finished.out), weights="ema")
     assert (raw.params["lm"]["heads"] != ema.params["lm"]["heads"]).any()
     assert raw.t5_params is raw.params["text"]
 

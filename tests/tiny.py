@@ -1,5 +1,6 @@
 """The smallest data sets and runs that exercise everything."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 import soundfile
 import soxr
 
-from magnet_jax import codec, records, sharding
+from magnet_jax import codec, convert, records, sharding
 from magnet_jax.config import (
     ASSETS,
+    CodecSpec,
     DataConfig,
     DecodeConfig,
     ModelConfig,
@@ -21,6 +23,22 @@ from magnet_jax.config import (
 )
 
 SECONDS = 2.0
+TINY = ModelConfig(
+    num_codebooks=2, codebook_size=8, width=12, num_heads=3, num_layers=2, mlp_ratio=2, text_width=5
+)
+# What the embedded codec's hash is does not matter here, except to the export, which computes it.
+EMBEDDED_CODEC = CodecSpec(
+    source="embedded",
+    sha256="0" * 64,
+    sample_rate=16000,
+    channels=1,
+    frame_rate=50.0,
+    num_codebooks=4,
+    codebook_size=1024,
+)
+PUBLISHED_CODEC = dataclasses.replace(
+    EMBEDDED_CODEC, source="facebook/encodec_32khz", sample_rate=32000, codebook_size=2048
+)
 
 
 def write_clips(directory: Path, count: int) -> list[dict]:
@@ -105,3 +123,19 @@ def run_config(data: Path, out: Path, **changes) -> RunConfig:
         keep_last=2,
     )
     return RunConfig(**(settings | changes))
+
+
+def random_params(model: ModelConfig, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = convert.lm_shapes(model)
+    return convert.unflatten(
+        {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    )
+
+
+def assert_same_bits(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name in expected:
+        a, b = np.asarray(found[name]), np.asarray(expected[name])
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), name
+        assert a.tobytes() == b.tobytes(), name

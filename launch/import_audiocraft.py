@@ -1,0 +1,76 @@
+"""Brings an AudioCraft checkpoint in: MAGNeT, Audio-MAGNeT, MusicGen or AudioGen.
+
+python -m launch.import_audiocraft --source facebook/magnet-small-10secs --out DIR
+
+The folder that it writes holds all that sampling needs, the text encoder and the codec included,
+and works without a network: launch.sample, launch.export and the Python API take it.
+"""
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+
+from launch import cli
+from magnet_jax import export, pretrained
+from magnet_jax.errors import UserError, reported
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Imports an AudioCraft checkpoint."""
+
+    source: str
+    """Folder with state_dict.bin and compression_state_dict.bin, or a hub id."""
+    out: Path
+    """Folder to write; it appears when everything in it is written and checked."""
+    text_encoder: str | None = None
+    """Folder of the T5 that the checkpoint names (config.json, tokenizer.json, model.safetensors),
+    where the hub is out of reach."""
+    codec: str | None = None
+    """Folder of the EnCodec that the checkpoint points to, where the hub is out of reach."""
+    license: str | None = None
+    """License of the weights; by default the one in the README.md beside them."""
+    verify: bool = False
+    """Compare logits in PyTorch, of the checkpoint's tensors, with those in JAX."""
+    overwrite: bool = False
+    """Replace an earlier import."""
+
+
+def stated_license(folder: Path) -> str | None:
+    """The license in the header of a model card."""
+    try:
+        text = (folder / "README.md").read_text(errors="replace")
+    except OSError:
+        return None
+    header = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = header and re.search(r"^license: *[\"']?([\w.-]+)", header[1], re.MULTILINE)
+    return found[1] if found else None
+
+
+def main(args: Args) -> None:
+    started = time.perf_counter()
+    export.prepare_out(args.out, Path(args.source), args.overwrite)
+    folder = pretrained.locate(args.source)
+    if not pretrained.is_audiocraft(folder):
+        raise UserError(
+            f"{args.source}: not an AudioCraft checkpoint but a model of this project, which "
+            "needs no import: launch.sample and launch.export take it as it is"
+        )
+    loaded = pretrained.read_audiocraft(
+        folder, args.source, text_encoder=args.text_encoder, codec=args.codec
+    )
+    options = export.Options(
+        license=args.license or stated_license(folder),
+        audiocraft=False,
+        offline=True,
+        logits=args.verify,
+    )
+    lines = export.export_model(loaded, args.out, options, args.source)
+    print(f"wrote {args.out} in {time.perf_counter() - started:.1f} s")
+    print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+    with reported():
+        main(cli.parse(Args, prog="python -m launch.import_audiocraft", description=__doc__))

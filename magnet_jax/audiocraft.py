@@ -1,0 +1,129 @@
+"""AudioCraft's checkpoint files and their settings: opened without running code in them, written.
+
+An AudioCraft folder holds `state_dict.bin`, the language model, and `compression_state_dict.bin`,
+the codec. Both are `torch.save` files of {'best_state': tensors, 'xp.cfg': YAML text, 'version',
+'exported'}; a codec may instead be a pointer {'pretrained': name}.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import yaml
+
+from magnet_jax.errors import UserError
+from magnet_jax.torch_env import import_torch, load_tensors
+
+AUDIOCRAFT_VERSION = "1.4.0a2"  # of the layout written here
+LM_FILE = "state_dict.bin"
+CODEC_FILE = "compression_state_dict.bin"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """How an imported model stood in its AudioCraft files, so that an export stands alike."""
+
+    lm_xp_cfg: str
+    """YAML text."""
+    lm_dtype: Literal["float32", "float16"]
+    codec_pretrained: str
+    """Hub id that the codec's file pointed to; empty where it held weights."""
+    codec_xp_cfg: str
+    """YAML text; empty for a pointer, and where another codec was given at import."""
+    codec_dtype: Literal["float32", "float16"]
+
+
+class File(NamedTuple):
+    """What a `.bin` file holds. A pointer has a name and nothing else, weights have no name."""
+
+    tensors: dict[str, np.ndarray]
+    xp_cfg: dict[str, Any]
+    xp_cfg_text: str  # as it stood in the file
+    dtype: str  # 'float16' where all tensors are, else 'float32'
+    pretrained: str  # hub id of the weights that are meant
+
+
+def read_file(path: Path) -> File:
+    """Opens an AudioCraft `.bin` file. Runs no code in it.
+
+    Raises `UserError` for a missing, damaged or unsafe file, or one of another layout.
+    """
+    torch, content = import_torch(), load_tensors(path)
+    if isinstance(content, dict) and isinstance(content.get("pretrained"), str):
+        return File({}, {}, "", "float32", content["pretrained"])
+    if (
+        not isinstance(content, dict)
+        or not isinstance(content.get("best_state"), dict)
+        or not isinstance(content.get("xp.cfg"), str)
+    ):
+        raise UserError(f"{path}: not an AudioCraft checkpoint (no 'best_state' and 'xp.cfg')")
+    state = content["best_state"]
+    if isinstance(state.get("model"), dict):  # as AudioCraft's solvers take them to fine-tune from
+        state = state["model"]
+    tensors, dtypes = {}, set()
+    for name, tensor in state.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{path}: 'best_state' holds {name}, which is not a tensor")
+        dtypes.add(tensor.dtype)
+        # NumPy has no bfloat16; widening is exact.
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        try:
+            tensors[name] = tensor.detach().numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantised and the like
+            raise UserError(f"{path}: {name} is not a plain tensor ({error})") from None
+    try:
+        xp_cfg = yaml.safe_load(content["xp.cfg"])
+    except (yaml.YAMLError, RecursionError, ValueError):
+        xp_cfg = None
+    if not isinstance(xp_cfg, dict):
+        raise UserError(f"{path}: its 'xp.cfg' is not YAML settings")
+    dtype = "float16" if dtypes == {torch.float16} else "float32"
+    return File(tensors, xp_cfg, content["xp.cfg"], dtype, "")
+
+
+def write_weights(
+    path: Path, tensors: Mapping[str, np.ndarray], xp_cfg: Mapping | str, dtype: str = "float32"
+) -> None:
+    """Writes weights and settings, the latter as a dict or as YAML text.
+
+    Raises `ValueError` where `dtype` is narrower than a tensor's values.
+    """
+    torch = import_torch()
+    state = {}
+    for name, array in tensors.items():
+        narrow = np.array(array, dtype)
+        if not np.array_equal(narrow.astype(array.dtype), array, equal_nan=True):
+            raise ValueError(f"{name} does not fit {dtype}")
+        state[name] = torch.from_numpy(narrow)
+    text = xp_cfg if isinstance(xp_cfg, str) else yaml.safe_dump(dict(xp_cfg), sort_keys=False)
+    _save(path, {"best_state": state, "xp.cfg": text})
+
+
+def write_pointer(path: Path, pretrained: str) -> None:
+    """Writes the name of published weights in place of weights."""
+    _save(path, {"pretrained": pretrained})
+
+
+def _save(path: Path, content: dict[str, Any]) -> None:
+    content |= {"version": AUDIOCRAFT_VERSION, "exported": True}
+    with Path(path).open("wb") as file:  # given a path, torch reports a full disk as RuntimeError
+        import_torch().save(content, file)
+
+
+def xp_setting(xp_cfg: Mapping, name: str, default: Any = None) -> Any:
+    """The setting 'a.b' of an xp.cfg, or `default`; '${c.d}' is followed to what it stands for."""
+    path, node = name, None
+    for _ in range(10):  # references in a ring end as the text they are
+        node = xp_cfg
+        for part in path.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                return default
+            node = node[part]
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", node) if isinstance(node, str) else None
+        if not reference:
+            return node
+        path = reference[1]
+    return node

@@ -1,0 +1,337 @@
+"""Writing a model for others: this project's format, AudioCraft's, a model card; all of it checked.
+
+Everything is made in a folder beside the wanted one that takes its name at the end, so that no
+half-written export is ever seen and a replaced one is lost at no moment.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from safetensors import SafetensorError
+
+from magnet_jax import (
+    autoregressive,
+    bundle,
+    convert,
+    convert_codec,
+    hub,
+    t5,
+    torch_lm,
+    transformer,
+)
+from magnet_jax import codec as codecs
+from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, read_file, xp_setting
+from magnet_jax.bundle import TEXT_FOLDER, Bundle
+from magnet_jax.config import EMBEDDED, CodecSpec, ModelConfig
+from magnet_jax.errors import UserError
+from magnet_jax.patterns import to_steps
+from magnet_jax.pretrained import Loaded, sampling_settings
+
+CODEC_FOLDER = "codec"
+LOGITS_TOLERANCE = 1e-3  # float32 sums in another order
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to write."""
+
+    license: str | None = None
+    """License of the weights; None is the one that the model came with."""
+    t5_name: str | None = None
+    """Published name of a text encoder that the run read from a folder."""
+    audiocraft: bool = True
+    """Write AudioCraft's pair as well."""
+    offline: bool = False
+    """Copy the text encoder and the codec along even if they are published under a name."""
+    logits: bool = False
+    """Compare the logits of what was written with the model's."""
+    overwrite: bool = False
+    """Replace an earlier export."""
+
+
+def prepare_out(out: Path, source: Path, overwrite: bool) -> None:
+    """Puts back an export that a kill left under its other name, and checks that `out` may be used.
+
+    Raises `UserError` unless `out` is free, or an earlier export that may be replaced, and does
+    not hold `source`.
+    """
+    old = _beside(out, "old")
+    if not out.exists() and old.exists():
+        old.rename(out)
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
+        raise UserError(f"{out}: exists and is not an export; give another --out")
+    if not overwrite:
+        raise UserError(f"{out}: exists; add --overwrite to replace it, or give another --out")
+    if out.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{out}: holds the model itself; give another --out")
+
+
+def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> list[str]:
+    """Writes and checks an export; returns lines on what was checked.
+
+    Args:
+      loaded: the model.
+      out: the folder, see `prepare_out`.
+      options: what to write.
+      where: what to call the model in messages.
+
+    Raises:
+      UserError: the model cannot be expressed, or the folder cannot be written.
+    """
+    out = out.absolute()
+    codec = dataclasses.replace(loaded.codec, source=loaded.codec_source)
+    if Path(codec.source).exists() or codec.source == EMBEDDED:
+        found = codecs.load_codec(codec.source, num_codebooks=codec.num_codebooks).spec
+        codecs.check_same_codec(found, codec, where)
+    elif codec.source not in codecs.ENCODEC_WEIGHTS and not (
+        "/" in codec.source and hub.is_hub_id(codec.source)
+    ):
+        raise UserError(f"codec {codec.source}: no such folder or file; put it there again")
+    encoder = text_encoder_name(loaded, options.t5_name)
+    partial, old = _beside(out, "partial"), _beside(out, "old")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    try:
+        partial.mkdir(parents=True)
+        written = _write(loaded, options, partial, codec, encoder)
+        lines = _check(partial, written, loaded, options)
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:  # a full disk, a folder of someone else's
+        raise UserError(f"{out}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    return lines
+
+
+def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
+    """What xp.cfg calls the text encoder: its published name, or `TEXT_FOLDER`.
+
+    A fine-tuned encoder is never called by the published name: AudioCraft would then load the
+    original weights, and the model would not hear the text as it was trained to.
+
+    Raises `UserError` where `t5_name` cannot be the model's encoder.
+    """
+    if loaded.origin:
+        if t5_name is not None:
+            raise UserError(f"--t5-name {t5_name}: an imported model has its own; leave it out")
+        xp_cfg = yaml.safe_load(loaded.origin.lm_xp_cfg)
+        return xp_setting(xp_cfg, "conditioners.description.t5.name")
+    source = loaded.config.text.source.removeprefix("google-t5/")
+    if t5_name is None:
+        name = source
+    elif loaded.config.text.finetune:
+        raise UserError(f"--t5-name {t5_name}: the run trained its text encoder; leave it out")
+    elif t5_name not in convert.PUBLISHED_T5_WIDTHS:
+        names = ", ".join(convert.PUBLISHED_T5_WIDTHS)
+        raise UserError(f"--t5-name {t5_name}: AudioCraft knows {names}")
+    else:
+        name = t5_name
+    if loaded.config.text.finetune or name not in convert.PUBLISHED_T5_WIDTHS:
+        return TEXT_FOLDER
+    width = convert.PUBLISHED_T5_WIDTHS[name]
+    if width != loaded.config.model.text_width:
+        raise UserError(
+            f"{name} is {width} wide, but the run's text encoder "
+            f"{loaded.config.model.text_width}: they cannot be the same"
+        )
+    return name
+
+
+def _beside(out: Path, kind: str) -> Path:
+    """Where the new export ('partial') and the one it replaces ('old') lie meanwhile."""
+    return out.absolute().with_name(f".{out.absolute().name}.{kind}")
+
+
+def _write(
+    loaded: Loaded, options: Options, folder: Path, codec: CodecSpec, encoder: str
+) -> Bundle:
+    """Writes every file of the export into `folder`; `codec.source` is where the codec lies now."""
+    config = loaded.config
+    text = dataclasses.replace(config.text, source=encoder)
+    if encoder == TEXT_FOLDER or options.offline or Path(config.text.source).is_dir():
+        text = dataclasses.replace(text, source=TEXT_FOLDER)
+        t5.save(folder / TEXT_FOLDER, loaded.t5_config, loaded.t5_params, loaded.tokenizer)
+    shipped_codec = _copy_codec(codec, folder, options.offline)
+    license_name = options.license or loaded.lineage.get("license") or "unspecified"
+    written = Bundle(
+        model=config.model,
+        text=text,
+        codec=shipped_codec,
+        generation=sampling_settings(config),
+        segment_seconds=config.data.segment_seconds,
+        lineage=loaded.lineage | {"license": license_name},
+        origin=loaded.origin,
+        params=loaded.params,
+    )
+    seconds = None
+    if options.audiocraft:
+        if (folder / shipped_codec.source).is_dir():
+            codec = dataclasses.replace(codec, source=str(folder / shipped_codec.source))
+        convert.write_audiocraft(
+            folder,
+            loaded.params["lm"],
+            config.model,
+            convert.make_xp_cfg(config, codec, encoder),
+            codec,
+            loaded.origin,
+        )
+        seconds = convert.segment_seconds(config)
+    bundle.write_safetensors(folder, written)
+    card = folder / "README.md"
+    card.write_text(bundle.model_card(written, license_name, encoder, seconds))
+    for path in folder.rglob("*.safetensors"):
+        shutil.copymode(card, path)  # safetensors makes files that nobody else may read
+    return written
+
+
+def _copy_codec(codec: CodecSpec, folder: Path, offline: bool) -> CodecSpec:
+    """Copies what is neither shipped with the package nor published; the codec as found there."""
+    path, copied = Path(codec.source), folder / CODEC_FOLDER
+    if not path.exists() and offline and "/" in codec.source:
+        path = hub.fetch(codec.source, ("config.json", "model.safetensors"), "codec")
+    if not path.exists():
+        return codec
+    copied.mkdir()
+    if path.is_dir():
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(path / name, copied / name)
+    elif path.name == CODEC_FILE:
+        file = read_file(path)
+        convert_codec.codec_folder_from_audiocraft(file.tensors, file.xp_cfg, copied, str(path))
+    else:
+        shutil.copyfile(path, copied / path.name)
+        return dataclasses.replace(codec, source=f"{CODEC_FOLDER}/{path.name}")
+    return dataclasses.replace(codec, source=CODEC_FOLDER)
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _check(folder: Path, written: Bundle, loaded: Loaded, options: Options) -> list[str]:
+    """Reads everything back from `folder` and compares it bit for bit.
+
+    Raises `RuntimeError`, naming what differs: that would be a bug or a failing disk.
+    """
+    params = convert.flatten(written.params)
+    found = bundle.read_safetensors(folder)
+    _require_equal("model.safetensors", convert.flatten(found.params), params)
+    del found
+    count = len(params)
+    lm = convert.flatten(written.params["lm"])
+    if options.audiocraft:
+        model, lm_params, *_ = convert.read_audiocraft(folder)
+        if model != written.model:
+            raise RuntimeError(f"{LM_FILE}: xp.cfg describes {model}, not {written.model}")
+        _require_equal(LM_FILE, convert.flatten(lm_params), lm)
+        del lm_params
+        count += len(lm) + _check_codec(folder, written)
+    if written.text.source == TEXT_FOLDER:
+        _, t5_params, _ = t5.load(str(folder / TEXT_FOLDER))
+        expected = convert.flatten(loaded.t5_params)
+        _require_equal(TEXT_FOLDER, convert.flatten(t5_params), expected)
+        count += len(expected)
+    lines = [f"checked: {count} tensors read back, every bit equal"]
+    if options.logits:
+        lines.append(_compare_logits(folder, written, options.audiocraft))
+    return lines
+
+
+def _check_codec(folder: Path, written: Bundle) -> int:
+    """The same for AudioCraft's codec; how many tensors it compared."""
+    file = read_file(folder / CODEC_FILE)
+    shipped = folder / written.codec.source
+    codec = dataclasses.replace(
+        written.codec, source=str(shipped) if shipped.is_dir() else written.codec.source
+    )
+    pointer = written.origin.codec_pretrained if written.origin else ""
+    if pointer := pointer or convert_codec.codec_pointer(codec):
+        if file.pretrained != pointer:
+            raise RuntimeError(f"{CODEC_FILE}: does not point to {pointer}")
+        return 0
+    settings, tensors = convert_codec.read_codec_folder(convert_codec.codec_folder(codec))
+    back = convert_codec.codec_from_audiocraft(file.tensors, settings, codec.num_codebooks)
+    back = {name: array.astype(np.float32, copy=False) for name, array in back.items()}
+    _require_equal(CODEC_FILE, back, {name: tensors[name] for name in back})
+    return len(back)
+
+
+def _require_equal(what: str, found: dict, expected: dict) -> None:
+    differing = found.keys() ^ expected.keys()
+    for name in found.keys() & expected.keys():
+        a, b = np.asarray(found[name]), np.asarray(expected[name])
+        if a.dtype != b.dtype or a.shape != b.shape or not _same_bits(a, b):
+            differing.add(name)
+    if differing:
+        raise RuntimeError(f"{what}: what was read back differs: {', '.join(sorted(differing))}")
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    # (as integers: a NaN equals itself, 0 differs from -0, and nothing is copied)
+    return np.array_equal(*(np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}") for x in (a, b)))
+
+
+def _compare_logits(folder: Path, written: Bundle, from_audiocraft: bool) -> str:
+    """Runs what was written in PyTorch and the model in JAX, on random tokens and text states.
+
+    Raises `RuntimeError` where they differ by more than `LOGITS_TOLERANCE`.
+    """
+    if from_audiocraft:
+        state_dict = read_file(folder / LM_FILE).tensors
+    else:
+        params = bundle.read_safetensors(folder).params["lm"]
+        state_dict = convert.to_audiocraft(params, written.model)
+    worst = logits_difference(written.params["lm"], written.model, state_dict)
+    if not worst <= LOGITS_TOLERANCE:
+        raise RuntimeError(f"{folder.name}: logits in PyTorch differ by {worst:.1e}")
+    return f"checked: logits in PyTorch within {worst:.1e} of those in JAX"
+
+
+def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> float:
+    """The largest difference of any logit between JAX and PyTorch, over all codebooks.
+
+    Args:
+      params: our parameters.
+      model: their sizes.
+      state_dict: the same as AudioCraft has them.
+    """
+    frames, width = 3 * model.span_length + 2 * model.local_context, 6
+    rng = np.random.default_rng(0)
+    shape = (2, model.num_codebooks, frames)
+    codes_BKT = rng.integers(0, model.codebook_size + 1, shape).astype(np.int32)
+    states_BSE = rng.normal(size=(2, width, model.text_width)).astype(np.float32)
+    lengths_B = np.array([width - 2, width])
+    text = (states_BSE, np.arange(width) < lengths_B[:, None], (width - lengths_B).astype(np.int32))
+    if model.kind == "musicgen":
+        steps_BKS = np.asarray(to_steps(codes_BKT, model.delays, model.mask_id, frames))
+        ours_BKTV = autoregressive.step_logits(params, *text, steps_BKS, config=model)
+    else:
+        steps_BKS = codes_BKT
+        stages = range(model.num_codebooks)
+        ours_BKTV = jnp.stack(
+            [_stage_logits(params, *text, codes_BKT, s, model, s > 0) for s in stages], axis=1
+        )
+    theirs_BKTV = np.stack(
+        [
+            torch_lm.logits(state_dict, model, steps_BKS, states_BSE, lengths_B, stage)
+            for stage in range(model.num_codebooks)
+        ],
+        axis=1,
+    )
+    return float(np.abs(np.asarray(ours_BKTV) - theirs_BKTV).max())
+
+
+@jax.jit(static_argnames=("model", "local"))
+def _stage_logits(params, states_BSE, mask_BS, zeros_B, codes_BKT, stage, model, local):
+    network = transformer.bind(model, params)
+    text = network.read_text(states_BSE, mask_BS, zeros_B)
+    return network.head(network.trunk(codes_BKT, text, local=local), stage)

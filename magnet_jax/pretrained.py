@@ -1,0 +1,272 @@
+"""A model to sample from or to export, wherever it lies.
+
+`load` takes the folder of a training run, of an exported model, or of an AudioCraft checkpoint, and
+hub ids of the latter two. Of AudioCraft's it takes MAGNeT and the text-conditioned MusicGen.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from tokenizers import Tokenizer
+
+from magnet_jax import bundle, checkpoint, convert, hub, t5
+from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
+from magnet_jax.codec import load_codec
+from magnet_jax.config import (
+    AutoregressiveConfig,
+    CodecSpec,
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    RunConfig,
+    TextConfig,
+    from_json,
+)
+from magnet_jax.errors import UserError
+
+# AudioCraft cuts no text; this many tokens hold about 90 words.
+MAX_TOKENS = 128
+
+
+class Loaded(NamedTuple):
+    """What sampling and export need of a model."""
+
+    config: RunConfig
+    codec: CodecSpec
+    codec_source: str  # what `codec.load_codec` takes
+    params: dict  # {'lm': transformer} and, where it was trained, {'text': T5}
+    t5_config: t5.T5Config
+    t5_params: dict
+    tokenizer: Tokenizer
+    step: int
+    lineage: dict  # where the weights come from
+    origin: Origin | None = None  # of a model that was imported from AudioCraft
+
+
+def load(
+    source: Path | str,
+    *,
+    weights: str = "ema",
+    step: int | None = None,
+    text_encoder: str | None = None,
+    codec: str | None = None,
+) -> Loaded:
+    """Reads a model onto one device.
+
+    Args:
+      source: folder of a run, an export or an AudioCraft checkpoint; or a hub id.
+      weights: of a run: 'ema' for the averaged parameters, 'raw' for the trained ones.
+      step: of a run: the checkpoint; None is the newest.
+      text_encoder, codec: of an AudioCraft checkpoint: where its text encoder and its codec lie,
+        if not where it says.
+
+    Raises:
+      UserError: no model there, no such checkpoint, or a damaged one.
+    """
+    folder = locate(source)
+    if is_audiocraft(folder):
+        loaded = read_audiocraft(folder, str(source), text_encoder=text_encoder, codec=codec)
+        return loaded._replace(params=jax.device_put(loaded.params, jax.devices()[0]))
+    for option, value in (("text_encoder", text_encoder), ("codec", codec)):
+        if value is not None:
+            raise UserError(f"{source}: {option} is for AudioCraft checkpoints; this model has one")
+    if bundle.is_export(folder):
+        return _load_export(folder, weights, step)
+    return _load_run(folder, weights, step)
+
+
+def locate(source: Path | str) -> Path:
+    """The folder of a model; a hub id's is fetched.
+
+    Raises `UserError` where there is no model.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if (folder / "config.json").exists() or (folder / LM_FILE).exists():
+            return folder
+        raise UserError(
+            f"{source}: no training run there, no exported model (config.json) and no AudioCraft "
+            f"checkpoint ({LM_FILE})"
+        )
+    name = str(source)
+    if "/" not in name or not hub.is_hub_id(name) or folder.exists():
+        raise UserError(f"{source}: no such folder, and not a hub id (owner/name)")
+    # A first look, as such repositories may hold gigabytes for other libraries.
+    folder = hub.fetch(name, ("config.json", "README.md"), "model")
+    if bundle.is_export(folder):
+        files = ("*.json", "*.safetensors", "text_encoder/*", "codec/*")
+    else:
+        files = (LM_FILE, CODEC_FILE)
+    folder = hub.fetch(name, files, "model")
+    if not bundle.is_export(folder) and not (folder / LM_FILE).exists():
+        raise UserError(f"{source}: holds no AudioCraft checkpoint ({LM_FILE}) and no export")
+    return folder
+
+
+def is_audiocraft(folder: Path) -> bool:
+    """Whether a folder holds an AudioCraft checkpoint and not an export, which may hold both."""
+    return (folder / LM_FILE).exists() and not bundle.is_export(folder)
+
+
+def read_defaults(source: Path | str) -> tuple[ModelConfig, DecodeConfig | AutoregressiveConfig]:
+    """The kind of a model and its sampling settings, without its weights where that can be.
+
+    Raises `UserError` where there is no model.
+    """
+    folder = locate(source)
+    if bundle.is_export(folder):
+        return bundle.read_config(folder).model, bundle.read_generation(folder)
+    if is_audiocraft(folder):
+        file = read_file(folder / LM_FILE)
+        model = convert.model_from_xp_cfg(file.xp_cfg, 1, str(folder / LM_FILE))
+        config = _imported_config(model, file.xp_cfg, "", str(folder / LM_FILE))
+    else:
+        config = from_json(RunConfig, folder / "config.json")
+    return config.model, sampling_settings(config)
+
+
+def sampling_settings(config: RunConfig) -> DecodeConfig | AutoregressiveConfig:
+    """How a model of this kind turns text into tokens."""
+    return config.autoregressive if config.model.kind == "musicgen" else config.decode
+
+
+def _load_run(run: Path, weights: str, step: int | None) -> Loaded:
+    config = from_json(RunConfig, run / "config.json")
+    codec = from_json(CodecSpec, run / "codec.json")
+    t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
+    trained = t5_config if config.text.finetune else None
+    params, step = checkpoint.read_params(run, config, trained, weights=weights, step=step)
+    return Loaded(
+        config=config,
+        codec=codec,
+        codec_source=checkpoint.codec_source(run, codec),
+        params=params,
+        t5_config=t5_config,
+        t5_params=t5_params if trained is None else params["text"],
+        tokenizer=tokenizer,
+        step=step,
+        # Names alone: where folders lay on this machine is nobody's business.
+        lineage={
+            "run": run.resolve().name,
+            "step": step,
+            "weights": weights,
+            "data": Path(config.data.path).name,
+            "seed": config.seed,
+        },
+    )
+
+
+def _load_export(folder: Path, weights: str, step: int | None) -> Loaded:
+    """What an export does not tell of the run has the defaults."""
+    exported = bundle.read_safetensors(folder)
+    for name, wanted in (("weights", weights), ("step", step)):
+        held = exported.lineage.get(name, wanted)
+        if wanted is not None and held != wanted:
+            raise UserError(
+                f"{folder}: an exported model with {name} {held} alone; give --{name} {held}"
+            )
+    t5_config, t5_params, tokenizer = t5.load(exported.text.source)
+    params = jax.device_put(exported.params, jax.devices()[0])
+    generation = exported.generation
+    part = "autoregressive" if exported.model.kind == "musicgen" else "decode"
+    return Loaded(
+        config=RunConfig(
+            model=exported.model,
+            text=exported.text,
+            data=DataConfig(segment_seconds=exported.segment_seconds),
+            **{part: generation},
+        ),
+        codec=exported.codec,
+        codec_source=exported.codec.source,
+        params=params,
+        t5_config=t5_config,
+        t5_params=params.get("text", t5_params),
+        tokenizer=tokenizer,
+        step=exported.lineage.get("step", 0),
+        lineage=exported.lineage,
+        origin=exported.origin,
+    )
+
+
+def read_audiocraft(
+    folder: Path, name: str, *, text_encoder: str | None = None, codec: str | None = None
+) -> Loaded:
+    """The model of an AudioCraft folder, parameters as NumPy arrays; see `load`.
+
+    `name` says where the model comes from, for its lineage.
+    """
+    lm = convert.read_audiocraft(folder)
+    where = folder / LM_FILE
+    named = xp_setting(lm.xp_cfg, "conditioners.description.t5.name")
+    beside = folder / "text_encoder"
+    text_source = text_encoder or (str(beside) if beside.is_dir() else named)
+    if not isinstance(text_source, str):
+        raise UserError(f"{where}: names no text encoder; give one (--text-encoder DIR)")
+    try:
+        t5_config, t5_params, tokenizer = t5.load(text_source)
+    except UserError as error:
+        raise UserError(
+            f"{folder} needs the text encoder {named}; name its folder as --text-encoder ({error})"
+        ) from None
+    if t5_config.d_model != lm.model.text_width:
+        raise UserError(
+            f"{where}: needs a text encoder {lm.model.text_width} wide, and {text_source} is "
+            f"{t5_config.d_model} wide; name another as --text-encoder"
+        )
+    spec, codec_source, codec_origin = _read_codec(folder, lm.model, codec)
+    return Loaded(
+        config=_imported_config(lm.model, lm.xp_cfg, text_source, str(where)),
+        codec=spec,
+        codec_source=codec_source,
+        params={"lm": lm.params},
+        t5_config=t5_config,
+        t5_params=t5_params,
+        tokenizer=tokenizer,
+        step=0,
+        # (of a local folder its name alone)
+        lineage={"imported_from": Path(name).resolve().name if Path(name).exists() else name},
+        origin=Origin(lm_xp_cfg=lm.xp_cfg_text, lm_dtype=lm.dtype, **codec_origin),
+    )
+
+
+def _imported_config(model: ModelConfig, xp_cfg: dict, text_source: str, where: str) -> RunConfig:
+    seconds = xp_setting(xp_cfg, "dataset.segment_duration")
+    if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
+        raise UserError(f"{where}: dataset.segment_duration must be a length, not {seconds}")
+    return RunConfig(
+        model=model,
+        text=TextConfig(source=text_source, max_tokens=MAX_TOKENS),
+        data=DataConfig(segment_seconds=float(seconds)),
+        decode=convert.published_defaults(xp_cfg, model, seconds),
+    )
+
+
+def _read_codec(
+    folder: Path, model: ModelConfig, given: str | None
+) -> tuple[CodecSpec, str, dict[str, str]]:
+    """The codec of an AudioCraft folder: what it is, where it lies, its part of the origin."""
+    path = folder / CODEC_FILE
+    if not path.exists():
+        raise UserError(f"{path}: no such file; an AudioCraft model needs its codec beside it")
+    file = read_file(path)
+    source = given or file.pretrained or str(path)
+    try:
+        spec = load_codec(source, num_codebooks=model.num_codebooks).spec
+    except UserError as error:
+        if not file.pretrained or given:
+            raise
+        raise UserError(
+            f"{path} points to the codec {file.pretrained}; name its folder as --codec ({error})"
+        ) from None
+    if spec.codebook_size != model.codebook_size:
+        raise UserError(
+            f"{path}: the codec {source} has codebooks of {spec.codebook_size}, and the model "
+            f"reads {model.codebook_size}; name the right one as --codec"
+        )
+    own = not given and not file.pretrained
+    return spec, source, {
+        "codec_pretrained": file.pretrained,
+        "codec_xp_cfg": file.xp_cfg_text if own else "",
+        "codec_dtype": file.dtype if own else "float32",
+    }  # fmt: skip

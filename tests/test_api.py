@@ -1,0 +1,459 @@
+"""Importing AudioCraft checkpoints and the Python API on top, as a user meets them."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from conftest import GOLDEN
+from tiny import assert_same_bits
+
+import magnet_jax
+from launch import export as export_command
+from launch import import_audiocraft, sample
+from magnet_jax import MAGNeT, MusicGen, audiocraft, convert, pretrained, t5
+from magnet_jax.codec import load_codec
+from magnet_jax.errors import UserError
+from magnet_jax.torch_env import import_torch
+
+XP_NAME = "conditioners.description.t5.name"
+
+
+def save_text_encoder(folder, width):
+    """A random T5 of some width, with the shipped tokenizer."""
+    config, _, tokenizer = t5.load("embedded")
+    config = dataclasses.replace(config, d_model=width, d_ff=16, num_layers=1)
+    t5.save(folder, config, t5.init(config, jax.random.key(0)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Folders as AudioCraft publishes them: the golden models with the golden codec beside them."""
+    root = tmp_path_factory.mktemp("audiocraft")
+    for name in ("magnet", "musicgen"):
+        folder = root / name
+        folder.mkdir()
+        shutil.copy(GOLDEN / f"{name}_tiny" / "state_dict.bin", folder)
+        shutil.copy(GOLDEN / "encodec_tiny" / "compression_state_dict.bin", folder)
+        (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model\n")
+    width = convert.read_audiocraft(root / "magnet").model.text_width
+    save_text_encoder(root / "t5", width)
+    return root
+
+
+@pytest.fixture(scope="module")
+def imported(sources, tmp_path_factory):
+    """The same, imported by the command."""
+    out = tmp_path_factory.mktemp("imported")
+    for name in ("magnet", "musicgen"):
+        run_import(sources, name, out / name, verify=True)
+    return out
+
+
+def run_import(sources, name, out, **options):
+    options = {"text_encoder": str(sources / "t5")} | options
+    args = import_audiocraft.Args(source=str(sources / name), out=out, **options)
+    import_audiocraft.main(args)
+
+
+# --- import -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["magnet", "musicgen"])
+def test_import_then_export_gives_the_same_files(sources, imported, name, tmp_path):
+    export_command.main(
+        export_command.Args(checkpoint=imported / name, out=tmp_path / "out", verify=True)
+    )
+    for file in ("state_dict.bin", "compression_state_dict.bin"):
+        before = audiocraft.read_file(sources / name / file)
+        after = audiocraft.read_file(tmp_path / "out" / file)
+        assert_same_bits(after.tensors, before.tensors)
+        assert after.xp_cfg == before.xp_cfg
+        assert after.dtype == before.dtype
+
+
+def test_an_import_is_whole_and_says_where_it_comes_from(sources, imported):
+    folder = imported / "magnet"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "codec",
+        "text_encoder",
+    }  # fmt: skip
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-nc-4.0\n")
+    assert "imported_from: magnet" in card
+    text = "".join(path.read_text() for path in folder.glob("*.json")) + card
+    assert str(sources) not in text
+    loaded = pretrained.load(folder)
+    xp_cfg = yaml.safe_load(loaded.origin.lm_xp_cfg)
+    assert loaded.config.data.segment_seconds == xp_cfg["dataset"]["segment_duration"]
+    assert (
+        loaded.codec.sha256
+        == load_codec(str(sources / "magnet" / audiocraft.CODEC_FILE)).spec.sha256
+    )
+
+
+def test_the_license_goes_on_with_the_model(imported, tmp_path):
+    export_command.main(
+        export_command.Args(checkpoint=imported / "magnet", out=tmp_path / "out", audiocraft=False)
+    )
+    assert (tmp_path / "out" / "README.md").read_text().startswith("---\nlicense: cc-by-nc-4.0\n")
+
+
+def rewrite(folder, change, file="state_dict.bin"):
+    """Applies `change` to a checkpoint's content as torch has it."""
+    torch = import_torch()
+    content = torch.load(folder / file, weights_only=True)
+    xp_cfg = yaml.safe_load(content["xp.cfg"]) if "xp.cfg" in content else {}
+    change(content, xp_cfg)
+    if "xp.cfg" in content:
+        content["xp.cfg"] = yaml.safe_dump(xp_cfg)
+    torch.save(content, folder / file)
+
+
+@pytest.fixture
+def copied(sources, tmp_path):
+    shutil.copytree(sources, tmp_path / "in")
+    return tmp_path / "in"
+
+
+def test_float16_checkpoints_come_and_go_as_float16(copied, tmp_path):
+    def halve(content, _):
+        state = content["best_state"]
+        content["best_state"] = {name: tensor.half() for name, tensor in state.items()}
+
+    rewrite(copied / "magnet", halve)
+    run_import(copied, "magnet", tmp_path / "bundle")
+    export_command.main(export_command.Args(checkpoint=tmp_path / "bundle", out=tmp_path / "out"))
+    before = audiocraft.read_file(copied / "magnet" / "state_dict.bin")
+    after = audiocraft.read_file(tmp_path / "out" / "state_dict.bin")
+    assert before.dtype == after.dtype == "float16"
+    assert_same_bits(after.tensors, before.tensors)
+    stored = (tmp_path / "bundle" / "model.safetensors").stat().st_size
+    assert stored < 1.1 * sum(array.nbytes for array in before.tensors.values())
+
+
+def test_a_codec_that_is_named_is_asked_for_and_named_again(copied, tmp_path, capsys):
+    audiocraft.write_pointer(copied / "magnet" / audiocraft.CODEC_FILE, "someone/encodec")
+    with pytest.raises(UserError, match="points to the codec someone/encodec.*--codec"):
+        run_import(copied, "magnet", tmp_path / "bundle")
+    codec = GOLDEN / "encodec_tiny" / audiocraft.CODEC_FILE
+    run_import(copied, "magnet", tmp_path / "bundle", codec=str(codec))
+    export_command.main(export_command.Args(checkpoint=tmp_path / "bundle", out=tmp_path / "out"))
+    again = audiocraft.read_file(tmp_path / "out" / audiocraft.CODEC_FILE)
+    assert again.pretrained == "someone/encodec"
+    assert (tmp_path / "out" / "codec" / "model.safetensors").exists()
+
+
+def test_a_text_encoder_that_is_named_is_asked_for(sources, tmp_path):
+    with pytest.raises(UserError, match="text encoder t5-base.*--text-encoder") as error:
+        run_import(sources, "magnet", tmp_path / "bundle", text_encoder=None)
+    assert "\n" not in str(error.value)
+    save_text_encoder(tmp_path / "t5", 8)
+    with pytest.raises(UserError, match="8 wide"):
+        run_import(sources, "magnet", tmp_path / "bundle", text_encoder=str(tmp_path / "t5"))
+
+
+def without_tensor(content, _):
+    del content["best_state"]["out_norm.weight"]
+
+
+def misshapen(content, _):
+    content["best_state"]["out_norm.weight"] = content["best_state"]["out_norm.weight"][:-1]
+
+
+def melody(_, xp_cfg):
+    xp_cfg["conditioners"]["self_wav"] = {"model": "chroma_stem"}
+    xp_cfg["fuser"]["prepend"] = ["self_wav", "description"]
+
+
+def no_length(_, xp_cfg):
+    del xp_cfg["dataset"]
+
+
+def other_class(_, xp_cfg):
+    xp_cfg["lm_model"] = "transformer_flow"
+
+
+def stereo(_, xp_cfg):
+    xp_cfg["interleave_stereo_codebooks"] = {"use": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (without_tensor, "out_norm.weight .* is missing"),
+        (misshapen, "out_norm.weight is "),
+        (melody, "fuser.prepend must be .*conditioners other than text: self_wav"),
+        (no_length, "segment_duration must be a length"),
+        (other_class, "lm_model must be .* not transformer_flow"),
+        (stereo, "interleave_stereo_codebooks"),
+    ],
+)
+@pytest.mark.parametrize("name", ["magnet", "musicgen"])
+def test_broken_checkpoints_are_one_line_and_nothing_is_written(
+    copied, tmp_path, name, change, complaint
+):
+    rewrite(copied / name, change)
+    with pytest.raises(UserError, match=complaint) as error:
+        run_import(copied, name, tmp_path / "bundle")
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_sources_that_are_no_checkpoint(sources, imported, tmp_path):
+    for source, complaint in (
+        (tmp_path, "no AudioCraft checkpoint"),
+        (tmp_path / "gone", "no such folder"),
+        (imported / "magnet", "needs no import"),
+        ("someone/magnet", "model 'someone/magnet'.*offline"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            import_audiocraft.main(
+                import_audiocraft.Args(source=str(source), out=tmp_path / "bundle")
+            )
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_codec_of_another_size_is_refused(copied, tmp_path):
+    codec = load_codec("embedded").spec
+    assert codec.codebook_size != convert.read_audiocraft(copied / "magnet").model.codebook_size
+    with pytest.raises(UserError, match="codebooks of"):
+        run_import(copied, "magnet", tmp_path / "bundle", codec="embedded")
+
+
+# --- the Python API -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def magnet(imported):
+    return MAGNeT.get_pretrained(imported / "magnet")
+
+
+@pytest.fixture(scope="module")
+def musicgen(imported):
+    return MusicGen.get_pretrained(imported / "musicgen")
+
+
+def fast(model):
+    """The model's defaults with as few steps as can be."""
+    if isinstance(model, MAGNeT):
+        num_codebooks = model.loaded.config.model.num_codebooks
+        model.set_generation_params(decoding_steps=[2] + [1] * (num_codebooks - 1), duration=0.5)
+    else:
+        model.set_generation_params(duration=0.5)
+    return model
+
+
+@pytest.fixture(params=["magnet", "musicgen"])
+def model(request):
+    return fast(request.getfixturevalue(request.param))
+
+
+def test_properties(magnet, sources):
+    xp_cfg = audiocraft.read_file(sources / "magnet" / "state_dict.bin").xp_cfg
+    assert magnet.sample_rate == xp_cfg["sample_rate"]
+    assert magnet.audio_channels == xp_cfg["channels"]
+    assert magnet.max_duration == xp_cfg["dataset"]["segment_duration"]
+    assert (
+        magnet.frame_rate
+        == load_codec(str(sources / "magnet" / audiocraft.CODEC_FILE)).spec.frame_rate
+    )
+
+
+def test_generate(model):
+    wav, tokens = model.generate(["a waltz", "a march"], return_tokens=True, seed=3)
+    frames = round(0.5 * model.frame_rate)
+    hop = model.sample_rate // round(model.frame_rate)
+    assert wav.dtype == np.float32
+    assert wav.shape == (2, model.audio_channels, frames * hop)
+    assert tokens.shape == (2, model.loaded.config.model.num_codebooks, frames)
+    assert (tokens >= 0).all() and (tokens < model.loaded.config.model.codebook_size).all()
+    np.testing.assert_array_equal(model.generate("a waltz", seed=3)[0], wav[0])
+    assert (model.generate("a waltz", seed=4)[0] != wav[0]).any()
+    np.testing.assert_array_equal(model.generate_audio(tokens), wav)
+
+
+def test_no_text(model):
+    wav = model.generate_unconditional(2, seed=1)
+    np.testing.assert_array_equal(wav, model.generate([None, ""], seed=1))
+    with pytest.raises(UserError, match="num_samples"):
+        model.generate_unconditional(0)
+
+
+def test_continuation(model):
+    first = model.generate("a waltz", seed=1)
+    half = first[..., : first.shape[-1] // 2]
+    wav, tokens = model.generate_continuation(
+        half, model.sample_rate, "a waltz", return_tokens=True, seed=2
+    )
+    prompt = model.decoder.encode(half)
+    assert wav.shape == first.shape
+    np.testing.assert_array_equal(tokens[..., : prompt.shape[-1]], prompt)
+    # Stereo of another rate, without text and without a batch.
+    stereo = np.repeat(half[0], 2, axis=0)[:, ::2]
+    assert model.generate_continuation(stereo, model.sample_rate // 2).shape == first.shape
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts", "complaint"),
+    [
+        (np.zeros((1, 1, 10**6), np.float32), "x", "leaves nothing to generate"),
+        (np.zeros((2, 1, 100), np.float32), "x", "2 prompts need as many descriptions"),
+        (np.zeros(100, np.float32), "x", "must be floating-point audio"),
+        (np.zeros((1, 100), np.int16), "x", "must be floating-point audio"),
+        (np.full((1, 100), np.nan, np.float32), "x", "NaN"),
+    ],
+)
+def test_bad_prompts(model, prompt, texts, complaint):
+    with pytest.raises(UserError, match=complaint):
+        model.generate_continuation(prompt, model.sample_rate, texts)
+
+
+@pytest.mark.parametrize("descriptions", [[], [1], ["x", 2.0]])
+def test_bad_descriptions(model, descriptions):
+    with pytest.raises(UserError, match="descriptions"):
+        model.generate(descriptions)
+
+
+def test_progress(model, capfd):
+    seen = []
+    model.set_custom_progress_callback(lambda done, total: seen.append((done, total)))
+    quiet = model.generate("a waltz", seed=1)
+    assert not seen
+    np.testing.assert_array_equal(model.generate("a waltz", progress=True, seed=1), quiet)
+    assert sorted(seen) == [(i, seen[0][1]) for i in range(1, seen[0][1] + 1)]
+    model.set_custom_progress_callback(None)
+    model.generate("a waltz", progress=True, seed=1)
+    assert f"{seen[0][1]}/{seen[0][1]}" in capfd.readouterr().err
+
+
+def test_the_batchs_padding_can_be_attended_to_as_in_audiocraft(model):
+    texts = ["a waltz", "a march of many, many, many more words"]
+    alone, padded = (model.generate(texts, seed=1, text_pad_len=pad) for pad in (None, "batch"))
+    assert (alone[0] != padded[0]).any()
+    np.testing.assert_array_equal(alone[1], padded[1])
+    longer = 40
+    np.testing.assert_array_equal(
+        model.generate(texts[0], seed=1, text_pad_len=longer),
+        model.generate(texts, seed=1, text_pad_len=longer)[:1],
+    )
+
+
+def test_defaults_follow_the_checkpoint(copied):
+    """Kind and length of the checkpoint decide; a second call forgets the first's settings."""
+
+    def make(solver, seconds):
+        def change(_, xp_cfg):
+            xp_cfg["solver"], xp_cfg["dataset"]["segment_duration"] = solver, seconds
+
+        rewrite(copied / "magnet", change)
+        return MAGNeT.get_pretrained(copied / "magnet", text_encoder=str(copied / "t5"))
+
+    music = make("magnet", 10)
+    expected = (3.0, 0.9, 10.0, 1.0)
+
+    def numbers(model):
+        g = model.generation
+        return g.temperature, g.top_p, g.max_guidance, g.min_guidance
+
+    assert numbers(music) == expected
+    assert music.generation.steps[:2] == (20, 10)
+    music.set_generation_params(temperature=1.0, top_k=7)
+    assert (music.generation.temperature, music.generation.top_k) == (1.0, 7)
+    music.set_generation_params()
+    assert numbers(music) == expected and music.generation.top_k == 0
+    assert make("magnet", 30).generation.steps[:2] == (60, 10)
+    sound = make("audio_magnet", 10)
+    assert numbers(sound) == (3.5, 0.8, 20.0, 1.0)
+
+
+def test_musicgens_defaults(musicgen):
+    musicgen.set_generation_params()
+    g = musicgen.generation
+    assert (g.temperature, g.top_k, g.guidance, g.greedy) == (1.0, 250, 3.0, False)
+    musicgen.set_generation_params(top_p=0.9)
+    assert (musicgen.generation.top_k, musicgen.generation.top_p) == (0, 0.9)
+
+
+def test_settings_that_do_not_fit(magnet, musicgen, imported):
+    for call, complaint in (
+        (lambda: magnet.set_generation_params(decoding_steps=[1]), "one number a codebook"),
+        (lambda: magnet.set_generation_params(top_p=1.5), "top_p"),
+        (lambda: magnet.set_generation_params(temperature=0.0), "temperature"),
+        (lambda: magnet.set_generation_params(span_arrangement="stride2"), "stride2"),
+        (lambda: magnet.set_generation_params(duration=-1), "duration"),
+        (lambda: musicgen.set_generation_params(duration=9, extend_stride=99), "extend_stride"),
+        (lambda: MAGNeT.get_pretrained(imported / "musicgen"), "MusicGen.get_pretrained"),
+        (lambda: MusicGen.get_pretrained(imported / "magnet"), "MAGNeT.get_pretrained"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            call()
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_lengths(magnet, arrangement):
+    """As long as asked for, whatever the span; trimmed to whole spans where that is asked for."""
+    steps = [2] + [1] * (magnet.loaded.config.model.num_codebooks - 1)
+    span = magnet.loaded.config.model.span_length
+    frames = 4 * span + 1
+    for whole, expected in ((False, frames), (True, 4 * span)):
+        magnet.set_generation_params(
+            decoding_steps=steps, span_arrangement=arrangement, whole_spans=whole,
+            duration=frames / magnet.frame_rate,
+        )  # fmt: skip
+        _, tokens = magnet.generate("a waltz", return_tokens=True)
+        # Spans of any neighbouring frames have no grid to trim to.
+        assert tokens.shape[-1] == (frames if arrangement == "stride1" else expected)
+
+
+def test_longer_than_the_window(musicgen):
+    seconds = musicgen.max_duration
+    musicgen.set_generation_params(
+        duration=1.4 * seconds, extend_stride=0.5 * seconds, use_sampling=False
+    )
+    _, tokens = musicgen.generate("a waltz", return_tokens=True)
+    assert tokens.shape[-1] == round(1.4 * seconds * musicgen.frame_rate)
+    musicgen.set_generation_params(duration=seconds, use_sampling=False)
+    _, window = musicgen.generate("a waltz", return_tokens=True)
+    np.testing.assert_array_equal(tokens[..., : window.shape[-1]], window)
+    # What follows the window was generated from its second half.
+    stride = round(0.5 * seconds * musicgen.frame_rate)
+    musicgen.set_generation_params(
+        duration=(tokens.shape[-1] - stride) / musicgen.frame_rate, use_sampling=False
+    )
+    codes = musicgen._codes(
+        ["a waltz"], num_frames=tokens.shape[-1] - stride, seed=0,
+        prompt_BKP=window[..., stride:], text_pad_len=None, on_step=None,
+    )  # fmt: skip
+    np.testing.assert_array_equal(codes, tokens[..., stride:])
+
+
+def test_a_checkpoint_needs_no_import(sources, imported):
+    """Straight from AudioCraft's folder: the same audio as from the import."""
+    direct = fast(MAGNeT.get_pretrained(sources / "magnet", text_encoder=str(sources / "t5")))
+    through = fast(MAGNeT.get_pretrained(imported / "magnet"))
+    np.testing.assert_array_equal(direct.generate("a waltz"), through.generate("a waltz"))
+
+
+def test_the_command_samples_from_imports(imported, tmp_path):
+    for name, options in (
+        ("magnet", ["--decode.greedy", "--decode.span-arrangement", "stride1"]),
+        ("musicgen", ["--autoregressive.top-k", "5"]),
+    ):
+        args = ["--checkpoint", str(imported / name), "--out", str(tmp_path / name)]
+        paths = sample.sample(
+            sample.parse([*args, "--prompt", "a waltz", "--seconds", "0.4", *options])
+        )
+        settings = json.loads(paths[0].with_suffix(".json").read_text())
+        assert settings["seconds"] == 0.4
+        key = {"magnet": "span_arrangement", "musicgen": "top_k"}[name]
+        assert settings["decode"][key] == {"magnet": "stride1", "musicgen": 5}[name]
+
+
+def test_what_the_package_offers():
+    assert set(magnet_jax.__all__) == {"MAGNeT", "MusicGen", "audio_write"}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        magnet_jax.nothing  # noqa: B018

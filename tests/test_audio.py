@@ -1,0 +1,115 @@
+"""Writing audio: levels, formats, and nothing half-written."""
+
+import numpy as np
+import pyloudnorm
+import pytest
+import soundfile
+
+from magnet_jax import audio_write
+from magnet_jax.errors import UserError
+
+RATE = 32_000
+
+
+def noise(channels=1, seconds=3.0, level=0.05, rate=RATE):
+    samples = np.random.default_rng(0).normal(size=(channels, round(seconds * rate)))
+    return (level * np.clip(samples, -3, 3)).astype(np.float32)
+
+
+def read(path):
+    samples, rate = soundfile.read(path, dtype="float64", always_2d=True)
+    return samples.T, rate
+
+
+def decibels(value):
+    return 20 * np.log10(value)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_levels(tmp_path, channels):
+    wav = noise(channels)
+
+    def written(**options):
+        return read(audio_write(tmp_path / "x", wav, RATE, **options))[0]
+
+    assert decibels(abs(written()).max()) == pytest.approx(-1, abs=0.01)
+    assert decibels(abs(written(peak_clip_headroom_db=6)).max()) == pytest.approx(-6, abs=0.01)
+    rms = np.sqrt(np.square(written(strategy="rms").mean(0)).mean())
+    assert decibels(rms) == pytest.approx(-18, abs=0.01)
+    np.testing.assert_allclose(written(strategy="clip"), wav * 10 ** (-1 / 20), atol=4e-5)
+    np.testing.assert_allclose(written(normalize=False), wav, atol=4e-5)
+    loudness = pyloudnorm.Meter(RATE).integrated_loudness(written(strategy="loudness").T)
+    assert loudness == pytest.approx(-14, abs=0.1)
+
+
+def test_a_compressor_bends_what_would_be_cut(tmp_path, capsys):
+    wav = noise()
+    wav[0, 1000] = 1.0
+    options = dict(strategy="loudness", loudness_headroom_db=6)
+    cut = read(audio_write(tmp_path / "cut", wav, RATE, **options))[0]
+    assert "cut.wav: peaks of" in capsys.readouterr().err
+    bent = read(audio_write(tmp_path / "bent", wav, RATE, loudness_compressor=True, **options))[0]
+    assert capsys.readouterr().err == ""
+    assert (abs(cut) > 0.999).sum() > 5
+    assert np.abs(bent).max() <= 1 and np.abs(bent - cut).max() > 0.05
+
+
+@pytest.mark.parametrize("wav", [noise(level=1e-4), noise(seconds=0.2), np.zeros((1, RATE))])
+def test_silence_and_short_clips_keep_their_loudness(tmp_path, wav):
+    found = read(audio_write(tmp_path / "x", wav, RATE, strategy="loudness"))[0]
+    np.testing.assert_allclose(found, wav, atol=4e-5)
+
+
+@pytest.mark.parametrize("format", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_formats(tmp_path, format, channels):
+    path = audio_write(tmp_path / "a.b", noise(channels), RATE, format=format)
+    assert path.name == f"a.b.{format}"
+    found, rate = read(path)
+    assert rate == RATE and len(found) == channels
+    assert abs(found.shape[1] - 3 * RATE) < 2500  # MP3 pads to whole frames
+    assert soundfile.info(path).format == format.upper()
+
+
+@pytest.mark.parametrize("rate", [32_000, 44_100, 16_000])
+@pytest.mark.parametrize("kbps", [320, 192, 128, 64])
+def test_mp3_rates(tmp_path, rate, kbps):
+    path = audio_write(tmp_path / "x", noise(seconds=8, rate=rate), rate, "mp3", kbps)
+    wanted = min(kbps, 160 if rate == 16_000 else 320)
+    assert path.stat().st_size * 8 / 8 / 1000 == pytest.approx(wanted, rel=0.03)
+
+
+def test_names_and_folders(tmp_path):
+    assert audio_write(tmp_path / "new" / "x.wav", noise()[0], RATE, add_suffix=False).exists()
+    with pytest.raises(OSError):
+        audio_write(tmp_path / "other" / "x", noise(), RATE, make_parent_dir=False)
+
+
+@pytest.mark.parametrize(
+    ("wav", "options", "complaint"),
+    [
+        (np.zeros((1, 9), np.int16), {}, "must be floating-point"),
+        (np.zeros((1, 1, 9)), {}, "must be floating-point"),
+        (np.zeros((1, 0)), {}, "must be floating-point"),
+        (np.full((1, 9), np.nan), {}, "NaN"),
+        (np.zeros((1, 9)), {"format": "wma"}, "format must be one of wav"),
+        (np.zeros((1, 9)), {"strategy": "loud"}, "strategy must be one of peak"),
+        (np.zeros((1, 9)), {"format": "mp3", "sample_rate": 96_000}, "cannot be written at 96000"),
+    ],
+)
+def test_what_cannot_be_written_leaves_nothing(tmp_path, wav, options, complaint):
+    with pytest.raises(UserError, match=complaint) as error:
+        audio_write(tmp_path / "x", wav, **{"sample_rate": RATE} | options)
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
+    def half(path, *_, **__):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(soundfile, "write", half)
+    with pytest.raises(OSError, match="No space"):
+        audio_write(tmp_path / "x", noise(), RATE)
+    assert not any(tmp_path.iterdir())

@@ -1,0 +1,130 @@
+"""AudioCraft's EnCodec as a transformers folder and back: settings, tensors, refusals."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from tiny import assert_same_bits
+
+from magnet_jax import audiocraft, convert_codec
+from magnet_jax.codec import load_codec
+from magnet_jax.config import ASSETS
+from magnet_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def file(golden):
+    return audiocraft.read_file(golden / "encodec_tiny" / audiocraft.CODEC_FILE)
+
+
+def contains(found, expected) -> bool:
+    """Whether every setting of `expected` is in `found`, with an equal value."""
+    if isinstance(expected, dict):
+        return all(name in found and contains(found[name], v) for name, v in expected.items())
+    return found == expected
+
+
+def test_settings_come_back(file):
+    settings, count = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "x")
+    assert contains(convert_codec.make_codec_xp_cfg(settings, count), file.xp_cfg)
+
+
+def test_the_shipped_codec_is_the_same_after_a_visit_to_audiocraft(tmp_path):
+    settings, tensors = convert_codec.read_codec_folder(ASSETS / "codec")
+    before = load_codec("embedded").spec
+    xp_cfg = convert_codec.make_codec_xp_cfg(settings, before.num_codebooks)
+    state = convert_codec.codec_to_audiocraft(tensors, settings, before.num_codebooks)
+    convert_codec.codec_folder_from_audiocraft(state, xp_cfg, tmp_path, "x")
+    after = load_codec(str(tmp_path)).spec
+    assert after.sha256 == before.sha256
+    assert after.num_codebooks == before.num_codebooks
+
+
+@pytest.mark.parametrize("codebooks", [1, 3, 7, 16])
+@pytest.mark.parametrize("bins", [2, 100, 2048])
+def test_any_size_has_as_many_codebooks_as_it_should(file, tmp_path, codebooks, bins):
+    xp_cfg = copy.deepcopy(file.xp_cfg)
+    xp_cfg["rvq"] |= {"n_q": codebooks, "bins": bins}
+    xp_cfg["seanet"] |= {"ratios": [8, 5, 4, 2], "dimension": 6, "n_filters": 2, "lstm": 1}
+    xp_cfg["sample_rate"] = xp_cfg["encodec"]["sample_rate"] = 16000
+    settings, count = convert_codec.codec_settings_from_xp_cfg(xp_cfg, "x")
+    rng = np.random.default_rng(0)
+    state = {
+        there: rng.normal(size=shape).astype(np.float16)
+        for _, there, shape in convert_codec.codec_layout(settings, count)
+    }
+    convert_codec.codec_folder_from_audiocraft(state, xp_cfg, tmp_path, "x")
+    codec = load_codec(str(tmp_path))
+    assert codec.spec.num_codebooks == codebooks
+    assert (codec.spec.sample_rate, codec.spec.frame_rate) == (16000, 50)
+    assert codec.spec.codebook_size == bins
+    wav = rng.normal(size=(1, 1, 3200)).astype(np.float32)
+    assert codec.encode(wav).shape == (1, codebooks, 10)
+
+
+def test_float16_and_newer_names_are_taken(file, tmp_path):
+    settings, count = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "x")
+    newer = {convert_codec.parametrized_name(n): a for n, a in file.tensors.items()}
+    assert newer.keys() != file.tensors.keys()
+    assert_same_bits(
+        convert_codec.codec_from_audiocraft(newer, settings, count),
+        convert_codec.codec_from_audiocraft(file.tensors, settings, count),
+    )
+    half = {name: array.astype(np.float16) for name, array in file.tensors.items()}
+    convert_codec.codec_folder_from_audiocraft(half, file.xp_cfg, tmp_path, "x")
+    _, tensors = convert_codec.read_codec_folder(tmp_path)
+    back = convert_codec.codec_to_audiocraft(tensors, settings, count)
+    assert_same_bits({name: back[name].astype(np.float16) for name in half}, half)
+
+
+def test_references_are_followed(file):
+    xp_cfg = copy.deepcopy(file.xp_cfg)
+    xp_cfg["encodec"] |= {"sample_rate": "${sample_rate}", "channels": "${channels}"}
+    xp_cfg["seanet"] |= {"causal": "${encodec.causal}", "channels": "${encodec.channels}"}
+    expected = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "x")
+    assert convert_codec.codec_settings_from_xp_cfg(xp_cfg, "x") == expected
+
+
+def test_all_that_does_not_fit_is_told_in_one_line(file):
+    xp_cfg = copy.deepcopy(file.xp_cfg)
+    xp_cfg["compression_model"] = "dac"
+    xp_cfg["encodec"] |= {"renormalize": True, "channels": 2}
+    xp_cfg["seanet"] |= {"norm": "time_group_norm", "activation": "Snake", "ratios": [8, 0],
+                         "lstm": True, "encoder": {"compress": 4}}  # fmt: skip
+    xp_cfg["seanet"]["decoder"] |= {"final_activation": "Tanh", "n_filters": 3}
+    del xp_cfg["seanet"]["dimension"]
+    del xp_cfg["rvq"]["n_q"]
+    with pytest.raises(UserError) as error:
+        convert_codec.codec_settings_from_xp_cfg(xp_cfg, "here")
+    message = str(error.value)
+    assert message.startswith("here: ") and "\n" not in message
+    for part in ("compression_model must be encodec", "renormalize", "channels and", "seanet.norm",
+                 "seanet.activation", "seanet.ratios", "seanet.lstm", "seanet.encoder",
+                 "final_activation", "n_filters", "seanet.dimension", "rvq.n_q"):  # fmt: skip
+        assert part in message, part
+
+
+def test_tensors_that_do_not_fit(file, tmp_path):
+    state = dict(file.tensors)
+    removed = state.pop("quantizer.vq.layers.0._codebook.embed")
+    state["something"] = removed
+    with pytest.raises(UserError, match="2 tensors do not fit.*embed .* missing.*something"):
+        convert_codec.codec_folder_from_audiocraft(state, file.xp_cfg, tmp_path, "here")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_pointer_holds_no_codec(tmp_path):
+    audiocraft.write_pointer(tmp_path / audiocraft.CODEC_FILE, "facebook/encodec_32khz")
+    with pytest.raises(UserError, match="points to facebook/encodec_32khz"):
+        load_codec(str(tmp_path / audiocraft.CODEC_FILE))
+
+
+def test_the_folder_is_one_that_transformers_reads(file, tmp_path):
+    convert_codec.codec_folder_from_audiocraft(file.tensors, file.xp_cfg, tmp_path, "x")
+    from transformers import EncodecModel
+
+    model = EncodecModel.from_pretrained(tmp_path, local_files_only=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert model.config.num_quantizers == file.xp_cfg["rvq"]["n_q"]
+    assert config["sampling_rate"] == file.xp_cfg["sample_rate"]

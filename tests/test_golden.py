@@ -1,0 +1,302 @@
+"""Every array of a golden folder: what the reference implementation printed for small models.
+
+The folder is `tests/golden`, or the one that GOLDEN_DIR names: all sizes, cases and settings are
+read from its files. Logits are held to 1e-3 absolute in float32, losses and gradient norms to 1e-3
+relative, tokens and codes to equality.
+"""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDEN
+
+from magnet_jax import (
+    audiocraft,
+    autoregressive,
+    convert,
+    convert_codec,
+    decode,
+    masking,
+    objective,
+    transformer,
+)
+from magnet_jax.codec import load_codec
+from magnet_jax.config import DecodeConfig
+
+MAGNET, MUSICGEN, CODEC = (GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen", "encodec"))
+CASES = json.loads((MAGNET / "generate.json").read_text())
+STAGES = range(convert.read_audiocraft(MAGNET).model.num_codebooks)
+BFLOAT16_TOLERANCE = 0.05  # of the logits' standard deviation, on average
+
+
+def read_text(path, with_text=True):
+    """The text of an .npz file as the network takes it: states, mask, zero keys."""
+    arrays = np.load(path)
+    states_BSE, lengths_B = arrays["t5_hidden"], arrays["text_lengths"] * with_text
+    width = states_BSE.shape[1]
+    # With no text at all the reference attends over zeros alone, which gives zeros.
+    zeros_B = (width - lengths_B) * with_text
+    return states_BSE, np.arange(width) < lengths_B[:, None], zeros_B.astype(np.int32)
+
+
+# --- MAGNeT -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def magnet():
+    return convert.read_audiocraft(MAGNET)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "local", "dtype"))
+def magnet_logits(params, states, mask, zeros, codes, stage, *, config, local, dtype=jnp.float32):
+    model = transformer.bind(config, params)
+    text = model.read_text(states, mask, zeros, dtype=dtype)
+    return model.head(model.trunk(codes, text, local=local), stage)
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+@pytest.mark.parametrize("stage", STAGES)
+def test_magnet_logits(magnet, stage, with_text):
+    reference = np.load(MAGNET / "forward.npz")
+    logits_BTV = magnet_logits(
+        magnet.params,
+        *read_text(MAGNET / "forward.npz", with_text),
+        reference["codes"].astype(np.int32),
+        stage,
+        config=magnet.model,
+        local=stage > 0,
+    )
+    name = f"logits_stage{stage}" if with_text else f"null_logits_stage{stage}"
+    np.testing.assert_allclose(logits_BTV, reference[name], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_magnet_logits_in_bfloat16(magnet, stage):
+    reference = np.load(MAGNET / "forward.npz")
+    logits_BTV = magnet_logits(
+        magnet.params,
+        *read_text(MAGNET / "forward.npz"),
+        reference["codes"].astype(np.int32),
+        stage,
+        config=magnet.model,
+        local=stage > 0,
+        dtype=jnp.bfloat16,
+    )
+    expected_BTV = reference[f"logits_stage{stage}"]
+    error = np.abs(logits_BTV - expected_BTV).mean() / expected_BTV.std()
+    assert error < BFLOAT16_TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_magnet_tokens(magnet, name):
+    case = CASES[name]
+    text = np.load(MAGNET / "forward.npz")
+    reference = np.load(MAGNET / "generate.npz")
+    span, num_prompt = case["span_len"], case["prompt_frames"]
+    num_frames = text["codes"].shape[-1]
+    if case["span_arrangement"] == "nonoverlap":
+        num_frames = num_frames // span * span
+    decoding = DecodeConfig(
+        steps=tuple(case["decoding_steps"]),
+        temperature=case["temp"],
+        anneal_temperature=case["anneal_temp"],
+        max_guidance=case["max_cfg_coef"],
+        min_guidance=case["min_cfg_coef"],
+        span_score=case["span_scoring"],
+        span_arrangement=case["span_arrangement"],
+    )
+    assert not case["use_sampling"]
+    prompt_BKP = np.zeros((len(text["codes"]), magnet.model.num_codebooks, 0), np.int32)
+    if num_prompt:
+        prompt_BKP = reference["prompt_codes"][:, :, :num_prompt].astype(np.int32)
+    decoded = decode.generate(
+        magnet.params,
+        *read_text(MAGNET / "forward.npz", case["text"]),
+        decode.sample_keys(0, jnp.arange(len(prompt_BKP))),
+        prompt_BKP,
+        decode.make_schedule(
+            decoding, num_frames=num_frames, num_prompt=num_prompt, span_length=span
+        ),
+        0.0,
+        config=dataclasses.replace(magnet.model, span_length=span),
+        num_frames=num_frames,
+        choice="greedy",
+        span_score=decoding.span_score,
+        span_arrangement=decoding.span_arrangement,
+    )
+    np.testing.assert_array_equal(decoded.codes_BKT, reference[name])
+
+
+def test_every_generated_array_has_its_case():
+    assert set(np.load(MAGNET / "generate.npz").files) - {"prompt_codes"} == CASES.keys()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_magnet_loss_and_gradients(magnet, stage):
+    reference = np.load(MAGNET / "loss.npz")
+    config = magnet.model
+    codes_BKT = jnp.asarray(reference["tokens"].astype(np.int32))
+    mask_BT, valid_BT = (jnp.asarray(reference[k]) for k in (f"mask_stage{stage}", "valid"))
+
+    def loss(params):
+        # These numbers were printed with the padding's own tokens given, so it is not hidden here.
+        given = objective.hide(codes_BKT, mask_BT, jnp.ones_like(valid_BT), stage, config.mask_id)
+        model = transformer.bind(config, params)
+        text = model.read_text(*map(jnp.asarray, read_text(MAGNET / "loss.npz")))
+        logits_BTV = model.head(model.trunk(given.input_BKT, text, local=stage > 0), stage)
+        scored = objective.hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
+        return objective.masked_cross_entropy(logits_BTV, scored.target_BT, scored.mask_BT)
+
+    value, gradients = jax.jit(jax.value_and_grad(loss))(magnet.params)
+    assert float(value) == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
+    prefix = f"gradnorm_stage{stage}/"
+    expected = {n.removeprefix(prefix): reference[n] for n in reference if n.startswith(prefix)}
+    found = convert.to_audiocraft(gradients, config)
+    assert expected and expected.keys() <= found.keys()
+    for name, gradient in found.items():
+        norm = float(expected.get(name, 0))  # what the reference gave no gradient has none
+        assert np.linalg.norm(gradient) == pytest.approx(norm, rel=1e-3, abs=1e-7), name
+
+
+# --- MusicGen -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def musicgen():
+    return convert.read_audiocraft(MUSICGEN)
+
+
+@pytest.mark.parametrize(
+    ("codes", "logits", "with_text"),
+    [
+        ("codes", "logits", True),
+        ("codes", "null_logits", False),
+        ("partial_codes", "partial_logits", True),
+    ],
+)
+def test_musicgen_logits(musicgen, codes, logits, with_text):
+    reference = np.load(MUSICGEN / "forward.npz")
+    logits_BKTV, valid_KT = autoregressive.teacher_forced(
+        musicgen.params,
+        *read_text(MUSICGEN / "forward.npz", with_text),
+        reference[codes].astype(np.int32),
+        config=musicgen.model,
+    )
+    valid_BKT = np.broadcast_to(valid_KT, reference["valid"].shape)
+    np.testing.assert_array_equal(valid_BKT, reference["valid"])
+    np.testing.assert_allclose(
+        np.asarray(logits_BKTV)[valid_BKT], reference[logits][valid_BKT], atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["greedy", "prompted"])
+def test_musicgen_tokens(musicgen, name):
+    reference = np.load(MUSICGEN / "generate.npz")
+    batch, num_codebooks, num_frames = reference[name].shape
+    prompt_BKP = np.zeros((batch, num_codebooks, 0), np.int32)
+    if name == "prompted":
+        prompt_BKP = reference["prompt"].astype(np.int32)
+    codes_BKT = autoregressive.generate(
+        musicgen.params,
+        *read_text(MUSICGEN / "forward.npz"),
+        decode.sample_keys(0, jnp.arange(batch)),
+        prompt_BKP,
+        1.0,
+        0.0,
+        3.0,
+        config=musicgen.model,
+        num_frames=num_frames,
+        choice="greedy",
+    )
+    np.testing.assert_array_equal(codes_BKT, reference[name])
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [MAGNET, MUSICGEN], ids=lambda folder: folder.name)
+def test_language_models_come_back_bit_for_bit(folder, tmp_path):
+    file = audiocraft.read_file(folder / "state_dict.bin")
+    imported = convert.read_audiocraft(folder)
+    audiocraft.write_weights(
+        tmp_path / "state_dict.bin",
+        convert.to_audiocraft(imported.params, imported.model),
+        imported.xp_cfg_text,
+        imported.dtype,
+    )
+    again = audiocraft.read_file(tmp_path / "state_dict.bin")
+    assert list(again.tensors) == list(file.tensors)
+    for name, array in file.tensors.items():
+        assert again.tensors[name].dtype == array.dtype
+        assert again.tensors[name].tobytes() == array.tobytes(), name
+    assert again.xp_cfg_text == file.xp_cfg_text
+
+
+# --- EnCodec ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return load_codec(str(CODEC / "compression_state_dict.bin"))
+
+
+def test_codec_codes(codec):
+    reference = np.load(CODEC / "codec.npz")
+    np.testing.assert_array_equal(codec.encode(reference["wav"]), reference["codes"])
+
+
+def test_codec_waveform(codec):
+    reference = np.load(CODEC / "codec.npz")
+    np.testing.assert_allclose(codec.decode(reference["codes"]), reference["decoded"], atol=1e-4)
+
+
+def test_codec_comes_back_bit_for_bit():
+    file = audiocraft.read_file(CODEC / "compression_state_dict.bin")
+    settings, count = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "codec")
+    tensors = convert_codec.codec_from_audiocraft(file.tensors, settings, count)
+    again = convert_codec.codec_to_audiocraft(tensors, settings, count)
+    assert again.keys() == file.tensors.keys()
+    for name, array in file.tensors.items():
+        assert np.array_equal(again[name], array), name
+
+
+# --- masks and nucleus --------------------------------------------------------------------------
+
+
+def masking_cases():
+    names = (name.split("_")[2:] for name in np.load(GOLDEN / "masking.npz") if "count" in name)
+    return [(int(frames[1:]), int(span[1:])) for frames, span in names]
+
+
+@pytest.mark.parametrize(("num_frames", "span_length"), masking_cases())
+def test_span_masks(num_frames, span_length):
+    reference = np.load(GOLDEN / "masking.npz")
+    np.testing.assert_array_equal(
+        masking.span_counts(num_frames, span_length),
+        reference[f"span_count_T{num_frames}_l{span_length}"],
+    )
+    uniform_BT = reference[f"uniform_T{num_frames}_l{span_length}"]
+    mask_BT = np.asarray(
+        masking.span_mask(jnp.asarray(uniform_BT), jnp.asarray(reference["rates"]), span_length)
+    )
+    # Where two numbers are equal, either may come first.
+    clear = np.array([len(np.unique(row)) == num_frames for row in uniform_BT])
+    assert clear.sum() >= 5
+    expected_BT = reference[f"mask_T{num_frames}_l{span_length}"]
+    np.testing.assert_array_equal(mask_BT[clear], expected_BT[clear])
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in np.load(GOLDEN / "top_p.npz") if n.startswith("probs_p")]
+)
+def test_nucleus(name):
+    reference = np.load(GOLDEN / "top_p.npz")
+    mass = float(name.removeprefix("probs_p"))
+    probs = decode.nucleus(jax.nn.softmax(reference["logits"]), mass)
+    np.testing.assert_allclose(probs, reference[name], atol=1e-6)
+    np.testing.assert_array_equal(probs > 0, reference[name] > 0)
