@@ -151,6 +151,8 @@ def audio_write(
         print(f"{path}: peaks of {peak:.2f} are cut to full scale", file=sys.stderr)
     if make_parent_dir:
         path.parent.mkdir(parents=True, exist_ok=True)
+    elif not path.parent.is_dir():
+        raise UserError(f"{path}: no such folder; make it, or leave make_parent_dir on")
     _write(path, wav_CN, sample_rate, **encodings[format])
     return path
 

@@ -201,9 +201,16 @@ def to_audiocraft(
 
 
 def from_audiocraft(
-    state_dict: Mapping[str, np.ndarray], model: ModelConfig, where: str = "state dict"
+    state_dict: dict[str, np.ndarray],
+    model: ModelConfig,
+    where: str = "state dict",
+    *,
+    empty: bool = False,
 ) -> dict:
     """AudioCraft's tensors as our parameters, float32 (float16 is widened, which is exact).
+
+    With `empty`, tensors leave `state_dict` as they are converted, so that of a large model little
+    more than one copy is held at any time.
 
     Raises `UserError` that lists every tensor that is missing, unknown or misshapen.
     """
@@ -213,12 +220,13 @@ def from_audiocraft(
     for name, rule, index in _expand(sizes):
         their_letters = rule.their_axes.replace(" ", "")
         our_letters = rule.our_axes.replace(" ", "")
-        split = state_dict[name].reshape([sizes[a] for a in their_letters])
+        split = (state_dict.pop(name) if empty else state_dict[name]).reshape(
+            [sizes[a] for a in their_letters]
+        )
         if "C" in their_letters:
             our_letters = "C" + our_letters
         parts = split.transpose([their_letters.index(a) for a in our_letters])
         for part, path in zip(parts if "C" in their_letters else [parts], rule.ours, strict=True):
-            # Filled in place: a large model is held once there and once here, never thrice.
             flat[path][index if rule.stack else ...] = part
     return unflatten(flat)
 
@@ -503,7 +511,7 @@ def read_audiocraft(directory: Path) -> ImportedLM:
     else:
         text_width = ModelConfig.text_width  # the check of the tensors reports the projection
     model = model_from_xp_cfg(file.xp_cfg, text_width, str(path))
-    params = from_audiocraft(file.tensors, model, str(path))
+    params = from_audiocraft(file.tensors, model, str(path), empty=True)
     return ImportedLM(model, params, file.xp_cfg, file.xp_cfg_text, file.dtype)
 
 

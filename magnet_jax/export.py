@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import yaml
 from safetensors import SafetensorError
 
@@ -222,10 +223,10 @@ def _check(folder: Path, written: Bundle, loaded: Loaded, options: Options) -> l
 
     Raises `RuntimeError`, naming what differs: that would be a bug or a failing disk.
     """
+    if (model := bundle.read_config(folder).model) != written.model:
+        raise RuntimeError(f"config.json: describes {model}, not {written.model}")
     params = convert.flatten(written.params)
-    found = bundle.read_safetensors(folder)
-    _require_equal("model.safetensors", convert.flatten(found.params), params)
-    del found
+    _require_equal_file(folder / "model.safetensors", params)
     count = len(params)
     lm = convert.flatten(written.params["lm"])
     if options.audiocraft:
@@ -263,6 +264,26 @@ def _check_codec(folder: Path, written: Bundle) -> int:
     back = {name: array.astype(np.float32, copy=False) for name, array in back.items()}
     _require_equal(CODEC_FILE, back, {name: tensors[name] for name in back})
     return len(back)
+
+
+def _require_equal_file(path: Path, expected: dict) -> None:
+    """`_require_equal` for a safetensors file of a large model, which is not to be held twice."""
+    with safetensors.safe_open(path, "np") as file:
+        differing = set(file.keys()) ^ expected.keys()
+        names = expected.keys() - differing
+        differing |= {n for n in names if file.get_slice(n).get_shape() != [*expected[n].shape]}
+    for name in expected.keys() - differing:
+        # Opened for each tensor: what was read stays in memory until the file is closed.
+        with safetensors.safe_open(path, "np") as file:
+            rows = file.get_slice(name)
+            for i, row in enumerate(expected[name]):
+                found = rows[i : i + 1].astype(np.float32, copy=False)
+                if not _same_bits(found[0], np.asarray(row)):
+                    differing.add(name)
+    if differing:
+        raise RuntimeError(
+            f"{path.name}: what was read back differs: {', '.join(sorted(differing))}"
+        )
 
 
 def _require_equal(what: str, found: dict, expected: dict) -> None:

@@ -81,7 +81,7 @@ def test_mp3_rates(tmp_path, rate, kbps):
 
 def test_names_and_folders(tmp_path):
     assert audio_write(tmp_path / "new" / "x.wav", noise()[0], RATE, add_suffix=False).exists()
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="no such folder"):
         audio_write(tmp_path / "other" / "x", noise(), RATE, make_parent_dir=False)
 
 

@@ -1,0 +1,122 @@
+"""Makes an AudioCraft checkpoint of full size with random weights, text encoder beside it.
+
+python -m launch.make_random_checkpoint --out random
+
+It sounds of nothing, but imports, samples and exports like a published one: a way to try an
+installation, its speed and its memory without a download.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from launch import cli
+from magnet_jax import audiocraft, convert, convert_codec, t5
+from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
+from magnet_jax.errors import UserError, reported
+
+# The published models' sizes (section 4 and Appendix A of the paper).
+SIZES = {
+    "small": {"width": 1024, "num_layers": 24, "num_heads": 16},
+    "medium": {"width": 1536, "num_layers": 48, "num_heads": 24},
+}
+# The published EnCodec of 32 kHz, 4 codebooks at 50 frames a second.
+CODEC_SETTINGS = {
+    "audio_channels": 1,
+    "chunk_length_s": None,
+    "codebook_dim": 128,
+    "codebook_size": 2048,
+    "compress": 2,
+    "dilation_growth_rate": 2,
+    "hidden_size": 128,
+    "kernel_size": 7,
+    "last_kernel_size": 7,
+    "norm_type": "weight_norm",
+    "normalize": False,
+    "num_filters": 64,
+    "num_lstm_layers": 2,
+    "num_residual_layers": 1,
+    "pad_mode": "constant",
+    "residual_kernel_size": 3,
+    "sampling_rate": 32_000,
+    "trim_right_ratio": 1.0,
+    "upsampling_ratios": [8, 5, 4, 4],
+    "use_causal_conv": False,
+    "use_conv_shortcut": False,
+}
+NUM_CODEBOOKS = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Makes a checkpoint with random weights."""
+
+    out: Path
+    """Folder to write: state_dict.bin, compression_state_dict.bin, text_encoder/."""
+    size: Literal["small", "medium"] = "small"
+    """420 M or 1.5 B parameters."""
+    kind: Literal["magnet", "musicgen"] = "magnet"
+    seconds: int = 10
+    """Length of its clips."""
+    dtype: Literal["float16", "float32"] = "float16"
+    """Of the language model's tensors; published ones are float16."""
+    seed: int = 0
+
+
+def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -> dict:
+    """Tensors of variance 1 / fan-in, norms' scales of 1."""
+    rng = np.random.default_rng(seed)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        if "norm" in name and name.endswith("weight"):
+            return np.ones(shape, dtype)
+        scale = np.float32(np.prod(shape[1:]) ** -0.5)
+        return (rng.standard_normal(shape, np.float32) * scale).astype(dtype)
+
+    return {name: tensor(name, shape) for name, shape in shapes.items()}
+
+
+def make(args: Args) -> None:
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UserError(f"{args.out}: is not empty; give another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    codec = CodecSpec(
+        source="facebook/encodec_32khz",
+        sha256="",
+        sample_rate=CODEC_SETTINGS["sampling_rate"],
+        channels=1,
+        frame_rate=50.0,
+        num_codebooks=NUM_CODEBOOKS,
+        codebook_size=CODEC_SETTINGS["codebook_size"],
+    )
+    delays = tuple(range(NUM_CODEBOOKS)) if args.kind == "musicgen" else ()
+    model = ModelConfig(kind=args.kind, delays=delays, **SIZES[args.size])
+    config = RunConfig(model=model, data=DataConfig(segment_seconds=args.seconds))
+    audiocraft.write_weights(
+        args.out / audiocraft.LM_FILE,
+        random_tensors(convert.audiocraft_shapes(model), args.seed, args.dtype),
+        convert.make_xp_cfg(config, codec, "t5-base"),
+        args.dtype,
+    )
+    layout = convert_codec.codec_layout(CODEC_SETTINGS, NUM_CODEBOOKS)
+    audiocraft.write_weights(
+        args.out / audiocraft.CODEC_FILE,
+        random_tensors({there: shape for _, there, shape in layout}, args.seed, "float32"),
+        convert_codec.make_codec_xp_cfg(CODEC_SETTINGS, NUM_CODEBOOKS),
+    )
+    # As large as t5-base, but for the vocabulary, which is that of the shipped tokenizer.
+    shipped, _, tokenizer = t5.load("embedded")
+    t5_config = t5.T5Config(
+        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=shipped.vocab_size
+    )
+    t5_params = t5.init(t5_config, jax.random.key(args.seed))
+    t5.save(args.out / "text_encoder", t5_config, t5_params, tokenizer)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    with reported():
+        make(cli.parse(Args, prog="python -m launch.make_random_checkpoint", description=__doc__))
