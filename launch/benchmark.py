@@ -2,20 +2,40 @@
 
 python -m launch.benchmark loader --data DATA     frames/s of the loader against the train step's
 python -m launch.benchmark decode --checkpoint RUN     programs compiled, and time a clip
+python -m launch.benchmark import                 time and memory of importing a 420 M checkpoint
 """
 
+import contextlib
 import dataclasses
 import functools
+import math
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import tyro
 
 from launch import cli
+from launch.make_random_checkpoint import Args as MakeArgs
+from launch.make_random_checkpoint import make
 from launch.train import load_config
-from magnet_jax import data, decode, errors, pretrained, records, sampling, sharding, t5, train
+from magnet_jax import (
+    convert,
+    data,
+    decode,
+    errors,
+    pretrained,
+    records,
+    sampling,
+    sharding,
+    t5,
+    train,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +62,17 @@ class Decode:
     """Clips at once."""
     repeats: int = 3
     """Calls timed a batch size, after the one that compiles; their settings all differ."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Import:
+    """Time and memory of importing an AudioCraft checkpoint of full size with random weights, its
+    codec and text encoder included; then of making a clip with it."""
+
+    folder: Path | None = None
+    """Where to put checkpoint and import (about 4 GB); a temporary folder by default."""
+    size: Literal["small", "medium"] = "small"
+    dtype: Literal["float16", "float32"] = "float32"
 
 
 def loader(args: Loader) -> None:
@@ -119,15 +150,45 @@ def decoding(args: Decode) -> None:
     print(f"{programs} programs for {len(args.batch_sizes)} shapes")
 
 
+def importing(args: Import) -> None:
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        source, out = folder / "audiocraft", folder / "imported"
+        make(MakeArgs(out=source, size=args.size, dtype=args.dtype))
+        model, _ = pretrained.read_defaults(source)
+        count = sum(map(math.prod, convert.lm_shapes(model).values()))
+        seconds, peak = _run("launch.import_audiocraft", "--source", source, "--out", out)
+        print(
+            f"{count / 1e6:.0f} M parameters, {args.dtype}: imported in {seconds:.1f} s, peak "
+            f"memory {peak / 1e9:.2f} GB, {peak / (4 * count):.2f} times the float32 parameters"
+        )
+        seconds, _ = _run(
+            "launch.sample", "--checkpoint", out, "--prompt", "x", "--out", folder / "wavs",
+            "--decode.steps", "20", "10", "10", "10",
+        )  # fmt: skip
+        print(f"a first clip of 10 s in {seconds:.1f} s, loading and compilation included")
+
+
+def _run(module: str, *args: str | Path) -> tuple[float, float]:
+    """Runs a command and returns its seconds and its peak memory in bytes."""
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", module, *map(str, args)])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise errors.UserError(f"{module} failed, see above")
+    return time.perf_counter() - started, usage.ru_maxrss * 1024
+
+
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
     | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
 )
 
 
 def main() -> None:
     args = cli.parse(Command, prog="python -m launch.benchmark", description=__doc__)
-    loader(args) if isinstance(args, Loader) else decoding(args)
+    {Loader: loader, Decode: decoding, Import: importing}[type(args)](args)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import math
 import os
 import warnings
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from conftest import GOLDEN
+from conftest import SHIPPED_GOLDEN
 from tiny import EMBEDDED_CODEC, PUBLISHED_CODEC, TINY, assert_same_bits, random_params
 
 from magnet_jax import audiocraft, checkpoint, convert, convert_codec, export, torch_lm
@@ -20,31 +19,7 @@ from magnet_jax.config import ASSETS, ModelConfig, RunConfig
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch
 
-MAGNET, MUSICGEN = GOLDEN / "magnet_tiny", GOLDEN / "musicgen_tiny"
-# Of a small EnCodec of the published 32 kHz architecture.
-GOLDEN_CODEC_SETTINGS = {
-    "audio_channels": 1,
-    "chunk_length_s": None,
-    "codebook_dim": 32,
-    "codebook_size": 128,
-    "compress": 2,
-    "dilation_growth_rate": 2,
-    "hidden_size": 32,
-    "kernel_size": 7,
-    "last_kernel_size": 7,
-    "norm_type": "weight_norm",
-    "normalize": False,
-    "num_filters": 8,
-    "num_lstm_layers": 2,
-    "num_residual_layers": 1,
-    "pad_mode": "constant",
-    "residual_kernel_size": 3,
-    "sampling_rate": 32000,
-    "trim_right_ratio": 1.0,
-    "upsampling_ratios": [8, 5, 4, 4],
-    "use_causal_conv": False,
-    "use_conv_shortcut": False,
-}
+MAGNET, MUSICGEN = (SHIPPED_GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen"))
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +183,15 @@ def test_xp_cfg_has_the_golden_structure_and_survives_yaml(reference):
     assert convert.model_from_xp_cfg(found, 768, "x") == config.model
 
 
+def test_a_musicgens_xp_cfg_is_the_references():
+    lm = convert.read_audiocraft(MUSICGEN)
+    data = dataclasses.replace(RunConfig().data, segment_seconds=2.0)
+    found = convert.make_xp_cfg(RunConfig(model=lm.model, data=data), PUBLISHED_CODEC, "t5-base")
+    assert found.pop("generate")["lm"]["top_k"] == 250
+    assert found == {name: value for name, value in lm.xp_cfg.items() if name != "generate"}
+    assert convert.model_from_xp_cfg(found | {"generate": {}}, 768, "x") == lm.model
+
+
 def test_xp_cfg_carries_the_runs_settings():
     defaults = RunConfig()
     config = RunConfig(
@@ -307,19 +291,6 @@ def test_logits_here_and_in_pytorch_agree_or_differ(folder):
 @pytest.fixture(scope="module")
 def shipped_codec():
     return convert_codec.read_codec_folder(ASSETS / "codec")
-
-
-def test_codec_layout_equals_the_references():
-    """Names, shapes and settings of a small EnCodec of the published 32 kHz architecture."""
-    expected = json.loads((GOLDEN / "encodec_tiny_layout.json").read_text())
-    settings = GOLDEN_CODEC_SETTINGS
-    layout = convert_codec.codec_layout(settings, 4)
-    assert {name: list(shape) for _, name, shape in layout} == expected["tensors"]
-    assert len({here for here, _, _ in layout}) == len({there for _, there, _ in layout})
-    assert convert_codec.make_codec_xp_cfg(settings, 4) == expected["xp.cfg"]
-    # Two residual layers shift every later place: the count alone must still be right.
-    deeper = convert_codec.codec_layout(settings | {"num_residual_layers": 2}, 4)
-    assert len(deeper) == len(layout) + 8 * 6
 
 
 def test_codec_round_trip_is_the_identity(shipped_codec):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from conftest import SHIPPED_GOLDEN
 from tiny import assert_same_bits
 
 from magnet_jax import audiocraft, convert_codec
@@ -14,8 +15,8 @@ from magnet_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def file(golden):
-    return audiocraft.read_file(golden / "encodec_tiny" / audiocraft.CODEC_FILE)
+def file():
+    return audiocraft.read_file(SHIPPED_GOLDEN / "encodec_tiny" / audiocraft.CODEC_FILE)
 
 
 def contains(found, expected) -> bool:
@@ -28,6 +29,19 @@ def contains(found, expected) -> bool:
 def test_settings_come_back(file):
     settings, count = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "x")
     assert contains(convert_codec.make_codec_xp_cfg(settings, count), file.xp_cfg)
+
+
+def test_the_layout_is_the_references(file):
+    """Names and shapes of a small EnCodec of the published 32 kHz architecture."""
+    settings, count = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "x")
+    layout = convert_codec.codec_layout(settings, count)
+    assert {there: shape for _, there, shape in layout} == {
+        name: array.shape for name, array in file.tensors.items()
+    }
+    assert len({here for here, _, _ in layout}) == len({there for _, there, _ in layout})
+    # Two residual layers shift every later place: the count alone must still be right.
+    deeper = convert_codec.codec_layout(settings | {"num_residual_layers": 2}, count)
+    assert len(deeper) == len(layout) + 8 * 6
 
 
 def test_the_shipped_codec_is_the_same_after_a_visit_to_audiocraft(tmp_path):

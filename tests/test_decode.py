@@ -9,14 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SHIPPED_GOLDEN
 
 from magnet_jax import convert, decode
 from magnet_jax.config import DecodeConfig
 
 
 @pytest.fixture(scope="module")
-def tiny(golden):
-    return convert.read_audiocraft(golden / "magnet_tiny")[:2]
+def tiny():
+    return convert.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")[:2]
 
 
 def test_a_nucleus_of_everything_keeps_everything():
