@@ -1,18 +1,22 @@
-"""Brings an AudioCraft checkpoint in: MAGNeT, Audio-MAGNeT, MusicGen or AudioGen.
+"""Brings an AudioCraft checkpoint in: MAGNeT, Audio-MAGNeT, MusicGen, AudioGen or an EnCodec.
 
 python -m launch.import_audiocraft --source facebook/magnet-small-10secs --out DIR
 
 The folder that it writes holds all that sampling needs, the text encoder and the codec included,
-and works without a network: launch.sample, launch.export and the Python API take it.
+and works without a network: launch.sample, launch.export and the Python API take it. A folder with
+compression_state_dict.bin alone becomes a codec for tokenization.job.
 """
 
 import dataclasses
 import re
+import tempfile
 import time
 from pathlib import Path
 
 from launch import cli
-from magnet_jax import export, pretrained
+from magnet_jax import audiocraft, export, pretrained
+from magnet_jax.audiocraft import CODEC_FILE, LM_FILE
+from magnet_jax.convert_codec import codec_folder_from_audiocraft
 from magnet_jax.errors import UserError, reported
 
 
@@ -21,7 +25,8 @@ class Args:
     """Imports an AudioCraft checkpoint."""
 
     source: str
-    """Folder with state_dict.bin and compression_state_dict.bin, or a hub id."""
+    """Folder with state_dict.bin and compression_state_dict.bin, or with the latter alone; or a
+    hub id."""
     out: Path
     """Folder to write; it appears when everything in it is written and checked."""
     text_encoder: str | None = None
@@ -48,8 +53,29 @@ def stated_license(folder: Path) -> str | None:
     return found[1] if found else None
 
 
+def import_codec(path: Path, out: Path) -> None:
+    """Writes a codec that lies by itself as a transformers EncodecModel folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists; give another --out")
+    file = audiocraft.read_file(path)
+    if file.pretrained:
+        raise UserError(
+            f"{path}: points to {file.pretrained} and holds no codec; name that instead"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
+        codec = Path(partial) / "codec"
+        codec.mkdir()
+        codec_folder_from_audiocraft(file.tensors, file.xp_cfg, codec, str(path))
+        codec.rename(out)
+    print(f"wrote the codec {out}, for tokenization.job --codec and launch.export")
+
+
 def main(args: Args) -> None:
     started = time.perf_counter()
+    if (Path(args.source) / CODEC_FILE).exists() and not (Path(args.source) / LM_FILE).exists():
+        import_codec(Path(args.source) / CODEC_FILE, args.out)
+        return
     export.prepare_out(args.out, Path(args.source), args.overwrite)
     folder = pretrained.locate(args.source)
     if not pretrained.is_audiocraft(folder):

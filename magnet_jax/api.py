@@ -10,6 +10,7 @@ What differs is said where it does: clips depend on a `seed`, and nothing is tri
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -211,6 +212,11 @@ class Generator:
         return self.decoder.encode(wav_CN[None].astype(np.float32))[0]
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
+        max_tokens = self.loaded.config.text.max_tokens
+        for text in texts:
+            if len(self.loaded.tokenizer.encode(text).ids) > max_tokens:
+                message = f"cut to the {max_tokens} tokens that the model reads: {text[:60]}..."
+                warnings.warn(message, stacklevel=3)
         with _listening(self._report, progress, self._callback) as on_step:
             codes_BKT = self._codes(
                 texts,
@@ -280,8 +286,10 @@ class MAGNeT(Generator):
                     f"decoding_steps needs one number a codebook, {len(default.steps)}, not "
                     f"{list(decoding_steps)}"
                 )
-        if top_p is not None and top_p == 0:  # AudioCraft's way to switch it off
+        if top_p == 0:  # AudioCraft's ways to switch the nucleus and the sampling off
             top_p = 1.0
+        if temperature == 0:
+            use_sampling, temperature = False, None
         self.generation = _replaced(
             default,
             greedy=None if use_sampling is None else not use_sampling,
@@ -304,7 +312,7 @@ class MusicGen(Generator):
     """Text to audio one step after another; AudioGen's checkpoints as well."""
 
     kind = "musicgen"
-    extend_stride = 18.0
+    extend_stride: float | None = None
 
     def set_generation_params(
         self,
@@ -315,7 +323,7 @@ class MusicGen(Generator):
         duration: float | None = None,
         cfg_coef: float | None = None,
         *,
-        extend_stride: float = 18.0,
+        extend_stride: float | None = None,
     ) -> None:
         """Sets how clips are generated; what is not given gets the model's own default.
 
@@ -327,10 +335,12 @@ class MusicGen(Generator):
           duration: seconds of a clip; the default is what the model was trained on. Longer clips
             are generated in windows that overlap.
           cfg_coef: guidance coefficient.
-          extend_stride: seconds by which such windows lie apart.
+          extend_stride: seconds by which such windows lie apart; 0.6 of a window by default.
         """
         if top_p:
             top_k = 0
+        if temperature == 0:  # AudioCraft's way to say so
+            use_sampling, temperature = False, None
         self.generation = _replaced(
             pretrained.sampling_settings(self.loaded.config),
             greedy=None if use_sampling is None else not use_sampling,
@@ -340,7 +350,7 @@ class MusicGen(Generator):
             guidance=cfg_coef,
         )
         self.duration = _checked_duration(duration, self.max_duration)
-        if not 0 < extend_stride < self.max_duration and self.duration > self.max_duration:
+        if extend_stride is not None and not 0 < extend_stride < self.max_duration:
             raise UserError(
                 f"extend_stride must lie between 0 and {self.max_duration:g} seconds, the length "
                 f"of a window, not {extend_stride}"
@@ -349,7 +359,8 @@ class MusicGen(Generator):
 
     def _codes(self, texts, *, num_frames, prompt_BKP, seed, text_pad_len, on_step) -> np.ndarray:
         window = round(self.max_duration * self.frame_rate)
-        stride = max(1, round(self.extend_stride * self.frame_rate))
+        stride = self.extend_stride or 0.6 * self.max_duration
+        stride = max(1, round(stride * self.frame_rate))
         if prompt_BKP is None:
             prompt_BKP = np.zeros((len(texts), self.loaded.config.model.num_codebooks, 0), np.int32)
         if prompt_BKP.shape[-1] >= min(window, num_frames):

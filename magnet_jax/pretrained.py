@@ -93,12 +93,13 @@ def locate(source: Path | str) -> Path:
     if "/" not in name or not hub.is_hub_id(name) or folder.exists():
         raise UserError(f"{source}: no such folder, and not a hub id (owner/name)")
     # A first look, as such repositories may hold gigabytes for other libraries.
-    folder = hub.fetch(name, ("config.json", "README.md"), "model")
+    instead = f"a folder with its files, such as {LM_FILE} and {CODEC_FILE}"
+    folder = hub.fetch(name, ("config.json", "README.md"), "model", instead)
     if bundle.is_export(folder):
         files = ("*.json", "*.safetensors", "text_encoder/*", "codec/*")
     else:
         files = (LM_FILE, CODEC_FILE)
-    folder = hub.fetch(name, files, "model")
+    folder = hub.fetch(name, files, "model", instead)
     if not bundle.is_export(folder) and not (folder / LM_FILE).exists():
         raise UserError(f"{source}: holds no AudioCraft checkpoint ({LM_FILE}) and no export")
     return folder

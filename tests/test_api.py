@@ -1,9 +1,11 @@
 """Importing AudioCraft checkpoints and the Python API on top, as a user meets them."""
 
 import dataclasses
+import fnmatch
 import json
 import shutil
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -217,6 +219,51 @@ def test_sources_that_are_no_checkpoint(sources, imported, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_codec_by_itself(sources, tmp_path, capsys):
+    shutil.copytree(GOLDEN / "encodec_tiny", tmp_path / "in")
+    args = import_audiocraft.Args(source=str(tmp_path / "in"), out=tmp_path / "out")
+    import_audiocraft.main(args)
+    codec = load_codec(str(tmp_path / "out"))
+    reference = np.load(GOLDEN / "encodec_tiny" / "codec.npz")
+    np.testing.assert_array_equal(codec.encode(reference["wav"]), reference["codes"])
+    with pytest.raises(UserError, match="exists"):
+        import_audiocraft.main(args)
+    audiocraft.write_pointer(tmp_path / "in" / audiocraft.CODEC_FILE, "someone/encodec")
+    with pytest.raises(UserError, match="points to someone/encodec"):
+        import_audiocraft.main(dataclasses.replace(args, out=tmp_path / "new"))
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "out"}
+
+
+@pytest.mark.parametrize("kind", ["audiocraft", "export"])
+def test_models_from_the_hub(sources, imported, tmp_path, monkeypatch, kind):
+    """A stand-in for the hub, which gives what is asked for and nothing else."""
+    repository = (sources if kind == "audiocraft" else imported) / "magnet"
+    if kind == "audiocraft":  # such repositories may hold a config for other libraries, too
+        repository = shutil.copytree(repository, tmp_path / "repository")
+        (repository / "config.json").write_text('{"model_type": "musicgen"}')
+        (repository / "model.safetensors").write_text("gigabytes for others")
+
+    def download(name, allow_patterns):
+        assert name == "someone/magnet"
+        for path in repository.rglob("*"):
+            local = path.relative_to(repository)
+            if path.is_file() and any(fnmatch.fnmatch(str(local), p) for p in allow_patterns):
+                (tmp_path / "cache" / local).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / "cache" / local)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    options = {"text_encoder": str(sources / "t5")} if kind == "audiocraft" else {}
+    model = fast(MAGNeT.get_pretrained("someone/magnet", **options))
+    assert model.generate("a waltz").shape[0] == 1
+    assert (tmp_path / "cache" / "model.safetensors").exists() == (kind == "export")
+    if kind == "audiocraft":
+        args = import_audiocraft.Args(source="someone/magnet", out=tmp_path / "out", **options)
+        import_audiocraft.main(args)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "imported_from: someone/magnet" in card and "license: cc-by-nc-4.0" in card
+
+
 def test_a_codec_of_another_size_is_refused(copied, tmp_path):
     codec = load_codec("embedded").spec
     if codec.codebook_size == convert.read_audiocraft(copied / "magnet").model.codebook_size:
@@ -372,6 +419,16 @@ def test_defaults_follow_the_checkpoint(copied):
     assert numbers(sound) == (3.5, 0.8, 20.0, 1.0)
 
 
+def test_a_long_text_is_cut_with_a_warning(model):
+    with pytest.warns(UserWarning, match="cut to the 128 tokens"):
+        model.generate("waltz " * 200)
+
+
+def test_temperature_0_is_greedy(model):
+    model.set_generation_params(temperature=0)
+    assert model.generation.greedy
+
+
 def test_musicgens_defaults(musicgen):
     musicgen.set_generation_params()
     g = musicgen.generation
@@ -384,10 +441,10 @@ def test_settings_that_do_not_fit(magnet, musicgen, imported):
     for call, complaint in (
         (lambda: magnet.set_generation_params(decoding_steps=[1]), "one number a codebook"),
         (lambda: magnet.set_generation_params(top_p=1.5), "top_p"),
-        (lambda: magnet.set_generation_params(temperature=0.0), "temperature"),
+        (lambda: magnet.set_generation_params(temperature=-1.0), "temperature"),
         (lambda: magnet.set_generation_params(span_arrangement="stride2"), "stride2"),
         (lambda: magnet.set_generation_params(duration=-1), "duration"),
-        (lambda: musicgen.set_generation_params(duration=9, extend_stride=99), "extend_stride"),
+        (lambda: musicgen.set_generation_params(extend_stride=999), "extend_stride"),
         (lambda: MAGNeT.get_pretrained(imported / "musicgen"), "MusicGen.get_pretrained"),
         (lambda: MusicGen.get_pretrained(imported / "magnet"), "MAGNeT.get_pretrained"),
     ):
