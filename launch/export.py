@@ -22,8 +22,8 @@ class Args:
     """Folder of the training run, or of an earlier export or import."""
     out: Path
     """Folder to write; it appears when everything in it is written and checked."""
-    weights: Literal["ema", "raw"] = "ema"
-    """The averaged parameters, or those of the last step."""
+    weights: Literal["ema", "raw"] | None = None
+    """Of a run: the averaged parameters (the default), or those of the last step."""
     step: int | None = None
     """Checkpoint to export; the newest by default."""
     license: str | None = None
@@ -50,7 +50,8 @@ def main(args: Args) -> None:
         logits=args.verify,
     )
     lines = export.export_model(loaded, args.out, options, str(args.checkpoint))
-    print(f"wrote {args.out} (step {loaded.step}, {args.weights} weights)")
+    lineage = ", ".join(f"{name} {value}" for name, value in loaded.lineage.items())
+    print(f"wrote {args.out} ({lineage})")
     print(*lines, sep="\n")
 
 

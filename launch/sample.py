@@ -40,8 +40,8 @@ class Args:
     """Length of a clip; by default what the model was trained on."""
     step: int | None = None
     """Checkpoint to use; by default the newest."""
-    weights: Literal["ema", "raw"] = "ema"
-    """Averaged weights, or those of the last step."""
+    weights: Literal["ema", "raw"] | None = None
+    """Of a run: averaged weights (the default), or those of the last step."""
     decode: DecodeConfig = DecodeConfig()
     """Schedule and sampling; the defaults are the model's."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
@@ -143,7 +143,7 @@ def sample(args: Args) -> list[Path]:
                 "seconds": seconds,
                 "checkpoint": str(args.checkpoint),
                 "step": loaded.step,
-                "weights": args.weights,
+                "weights": loaded.lineage.get("weights"),
                 "decode": dataclasses.asdict(decoding),
                 "codec": dataclasses.asdict(spec),
                 "wanted_lufs": args.lufs,

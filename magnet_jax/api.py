@@ -65,7 +65,7 @@ class Generator:
         cls,
         name: str | Path,
         *,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: Literal["ema", "raw"] | None = None,
         step: int | None = None,
         text_encoder: str | None = None,
         codec: str | None = None,
@@ -257,6 +257,7 @@ class MAGNeT(Generator):
         *,
         span_scoring: Literal["max", "prod"] | None = None,
         anneal_temp: bool | None = None,
+        span_len: int | None = None,
         whole_spans: bool | None = None,
         duration: float | None = None,
     ) -> None:
@@ -275,6 +276,7 @@ class MAGNeT(Generator):
           span_arrangement: spans on a grid, or of any neighbouring frames.
           span_scoring: a span is as sure as its surest token, or as all of them.
           anneal_temp: bring the temperature down to 0 over a codebook's steps.
+          span_len: frames in a span; by default as the model was trained.
           whole_spans: trim the clip to whole spans, as AudioCraft does.
           duration: seconds of a clip; the default is what the model was trained on.
         """
@@ -303,6 +305,7 @@ class MAGNeT(Generator):
             span_arrangement=span_arrangement,
             span_score=span_scoring,
             anneal_temperature=anneal_temp,
+            span_length=span_len,
             whole_spans=whole_spans,
         )
         self.duration = _checked_duration(duration, self.max_duration)

@@ -74,14 +74,20 @@ def read_file(path: Path) -> File:
             tensors[name] = tensor.detach().numpy()
         except (TypeError, RuntimeError) as error:  # sparse, quantised and the like
             raise UserError(f"{path}: {name} is not a plain tensor ({error})") from None
+    xp_cfg = parse_xp_cfg(content["xp.cfg"], f"{path}: its 'xp.cfg'")
+    dtype = "float16" if dtypes == {torch.float16} else "float32"
+    return File(tensors, xp_cfg, content["xp.cfg"], dtype, "")
+
+
+def parse_xp_cfg(text: str, where: str) -> dict[str, Any]:
+    """Settings from their YAML text; `UserError` where it is none."""
     try:
-        xp_cfg = yaml.safe_load(content["xp.cfg"])
+        xp_cfg = yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError):
         xp_cfg = None
     if not isinstance(xp_cfg, dict):
-        raise UserError(f"{path}: its 'xp.cfg' is not YAML settings")
-    dtype = "float16" if dtypes == {torch.float16} else "float32"
-    return File(tensors, xp_cfg, content["xp.cfg"], dtype, "")
+        raise UserError(f"{where} is not YAML settings")
+    return xp_cfg
 
 
 def write_weights(

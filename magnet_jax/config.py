@@ -220,6 +220,8 @@ class DecodeConfig:
     """Score a span by its most probable token (the paper) or by the product of all."""
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
     """Hide whole spans of a fixed grid, or any neighbouring frames (scored by their product)."""
+    span_length: int = 0
+    """Frames in a span; 0 is what the model was trained with."""
     whole_spans: bool = False
     """Cut a clip's end down to whole spans as AudioCraft does; stride1 has no grid to cut to."""
 
@@ -228,6 +230,7 @@ class DecodeConfig:
         _require(self.temperature > 0, "decode.temperature must be positive")
         _require(0 < self.top_p <= 1, "decode.top_p must lie in (0, 1]")
         _require(self.top_k >= 0, "decode.top_k must not be negative")
+        _require(self.span_length >= 0, "decode.span_length must not be negative")
         for name in ("span_score", "span_arrangement"):
             _checked(
                 typing.get_type_hints(DecodeConfig)[name], getattr(self, name), f"decode.{name}"

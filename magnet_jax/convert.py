@@ -398,6 +398,7 @@ _FITTING_OR_ABSENT = {
     "transformer_lm.qk_layer_norm": False,
     "transformer_lm.qk_layer_norm_cross": False,
     "transformer_lm.kv_repeat": 1,
+    "conditioners.description.t5.normalize_text": False,
     "fuser.sum": [],
     "fuser.prepend": [],
     "fuser.input_interpolate": [],

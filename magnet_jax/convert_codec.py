@@ -283,6 +283,14 @@ _CODEC_XP_SETTINGS = (
     ("trim_right_ratio", float, ("seanet.decoder.trim_right_ratio",)),
     ("codebook_size", int, ("rvq.bins",)),
 )
+# What AudioCraft's builders take where xp.cfg, perhaps an older one, does not say.
+_CODEC_XP_DEFAULTS = {
+    "encodec.causal": False,
+    "encodec.renormalize": False,
+    "seanet.causal": False,
+    "seanet.true_skip": True,
+    "seanet.decoder.trim_right_ratio": 1.0,
+}
 # What transformers' EnCodec computes besides: each setting with the only value that fits. All but
 # the first three may be absent, which is the same in AudioCraft.
 _CODEC_XP_FITTING = {
@@ -294,12 +302,12 @@ _CODEC_XP_FITTING = {
     "seanet.norm_params": {},
     "seanet.disable_norm_outer_blocks": 0,
     "seanet.decoder.final_activation": None,
-    "seanet.decoder.final_activation_params": None,
     "seanet.encoder": {},
 }
-# Settings of training, which the builders want all the same.
-_CODEC_XP_TRAINING = {
+# Settings of training, or of what is not there, which the builders want all the same.
+_CODEC_XP_UNUSED = {
     "device": "cpu",
+    "seanet.decoder.final_activation_params": None,
     "rvq.q_dropout": False,
     "rvq.decay": 0.99,
     "rvq.kmeans_init": True,
@@ -313,7 +321,7 @@ _CODEC_XP_TRAINING = {
 def make_codec_xp_cfg(settings: Mapping, num_codebooks: int) -> dict[str, Any]:
     """The xp.cfg of an exported codec, from a transformers EncodecModel's config.json."""
     _check_codec_settings(settings)
-    named = _CODEC_XP_FITTING | _CODEC_XP_TRAINING | {"rvq.n_q": num_codebooks}
+    named = _CODEC_XP_FITTING | _CODEC_XP_UNUSED | {"rvq.n_q": num_codebooks}
     for setting, _, names in _CODEC_XP_SETTINGS:
         value = settings[setting]
         value = not value if setting == "use_conv_shortcut" else value
@@ -343,13 +351,16 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
     if isinstance(decoder, Mapping) and (others := sorted(map(str, decoder.keys() - known))):
         problems.append(f"seanet.decoder has settings of its own: {', '.join(others)}")
     for setting, kind, names in _CODEC_XP_SETTINGS:
-        found = [value for name in names if (value := xp_setting(xp_cfg, name)) is not None]
-        if not found or any(value != found[0] for value in found):
+        found = [xp_setting(xp_cfg, name, _CODEC_XP_DEFAULTS.get(name)) for name in names]
+        found = [value for value in found if value is not None]
+        # (repr tells True from 1)
+        if len({repr(value) for value in found}) != 1:
             problems.append(f"{' and '.join(names)} must be given, and equal, not {found}")
         elif not _of_kind(found[0], kind):
             problems.append(f"{names[0]} cannot be {found[0]!r}")
         else:
-            settings[setting] = not found[0] if setting == "use_conv_shortcut" else found[0]
+            value = kind(found[0])  # a float may stand there as a whole number
+            settings[setting] = not value if setting == "use_conv_shortcut" else value
     num_codebooks = xp_setting(xp_cfg, "rvq.n_q")
     if not _of_kind(num_codebooks, int):
         problems.append(f"rvq.n_q cannot be {num_codebooks!r}")

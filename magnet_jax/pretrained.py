@@ -4,6 +4,7 @@
 hub ids of the latter two. Of AudioCraft's it takes MAGNeT and the text-conditioned MusicGen.
 """
 
+import importlib.metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class Loaded(NamedTuple):
 def load(
     source: Path | str,
     *,
-    weights: str = "ema",
+    weights: str | None = None,
     step: int | None = None,
     text_encoder: str | None = None,
     codec: str | None = None,
@@ -56,7 +57,7 @@ def load(
 
     Args:
       source: folder of a run, an export or an AudioCraft checkpoint; or a hub id.
-      weights: of a run: 'ema' for the averaged parameters, 'raw' for the trained ones.
+      weights: of a run: 'ema' for the averaged parameters (as does None), 'raw' for the last ones.
       step: of a run: the checkpoint; None is the newest.
       text_encoder, codec: of an AudioCraft checkpoint: where its text encoder and its codec lie,
         if not where it says.
@@ -73,7 +74,7 @@ def load(
             raise UserError(f"{source}: {option} is for AudioCraft checkpoints; this model has one")
     if bundle.is_export(folder):
         return _load_export(folder, weights, step)
-    return _load_run(folder, weights, step)
+    return _load_run(folder, weights or "ema", step)
 
 
 def locate(source: Path | str) -> Path:
@@ -154,11 +155,12 @@ def _load_run(run: Path, weights: str, step: int | None) -> Loaded:
             "weights": weights,
             "data": Path(config.data.path).name,
             "seed": config.seed,
+            "magnet_jax": importlib.metadata.version("magnet-jax"),
         },
     )
 
 
-def _load_export(folder: Path, weights: str, step: int | None) -> Loaded:
+def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
     """What an export does not tell of the run has the defaults."""
     exported = bundle.read_safetensors(folder)
     for name, wanted in (("weights", weights), ("step", step)):

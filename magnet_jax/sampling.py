@@ -1,5 +1,6 @@
 """From texts to tokens and audio with a loaded model, of either kind."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -52,6 +53,8 @@ def encode_texts(
     the longest text of the batch, which is what AudioCraft does. By default a text is all that is
     attended over, and no sample depends on its neighbours.
     """
+    if isinstance(text_pad_len, str) and text_pad_len != "batch":
+        raise UserError(f"text_pad_len must be a number, 'batch' or None, not {text_pad_len!r}")
     max_tokens = loaded.config.text.max_tokens
     tokens = [t5.tokenize(loaded.tokenizer, text, max_tokens) for text in texts]
     ids_BS = np.stack([ids for ids, _ in tokens])
@@ -98,6 +101,8 @@ def generate_codes(
       UserError: the decoding or the prompt does not fit the model.
     """
     model, batch = loaded.config.model, len(texts)
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed must lie between 0 and 2147483647, not {seed}")
     if isinstance(decoding, AutoregressiveConfig) != (model.kind == "musicgen"):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if prompt_BKP is None:
@@ -121,6 +126,8 @@ def generate_codes(
 
 def _generate_magnet(loaded, text, keys_B, prompt_BKP, num_frames, decoding, on_step) -> Generated:
     model = loaded.config.model
+    if decoding.span_length:
+        model = dataclasses.replace(model, span_length=decoding.span_length)
     if len(decoding.steps) != model.num_codebooks:
         raise UserError(
             f"decode.steps has {len(decoding.steps)} numbers, the model {model.num_codebooks} "

@@ -45,6 +45,8 @@ from magnet_jax.errors import UserError
 
 def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
     """Raises `UserError` where data set, model and text encoder do not go together."""
+    if config.model.kind != "magnet":
+        raise UserError(f"a model of kind {config.model.kind} can be sampled from, not trained")
     model = config.model
     if spec.codebook_size != model.codebook_size or spec.num_codebooks < model.num_codebooks:
         raise UserError(

@@ -179,6 +179,10 @@ def other_class(_, xp_cfg):
     xp_cfg["lm_model"] = "transformer_flow"
 
 
+def normalized(_, xp_cfg):
+    xp_cfg["conditioners"]["description"]["t5"]["normalize_text"] = True
+
+
 def stereo(_, xp_cfg):
     xp_cfg["interleave_stereo_codebooks"] = {"use": True}
 
@@ -192,6 +196,7 @@ def stereo(_, xp_cfg):
         (no_length, "segment_duration must be a length"),
         (other_class, "lm_model must be .* not transformer_flow"),
         (stereo, "interleave_stereo_codebooks"),
+        (normalized, "normalize_text must be False"),
     ],
 )
 @pytest.mark.parametrize("name", ["magnet", "musicgen"])
@@ -361,6 +366,19 @@ def test_bad_prompts(model, prompt, texts, complaint):
         model.generate_continuation(prompt, model.sample_rate, texts)
 
 
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"seed": -1}, "seed must lie"),
+        ({"seed": 2**40}, "seed must lie"),
+        ({"text_pad_len": "longest"}, "text_pad_len must be"),
+    ],
+)
+def test_bad_options(model, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        model.generate("a waltz", **options)
+
+
 @pytest.mark.parametrize("descriptions", [[], [1], ["x", 2.0]])
 def test_bad_descriptions(model, descriptions):
     with pytest.raises(UserError, match="descriptions"):
@@ -466,6 +484,20 @@ def test_lengths(magnet, arrangement):
         _, tokens = magnet.generate("a waltz", return_tokens=True)
         # Spans of any neighbouring frames have no grid to trim to.
         assert tokens.shape[-1] == (frames if arrangement == "stride1" else expected)
+
+
+def test_spans_of_another_length(magnet):
+    fast(magnet)
+    tokens = {}
+    for span_len in (None, 1, 5):
+        generation = magnet.generation
+        magnet.set_generation_params(
+            decoding_steps=generation.steps, duration=0.5, whole_spans=True, span_len=span_len
+        )
+        _, tokens[span_len] = magnet.generate("a waltz", return_tokens=True)
+    frames = round(0.5 * magnet.frame_rate)
+    own = magnet.loaded.config.model.span_length
+    assert [t.shape[-1] for t in tokens.values()] == [frames // s * s for s in (own, 1, 5)]
 
 
 def test_longer_than_the_window(musicgen):

@@ -100,6 +100,40 @@ def test_references_are_followed(file):
     assert convert_codec.codec_settings_from_xp_cfg(xp_cfg, "x") == expected
 
 
+def test_absent_settings_are_as_audiocraft_has_them(file):
+    """The reference's own settings are its defaults, which an older checkpoint may leave out."""
+    xp_cfg = copy.deepcopy(file.xp_cfg)
+    xp_cfg["encodec"]["renorm"] = xp_cfg["encodec"].pop("renormalize")  # the older name
+    for section, name in (("encodec", "causal"), ("seanet", "causal"), ("seanet", "true_skip")):
+        del xp_cfg[section][name]
+    xp_cfg["seanet"]["decoder"] = {}
+    expected = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "x")
+    assert convert_codec.codec_settings_from_xp_cfg(xp_cfg, "x") == expected
+    # One alone leaves the other at its default, and they differ.
+    xp_cfg["encodec"]["causal"] = True
+    with pytest.raises(UserError, match=r"causal must be given, and equal, not \[True, False\]"):
+        convert_codec.codec_settings_from_xp_cfg(xp_cfg, "x")
+
+
+def test_settings_that_change_nothing(file, tmp_path):
+    """Also the codec's hash stays: a float is one, however YAML spells it."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "after").mkdir()
+    xp_cfg = copy.deepcopy(file.xp_cfg)
+    xp_cfg["seanet"]["decoder"] |= {"trim_right_ratio": 1, "final_activation_params": {"a": 2}}
+    for folder, settings in (("before", file.xp_cfg), ("after", xp_cfg)):
+        convert_codec.codec_folder_from_audiocraft(file.tensors, settings, tmp_path / folder, "x")
+    after = load_codec(str(tmp_path / "after")).spec
+    assert after.sha256 == load_codec(str(tmp_path / "before")).spec.sha256
+
+
+def test_true_is_no_number(file):
+    xp_cfg = copy.deepcopy(file.xp_cfg)
+    xp_cfg["seanet"]["channels"] = True
+    with pytest.raises(UserError, match="seanet.channels must be given, and equal"):
+        convert_codec.codec_settings_from_xp_cfg(xp_cfg, "x")
+
+
 def test_all_that_does_not_fit_is_told_in_one_line(file):
     xp_cfg = copy.deepcopy(file.xp_cfg)
     xp_cfg["compression_model"] = "dac"

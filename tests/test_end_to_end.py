@@ -9,7 +9,8 @@ from magnet_jax import pretrained, sampling, train, transformer
 from magnet_jax.config import DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TextConfig
 
 
-def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path):
+def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path, monkeypatch):
+    tiny.use_one_device(monkeypatch)
     examples = tiny.write_clips(tmp_path / "tokens", 4)
     captions = [example["caption"] for example in examples]
     assert len(set(captions)) == 4
