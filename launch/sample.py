@@ -85,25 +85,16 @@ def sample(args: Args) -> list[Path]:
     if args.unconditional < 0:
         raise UserError("--unconditional must not be negative")
     args.out.mkdir(parents=True, exist_ok=True)
-    from magnet_jax import audio, codec, pretrained, records, sampling  # JAX is slow to load
+    from magnet_jax import audio, pretrained, records, sampling  # JAX is slow to load
 
-    imported = pretrained.is_audiocraft(pretrained.locate(args.checkpoint))
     loaded = pretrained.load(
         args.checkpoint,
         weights=args.weights,
         step=args.step,
         text_encoder=args.text_encoder,
-        codec=args.codec if imported else None,
+        codec=args.codec,
     )
-    decoder = codec.load_codec(
-        (None if imported else args.codec) or loaded.codec_source,
-        num_codebooks=loaded.codec.num_codebooks,
-    )
-    if decoder.spec.sha256 != loaded.codec.sha256:
-        raise UserError(
-            f"{args.checkpoint} learnt the tokens of codec {loaded.codec.source}, and "
-            f"{decoder.spec.source} is another: name that one as --codec"
-        )
+    decoder = pretrained.load_decoder(loaded, str(args.checkpoint))
     config, spec = loaded.config, loaded.codec
     decoding = args.autoregressive if config.model.kind == "musicgen" else args.decode
     seconds = args.seconds or config.data.segment_seconds

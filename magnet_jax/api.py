@@ -20,7 +20,6 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import codec as codecs
 from magnet_jax import pretrained, sampling
 from magnet_jax.codec import Codec
 from magnet_jax.config import AutoregressiveConfig, DecodeConfig
@@ -77,27 +76,17 @@ class Generator:
           name: folder of a training run, of an exported or imported model or of an AudioCraft
             checkpoint; or a hub id such as facebook/magnet-small-10secs.
           weights, step: of a run, see `pretrained.load`.
-          text_encoder, codec: of an AudioCraft checkpoint, where its text encoder and codec lie,
-            if not where it says; of other models, `codec` is where the codec lies now.
+          text_encoder, codec: see `pretrained.load`.
           compute_dtype: precision of the matrix products; auto is bfloat16 on accelerators.
 
         Raises:
           UserError: no such model, or one of another kind.
         """
-        imported = pretrained.is_audiocraft(pretrained.locate(name))
         loaded = pretrained.load(
-            name,
-            weights=weights,
-            step=step,
-            text_encoder=text_encoder,
-            codec=codec if imported else None,
+            name, weights=weights, step=step, text_encoder=text_encoder, codec=codec
         )
         config = dataclasses.replace(loaded.config, compute_dtype=compute_dtype)
-        decoder = codecs.load_codec(
-            (None if imported else codec) or loaded.codec_source,
-            num_codebooks=loaded.codec.num_codebooks,
-        )
-        codecs.check_same_codec(decoder.spec, loaded.codec, str(name))
+        decoder = pretrained.load_decoder(loaded, str(name))
         return cls(loaded._replace(config=config), decoder)
 
     @property

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from magnet_jax import bundle, checkpoint, convert, hub, t5
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
-from magnet_jax.codec import load_codec
+from magnet_jax.codec import Codec, load_codec
 from magnet_jax.config import (
     AutoregressiveConfig,
     CodecSpec,
@@ -59,8 +59,8 @@ def load(
       source: folder of a run, an export or an AudioCraft checkpoint; or a hub id.
       weights: of a run: 'ema' for the averaged parameters (as does None), 'raw' for the last ones.
       step: of a run: the checkpoint; None is the newest.
-      text_encoder, codec: of an AudioCraft checkpoint: where its text encoder and its codec lie,
-        if not where it says.
+      text_encoder: of an AudioCraft checkpoint: where its text encoder lies, if not where it says.
+      codec: where the codec lies, if not where the model says.
 
     Raises:
       UserError: no model there, no such checkpoint, or a damaged one.
@@ -69,12 +69,27 @@ def load(
     if is_audiocraft(folder):
         loaded = read_audiocraft(folder, str(source), text_encoder=text_encoder, codec=codec)
         return loaded._replace(params=jax.device_put(loaded.params, jax.devices()[0]))
-    for option, value in (("text_encoder", text_encoder), ("codec", codec)):
-        if value is not None:
-            raise UserError(f"{source}: {option} is for AudioCraft checkpoints; this model has one")
+    if text_encoder is not None:
+        raise UserError(f"{source}: has a text encoder; only AudioCraft checkpoints take another")
     if bundle.is_export(folder):
-        return _load_export(folder, weights, step)
-    return _load_run(folder, weights or "ema", step)
+        loaded = _load_export(folder, weights, step)
+    else:
+        loaded = _load_run(folder, weights or "ema", step)
+    return loaded._replace(codec_source=codec or loaded.codec_source)
+
+
+def load_decoder(loaded: Loaded, where: str) -> Codec:
+    """The codec that turns a model's tokens into audio.
+
+    Raises `UserError`, which calls the model `where`, if it cannot be had or is another codec.
+    """
+    decoder = load_codec(loaded.codec_source, num_codebooks=loaded.codec.num_codebooks)
+    if decoder.spec.sha256 != loaded.codec.sha256:
+        raise UserError(
+            f"{where} learnt the tokens of codec {loaded.codec.source}, and "
+            f"{decoder.spec.source} is another: name that one as --codec"
+        )
+    return decoder
 
 
 def locate(source: Path | str) -> Path:
