@@ -257,8 +257,8 @@ class MAGNeT(Generator):
 
         Args:
           use_sampling: False takes the most probable token.
-          top_k: sample among the k most probable tokens; 0 uses `top_p`.
-          top_p: nucleus mass.
+          top_k: sample among the k most probable tokens.
+          top_p: nucleus mass; if given and not 0, it goes before `top_k` as in AudioCraft.
           temperature: at a codebook's first step.
           max_cfg_coef, min_cfg_coef: guidance where all and where nothing is masked.
           decoding_steps: steps of each codebook.
@@ -277,15 +277,16 @@ class MAGNeT(Generator):
                     f"decoding_steps needs one number a codebook, {len(default.steps)}, not "
                     f"{list(decoding_steps)}"
                 )
-        if top_p == 0:  # AudioCraft's ways to switch the nucleus and the sampling off
-            top_p = 1.0
-        if temperature == 0:
+        if temperature == 0:  # AudioCraft's way to say so
             use_sampling, temperature = False, None
+        if top_p == 0:
+            top_p = 1.0
+        elif top_p is not None:
+            top_k = 0
         self.generation = _replaced(
             default,
             greedy=None if use_sampling is None else not use_sampling,
-            # In AudioCraft the nucleus goes before the k best.
-            top_k=0 if top_k is None and top_p is not None else top_k,
+            top_k=top_k,
             top_p=top_p,
             temperature=temperature,
             max_guidance=max_cfg_coef,

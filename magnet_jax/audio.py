@@ -84,7 +84,7 @@ def audio_write(
     format: Literal["wav", "mp3", "flac", "ogg"] = "wav",
     mp3_rate: int = 320,
     normalize: bool = True,
-    strategy: Literal["peak", "clip", "rms", "loudness"] = "peak",
+    strategy: Literal["peak", "clip", "rms", "loudness", "none"] = "peak",
     peak_clip_headroom_db: float = 1,
     rms_headroom_db: float = 18,
     loudness_headroom_db: float = 14,
@@ -100,11 +100,11 @@ def audio_write(
       wav: float [C, samples] or [samples].
       sample_rate: samples per second.
       format: 16-bit WAV or FLAC, MP3 at `mp3_rate` kbit/s, or Ogg Vorbis.
-      normalize: scale the audio by `strategy`; without it samples beyond full scale are cut.
-      strategy: 'peak' brings the peak to -peak_clip_headroom_db dBFS; 'clip' turns the audio down
-        by as much; 'rms' brings the RMS to -rms_headroom_db dBFS; 'loudness' brings the integrated
+      normalize: without it, 'peak' and 'rms' only turn down what would be too loud.
+      strategy: 'peak' brings the peak to -peak_clip_headroom_db dBFS; 'clip' cuts what is above
+        that; 'rms' brings the RMS to -rms_headroom_db dBFS; 'loudness' brings the integrated
         loudness (ITU-R BS.1770) to -loudness_headroom_db LUFS, silence and clips shorter than
-        0.4 s left alone.
+        0.4 s left alone; 'none' leaves the level alone.
       loudness_compressor: with 'loudness', bend peaks by tanh instead of cutting them.
       log_clipping: say on stderr where samples were cut.
       make_parent_dir, add_suffix: make the folder; append '.wav' and the like.
@@ -131,22 +131,25 @@ def audio_write(
     }
     for name, value, known in (
         ("format", format, list(encodings)),
-        ("strategy", strategy, ["peak", "clip", "rms", "loudness"]),
+        ("strategy", strategy, ["peak", "clip", "rms", "loudness", "none"]),
     ):
         if value not in known:
             raise UserError(f"{path}: {name} must be one of {', '.join(known)}, not {value!r}")
     wav_CN = wav_CN.astype(np.float32)
-    if normalize and np.isfinite(wav_CN).all():
-        headroom_db = {
-            "peak": peak_clip_headroom_db,
-            "clip": peak_clip_headroom_db,
-            "rms": rms_headroom_db,
-            "loudness": loudness_headroom_db,
-        }[strategy]
-        gain = _gain(wav_CN, sample_rate, strategy, headroom_db)
+    limit = np.float32(10 ** (-peak_clip_headroom_db / 20))
+    if strategy == "clip":
+        wav_CN = wav_CN.clip(-limit, limit)
+    elif strategy == "loudness":
+        gain = _loudness_gain(wav_CN, sample_rate, -loudness_headroom_db)
         wav_CN = wav_CN * np.float32(gain)
-        if strategy == "loudness" and loudness_compressor and gain != 1:
-            wav_CN = np.tanh(wav_CN)
+        wav_CN = np.tanh(wav_CN) if loudness_compressor and gain != 1 else wav_CN
+    elif strategy != "none":
+        level, wanted = float(np.abs(wav_CN).max()), float(limit)
+        if strategy == "rms":  # of the mono mix
+            level = float(np.sqrt(np.square(wav_CN.mean(0, dtype=np.float64)).mean()))
+            wanted = 10 ** (-rms_headroom_db / 20)
+        gain = wanted / max(level, 1e-8)
+        wav_CN = wav_CN * np.float32(gain if normalize else min(gain, 1))
     if log_clipping and (peak := np.abs(wav_CN).max()) > 1:
         print(f"{path}: peaks of {peak:.2f} are cut to full scale", file=sys.stderr)
     if make_parent_dir:
@@ -157,21 +160,14 @@ def audio_write(
     return path
 
 
-def _gain(wav_CN: np.ndarray, sample_rate: int, strategy: str, headroom_db: float) -> float:
-    wanted = 10 ** (-headroom_db / 20)
-    if strategy == "clip":
-        return wanted
-    if strategy == "peak":
-        return wanted / max(float(np.abs(wav_CN).max()), 1e-8)
-    mono_N = wav_CN.mean(0, dtype=np.float64)
-    rms = float(np.sqrt(np.square(mono_N).mean()))
-    if strategy == "rms":
-        return wanted / max(rms, 1e-8)
+def _loudness_gain(wav_CN: np.ndarray, sample_rate: int, wanted_lufs: float) -> float:
     meter = pyloudnorm.Meter(sample_rate)
-    if rms < SILENCE_RMS or wav_CN.shape[-1] < meter.block_size * sample_rate:
+    rms = float(np.sqrt(np.square(wav_CN, dtype=np.float64).mean()))
+    short = wav_CN.shape[-1] < meter.block_size * sample_rate
+    if short or not SILENCE_RMS <= rms < np.inf:
         return 1.0
     loudness = meter.integrated_loudness(wav_CN.T.astype(np.float64))
-    return 10 ** ((-headroom_db - loudness) / 20) if np.isfinite(loudness) else 1.0
+    return 10 ** ((wanted_lufs - loudness) / 20) if np.isfinite(loudness) else 1.0
 
 
 def _mp3_encoding(sample_rate: int, kbps: int) -> dict[str, object]:

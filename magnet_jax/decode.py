@@ -255,7 +255,7 @@ def decode(
             score = jnp.where(hidden_BT, surprise_BT, KEPT)
         else:
             in_spans = (batch, num_spans, span_length)
-            if span_score == "max":
+            if span_score == "max" and span_length > 1:  # single frames are scored alike by both
                 score_BP = 1 - prob_BT.reshape(in_spans).max(-1)
             else:
                 score_BP = surprise_BT.reshape(in_spans).sum(-1)

@@ -430,6 +430,10 @@ def test_defaults_follow_the_checkpoint(copied):
     assert music.generation.steps[:2] == (20, 10)
     music.set_generation_params(temperature=1.0, top_k=7)
     assert (music.generation.temperature, music.generation.top_k) == (1.0, 7)
+    music.set_generation_params(top_k=7, top_p=0.5)  # in AudioCraft the nucleus goes first
+    assert (music.generation.top_p, music.generation.top_k) == (0.5, 0)
+    music.set_generation_params(top_k=7, top_p=0.0)
+    assert (music.generation.top_p, music.generation.top_k) == (1.0, 7)
     music.set_generation_params()
     assert numbers(music) == expected and music.generation.top_k == 0
     assert make("magnet", 30).generation.steps[:2] == (60, 10)

@@ -36,8 +36,13 @@ def test_levels(tmp_path, channels):
     assert decibels(abs(written(peak_clip_headroom_db=6)).max()) == pytest.approx(-6, abs=0.01)
     rms = np.sqrt(np.square(written(strategy="rms").mean(0)).mean())
     assert decibels(rms) == pytest.approx(-18, abs=0.01)
-    np.testing.assert_allclose(written(strategy="clip"), wav * 10 ** (-1 / 20), atol=4e-5)
+    np.testing.assert_allclose(written(strategy="none"), wav, atol=4e-5)
+    cut = written(strategy="clip", peak_clip_headroom_db=20)
+    np.testing.assert_allclose(cut, wav.clip(-0.1, 0.1), atol=4e-5)
+    assert (cut != wav).any()
+    # Without normalisation what is not too loud stays as it is.
     np.testing.assert_allclose(written(normalize=False), wav, atol=4e-5)
+    assert abs(written(normalize=False, peak_clip_headroom_db=30)).max() < 0.04
     loudness = pyloudnorm.Meter(RATE).integrated_loudness(written(strategy="loudness").T)
     assert loudness == pytest.approx(-14, abs=0.1)
 
