@@ -11,6 +11,9 @@ import soundfile
 from magnet_jax.errors import UserError
 
 KNEE = 0.8  # amplitudes above it are bent, so that they stay within full scale
+PIECE = (
+    16_384  # samples given to the encoder at once; Vorbis overflows the stack on minutes of them
+)
 
 
 def soft_limit(wav_CN: np.ndarray) -> np.ndarray:
@@ -61,16 +64,22 @@ def write_wav(path: Path, wav_CN: np.ndarray, sample_rate: int) -> None:
 
 
 def _write(path: Path, wav_CN: np.ndarray, sample_rate: int, **encoding) -> None:
-    if not np.isfinite(wav_CN).all():
-        raise UserError(f"{path}: the audio holds NaN or infinite samples; nothing was written")
+    _require_finite(path, wav_CN)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        soundfile.write(temporary, wav_CN.T.clip(-1, 1), sample_rate, **encoding)
+        with soundfile.SoundFile(temporary, "w", sample_rate, len(wav_CN), **encoding) as file:
+            for first in range(0, wav_CN.shape[1], PIECE):
+                file.write(wav_CN[:, first : first + PIECE].T.clip(-1, 1))
         temporary.replace(path)
     except soundfile.LibsndfileError as error:
         raise UserError(f"{path}: cannot be written at {sample_rate} Hz ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _require_finite(path: Path, wav_CN: np.ndarray) -> None:
+    if not np.isfinite(wav_CN).all():
+        raise UserError(f"{path}: the audio holds NaN or infinite samples; nothing was written")
 
 
 # Below this RMS audio counts as silence, whose loudness is left alone.
@@ -100,6 +109,8 @@ def audio_write(
       wav: float [C, samples] or [samples].
       sample_rate: samples per second.
       format: 16-bit WAV or FLAC, MP3 at `mp3_rate` kbit/s, or Ogg Vorbis.
+      mp3_rate: kbit/s, brought within what MP3 has at that sample rate: 32 to 320 from 32 kHz on,
+        8 to 160 from 16 kHz on, 8 to 64 below.
       normalize: without it, 'peak' and 'rms' only turn down what would be too loud.
       strategy: 'peak' brings the peak to -peak_clip_headroom_db dBFS; 'clip' cuts what is above
         that; 'rms' brings the RMS to -rms_headroom_db dBFS; 'loudness' brings the integrated
@@ -113,29 +124,25 @@ def audio_write(
       the path written.
 
     Raises:
-      UserError: no such format or strategy, or no audio.
+      UserError: no such format or strategy, a rate that the format lacks, or no audio: not
+        floating-point, empty, NaN or infinite.
     """
-    wav_CN = np.asarray(wav)
-    wav_CN = wav_CN[None] if wav_CN.ndim == 1 else wav_CN
     path = Path(f"{stem_name}.{format}" if add_suffix else stem_name)
-    if wav_CN.ndim != 2 or not wav_CN.size or not np.issubdtype(wav_CN.dtype, np.floating):
-        raise UserError(
-            f"{path}: wav must be floating-point [C, samples] or [samples], not {wav_CN.dtype} "
-            f"{list(np.shape(wav))}"
-        )
-    encodings = {
-        "wav": {"format": "WAV", "subtype": "PCM_16"},
-        "flac": {"format": "FLAC", "subtype": "PCM_16"},
-        "ogg": {"format": "OGG", "subtype": "VORBIS"},
-        "mp3": _mp3_encoding(sample_rate, mp3_rate),
-    }
+    wav_CN = _as_channels(path, wav)
     for name, value, known in (
-        ("format", format, list(encodings)),
+        ("format", format, ["wav", "flac", "ogg", "mp3"]),
         ("strategy", strategy, ["peak", "clip", "rms", "loudness", "none"]),
     ):
         if value not in known:
             raise UserError(f"{path}: {name} must be one of {', '.join(known)}, not {value!r}")
-    wav_CN = wav_CN.astype(np.float32)
+    for name, value in (("sample_rate", sample_rate), ("mp3_rate", mp3_rate)):
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise UserError(f"{path}: {name} must be a positive whole number, not {value!r}")
+    if strategy == "loudness" and len(wav_CN) > 5:  # the standard weighs five
+        raise UserError(
+            f"{path}: loudness is measured for at most 5 channels, not {len(wav_CN)}; "
+            "choose another strategy"
+        )
     limit = np.float32(10 ** (-peak_clip_headroom_db / 20))
     if strategy == "clip":
         wav_CN = wav_CN.clip(-limit, limit)
@@ -156,18 +163,42 @@ def audio_write(
         path.parent.mkdir(parents=True, exist_ok=True)
     elif not path.parent.is_dir():
         raise UserError(f"{path}: no such folder; make it, or leave make_parent_dir on")
-    _write(path, wav_CN, sample_rate, **encodings[format])
+    _write(path, wav_CN, sample_rate, **_encoding(format, sample_rate, mp3_rate))
     return path
+
+
+def _as_channels(path: Path, wav: object) -> np.ndarray:
+    # Finite float32 [C, samples], of whatever NumPy makes an array of.
+    try:
+        wav_CN = np.asarray(wav)
+    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors not on the CPU
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: wav cannot be made a NumPy array ({reason})") from None
+    floating = np.issubdtype(wav_CN.dtype, np.floating) or wav_CN.dtype.name == "bfloat16"
+    if wav_CN.ndim not in (1, 2) or not wav_CN.size or not floating:
+        raise UserError(
+            f"{path}: wav must be floating-point [C, samples] or [samples], not {wav_CN.dtype} "
+            f"{list(wav_CN.shape)}"
+        )
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused
+        wav_CN = np.atleast_2d(wav_CN).astype(np.float32)
+    _require_finite(path, wav_CN)
+    return wav_CN
 
 
 def _loudness_gain(wav_CN: np.ndarray, sample_rate: int, wanted_lufs: float) -> float:
     meter = pyloudnorm.Meter(sample_rate)
     rms = float(np.sqrt(np.square(wav_CN, dtype=np.float64).mean()))
-    short = wav_CN.shape[-1] < meter.block_size * sample_rate
-    if short or not SILENCE_RMS <= rms < np.inf:
+    if wav_CN.shape[-1] < meter.block_size * sample_rate or rms < SILENCE_RMS:
         return 1.0
     loudness = meter.integrated_loudness(wav_CN.T.astype(np.float64))
     return 10 ** ((wanted_lufs - loudness) / 20) if np.isfinite(loudness) else 1.0
+
+
+def _encoding(format: str, sample_rate: int, mp3_rate: int) -> dict[str, object]:
+    if format == "mp3":
+        return _mp3_encoding(sample_rate, mp3_rate)
+    return {"format": format.upper(), "subtype": "VORBIS" if format == "ogg" else "PCM_16"}
 
 
 def _mp3_encoding(sample_rate: int, kbps: int) -> dict[str, object]:

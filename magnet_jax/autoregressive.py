@@ -13,7 +13,7 @@ import numpy as np
 
 from magnet_jax import patterns, transformer
 from magnet_jax.config import ModelConfig
-from magnet_jax.decode import Choice, choose_token, with_and_without_text
+from magnet_jax.decode import Choice, choose_token
 
 UNKNOWN = -1  # stands where a code is still to be generated
 
@@ -110,16 +110,14 @@ def generate(
     if num_prompt >= num_frames:
         raise ValueError(f"a prompt of {num_prompt} frames leaves nothing of {num_frames}")
     model = transformer.bind(config, params)
-    text = with_and_without_text(
-        model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
-    )
+    text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
     unknown_BKT = jnp.full((batch, num_codebooks, num_frames - num_prompt), UNKNOWN, jnp.int32)
     steps_BKS = patterns.to_steps(
         jnp.concatenate([prompt_BKP, unknown_BKT], axis=-1), config.delays, config.mask_id
     )
     num_steps = steps_BKS.shape[-1]
 
-    def twice(codes_BKC):
+    def twice(codes_BKC):  # rows with their text, and the same rows without
         return jnp.concatenate([codes_BKC, codes_BKC])
 
     cache = model.empty_cache(2 * batch, num_steps - 1, dtype)

@@ -276,28 +276,14 @@ def decode(
     return Decoded(codes_BKT, jnp.concatenate([first, others]))
 
 
-def with_and_without_text(text: transformer.TextKeys) -> transformer.TextKeys:
-    """Twice the rows: first with their text, then without, as guidance needs them."""
-    without = text._replace(
-        mask_BS=jnp.zeros_like(text.mask_BS), num_zero_keys_B=jnp.zeros_like(text.num_zero_keys_B)
-    )
-    return transformer.TextKeys(
-        jnp.concatenate([text.key_LBSNH, without.key_LBSNH], axis=1),
-        jnp.concatenate([text.value_LBSNH, without.value_LBSNH], axis=1),
-        jnp.concatenate([text.mask_BS, without.mask_BS]),
-        jnp.concatenate([text.num_zero_keys_B, without.num_zero_keys_B]),
-    )
-
-
 def guided_network(
     config: ModelConfig, params: dict, text: transformer.TextKeys
 ) -> Callable[[jax.Array, jax.Array, bool], tuple[jax.Array, jax.Array]]:
     """The transformer as `decode` wants it: rows with their text, and the same rows without."""
-    both = with_and_without_text(text)
 
     def network(codes_BKT, stage, local):
         model = transformer.bind(config, params)
-        states_BTD = model.trunk(jnp.concatenate([codes_BKT, codes_BKT]), both, local=local)
+        states_BTD = model.trunk(jnp.concatenate([codes_BKT, codes_BKT]), text, local=local)
         with_text_BTV, without_BTV = jnp.split(model.head(states_BTD, stage), 2)
         return with_text_BTV, without_BTV
 

@@ -120,13 +120,17 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """`text` is this layer's; `attend` takes query, key and value of the frames.
 
-        What `attend` returns beside the attended values is passed on.
+        Rows beyond those of `text` have none. What `attend` returns beside the attended values is
+        passed on.
         """
         h_BTD = self.norm_self(x_BTD)
         attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
         x_BTD = x_BTD + self.self.merge(attended)
-        query_BTNH = self.cross.heads("query", self.norm_cross(x_BTD))
-        x_BTD = x_BTD + self.cross.merge(cross_attention(query_BTNH, *text))
+        # Without text, cross-attention would add exact zeros.
+        with_text, without = jnp.split(x_BTD, [text.mask_BS.shape[0]])
+        query_BTNH = self.cross.heads("query", self.norm_cross(with_text))
+        with_text = with_text + self.cross.merge(cross_attention(query_BTNH, *text))
+        x_BTD = jnp.concatenate([with_text, without]) if len(without) else with_text
         return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
 
 
@@ -201,7 +205,8 @@ class Transformer(nnx.Module):
 
         Args:
           codes_BKT: token ids 0..V, V where masked.
-          text: from `read_text`; its dtype is the precision of the products.
+          text: from `read_text`, for the first rows; rows beyond those have no text. Its dtype is
+            the precision of the products.
           local: True for stages above 0.
           remat: recompute activations in the backward pass.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
@@ -242,7 +247,7 @@ class Transformer(nnx.Module):
 
         Args:
           codes_BKT: what the steps hold (patterns.py): token ids 0..V, V for none.
-          text: from `read_text`; its dtype is the precision of the products.
+          text: as for `trunk`.
           cache: from `empty_cache`, filled by earlier calls.
           first: number of the first of these steps; may be traced.
 

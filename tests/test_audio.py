@@ -1,9 +1,13 @@
 """Writing audio: levels, formats, and nothing half-written."""
 
+import warnings
+
+import jax.numpy as jnp
 import numpy as np
 import pyloudnorm
 import pytest
 import soundfile
+import torch
 
 from magnet_jax import audio_write
 from magnet_jax.errors import UserError
@@ -84,6 +88,20 @@ def test_mp3_rates(tmp_path, rate, kbps):
     assert path.stat().st_size * 8 / 8 / 1000 == pytest.approx(wanted, rel=0.03)
 
 
+@pytest.mark.parametrize("format", ["ogg", "mp3"])
+def test_minutes_are_encoded_whole(tmp_path, format):
+    # Handed over at once, this much Vorbis ends the process.
+    path = audio_write(tmp_path / "x", noise(2, seconds=120), RATE, format=format)
+    assert abs(soundfile.info(path).frames - 120 * RATE) < 2500
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, torch.tensor, np.float16, np.float64, jnp.bfloat16])
+def test_arrays_of_all_kinds(tmp_path, kind):
+    wav = noise(2)
+    found = read(audio_write(tmp_path / "x", kind(wav), RATE, strategy="none"))[0]
+    np.testing.assert_allclose(found, wav, atol=1e-3)
+
+
 def test_names_and_folders(tmp_path):
     assert audio_write(tmp_path / "new" / "x.wav", noise()[0], RATE, add_suffix=False).exists()
     with pytest.raises(UserError, match="no such folder"):
@@ -96,25 +114,47 @@ def test_names_and_folders(tmp_path):
         (np.zeros((1, 9), np.int16), {}, "must be floating-point"),
         (np.zeros((1, 1, 9)), {}, "must be floating-point"),
         (np.zeros((1, 0)), {}, "must be floating-point"),
-        (np.full((1, 9), np.nan), {}, "NaN"),
+        ([[0.1, 0.2], [0.3]], {}, "cannot be made a NumPy array"),
+        (torch.zeros(9, requires_grad=True), {}, "cannot be made a NumPy array"),
+        (np.full((1, 9), 1e300), {}, "infinite"),
+        *[
+            (np.array([0.1, value]), {"strategy": strategy}, "NaN or infinite")
+            for value in (np.nan, np.inf)
+            for strategy in ("peak", "clip", "rms", "loudness", "none")
+        ],
+        (np.zeros((6, RATE)), {"strategy": "loudness"}, "at most 5 channels"),
+        (np.zeros((3, 9)), {"format": "mp3"}, "cannot be written"),
+        (np.zeros((1, 9)), {"sample_rate": 0, "strategy": "loudness"}, "sample_rate must be"),
+        (np.zeros((1, 9)), {"sample_rate": 1.5}, "sample_rate must be"),
+        (np.zeros((1, 9)), {"format": "mp3", "mp3_rate": 0}, "mp3_rate must be"),
         (np.zeros((1, 9)), {"format": "wma"}, "format must be one of wav"),
         (np.zeros((1, 9)), {"strategy": "loud"}, "strategy must be one of peak"),
         (np.zeros((1, 9)), {"format": "mp3", "sample_rate": 96_000}, "cannot be written at 96000"),
     ],
 )
-def test_what_cannot_be_written_leaves_nothing(tmp_path, wav, options, complaint):
-    with pytest.raises(UserError, match=complaint) as error:
+def test_what_cannot_be_written_leaves_nothing(tmp_path, capsys, wav, options, complaint):
+    with warnings.catch_warnings(), pytest.raises(UserError, match=complaint) as error:
+        warnings.simplefilter("error")
         audio_write(tmp_path / "x", wav, **{"sample_rate": RATE} | options)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and not capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 
-def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch):
-    def half(path, *_, **__):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device", str(path))
+@pytest.mark.parametrize("format", ["wav", "mp3"])
+def test_a_failure_midway_leaves_nothing(tmp_path, monkeypatch, format):
+    written = []
 
-    monkeypatch.setattr(soundfile, "write", half)
+    def half(self, samples):
+        written.append(len(samples))
+        if len(written) > 1:
+            raise OSError(28, "No space left on device", str(self.name))
+        whole(self, samples)
+
+    before = audio_write(tmp_path / "x", noise(), RATE, format).read_bytes()
+    whole = soundfile.SoundFile.write
+    monkeypatch.setattr(soundfile.SoundFile, "write", half)
     with pytest.raises(OSError, match="No space"):
-        audio_write(tmp_path / "x", noise(), RATE)
-    assert not any(tmp_path.iterdir())
+        audio_write(tmp_path / "x", noise(level=0.1), RATE, format)
+    assert len(written) == 2
+    (left,) = tmp_path.iterdir()
+    assert left.read_bytes() == before  # the older file, as it was

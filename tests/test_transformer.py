@@ -70,6 +70,25 @@ def test_a_row_never_depends_on_its_neighbours():
     np.testing.assert_allclose(both[0], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("local", [False, True])
+def test_rows_beyond_the_texts_are_rows_without_text(local):
+    """Bit for bit: cross-attention over nothing adds zeros."""
+    params = transformer.init_params(SMALL, jax.random.key(0))
+    states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
+    codes = jax.random.randint(jax.random.key(1), (4, 4, 12), 0, 33)
+
+    @jax.jit
+    def run(params, mask):
+        model = transformer.bind(SMALL, params)
+        return model.trunk(codes, model.read_text(states[: len(mask)], mask), local=local)
+
+    fewer = run(params, jnp.ones((2, 3), bool))
+    states = jnp.concatenate([states, states])
+    all_rows = run(params, jnp.ones((4, 3), bool).at[2:].set(False))
+    np.testing.assert_array_equal(fewer, all_rows)
+    assert (fewer[:2] != fewer[2:]).any()
+
+
 def test_remat_changes_neither_values_nor_gradients():
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
