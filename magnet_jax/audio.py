@@ -11,9 +11,7 @@ import soundfile
 from magnet_jax.errors import UserError
 
 KNEE = 0.8  # amplitudes above it are bent, so that they stay within full scale
-PIECE = (
-    16_384  # samples given to the encoder at once; Vorbis overflows the stack on minutes of them
-)
+PIECE = 16_384  # samples encoded at once; minutes of them overflow libvorbis's stack
 
 
 def soft_limit(wav_CN: np.ndarray) -> np.ndarray:
@@ -72,7 +70,8 @@ def _write(path: Path, wav_CN: np.ndarray, sample_rate: int, **encoding) -> None
                 file.write(wav_CN[:, first : first + PIECE].T.clip(-1, 1))
         temporary.replace(path)
     except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cannot be written at {sample_rate} Hz ({error})") from None
+        shape = f"at {sample_rate} Hz in {len(wav_CN)} channel{'s' * (len(wav_CN) > 1)}"
+        raise UserError(f"{path}: cannot be written {shape} ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -138,6 +137,8 @@ def audio_write(
     for name, value in (("sample_rate", sample_rate), ("mp3_rate", mp3_rate)):
         if not isinstance(value, int | np.integer) or value < 1:
             raise UserError(f"{path}: {name} must be a positive whole number, not {value!r}")
+    if format == "ogg" and sample_rate > 200_000:  # libvorbis would end the process
+        raise UserError(f"{path}: Ogg Vorbis goes up to 200000 Hz, not {sample_rate}")
     if strategy == "loudness" and len(wav_CN) > 5:  # the standard weighs five
         raise UserError(
             f"{path}: loudness is measured for at most 5 channels, not {len(wav_CN)}; "

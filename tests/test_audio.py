@@ -88,11 +88,10 @@ def test_mp3_rates(tmp_path, rate, kbps):
     assert path.stat().st_size * 8 / 8 / 1000 == pytest.approx(wanted, rel=0.03)
 
 
-@pytest.mark.parametrize("format", ["ogg", "mp3"])
-def test_minutes_are_encoded_whole(tmp_path, format):
-    # Handed over at once, this much Vorbis ends the process.
-    path = audio_write(tmp_path / "x", noise(2, seconds=120), RATE, format=format)
-    assert abs(soundfile.info(path).frames - 120 * RATE) < 2500
+def test_minutes_of_vorbis(tmp_path):
+    # Handed over at once, this much ends the process.
+    path = audio_write(tmp_path / "x", noise(2, seconds=120), RATE, format="ogg")
+    assert soundfile.info(path).frames == 120 * RATE
 
 
 @pytest.mark.parametrize("kind", [jnp.asarray, torch.tensor, np.float16, np.float64, jnp.bfloat16])
@@ -123,8 +122,9 @@ def test_names_and_folders(tmp_path):
             for strategy in ("peak", "clip", "rms", "loudness", "none")
         ],
         (np.zeros((6, RATE)), {"strategy": "loudness"}, "at most 5 channels"),
-        (np.zeros((3, 9)), {"format": "mp3"}, "cannot be written"),
+        (np.zeros((3, 9)), {"format": "mp3"}, "cannot be written at 32000 Hz in 3 channels"),
         (np.zeros((1, 9)), {"sample_rate": 0, "strategy": "loudness"}, "sample_rate must be"),
+        (np.zeros((1, 9)), {"format": "ogg", "sample_rate": 300_000}, "up to 200000 Hz"),
         (np.zeros((1, 9)), {"sample_rate": 1.5}, "sample_rate must be"),
         (np.zeros((1, 9)), {"format": "mp3", "mp3_rate": 0}, "mp3_rate must be"),
         (np.zeros((1, 9)), {"format": "wma"}, "format must be one of wav"),
