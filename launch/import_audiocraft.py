@@ -68,7 +68,7 @@ def import_codec(path: Path, out: Path) -> None:
         codec.mkdir()
         codec_folder_from_audiocraft(file.tensors, file.xp_cfg, codec, str(path))
         codec.rename(out)
-    print(f"wrote the codec {out}, for tokenization.job --codec and launch.export")
+    print(f"wrote the codec {out}, for tokenization.job --codec")
 
 
 def main(args: Args) -> None:

@@ -82,6 +82,8 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) ->
 def make(args: Args) -> None:
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out}: is not empty; give another --out")
+    if args.seconds < 1 or args.seed < 0:
+        raise UserError("--seconds must be at least 1, and --seed must not be negative")
     args.out.mkdir(parents=True, exist_ok=True)
     codec = CodecSpec(
         source="facebook/encodec_32khz",

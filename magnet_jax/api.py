@@ -397,7 +397,8 @@ def _checked_duration(duration: float | None, default: float) -> float:
 
 
 def _texts(descriptions: Descriptions) -> list[str]:
-    texts = [descriptions] if isinstance(descriptions, str) else list(descriptions)
+    one = descriptions is None or isinstance(descriptions, str)
+    texts = [descriptions] if one else list(descriptions)
     if not texts:
         raise UserError("descriptions are empty: give at least one, or use generate_unconditional")
     for text in texts:

@@ -65,6 +65,8 @@ def load(
     Raises:
       UserError: no model there, no such checkpoint, or a damaged one.
     """
+    if weights not in (None, "ema", "raw"):
+        raise UserError(f"weights must be 'ema' or 'raw', not {weights!r}")
     folder = locate(source)
     if is_audiocraft(folder):
         loaded = read_audiocraft(folder, str(source), text_encoder=text_encoder, codec=codec)

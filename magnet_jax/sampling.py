@@ -101,8 +101,8 @@ def generate_codes(
       UserError: the decoding or the prompt does not fit the model.
     """
     model, batch = loaded.config.model, len(texts)
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed must lie between 0 and 2147483647, not {seed}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
+        raise UserError(f"seed must lie between 0 and 2147483647, not {seed!r}")
     if isinstance(decoding, AutoregressiveConfig) != (model.kind == "musicgen"):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if prompt_BKP is None:

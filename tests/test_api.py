@@ -333,6 +333,7 @@ def test_generate(model):
 def test_no_text(model):
     wav = model.generate_unconditional(2, seed=1)
     np.testing.assert_array_equal(wav, model.generate([None, ""], seed=1))
+    assert model.generate(None).shape[0] == 1
     with pytest.raises(UserError, match="num_samples"):
         model.generate_unconditional(0)
 
@@ -371,6 +372,7 @@ def test_bad_prompts(model, prompt, texts, complaint):
     [
         ({"seed": -1}, "seed must lie"),
         ({"seed": 2**40}, "seed must lie"),
+        ({"seed": 1.5}, "seed must lie"),
         ({"text_pad_len": "longest"}, "text_pad_len must be"),
     ],
 )
@@ -467,6 +469,7 @@ def test_settings_that_do_not_fit(magnet, musicgen, imported):
         (lambda: magnet.set_generation_params(span_arrangement="stride2"), "stride2"),
         (lambda: magnet.set_generation_params(duration=-1), "duration"),
         (lambda: musicgen.set_generation_params(extend_stride=999), "extend_stride"),
+        (lambda: MAGNeT.get_pretrained(imported / "magnet", weights="best"), "weights must be"),
         (lambda: MAGNeT.get_pretrained(imported / "musicgen"), "MusicGen.get_pretrained"),
         (lambda: MusicGen.get_pretrained(imported / "magnet"), "MAGNeT.get_pretrained"),
     ):
