@@ -16,8 +16,7 @@ import tyro
 
 from launch import cli
 from magnet_jax import errors
-from magnet_jax.bundle import is_export, read_generation
-from magnet_jax.config import AutoregressiveConfig, DecodeConfig, RunConfig, from_json
+from magnet_jax.config import AutoregressiveConfig, DecodeConfig
 from magnet_jax.errors import UserError
 
 
@@ -100,11 +99,8 @@ def sample(args: Args) -> list[Path]:
     seconds = args.seconds or config.data.segment_seconds
     num_frames = max(1, round(seconds * spec.frame_rate))
 
-    for text in texts:
-        if len(loaded.tokenizer.encode(text).ids) > config.text.max_tokens:
-            print(
-                f"cut to the {config.text.max_tokens} tokens that the model reads: {text[:60]}..."
-            )
+    for note in sampling.notes_on_cut_texts(loaded, texts):
+        print(note)
     written = []
     for first in range(0, len(texts), args.batch_size):
         # A last, smaller batch is filled up so that one program serves all.
@@ -157,11 +153,7 @@ def parse(args: list[str]) -> Args:
     first.add_argument("--checkpoint", type=Path)
     checkpoint = first.parse_known_args(args)[0].checkpoint
     defaults = DecodeConfig()
-    if checkpoint and is_export(checkpoint):
-        defaults = read_generation(checkpoint)
-    elif checkpoint and (checkpoint / "config.json").exists():
-        defaults = from_json(RunConfig, checkpoint / "config.json").decode
-    elif checkpoint:
+    if checkpoint:
         from magnet_jax import pretrained  # JAX is slow to load
 
         _, defaults = pretrained.read_defaults(checkpoint)

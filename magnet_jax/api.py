@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from magnet_jax import pretrained, sampling
 from magnet_jax.codec import Codec
-from magnet_jax.config import AutoregressiveConfig, DecodeConfig
+from magnet_jax.config import KIND_NAMES, AutoregressiveConfig, DecodeConfig
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
 
@@ -47,15 +47,14 @@ class Generator:
 
     def __init__(self, loaded: Loaded, decoder: Codec):
         if loaded.config.model.kind != self.kind:
-            names = {"magnet": "MAGNeT", "musicgen": "MusicGen"}
             raise UserError(
                 f"this model is a {loaded.config.model.kind}: load it with "
-                f"{names[loaded.config.model.kind]}.get_pretrained"
+                f"{KIND_NAMES[loaded.config.model.kind]}.get_pretrained"
             )
         self.loaded = loaded
         self.decoder = decoder
         self.duration = loaded.config.data.segment_seconds
-        self.generation = pretrained.sampling_settings(loaded.config)
+        self.generation = loaded.config.sampling
         self._callback: Callable[[int, int], None] | None = None
         self._report = _Report()
 
@@ -201,11 +200,8 @@ class Generator:
         return self.decoder.encode(wav_CN[None].astype(np.float32))[0]
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
-        max_tokens = self.loaded.config.text.max_tokens
-        for text in texts:
-            if len(self.loaded.tokenizer.encode(text).ids) > max_tokens:
-                message = f"cut to the {max_tokens} tokens that the model reads: {text[:60]}..."
-                warnings.warn(message, stacklevel=3)
+        for message in sampling.notes_on_cut_texts(self.loaded, texts):
+            warnings.warn(message, stacklevel=3)
         with _listening(self._report, progress, self._callback) as on_step:
             codes_BKT = self._codes(
                 texts,
@@ -269,7 +265,7 @@ class MAGNeT(Generator):
           whole_spans: trim the clip to whole spans, as AudioCraft does.
           duration: seconds of a clip; the default is what the model was trained on.
         """
-        default = pretrained.sampling_settings(self.loaded.config)
+        default = self.loaded.config.sampling
         if decoding_steps is not None:
             decoding_steps = tuple(int(steps) for steps in decoding_steps)
             if len(decoding_steps) != len(default.steps):
@@ -335,7 +331,7 @@ class MusicGen(Generator):
         if temperature == 0:  # AudioCraft's way to say so
             use_sampling, temperature = False, None
         self.generation = _replaced(
-            pretrained.sampling_settings(self.loaded.config),
+            self.loaded.config.sampling,
             greedy=None if use_sampling is None else not use_sampling,
             top_k=top_k,
             top_p=top_p or None,

@@ -21,6 +21,15 @@ def soft_limit(wav_CN: np.ndarray) -> np.ndarray:
     return np.where(over > 0, np.copysign(bent, wav_CN), wav_CN).astype(np.float32)
 
 
+def measure_loudness(wav_CN: np.ndarray, sample_rate: int) -> float | None:
+    """Integrated loudness in LUFS; None for silence, and for less than 0.4 s."""
+    meter = pyloudnorm.Meter(sample_rate)
+    if wav_CN.shape[-1] < meter.block_size * sample_rate:
+        return None
+    loudness = float(meter.integrated_loudness(wav_CN.T.astype(np.float64)))
+    return loudness if np.isfinite(loudness) else None
+
+
 def normalize_loudness(
     wav_CN: np.ndarray, sample_rate: int, target_lufs: float
 ) -> tuple[np.ndarray, float | None]:
@@ -36,18 +45,11 @@ def normalize_loudness(
       None where there is nothing to measure (silence, or less than the 0.4 s that the standard
       needs), the audio then unscaled.
     """
-
-    def measure(wav_CN: np.ndarray) -> float:
-        return meter.integrated_loudness(wav_CN.T.astype(np.float64))
-
-    meter = pyloudnorm.Meter(sample_rate)
-    if wav_CN.shape[-1] < meter.block_size * sample_rate:
-        return wav_CN, None
-    before = measure(wav_CN)
-    if not np.isfinite(before):
+    before = measure_loudness(wav_CN, sample_rate)
+    if before is None:
         return wav_CN, None
     wav_CN = soft_limit(wav_CN * 10 ** ((target_lufs - before) / 20))
-    return wav_CN, float(measure(wav_CN))
+    return wav_CN, measure_loudness(wav_CN, sample_rate)
 
 
 def write_wav(path: Path, wav_CN: np.ndarray, sample_rate: int) -> None:
@@ -188,12 +190,9 @@ def _as_channels(path: Path, wav: object) -> np.ndarray:
 
 
 def _loudness_gain(wav_CN: np.ndarray, sample_rate: int, wanted_lufs: float) -> float:
-    meter = pyloudnorm.Meter(sample_rate)
     rms = float(np.sqrt(np.square(wav_CN, dtype=np.float64).mean()))
-    if wav_CN.shape[-1] < meter.block_size * sample_rate or rms < SILENCE_RMS:
-        return 1.0
-    loudness = meter.integrated_loudness(wav_CN.T.astype(np.float64))
-    return 10 ** ((wanted_lufs - loudness) / 20) if np.isfinite(loudness) else 1.0
+    loudness = measure_loudness(wav_CN, sample_rate) if rms >= SILENCE_RMS else None
+    return 1.0 if loudness is None else 10 ** ((wanted_lufs - loudness) / 20)
 
 
 def _encoding(format: str, sample_rate: int, mp3_rate: int) -> dict[str, object]:

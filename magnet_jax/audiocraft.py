@@ -119,6 +119,20 @@ def _save(path: Path, content: dict[str, Any]) -> None:
         import_torch().save(content, file)
 
 
+def misfits(xp_cfg: Mapping, required: Mapping[str, Any], or_absent: Mapping[str, Any]) -> list:
+    """Complaints of the settings that have not the only value that fits.
+
+    Those of `required` must be given; one of `or_absent` that is not is taken to fit.
+    """
+    found = {name: xp_setting(xp_cfg, name) for name in required}
+    found |= {name: xp_setting(xp_cfg, name, fitting) for name, fitting in or_absent.items()}
+    return [
+        f"{name} must be {fitting}, not {found[name]}"
+        for name, fitting in (*required.items(), *or_absent.items())
+        if found[name] != fitting
+    ]
+
+
 def xp_setting(xp_cfg: Mapping, name: str, default: Any = None) -> Any:
     """The setting 'a.b' of an xp.cfg, or `default`; '${c.d}' is followed to what it stands for."""
     path, node = name, None

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin
 from magnet_jax.config import (
     EMBEDDED,
+    KIND_NAMES,
     AutoregressiveConfig,
     CodecSpec,
     DecodeConfig,
@@ -187,13 +188,13 @@ def read_safetensors(directory: Path) -> Bundle:
     if config.text.finetune and "text" not in params:
         raise UserError(f"{weights}: holds no text encoder, though {path} says it was trained")
 
-    return Bundle(params=params, generation=read_generation(directory), **config._asdict())
+    generation = read_generation(directory, config.model)
+    return Bundle(params=params, generation=generation, **config._asdict())
 
 
-def read_generation(directory: Path) -> DecodeConfig | AutoregressiveConfig:
+def read_generation(directory: Path, model: ModelConfig) -> DecodeConfig | AutoregressiveConfig:
     """The `generation_config.json` of an exported model, as its kind has it."""
-    kind = read_config(directory).model.kind
-    cls = AutoregressiveConfig if kind == "musicgen" else DecodeConfig
+    cls = AutoregressiveConfig if model.kind == "musicgen" else DecodeConfig
     return from_json(cls, Path(directory) / "generation_config.json")
 
 
@@ -230,7 +231,7 @@ def model_card(
       audiocraft_seconds: clip length in xp.cfg; None where no AudioCraft files were written.
     """
     model, codec = bundle.model, bundle.codec
-    name = {"magnet": "MAGNeT", "musicgen": "MusicGen"}[model.kind]
+    name = KIND_NAMES[model.kind]
     count = sum(math.prod(shape) for shape in lm_shapes(model).values())
     if license_name == "unspecified":
         licence = (

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from magnet_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
+KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen"}  # of models, as people call them
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
@@ -322,6 +323,11 @@ class RunConfig:
             f"decode.steps needs one number a codebook: {self.model.num_codebooks}, "
             f"not {len(self.decode.steps)}",
         )
+
+    @property
+    def sampling(self) -> DecodeConfig | AutoregressiveConfig:
+        """How a model of this kind turns text into tokens."""
+        return self.autoregressive if self.model.kind == "musicgen" else self.decode
 
 
 def to_json(config: Any) -> str:

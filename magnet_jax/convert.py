@@ -19,6 +19,7 @@ from magnet_jax.audiocraft import (
     CODEC_FILE,
     LM_FILE,
     Origin,
+    misfits,
     read_file,
     write_pointer,
     write_weights,
@@ -353,27 +354,23 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
 
 
 def _generate_settings(config: RunConfig) -> dict[str, Any]:
-    if config.model.kind == "musicgen":
-        settings = config.autoregressive
-        return {
-            "use_sampling": not settings.greedy,
-            "temp": settings.temperature,
-            "top_k": settings.top_k,
-            "top_p": 0.0 if settings.top_k else settings.top_p,
-        }
-    decode = config.decode
-    return {
-        "use_sampling": not decode.greedy,
-        "temp": decode.temperature,
-        "top_k": decode.top_k,
-        "top_p": 0.0 if decode.top_k else decode.top_p,
-        "max_cfg_coef": decode.max_guidance,
-        "min_cfg_coef": decode.min_guidance,
-        "decoding_steps": list(decode.steps),
-        "anneal_temp": decode.anneal_temperature,
-        "span_scoring": decode.span_score,
-        "span_arrangement": decode.span_arrangement,
+    sampling, decode = config.sampling, config.decode
+    settings = {
+        "use_sampling": not sampling.greedy,
+        "temp": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": 0.0 if sampling.top_k else sampling.top_p,
     }
+    if config.model.kind == "magnet":
+        settings |= {
+            "max_cfg_coef": decode.max_guidance,
+            "min_cfg_coef": decode.min_guidance,
+            "decoding_steps": list(decode.steps),
+            "anneal_temp": decode.anneal_temperature,
+            "span_scoring": decode.span_score,
+            "span_arrangement": decode.span_arrangement,
+        }
+    return settings
 
 
 # What our transformer computes, in xp.cfg's terms: each setting with the only value that fits.
@@ -436,15 +433,7 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
             f"{where}: not a model that can be converted: lm_model must be "
             f"{' or '.join(_CLASSES)}, not {name}"
         )
-    problems = []
-    for name, fitting in (_FITTING | _FITTING_KIND[kind]).items():
-        value = xp_setting(xp_cfg, name)
-        if value != fitting:
-            problems.append(f"{name} must be {fitting}, not {value}")
-    for name, fitting in _FITTING_OR_ABSENT.items():
-        value = xp_setting(xp_cfg, name, fitting)
-        if value != fitting:
-            problems.append(f"{name} must be {fitting}, not {value}")
+    problems = misfits(xp_cfg, _FITTING | _FITTING_KIND[kind], _FITTING_OR_ABSENT)
     # 'args' holds settings of text augmentation, not a conditioner.
     conditioners = xp_setting(xp_cfg, "conditioners")
     if isinstance(conditioners, Mapping) and (others := {*conditioners} - {"args", "description"}):
@@ -516,11 +505,19 @@ def read_audiocraft(directory: Path) -> ImportedLM:
     return ImportedLM(model, params, file.xp_cfg, file.xp_cfg_text, file.dtype)
 
 
+def audiocraft_pointer(codec: CodecSpec, origin: Origin | None) -> str | None:
+    """The hub id that stands for a codec in AudioCraft's file; None where its weights do.
+
+    Raises `UserError` for a codec that AudioCraft cannot express.
+    """
+    return (origin and origin.codec_pretrained) or codec_pointer(codec)
+
+
 def write_audiocraft(
     directory: Path,
     lm_params: Mapping,
     model: ModelConfig,
-    xp_cfg: Mapping,
+    xp_cfg: Mapping | str,
     codec: CodecSpec,
     origin: Origin | None = None,
 ) -> None:
@@ -530,21 +527,19 @@ def write_audiocraft(
       directory: existing folder.
       lm_params: our parameters.
       model: their sizes.
-      xp_cfg: from `make_xp_cfg`.
+      xp_cfg: from `make_xp_cfg`; of an imported model, the text that it came with.
       codec: the codec that made the tokens; a folder's weights are converted, a published codec
         is pointed to.
-      origin: of an imported model: its settings, in the words of its files, stand in place of
-        `xp_cfg`, and its tensors have the width that they had there.
+      origin: of an imported model: its tensors have the width that they had there, and its codec
+        is pointed to or described as it was there.
 
     Raises:
       UserError: parameters that do not fit, or a codec that AudioCraft cannot express.
     """
     directory = Path(directory)
-    state_dict = to_audiocraft(lm_params, model)
-    lm_settings, lm_dtype = (origin.lm_xp_cfg, origin.lm_dtype) if origin else (xp_cfg, "float32")
-    write_weights(directory / LM_FILE, state_dict, lm_settings, lm_dtype)
-    pointer = origin.codec_pretrained if origin else ""
-    if pointer := pointer or codec_pointer(codec):
+    lm_dtype = origin.lm_dtype if origin else "float32"
+    write_weights(directory / LM_FILE, to_audiocraft(lm_params, model), xp_cfg, lm_dtype)
+    if pointer := audiocraft_pointer(codec, origin):
         write_pointer(directory / CODEC_FILE, pointer)
         return
     settings, tensors = read_codec_folder(codec_folder(codec))

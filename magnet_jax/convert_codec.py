@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from magnet_jax import hub
-from magnet_jax.audiocraft import xp_setting
+from magnet_jax.audiocraft import misfits, xp_setting
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError
 
@@ -291,12 +291,14 @@ _CODEC_XP_DEFAULTS = {
     "seanet.true_skip": True,
     "seanet.decoder.trim_right_ratio": 1.0,
 }
-# What transformers' EnCodec computes besides: each setting with the only value that fits. All but
-# the first three may be absent, which is the same in AudioCraft.
+# What transformers' EnCodec computes besides: each setting with the only value that fits.
 _CODEC_XP_FITTING = {
     "compression_model": "encodec",
     "encodec.autoencoder": "seanet",
     "encodec.quantizer": "rvq",
+}
+# The same; where the setting is absent, AudioCraft's own default is the value that fits.
+_CODEC_XP_FITTING_OR_ABSENT = {
     "seanet.activation": "ELU",
     "seanet.activation_params": {"alpha": 1.0},
     "seanet.norm_params": {},
@@ -321,7 +323,8 @@ _CODEC_XP_UNUSED = {
 def make_codec_xp_cfg(settings: Mapping, num_codebooks: int) -> dict[str, Any]:
     """The xp.cfg of an exported codec, from a transformers EncodecModel's config.json."""
     _check_codec_settings(settings)
-    named = _CODEC_XP_FITTING | _CODEC_XP_UNUSED | {"rvq.n_q": num_codebooks}
+    named = _CODEC_XP_FITTING | _CODEC_XP_FITTING_OR_ABSENT | _CODEC_XP_UNUSED
+    named |= {"rvq.n_q": num_codebooks}
     for setting, _, names in _CODEC_XP_SETTINGS:
         value = settings[setting]
         value = not value if setting == "use_conv_shortcut" else value
@@ -341,11 +344,8 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
 
     Raises `UserError`, beginning with `where`, that lists all that transformers' EnCodec lacks.
     """
-    problems, settings = [], {}
-    for i, (name, fitting) in enumerate(_CODEC_XP_FITTING.items()):
-        value = xp_setting(xp_cfg, name, None if i < 3 else fitting)
-        if value != fitting:
-            problems.append(f"{name} must be {fitting}, not {value}")
+    problems = misfits(xp_cfg, _CODEC_XP_FITTING, _CODEC_XP_FITTING_OR_ABSENT)
+    settings: dict[str, Any] = {}
     decoder = xp_setting(xp_cfg, "seanet.decoder", {})
     known = {"trim_right_ratio", "final_activation", "final_activation_params"}
     if isinstance(decoder, Mapping) and (others := sorted(map(str, decoder.keys() - known))):

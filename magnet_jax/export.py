@@ -30,7 +30,7 @@ from magnet_jax.bundle import TEXT_FOLDER, Bundle
 from magnet_jax.config import EMBEDDED, CodecSpec, ModelConfig
 from magnet_jax.errors import UserError
 from magnet_jax.patterns import to_steps
-from magnet_jax.pretrained import Loaded, sampling_settings
+from magnet_jax.pretrained import Loaded
 
 CODEC_FOLDER = "codec"
 LOGITS_TOLERANCE = 1e-3  # float32 sums in another order
@@ -168,7 +168,7 @@ def _write(
         model=config.model,
         text=text,
         codec=shipped_codec,
-        generation=sampling_settings(config),
+        generation=config.sampling,
         segment_seconds=config.data.segment_seconds,
         lineage=loaded.lineage | {"license": license_name},
         origin=loaded.origin,
@@ -178,13 +178,12 @@ def _write(
     if options.audiocraft:
         if (folder / shipped_codec.source).is_dir():
             codec = dataclasses.replace(codec, source=str(folder / shipped_codec.source))
+        if loaded.origin:
+            xp_cfg = loaded.origin.lm_xp_cfg
+        else:
+            xp_cfg = convert.make_xp_cfg(config, codec, encoder)
         convert.write_audiocraft(
-            folder,
-            loaded.params["lm"],
-            config.model,
-            convert.make_xp_cfg(config, codec, encoder),
-            codec,
-            loaded.origin,
+            folder, loaded.params["lm"], config.model, xp_cfg, codec, loaded.origin
         )
         seconds = convert.segment_seconds(config)
     bundle.write_safetensors(folder, written)
@@ -254,8 +253,7 @@ def _check_codec(folder: Path, written: Bundle) -> int:
     codec = dataclasses.replace(
         written.codec, source=str(shipped) if shipped.is_dir() else written.codec.source
     )
-    pointer = written.origin.codec_pretrained if written.origin else ""
-    if pointer := pointer or convert_codec.codec_pointer(codec):
+    if pointer := convert.audiocraft_pointer(codec, written.origin):
         if file.pretrained != pointer:
             raise RuntimeError(f"{CODEC_FILE}: does not point to {pointer}")
         return 0

@@ -135,19 +135,15 @@ def read_defaults(source: Path | str) -> tuple[ModelConfig, DecodeConfig | Autor
     """
     folder = locate(source)
     if bundle.is_export(folder):
-        return bundle.read_config(folder).model, bundle.read_generation(folder)
+        model = bundle.read_config(folder).model
+        return model, bundle.read_generation(folder, model)
     if is_audiocraft(folder):
         file = read_file(folder / LM_FILE)
         model = convert.model_from_xp_cfg(file.xp_cfg, 1, str(folder / LM_FILE))
         config = _imported_config(model, file.xp_cfg, "", str(folder / LM_FILE))
     else:
         config = from_json(RunConfig, folder / "config.json")
-    return config.model, sampling_settings(config)
-
-
-def sampling_settings(config: RunConfig) -> DecodeConfig | AutoregressiveConfig:
-    """How a model of this kind turns text into tokens."""
-    return config.autoregressive if config.model.kind == "musicgen" else config.decode
+    return config.model, config.sampling
 
 
 def _load_run(run: Path, weights: str, step: int | None) -> Loaded:

@@ -44,6 +44,16 @@ def segment_frames(config: RunConfig, spec: CodecSpec) -> int:
     return round(config.data.segment_seconds * spec.frame_rate)
 
 
+def notes_on_cut_texts(loaded: Loaded, texts: Sequence[str]) -> list[str]:
+    """A line for each text that is longer than what the model reads."""
+    max_tokens = loaded.config.text.max_tokens
+    return [
+        f"cut to the {max_tokens} tokens that the model reads: {text[:60]}..."
+        for text in texts
+        if len(loaded.tokenizer.encode(text).ids) > max_tokens
+    ]
+
+
 def encode_texts(
     loaded: Loaded, texts: Sequence[str], text_pad_len: int | Literal["batch"] | None = None
 ) -> Text:

@@ -551,6 +551,13 @@ def test_the_command_samples_from_imports(imported, tmp_path):
         assert settings["decode"][key] == {"magnet": "stride1", "musicgen": 5}[name]
 
 
+def test_the_command_is_not_misled_by_other_libraries_config(copied):
+    """Published folders of MusicGen hold a config.json for transformers as well."""
+    (copied / "magnet" / "config.json").write_text('{"model_type": "musicgen"}')
+    args = sample.parse(["--checkpoint", str(copied / "magnet"), "--out", "x"])
+    assert args.decode == pretrained.read_defaults(copied / "magnet")[1]
+
+
 def test_what_the_package_offers():
     assert set(magnet_jax.__all__) == {"MAGNeT", "MusicGen", "audio_write"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

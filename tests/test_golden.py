@@ -59,18 +59,24 @@ def magnet_logits(params, states, mask, zeros, codes, stage, *, config, local, d
     return model.head(model.trunk(codes, text, local=local), stage)
 
 
+def stage_logits(magnet, stage, with_text=True, dtype=jnp.float32):
+    """Logits of a stage on the tokens and texts of forward.npz."""
+    return magnet_logits(
+        magnet.params,
+        *read_text(MAGNET / "forward.npz", with_text),
+        np.load(MAGNET / "forward.npz")["codes"].astype(np.int32),
+        stage,
+        config=magnet.model,
+        local=stage > 0,
+        dtype=dtype,
+    )
+
+
 @pytest.mark.parametrize("with_text", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
 def test_magnet_logits(magnet, stage, with_text):
     reference = np.load(MAGNET / "forward.npz")
-    logits_BTV = magnet_logits(
-        magnet.params,
-        *read_text(MAGNET / "forward.npz", with_text),
-        reference["codes"].astype(np.int32),
-        stage,
-        config=magnet.model,
-        local=stage > 0,
-    )
+    logits_BTV = stage_logits(magnet, stage, with_text)
     name = f"logits_stage{stage}" if with_text else f"null_logits_stage{stage}"
     np.testing.assert_allclose(logits_BTV, reference[name], atol=1e-3, rtol=0)
 
@@ -78,15 +84,7 @@ def test_magnet_logits(magnet, stage, with_text):
 @pytest.mark.parametrize("stage", STAGES)
 def test_magnet_logits_in_bfloat16(magnet, stage):
     reference = np.load(MAGNET / "forward.npz")
-    logits_BTV = magnet_logits(
-        magnet.params,
-        *read_text(MAGNET / "forward.npz"),
-        reference["codes"].astype(np.int32),
-        stage,
-        config=magnet.model,
-        local=stage > 0,
-        dtype=jnp.bfloat16,
-    )
+    logits_BTV = stage_logits(magnet, stage, dtype=jnp.bfloat16)
     expected_BTV = reference[f"logits_stage{stage}"]
     error = np.abs(logits_BTV - expected_BTV).mean() / expected_BTV.std()
     assert error < BFLOAT16_TOLERANCE
