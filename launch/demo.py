@@ -41,7 +41,7 @@ def draw(args: Args, wav: Path) -> Path:
     """The loss curve, the decoding's masks (Fig. 6 of the paper) and a sample's spectrogram."""
     loaded = pretrained.load(args.out / "run")
     config = loaded.config
-    generated = sampling.generate_codes(
+    generated = sampling.generate(
         loaded,
         PROMPTS,
         num_frames=sampling.segment_frames(config, loaded.codec),

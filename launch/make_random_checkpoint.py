@@ -12,6 +12,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from tokenizers import Tokenizer
 
 from launch import cli
 from magnet_jax import audiocraft, convert, convert_codec, t5
@@ -48,6 +49,7 @@ CODEC_SETTINGS = {
     "use_conv_shortcut": False,
 }
 NUM_CODEBOOKS = 4
+T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,23 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) ->
     return {name: tensor(name, shape) for name, shape in shapes.items()}
 
 
+def write_codec(folder: Path, seed: int) -> None:
+    """Writes `compression_state_dict.bin`: an EnCodec of 32 kHz with random weights."""
+    layout = convert_codec.codec_layout(CODEC_SETTINGS, NUM_CODEBOOKS)
+    audiocraft.write_weights(
+        folder / audiocraft.CODEC_FILE,
+        random_tensors({there: shape for _, there, shape in layout}, seed, "float32"),
+        convert_codec.make_codec_xp_cfg(CODEC_SETTINGS, NUM_CODEBOOKS),
+    )
+
+
+def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
+    """A random encoder as large as t5-base, but for the vocabulary: the shipped tokenizer's."""
+    shipped, _, tokenizer = t5.load("embedded")
+    config = t5.T5Config(**T5_BASE, vocab_size=shipped.vocab_size)
+    return config, t5.init(config, jax.random.key(seed)), tokenizer
+
+
 def make(args: Args) -> None:
     if args.out.exists() and any(args.out.iterdir()):
         raise UserError(f"{args.out}: is not empty; give another --out")
@@ -103,19 +122,8 @@ def make(args: Args) -> None:
         convert.make_xp_cfg(config, codec, "t5-base"),
         args.dtype,
     )
-    layout = convert_codec.codec_layout(CODEC_SETTINGS, NUM_CODEBOOKS)
-    audiocraft.write_weights(
-        args.out / audiocraft.CODEC_FILE,
-        random_tensors({there: shape for _, there, shape in layout}, args.seed, "float32"),
-        convert_codec.make_codec_xp_cfg(CODEC_SETTINGS, NUM_CODEBOOKS),
-    )
-    # As large as t5-base, but for the vocabulary, which is that of the shipped tokenizer.
-    shipped, _, tokenizer = t5.load("embedded")
-    t5_config = t5.T5Config(
-        d_model=768, d_kv=64, d_ff=3072, num_layers=12, num_heads=12, vocab_size=shipped.vocab_size
-    )
-    t5_params = t5.init(t5_config, jax.random.key(args.seed))
-    t5.save(args.out / "text_encoder", t5_config, t5_params, tokenizer)
+    write_codec(args.out, args.seed)
+    t5.save(args.out / "text_encoder", *make_text_encoder(args.seed))
     print(f"wrote {args.out}")
 
 

@@ -5,6 +5,7 @@ python -m launch.sample --checkpoint RUN --prompt "a slow waltz on the piano" --
 
 import argparse
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -16,7 +17,15 @@ import tyro
 
 from launch import cli
 from magnet_jax import errors
-from magnet_jax.config import AutoregressiveConfig, DecodeConfig
+from magnet_jax.config import (
+    PRESETS,
+    AutoregressiveConfig,
+    DecodeConfig,
+    KernelConfig,
+    Preset,
+    SamplingMeshConfig,
+    preset_steps,
+)
 from magnet_jax.errors import UserError
 
 
@@ -41,6 +50,10 @@ class Args:
     """Checkpoint to use; by default the newest."""
     weights: Literal["ema", "raw"] | None = None
     """Of a run: averaged weights (the default), or those of the last step."""
+    preset: Preset | None = None
+    """Decoding steps by name: paper (20 10 10 10, 50 passes), paper-30s (60 10 10 10, 90),
+    balanced (20 5 5 5, 35; no loss in the paper's Table 6), draft (20 1 1 1, 23; 8 % worse).
+    --decode.steps goes before it."""
     decode: DecodeConfig = DecodeConfig()
     """Schedule and sampling; the defaults are the model's."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
@@ -51,6 +64,12 @@ class Args:
     """Loudness of the files in LUFS; None keeps the model's own."""
     codec: str | None = None
     """Where the codec is, if it is no longer where the data set was made with it."""
+    codec_backend: Literal["jax", "torch"] = "jax"
+    """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
+    kernels: KernelConfig = KernelConfig()
+    """How attention is computed."""
+    mesh: SamplingMeshConfig = SamplingMeshConfig()
+    """How many devices are used."""
     text_encoder: str | None = None
     """Of an AudioCraft checkpoint: folder of its text encoder, where the hub is out of reach."""
 
@@ -84,8 +103,9 @@ def sample(args: Args) -> list[Path]:
     if args.unconditional < 0:
         raise UserError("--unconditional must not be negative")
     args.out.mkdir(parents=True, exist_ok=True)
-    from magnet_jax import audio, pretrained, records, sampling  # JAX is slow to load
+    from magnet_jax import audio, pretrained, programs, records, sampling  # JAX is slow to load
 
+    programs.keep_on_disk()
     loaded = pretrained.load(
         args.checkpoint,
         weights=args.weights,
@@ -93,7 +113,11 @@ def sample(args: Args) -> list[Path]:
         text_encoder=args.text_encoder,
         codec=args.codec,
     )
-    decoder = pretrained.load_decoder(loaded, str(args.checkpoint))
+    decoder = pretrained.load_decoder(loaded, str(args.checkpoint), args.codec_backend)
+    execution = sampling.Execution(
+        kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
+    )
+    loaded = sampling.prepare(loaded, execution)
     config, spec = loaded.config, loaded.codec
     decoding = args.autoregressive if config.model.kind == "musicgen" else args.decode
     seconds = args.seconds or config.data.segment_seconds
@@ -107,17 +131,18 @@ def sample(args: Args) -> list[Path]:
         batch = texts[first : first + args.batch_size]
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
-        generated = sampling.generate_codes(
+        generated = sampling.generate(
             loaded,
             filled,
             num_frames=num_frames,
             decoding=decoding,
             seed=args.seed,
             first_sample=first,
+            decoder=decoder,
+            execution=execution,
         )
-        wavs_BCN = sampling.decode_audio(decoder, generated.codes_BKT)
         took = time.perf_counter() - started
-        for i, (text, wav_CN) in enumerate(zip(batch, wavs_BCN), start=first):
+        for i, (text, wav_CN) in enumerate(zip(batch, generated.wav_BCN), start=first):
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
             if args.lufs is not None:
                 wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
@@ -140,10 +165,7 @@ def sample(args: Args) -> list[Path]:
             records.write_text(path.with_suffix(".json"), json.dumps(settings, indent=2) + "\n")
             written.append(path)
             print(path)
-        compiled = " (the first batch compiles)" if first == 0 else ""
-        print(
-            f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s{compiled}"
-        )
+        print(f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s")
     return written
 
 
@@ -151,12 +173,18 @@ def parse(args: list[str]) -> Args:
     """Reads the command line; the defaults of how tokens are chosen come from the model."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint", type=Path)
-    checkpoint = first.parse_known_args(args)[0].checkpoint
+    first.add_argument("--preset")
+    found = first.parse_known_args(args)[0]
     defaults = DecodeConfig()
-    if checkpoint:
+    if found.checkpoint:
         from magnet_jax import pretrained  # JAX is slow to load
 
-        _, defaults = pretrained.read_defaults(checkpoint)
+        _, defaults = pretrained.read_defaults(found.checkpoint)
+    if found.preset in PRESETS:
+        if isinstance(defaults, AutoregressiveConfig):
+            raise UserError("--preset is for models of kind magnet; this one is a musicgen")
+        steps = preset_steps(found.preset, len(defaults.steps))
+        defaults = dataclasses.replace(defaults, steps=steps)
     part = "autoregressive" if isinstance(defaults, AutoregressiveConfig) else "decode"
     missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
     return cli.parse(

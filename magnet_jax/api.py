@@ -10,6 +10,8 @@ What differs is said where it does: clips depend on a `seed`, and nothing is tri
 
 import contextlib
 import dataclasses
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,9 +22,17 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import pretrained, sampling
-from magnet_jax.codec import Codec
-from magnet_jax.config import KIND_NAMES, AutoregressiveConfig, DecodeConfig
+from magnet_jax import pretrained, programs, sampling
+from magnet_jax.codec import Codec, Decoder
+from magnet_jax.config import (
+    KIND_NAMES,
+    AutoregressiveConfig,
+    DecodeConfig,
+    KernelConfig,
+    Preset,
+    SamplingMeshConfig,
+    preset_steps,
+)
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
 
@@ -45,14 +55,20 @@ class Generator:
 
     kind: ClassVar[str]
 
-    def __init__(self, loaded: Loaded, decoder: Codec):
+    def __init__(
+        self,
+        loaded: Loaded,
+        decoder: Decoder | Codec,
+        execution: sampling.Execution = sampling.Execution(),
+    ):
         if loaded.config.model.kind != self.kind:
             raise UserError(
                 f"this model is a {loaded.config.model.kind}: load it with "
                 f"{KIND_NAMES[loaded.config.model.kind]}.get_pretrained"
             )
-        self.loaded = loaded
+        self.loaded = sampling.prepare(loaded, execution)
         self.decoder = decoder
+        self.execution = execution
         self.duration = loaded.config.data.segment_seconds
         self.generation = loaded.config.sampling
         self._callback: Callable[[int, int], None] | None = None
@@ -68,6 +84,9 @@ class Generator:
         text_encoder: str | None = None,
         codec: str | None = None,
         compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        codec_backend: pretrained.CodecBackend = "jax",
+        kernels: KernelConfig = KernelConfig(),
+        mesh: SamplingMeshConfig = SamplingMeshConfig(),
     ) -> Self:
         """Loads a model.
 
@@ -77,16 +96,21 @@ class Generator:
           weights, step: of a run, see `pretrained.load`.
           text_encoder, codec: see `pretrained.load`.
           compute_dtype: precision of the matrix products; auto is bfloat16 on accelerators.
+          codec_backend: decode audio in JAX, in one program with the tokens, or in PyTorch.
+          kernels: how attention is computed; by default what suits platform and length.
+          mesh: devices to use: for a batch's clips, for guidance, for the frames of a clip.
 
         Raises:
-          UserError: no such model, or one of another kind.
+          UserError: no such model, one of another kind, or too few devices.
         """
+        programs.keep_on_disk()
         loaded = pretrained.load(
             name, weights=weights, step=step, text_encoder=text_encoder, codec=codec
         )
         config = dataclasses.replace(loaded.config, compute_dtype=compute_dtype)
-        decoder = pretrained.load_decoder(loaded, str(name))
-        return cls(loaded._replace(config=config), decoder)
+        decoder = pretrained.load_decoder(loaded, str(name), codec_backend)
+        execution = sampling.Execution(kernels=kernels, mesh=mesh, say=_say)
+        return cls(loaded._replace(config=config), decoder, execution)
 
     @property
     def sample_rate(self) -> int:
@@ -130,7 +154,7 @@ class Generator:
           progress: show a bar, or call the callback.
           return_tokens: return the tokens as well, int32 [B, K, T].
           seed: clip i depends on (seed, i) and on its text, not on its neighbours.
-          text_pad_len: see `sampling.encode_texts`; 'batch' is what AudioCraft does.
+          text_pad_len: see `sampling.tokenize_texts`; 'batch' is what AudioCraft does.
 
         Returns:
           audio, float32 [B, C, samples].
@@ -197,13 +221,18 @@ class Generator:
             wav_CN = wav_CN.mean(0, keepdims=True).repeat(self.audio_channels, axis=0)
         if sample_rate != self.sample_rate:
             wav_CN = soxr.resample(wav_CN.T, sample_rate, self.sample_rate).T
-        return self.decoder.encode(wav_CN[None].astype(np.float32))[0]
+        return self._encoder.encode(wav_CN[None].astype(np.float32))[0]
+
+    @functools.cached_property
+    def _encoder(self) -> Codec:
+        """The codec in PyTorch, which alone encodes."""
+        return pretrained.load_decoder(self.loaded, "this model", "torch")
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
         for message in sampling.notes_on_cut_texts(self.loaded, texts):
             warnings.warn(message, stacklevel=3)
         with _listening(self._report, progress, self._callback) as on_step:
-            codes_BKT = self._codes(
+            generated = self._clips(
                 texts,
                 num_frames=max(1, round(self.duration * self.frame_rate)),
                 seed=seed,
@@ -211,13 +240,17 @@ class Generator:
                 text_pad_len=text_pad_len,
                 on_step=on_step,
             )
-        wav_BCN = self.generate_audio(codes_BKT)
-        return (wav_BCN, codes_BKT) if return_tokens else wav_BCN
+        return (generated.wav_BCN, generated.codes_BKT) if return_tokens else generated.wav_BCN
 
-    def _codes(self, texts: list[str], **keywords) -> np.ndarray:
-        return sampling.generate_codes(
-            self.loaded, texts, decoding=self.generation, **keywords
-        ).codes_BKT
+    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
+        return sampling.generate(
+            self.loaded,
+            texts,
+            decoding=self.generation,
+            decoder=self.decoder,
+            execution=self.execution,
+            **keywords,
+        )
 
     def generate_audio(self, gen_tokens: np.ndarray) -> np.ndarray:
         """Audio, float32 [B, C, samples], of tokens [B, K, T]."""
@@ -244,6 +277,7 @@ class MAGNeT(Generator):
         anneal_temp: bool | None = None,
         span_len: int | None = None,
         whole_spans: bool | None = None,
+        preset: Preset | None = None,
         duration: float | None = None,
     ) -> None:
         """Sets how clips are generated; what is not given gets the model's own default.
@@ -263,9 +297,14 @@ class MAGNeT(Generator):
           anneal_temp: bring the temperature down to 0 over a codebook's steps.
           span_len: frames in a span; by default as the model was trained.
           whole_spans: trim the clip to whole spans, as AudioCraft does.
+          preset: names decoding steps, from 'paper' to 'draft'; see docs/performance.md.
           duration: seconds of a clip; the default is what the model was trained on.
         """
         default = self.loaded.config.sampling
+        if preset is not None:
+            if decoding_steps is not None:
+                raise UserError("give preset or decoding_steps, not both")
+            decoding_steps = preset_steps(preset, len(default.steps))
         if decoding_steps is not None:
             decoding_steps = tuple(int(steps) for steps in decoding_steps)
             if len(decoding_steps) != len(default.steps):
@@ -346,7 +385,9 @@ class MusicGen(Generator):
             )
         self.extend_stride = extend_stride
 
-    def _codes(self, texts, *, num_frames, prompt_BKP, seed, text_pad_len, on_step) -> np.ndarray:
+    def _clips(
+        self, texts, *, num_frames, prompt_BKP, seed, text_pad_len, on_step
+    ) -> sampling.Generated:
         window = round(self.max_duration * self.frame_rate)
         stride = self.extend_stride or 0.6 * self.max_duration
         stride = max(1, round(stride * self.frame_rate))
@@ -359,7 +400,7 @@ class MusicGen(Generator):
             )
         codes_BKT, start, number = prompt_BKP, 0, 0
         while codes_BKT.shape[-1] < num_frames:
-            generated_BKT = sampling.generate_codes(
+            generated_BKT = sampling.generate(
                 self.loaded,
                 texts,
                 decoding=self.generation,
@@ -368,11 +409,16 @@ class MusicGen(Generator):
                 first_sample=number * 2**16,  # each window has random numbers of its own
                 prompt_BKP=codes_BKT[..., start:],
                 text_pad_len=text_pad_len,
+                execution=self.execution,
                 on_step=on_step,
             ).codes_BKT
             codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
             start, number = start + stride, number + 1
-        return codes_BKT
+        return sampling.Generated(codes_BKT, None, self.generate_audio(codes_BKT))
+
+
+def _say(line: str) -> None:
+    print(f"magnet_jax: {line}", file=sys.stderr, flush=True)
 
 
 def _replaced(settings: DecodeConfig | AutoregressiveConfig, **given):

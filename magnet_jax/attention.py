@@ -1,11 +1,106 @@
 """Attention: over everything, over near frames, over the past, and from frames to text.
 
 All functions take and return [batch, length, heads, head size] and compute the softmax in float32.
+
+`self_attention` is the one way in for frames that attend to frames. It has several kernels, equal
+up to rounding, of which `choose_kernels` picks by platform and length:
+
+    dense    one score for every pair of frames, far ones masked; the plain statement
+    slices   queries in blocks, written out one after another, each with the keys that it can see:
+             on TPUs slices of frames are free, where a new axis of blocks would be copied
+    blocks   queries in blocks, along an axis of their own with a halo of neighbours' keys; of full
+             attention, in a loop
+    splash   JAX's Pallas kernel for TPUs, scores never leave the chip's vector memory
+    cudnn    NVIDIA's fused kernel, for 16-bit types and full attention
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from magnet_jax.config import FullKernel, KernelConfig, LocalKernel
+from magnet_jax.errors import UserError
+
+# Beyond this many frames T x T scores no longer stay in a TPU's vector memory or a CPU's caches.
+DENSE_FRAMES = 768
+# Queries a block: few where scores cost vector instructions; on GPUs, a block and its halo of 5
+# frames to each side fill tiles of 64 keys.
+LOCAL_BLOCK = {"cpu": 22, "tpu": 128, "gpu": 54}
+FULL_BLOCK = 256
+
+
+def choose_kernels(
+    asked: KernelConfig, platform: str, num_frames: int, dtype: jnp.dtype
+) -> KernelConfig:
+    """The kernels for this platform ('cpu', 'gpu', 'tpu') and length, those asked for first.
+
+    Raises `UserError` for a kernel that the platform or the precision does not have.
+    """
+    short, half = num_frames <= DENSE_FRAMES, jnp.dtype(dtype).itemsize == 2
+    full: FullKernel = asked.full
+    local: LocalKernel = asked.local
+    if full == "auto":
+        if platform == "gpu" and half:
+            full = "cudnn"
+        else:
+            full = "dense" if short else {"tpu": "slices"}.get(platform, "blocks")
+    if local == "auto":
+        local = "slices" if platform == "tpu" else "blocks"
+    if full == "cudnn" and not (platform == "gpu" and half):
+        raise UserError(f"attention kernel cudnn needs a GPU and bfloat16, not {platform}, {dtype}")
+    if platform != "tpu" and "splash" in (full, local):
+        raise UserError(f"attention kernel splash needs a TPU; this is a {platform}")
+    block = asked.local_block or LOCAL_BLOCK[platform]
+    return KernelConfig(full=full, local=local, local_block=block)
+
+
+def self_attention(
+    query_BTNH: jax.Array,
+    key_BTNH: jax.Array,
+    value_BTNH: jax.Array,
+    *,
+    context: int | None = None,
+    kernel: FullKernel | LocalKernel = "auto",
+    length: jax.Array | int | None = None,
+    axis: str | None = None,
+    block: int = 0,
+    interpret: bool = False,
+) -> jax.Array:
+    """Every frame attends to every frame, or to those at most `context` frames away (section 3.2).
+
+    Args:
+      query_BTNH, key_BTNH, value_BTNH: of T frames each.
+      context: None for stage 0, which sees everything; frames to each side at the stages above.
+      kernel: see the module; 'auto' is dense without a context and blocks with one.
+      length: frames that exist, a number for all rows or [B] of them; later ones are not attended
+        to (and what they themselves attend to is arbitrary, but finite).
+      axis: name of the mesh axis over which the frames are split, T of them on each device; then
+        `length` counts the frames of all.
+      block: queries a block; 0 is a default.
+      interpret: run a Pallas kernel in Python, on any platform.
+    """
+    if kernel == "auto":
+        kernel = "dense" if context is None else "blocks"
+    if not block:
+        block = FULL_BLOCK if context is None else LOCAL_BLOCK["cpu"]
+    if kernel == "splash":
+        if axis is not None:
+            raise ValueError("splash attention needs all frames on one device")
+        return _splash(query_BTNH, key_BTNH, value_BTNH, context, length, interpret)
+    keys, first = (key_BTNH, value_BTNH), 0
+    if context is not None:
+        *keys, first = _with_halo(keys, context, axis)
+    elif axis is not None:
+        keys = [jax.lax.all_gather(array, axis, axis=1, tiled=True) for array in keys]
+    if kernel == "cudnn":
+        return _cudnn(query_BTNH, *keys, length)
+    if kernel == "blocks" and context is None:
+        return _full_in_blocks(query_BTNH, *keys, length, block)
+    run = _local_in_blocks if kernel == "blocks" else _in_slices
+    block = query_BTNH.shape[1] if kernel == "dense" else block
+    return run(query_BTNH, *keys, context, first, length, block)
 
 
 def _scores(query_BTNH: jax.Array, key_BSNH: jax.Array) -> jax.Array:
@@ -15,64 +110,197 @@ def _scores(query_BTNH: jax.Array, key_BSNH: jax.Array) -> jax.Array:
     )
 
 
-def full_attention(query_BTNH: jax.Array, key_BTNH: jax.Array, value_BTNH: jax.Array) -> jax.Array:
-    """Every frame attends to every frame; stage 0 (section 3.2). O(T^2)."""
-    weights_BNTS = jax.nn.softmax(_scores(query_BTNH, key_BTNH), axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(value_BTNH.dtype), value_BTNH)
-
-
-def dense_local_attention(
-    query_BTNH: jax.Array, key_BTNH: jax.Array, value_BTNH: jax.Array, context: int
+def _exists(
+    num_frames: int, halo: int, length: jax.Array | int | None, first: jax.Array | int = 0
 ) -> jax.Array:
-    """`local_attention` by way of a T x T mask: the plain statement the fast one is held to."""
-    frames = jnp.arange(query_BTNH.shape[1])
-    near_TS = jnp.abs(frames[:, None] - frames[None, :]) <= context
-    scores_BNTS = jnp.where(near_TS, _scores(query_BTNH, key_BTNH), -jnp.inf)
-    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1)
-    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(value_BTNH.dtype), value_BTNH)
+    """Which keys are frames of the clip, [1 or B, halo + T + halo].
 
-
-def local_attention(
-    query_BTNH: jax.Array,
-    key_BTNH: jax.Array,
-    value_BTNH: jax.Array,
-    context: int,
-    *,
-    block: int = 32,
-) -> jax.Array:
-    """Frame i attends to the frames j with |i - j| <= context; stages above 0 (section 3.2).
-
-    Queries go in blocks of `block` frames; each block sees its own frames and a halo of `context`
-    to both sides, so cost and memory grow with T, never with T^2.
+    Of T frames, of which the first is frame `first` of a clip of `length` (None: of T), with
+    `halo` further ones to both sides.
     """
-    num_frames = query_BTNH.shape[1]
+    frame_1S = (first + jnp.arange(-halo, num_frames + halo))[None]
+    length = num_frames if length is None else length
+    return (frame_1S >= 0) & (frame_1S < jnp.reshape(jnp.asarray(length), (-1, 1)))
+
+
+def _dense(
+    query_BTNH: jax.Array, key_BSNH: jax.Array, value_BSNH: jax.Array, visible: jax.Array
+) -> jax.Array:
+    """Softmax over the keys that are visible, [1 or B, S] or [1 or B, T, S]."""
+    visible_BNTS = visible[:, None, None] if visible.ndim == 2 else visible[:, None]
+    # A finite number, so that a row that sees nothing (past the end of a clip) stays finite.
+    scores_BNTS = jnp.where(visible_BNTS, _scores(query_BTNH, key_BSNH), -1e30)
+    weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(value_BSNH.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS, value_BSNH)
+
+
+def _in_slices(
+    query_BTNH: jax.Array,
+    key_BSNH: jax.Array,
+    value_BSNH: jax.Array,
+    context: int | None,
+    first: jax.Array | int,
+    length: jax.Array | int | None,
+    block: int,
+) -> jax.Array:
+    """Attention, `block` queries after another; keys and values as for `_local_in_blocks`."""
+    num_frames, halo = query_BTNH.shape[1], context or 0
+    exists_BS = _exists(key_BSNH.shape[1] - 2 * halo, halo, length, first)
+    parts = []
+    for start in range(0, num_frames, block):
+        end = min(start + block, num_frames)
+        keys = slice(None) if context is None else slice(start, end + 2 * context)
+        visible = exists_BS[:, keys]
+        if context is not None:
+            distance_TS = (
+                np.arange(end + 2 * context - start)[None] - np.arange(end - start)[:, None]
+            )
+            visible = ((distance_TS >= 0) & (distance_TS <= 2 * context))[None] & visible[:, None]
+        parts.append(
+            _dense(query_BTNH[:, start:end], key_BSNH[:, keys], value_BSNH[:, keys], visible)
+        )
+    return jnp.concatenate(parts, axis=1)
+
+
+def _full_in_blocks(query_BTNH, key_BSNH, value_BSNH, length, block: int) -> jax.Array:
+    """Full attention, `block` queries at a time: scores of all pairs are never there at once."""
+    batch, num_frames, *heads = query_BTNH.shape
     block = min(block, num_frames)
     num_blocks = -(-num_frames // block)
-    window = block + 2 * context
+    exists_BS = _exists(key_BSNH.shape[1], 0, length)
     tail = num_blocks * block - num_frames
-
-    def split(array_BTNH: jax.Array) -> jax.Array:
-        """[B, T, N, H] -> [B, blocks, window, N, H], neighbours' frames repeated in the halos."""
-        padded = jnp.pad(array_BTNH, ((0, 0), (context, context + tail), (0, 0), (0, 0)))
-        places = np.arange(num_blocks)[:, None] * block + np.arange(window)[None, :]
-        return padded[:, places]
-
     query = jnp.pad(query_BTNH, ((0, 0), (0, tail), (0, 0), (0, 0)))
-    query = query.reshape(query.shape[0], num_blocks, block, *query.shape[2:])
+    query_CBTNH = jnp.moveaxis(query.reshape(batch, num_blocks, block, *heads), 1, 0)
+    out_CBTNH = jax.lax.map(lambda q: _dense(q, key_BSNH, value_BSNH, exists_BS), query_CBTNH)
+    out = jnp.moveaxis(out_CBTNH, 0, 1).reshape(batch, num_blocks * block, *heads)
+    return out[:, :num_frames]
+
+
+def _with_halo(
+    arrays: tuple[jax.Array, ...], context: int, axis: str | None
+) -> tuple[jax.Array, ...]:
+    """[B, T, ...] -> [B, context + T + context, ...], and the number of the first of the T frames.
+
+    On one device the halo is zeros; where frames are split over a mesh axis it is the neighbours'
+    frames, and zeros at both ends.
+    """
+    if axis is None:
+        pads = [(0, 0), (context, context), (0, 0), (0, 0)]
+        return *(jnp.pad(array, pads) for array in arrays), 0
+    size, num_frames = jax.lax.axis_size(axis), arrays[0].shape[1]
+    up, down = ([(i, i + 1) for i in range(size - 1)], [(i + 1, i) for i in range(size - 1)])
+    # Keys and values travel together: two messages a layer.
+    both = jnp.stack(arrays)
+    before = jax.lax.ppermute(both[:, :, num_frames - context :], axis, up)
+    after = jax.lax.ppermute(both[:, :, :context], axis, down)
+    whole = jnp.concatenate([before, both, after], axis=2)
+    return *whole, jax.lax.axis_index(axis) * num_frames
+
+
+def _local_in_blocks(
+    query_BTNH: jax.Array,
+    key_BSNH: jax.Array,
+    value_BSNH: jax.Array,
+    context: int,
+    first: jax.Array | int,
+    length: jax.Array | int | None,
+    block: int,
+) -> jax.Array:
+    """Local attention in blocks of queries, each with the keys of its own frames and of a halo.
+
+    Keys and values have `context` more frames to both sides.
+    """
+    batch, num_frames, *heads = query_BTNH.shape
+    block = max(min(block, num_frames), 2 * context)
+    num_blocks = -(-num_frames // block)
+    window = block + 2 * context
+
+    def windows(array_BSNH: jax.Array) -> jax.Array:
+        """[B, S, N, H] -> [B, blocks, window, N, H]: a block and the start of the next."""
+        short = (num_blocks + 1) * block - array_BSNH.shape[1]
+        padded = jnp.pad(array_BSNH, ((0, 0), (0, short), (0, 0), (0, 0)))
+        own = padded[:, :-block].reshape(batch, num_blocks, block, *heads)
+        following = padded[:, block:].reshape(batch, num_blocks, block, *heads)
+        return jnp.concatenate([own, following[:, :, : 2 * context]], axis=2)
+
+    tail = num_blocks * block - num_frames
+    query = jnp.pad(query_BTNH, ((0, 0), (0, tail), (0, 0), (0, 0)))
+    query = query.reshape(batch, num_blocks, block, *heads)
     scores = query.shape[-1] ** -0.5 * jnp.einsum(
-        "BCTNH,BCSNH->BCNTS", query, split(key_BTNH), preferred_element_type=jnp.float32
+        "BCTNH,BCSNH->BCNTS", query, windows(key_BSNH), preferred_element_type=jnp.float32
     )
-    # Frame numbers of each block's queries and keys; constants of the compiled program.
-    query_frame = np.arange(num_blocks)[:, None] * block + np.arange(block)
-    key_frame = np.arange(num_blocks)[:, None] * block + np.arange(window) - context
-    near = np.abs(query_frame[:, :, None] - key_frame[:, None, :]) <= context
-    exists = (key_frame >= 0) & (key_frame < num_frames)
-    # Queries past the end keep their (padded) window, lest their softmax be over nothing.
-    visible = near & (exists[:, None, :] | (query_frame[:, :, None] >= num_frames))
-    scores = jnp.where(visible[None, :, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value_BTNH.dtype)
-    out = jnp.einsum("BCNTS,BCSNH->BCTNH", weights, split(value_BTNH))
-    return out.reshape(out.shape[0], num_blocks * block, *out.shape[3:])[:, :num_frames]
+    # Places within the window; both are constants of the compiled program.
+    distance_TS = np.arange(window)[None, :] - np.arange(block)[:, None]
+    near_TS = (distance_TS >= 0) & (distance_TS <= 2 * context)
+    if length is None and isinstance(first, int):  # constants of the program
+        frame_CS = np.arange(num_blocks)[:, None] * block + np.arange(window)[None] - context
+        exists_BCS = ((frame_CS >= 0) & (frame_CS < num_frames))[None]
+    else:
+        exists_BS = _exists(num_frames, context, length, first)
+        short = num_blocks * block + 2 * context - exists_BS.shape[1]
+        places_CS = np.arange(num_blocks)[:, None] * block + np.arange(window)[None]
+        exists_BCS = jnp.pad(exists_BS, ((0, 0), (0, short)))[:, places_CS]
+    visible = near_TS[None, None, None] & exists_BCS[:, :, None, None]
+    scores = jnp.where(visible, scores, -1e30)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value_BSNH.dtype)
+    out = jnp.einsum("BCNTS,BCSNH->BCTNH", weights, windows(value_BSNH))
+    return out.reshape(batch, num_blocks * block, *heads)[:, :num_frames]
+
+
+def _cudnn(query_BTNH, key_BSNH, value_BSNH, length) -> jax.Array:
+    lengths_B = None
+    if length is not None:
+        lengths_B = jnp.broadcast_to(jnp.asarray(length, jnp.int32), (len(query_BTNH),))
+    return jax.nn.dot_product_attention(
+        query_BTNH, key_BSNH, value_BSNH, key_value_seq_lengths=lengths_B, implementation="cudnn"
+    )
+
+
+def _splash(
+    query_BTNH, key_BSNH, value_BSNH, context: int | None, length, interpret: bool
+) -> jax.Array:
+    """Splash attention; frames are padded to whole blocks of 128 and kept apart by segment ids."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    num_heads, head_size = query_BTNH.shape[2:]
+    queries, keys = (_whole_blocks(x.shape[1]) for x in (query_BTNH, key_BSNH))
+    if context is None:
+        mask = splash.FullMask((queries, keys))
+    else:
+        mask = splash.LocalMask((queries, keys), (context, context), 0)
+    block_q, block_kv = math.gcd(queries, 512), math.gcd(keys, 512)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash.BlockSizes(block_q=block_q, block_kv=block_kv),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    batch, num_frames = query_BTNH.shape[:2]
+    length_B1 = jnp.broadcast_to(
+        jnp.reshape(jnp.asarray(key_BSNH.shape[1] if length is None else length), (-1, 1)),
+        (batch, 1),
+    )
+    # Frames past the end are a segment of their own, so that nothing sees them and yet each of them
+    # sees something near. Without a context all queries see what exists.
+    segments_BS = (jnp.arange(keys)[None] >= length_B1).astype(jnp.int32)
+    segments_BT = jnp.zeros((batch, queries), jnp.int32) if context is None else segments_BS
+
+    def heads_first(x_BTNH: jax.Array, length: int) -> jax.Array:
+        pads = ((0, 0), (0, length - x_BTNH.shape[1]), (0, 0), (0, 0))
+        return jnp.swapaxes(jnp.pad(x_BTNH, pads), 1, 2)
+
+    out_BNTH = jax.vmap(kernel)(
+        heads_first(query_BTNH * head_size**-0.5, queries),
+        heads_first(key_BSNH, keys),
+        heads_first(value_BSNH, keys),
+        splash.SegmentIds(segments_BT, segments_BS),
+    )
+    return jnp.swapaxes(out_BNTH, 1, 2)[:, :num_frames].astype(value_BSNH.dtype)
+
+
+def _whole_blocks(num_frames: int) -> int:
+    return -(-num_frames // 128) * 128
 
 
 def cached_attention(
@@ -96,6 +324,7 @@ def cross_attention(
     value_BSNH: jax.Array,
     text_mask_BS: jax.Array,
     num_zero_keys_B: jax.Array,
+    zero_11NH: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Every frame attends to the text tokens that `text_mask_BS` marks.
 
@@ -103,7 +332,14 @@ def cross_attention(
     score zero: the reference does not mask the padding of shorter texts in a batch, whose keys are
     zeros, so each of them takes weight exp(0) in the softmax. 0 makes a sample independent of its
     neighbours.
+
+    `zero_11NH` are the key and value of padding where biases or norms make them other than zeros.
+    A row without text then attends to padding alone, as in the reference, and gives its value.
     """
+    if zero_11NH is not None:
+        return _attention_to_padded(
+            query_BTNH, key_BSNH, value_BSNH, text_mask_BS, num_zero_keys_B, zero_11NH
+        )
     mask_B1TS = text_mask_BS[:, None, None, :]
     zeros_B111 = num_zero_keys_B.astype(jnp.float32)[:, None, None, None]
     scores_BNTS = _scores(query_BTNH, key_BSNH)
@@ -116,3 +352,20 @@ def cross_attention(
     total = exps.sum(-1, keepdims=True) + zeros_B111 * jnp.exp(-peak)
     weights_BNTS = exps / jnp.where(total > 0, total, 1.0)
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(value_BSNH.dtype), value_BSNH)
+
+
+def _attention_to_padded(
+    query_BTNH, key_BSNH, value_BSNH, text_mask_BS, num_zero_keys_B, zero_11NH
+) -> jax.Array:
+    """`cross_attention` where padding has a key and a value: one key more, counted so often."""
+    key, value = (
+        jnp.concatenate([x_BSNH, jnp.broadcast_to(zero, x_BSNH[:, :1].shape)], axis=1)
+        for x_BSNH, zero in zip((key_BSNH, value_BSNH), zero_11NH, strict=True)
+    )
+    num_zeros_B = jnp.maximum(num_zero_keys_B, ~text_mask_BS.any(-1))
+    count_BS = jnp.concatenate([text_mask_BS, num_zeros_B[:, None]], axis=1).astype(jnp.float32)
+    count_B11S = count_BS[:, None, None]
+    # Equal keys, n of them, weigh as one whose score is log(n) higher.
+    scores_BNTS = _scores(query_BTNH, key) + jnp.log(jnp.maximum(count_B11S, 1))
+    weights_BNTS = jax.nn.softmax(jnp.where(count_B11S > 0, scores_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(value.dtype), value)

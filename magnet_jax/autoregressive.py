@@ -111,6 +111,8 @@ def generate(
         raise ValueError(f"a prompt of {num_prompt} frames leaves nothing of {num_frames}")
     model = transformer.bind(config, params)
     text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
+    if not config.null_text_adds_nothing:
+        text = transformer.with_null_rows(text)
     unknown_BKT = jnp.full((batch, num_codebooks, num_frames - num_prompt), UNKNOWN, jnp.int32)
     steps_BKS = patterns.to_steps(
         jnp.concatenate([prompt_BKP, unknown_BKT], axis=-1), config.delays, config.mask_id

@@ -1,14 +1,16 @@
-"""EnCodec in PyTorch: audio to tokens and back, for every published kind of weights."""
+"""EnCodec: audio to tokens and back in PyTorch, and tokens to audio in JAX.
 
+Whoever computes, one piece of code reads every published kind of weights and says what codec it is.
+"""
+
+import dataclasses
 import hashlib
 import json
-import math
 import pickle
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,22 +19,66 @@ from magnet_jax.audiocraft import CODEC_FILE, read_file
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.convert_codec import (
     CODEC_SETTINGS,
+    NOMINAL_RMS,
+    SeanetConfig,
     check_tensors,
-    codec_folder_from_audiocraft,
+    codec_from_audiocraft,
+    codec_settings_from_xp_cfg,
+    decoder_params,
+    encodec_layout,
     parametrized_name,
+    read_codec_folder,
+    read_safetensors,
+    renamed_from_audiocraft,
 )
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch, load_tensors
 
-# The `encodec` package's models and the files that hold their weights.
+# The `encodec` package's models: the files that hold their weights, and their settings.
 ENCODEC_WEIGHTS = {
     "encodec_24khz": "encodec_24khz-d7cc33bc.th",
     "encodec_48khz": "encodec_48khz-7e698e3e.th",
 }
+_ENCODEC_URL = "https://dl.fbaipublicfiles.com/encodec/v0/"
+_ENCODEC_CONFIGS = {
+    "encodec_24khz": SeanetConfig(),
+    "encodec_48khz": SeanetConfig(
+        audio_channels=2,
+        norm_type="time_group_norm",
+        normalize=True,
+        sampling_rate=48_000,
+        use_causal_conv=False,
+    ),
+}
+_ENCODEC_KBPS = {
+    "encodec_24khz": (1.5, 3.0, 6.0, 12.0, 24.0),
+    "encodec_48khz": (3.0, 6.0, 12.0, 24.0),
+}
 # Codecs trained for several bandwidths are used at the largest of them up to this one.
 DEFAULT_KBPS = 6.0
-# Codecs that renormalise give their audio back at this RMS (-20 dBFS).
-NOMINAL_RMS = 0.1
+# What a transformers config.json means that does not say.
+_TRANSFORMERS_KBPS = (1.5, 3.0, 6.0, 12.0, 24.0)
+
+
+class Decoder(NamedTuple):
+    """What `seanet.decode` needs to turn the tokens of `spec` into audio."""
+
+    spec: CodecSpec
+    config: SeanetConfig
+    params: dict[str, Any]
+
+
+class _Weights(NamedTuple):
+    """A codec as its files have it, all its codebooks."""
+
+    config: SeanetConfig
+    kbps: Sequence[float]  # the bandwidths that it was trained for
+    tensors: dict[str, np.ndarray]  # float32, by transformers' names
+    sha256: str
+
+    @property
+    def num_codebooks(self) -> int:
+        return int(1000 * self.kbps[-1] // self.config.bits_per_second)
 
 
 class Codec:
@@ -77,13 +123,7 @@ class Codec:
         Raises `ValueError` for a wrong shape or a code outside [0, V), such as a mask id.
         """
         torch = import_torch()
-        codes_BKT = np.asarray(codes_BKT)
-        if codes_BKT.ndim != 3 or codes_BKT.shape[1] != self.spec.num_codebooks:
-            raise ValueError(
-                f"codes_BKT {codes_BKT.shape}: expected [B, {self.spec.num_codebooks}, T]"
-            )
-        if codes_BKT.min() < 0 or codes_BKT.max() >= self.spec.codebook_size:
-            raise ValueError(f"codes_BKT: codes must lie in [0, {self.spec.codebook_size})")
+        codes_BKT = check_codes(codes_BKT, self.spec)
         with torch.inference_mode(), _exact(torch):
             codes = torch.from_numpy(codes_BKT.astype(np.int64)).to(self._device)
             wav = self._decoder(self._quantizer.decode(codes.transpose(0, 1)))
@@ -106,54 +146,92 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
     """
     torch = import_torch()
     _check_device(torch, source, device)
+    spec, weights = _read(source, num_codebooks)
+    model = _torch_model(torch, weights)
+    model["quantizer"].layers = model["quantizer"].layers[: spec.num_codebooks]
+    return Codec(spec, model, model["quantizer"], weights.config.normalize, device)
+
+
+def load_decoder(source: str, num_codebooks: int | None = None) -> Decoder:
+    """The decoder of an EnCodec for `seanet.decode`, its parameters on JAX's default device.
+
+    Arguments, errors and `spec` are those of `load_codec`. PyTorch is imported for nothing but to
+    open the files that it wrote: AudioCraft's .bin and the `encodec` package's .th.
+    """
+    import jax  # here, as tokenization needs none
+
+    spec, weights = _read(source, num_codebooks)
+    params = decoder_params(weights.tensors, weights.config, spec.num_codebooks)
+    return Decoder(spec, weights.config, jax.tree.map(jax.numpy.asarray, params))
+
+
+def _read(source: str, num_codebooks: int | None) -> tuple[CodecSpec, _Weights]:
+    """What a codec is, with so many codebooks, and its weights; see `load_codec`."""
     if num_codebooks is not None and num_codebooks < 1:
         raise UserError(f"num_codebooks must be at least 1, not {num_codebooks}")
-    path = Path(source)
-    if source == EMBEDDED:
-        parts = _from_transformers(ASSETS / "codec", source)
-    elif source in ENCODEC_WEIGHTS:
-        parts = _from_encodec(source, _download_encodec(source), source)
-    elif path.name == CODEC_FILE and path.is_file():
-        parts = _from_audiocraft(path)
-    elif path.is_file():
-        parts = _from_encodec(architecture_of(path), load_tensors(path), source)
-    elif path.is_dir():
-        parts = _from_transformers(path, source)
-    elif "/" in source and hub.is_hub_id(source):
-        folder = hub.fetch(source, ("config.json", "model.safetensors"), "codec")
-        parts = _from_transformers(folder, source)
-    else:
+    weights = _find(source)
+    config = weights.config
+    if config.codebook_size >= 2**15:
         raise UserError(
-            f"codec {source}: no such folder or file, and no hub id (owner/name); "
-            f"'{EMBEDDED}' names the codec that ships with this package"
+            f"codec {source}: {config.codebook_size} entries a codebook do not fit int16"
         )
-    model, quantizer, facts = parts
-    codebook_size = facts["codebook_size"]
-    if codebook_size >= 2**15:
-        raise UserError(f"codec {source}: {codebook_size} entries a codebook do not fit int16")
-    frame_rate = facts["sample_rate"] / facts["hop"]
     count = num_codebooks
     if count is None:
-        # (count as the codecs do: bits per code times codes per second, both rounded up)
-        bits = math.ceil(math.log2(codebook_size)) * math.ceil(frame_rate)
-        fitting = [kbps for kbps in facts["bandwidths"] if kbps <= DEFAULT_KBPS]
-        count = max(1, int(1000 * (max(fitting) if fitting else min(facts["bandwidths"])) // bits))
-    if count > len(quantizer.layers):
+        fitting = [kbps for kbps in weights.kbps if kbps <= DEFAULT_KBPS]
+        kbps = max(fitting) if fitting else min(weights.kbps)
+        count = max(1, int(1000 * kbps // config.bits_per_second))
+    if count > weights.num_codebooks:
         raise UserError(
-            f"codec {source} has {len(quantizer.layers)} codebooks: "
+            f"codec {source} has {weights.num_codebooks} codebooks: "
             f"num_codebooks {count} is too many"
         )
     spec = CodecSpec(
         source=source,
-        sha256=_sha256(model.state_dict(), facts["settings"]),
-        sample_rate=facts["sample_rate"],
-        channels=facts["channels"],
-        frame_rate=frame_rate,
+        sha256=weights.sha256,
+        sample_rate=config.sampling_rate,
+        channels=config.audio_channels,
+        frame_rate=config.sampling_rate / config.hop,
         num_codebooks=count,
-        codebook_size=codebook_size,
+        codebook_size=config.codebook_size,
     )
-    quantizer.layers = quantizer.layers[:count]
-    return Codec(spec, model, quantizer, facts["normalize"], device)
+    return spec, weights
+
+
+def _find(source: str) -> _Weights:
+    path = Path(source)
+    if source == EMBEDDED:
+        return _from_transformers(ASSETS / "codec", source)
+    if source in ENCODEC_WEIGHTS:
+        return _from_encodec(source, _arrays(_download_encodec(source), source), source)
+    if path.name == CODEC_FILE and path.is_file():
+        return _from_audiocraft(path)
+    if path.is_file():
+        name = architecture_of(path)
+        if path.suffix == ".safetensors":
+            return _from_encodec(name, read_safetensors(path), source)
+        return _from_encodec(name, _arrays(load_tensors(path), source), source)
+    if path.is_dir():
+        return _from_transformers(path, source)
+    if "/" in source and hub.is_hub_id(source):
+        folder = hub.fetch(source, ("config.json", "model.safetensors"), "codec")
+        return _from_transformers(folder, source)
+    raise UserError(
+        f"codec {source}: no such folder or file, and no hub id (owner/name); "
+        f"'{EMBEDDED}' names the codec that ships with this package"
+    )
+
+
+def check_codes(codes_BKT: np.ndarray, spec: CodecSpec) -> np.ndarray:
+    """The codes as an array.
+
+    Raises `ValueError` for a wrong shape or a code outside [0, V), such as a mask id.
+    """
+    codes_BKT = np.asarray(codes_BKT)
+    if codes_BKT.ndim != 3 or codes_BKT.shape[1] != spec.num_codebooks or 0 in codes_BKT.shape:
+        raise ValueError(f"codes_BKT {codes_BKT.shape}: expected [B, {spec.num_codebooks}, T]")
+    if codes_BKT.min() < 0 or codes_BKT.max() >= spec.codebook_size:
+        raise ValueError(f"codes_BKT: codes must lie in [0, {spec.codebook_size})")
+    return codes_BKT
 
 
 def check_same_codec(found: CodecSpec, expected: CodecSpec, where: str) -> None:
@@ -187,107 +265,97 @@ def _check_device(torch: Any, source: str, device: str) -> None:
         raise UserError(f"device {device}: cannot hold codec {source} ({reason})") from None
 
 
-def _sha256(state: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def _sha256(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> str:
     """One hash for the same tensors computed with alike, whatever file they came in.
 
     The weights alone would not do: made causal, or padded otherwise, they give other tokens.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    tensors = {parametrized_name(name): tensor for name, tensor in state.items()}
+    tensors = {parametrized_name(name): array for name, array in tensors.items()}
     for name in sorted(tensors):
-        array = tensors[name].detach().cpu().contiguous().numpy()
+        array = np.ascontiguousarray(tensors[name])
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
 
 
-def _from_transformers(folder: Path, source: str) -> tuple[Any, Any, dict]:
-    """(model, quantizer, facts) of a transformers EncodecModel folder."""
-    try:
-        settings = json.loads((folder / "config.json").read_text())
-        model_type = settings["model_type"]
-    except FileNotFoundError:
-        raise UserError(f"codec {source}: no config.json in {folder}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"codec {source}: damaged config.json ({error!r})") from None
-    if model_type != "encodec":
-        raise UserError(f"codec {source}: a {model_type} model, not an encodec model")
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"codec {source}: no model.safetensors in {folder}")
-    torch = import_torch()
-    # The parts themselves: the whole model wants codebooks of a power of two, which they do not.
+def _torch_model(torch: Any, weights: _Weights) -> Any:
+    """Encoder, decoder and quantizer as transformers' modules.
+
+    The parts themselves: the whole model wants codebooks of a power of two, which they do not.
+    """
     from transformers.models.encodec import modeling_encodec as parts
     from transformers.models.encodec.configuration_encodec import EncodecConfig
 
-    try:
-        config = EncodecConfig(**settings)
-        model = torch.nn.ModuleDict(
-            {
-                "encoder": parts.EncodecEncoder(config),
-                "decoder": parts.EncodecDecoder(config),
-                "quantizer": parts.EncodecResidualVectorQuantizer(config),
-            }
-        )
-    except Exception as error:  # whatever a setting that makes no sense leads to
-        raise UserError(f"codec {source}: cannot be built ({_first_line(error)})") from None
-    # (a name to every tensor, whatever the age of the file)
-    found = load_tensors(folder / "model.safetensors")
-    found = {parametrized_name(name): tensor.float() for name, tensor in found.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    arrays = {name: tensor.numpy() for name, tensor in found.items()}
-    check_tensors(f"codec {source}", arrays, expected)
-    model.load_state_dict(found)
-    facts = {
-        "sample_rate": config.sampling_rate,
-        "channels": config.audio_channels,
-        "hop": config.hop_length,
-        "codebook_size": config.codebook_size,
-        "bandwidths": list(config.target_bandwidths),
-        "normalize": config.normalize,
-        "settings": {name: getattr(config, name) for name in CODEC_SETTINGS},
-    }
-    return model, model["quantizer"], facts
+    settings = dataclasses.asdict(weights.config)
+    config = EncodecConfig(**settings, target_bandwidths=list(weights.kbps))
+    model = torch.nn.ModuleDict(
+        {
+            "encoder": parts.EncodecEncoder(config),
+            "decoder": parts.EncodecDecoder(config),
+            "quantizer": parts.EncodecResidualVectorQuantizer(config),
+        }
+    )
+    tensors = {name: torch.from_numpy(array.copy()) for name, array in weights.tensors.items()}
+    model.load_state_dict(tensors)
+    return model
 
 
-def _from_audiocraft(path: Path) -> tuple[Any, Any, dict]:
-    """(model, quantizer, facts) of an AudioCraft codec with weights of its own."""
+def _from_transformers(folder: Path, source: str) -> _Weights:
+    """A transformers EncodecModel folder."""
+    settings, tensors = read_codec_folder(folder, f"codec {source}")
+    return _from_settings(settings, tensors, f"codec {source}")
+
+
+def _from_audiocraft(path: Path) -> _Weights:
+    """An AudioCraft codec with weights of its own."""
     file = read_file(path)
     if file.pretrained:
         raise UserError(f"codec {path}: points to {file.pretrained}, holds no weights; name that")
-    with tempfile.TemporaryDirectory() as folder:
-        codec_folder_from_audiocraft(file.tensors, file.xp_cfg, Path(folder), str(path))
-        return _from_transformers(Path(folder), str(path))
+    settings, count = codec_settings_from_xp_cfg(file.xp_cfg, str(path))
+    tensors = codec_from_audiocraft(file.tensors, settings, count, str(path))
+    return _from_settings(settings, tensors, f"codec {path}")
 
 
-def _from_encodec(name: str, state: dict[str, Any], source: str) -> tuple[Any, Any, dict]:
-    """(model, quantizer, facts) of one of the `encodec` package's models with these weights."""
-    import warnings
-
-    import encodec
-
-    build = {
-        "encodec_24khz": encodec.EncodecModel.encodec_model_24khz,
-        "encodec_48khz": encodec.EncodecModel.encodec_model_48khz,
-    }[name]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that package's weight norm is deprecated in torch
-        model = build(pretrained=False)
+def _from_settings(
+    settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
+) -> _Weights:
+    """Settings of a transformers config.json, and tensors by transformers' names."""
+    given = {name: settings[name] for name in CODEC_SETTINGS if name in settings}
+    kbps = settings.get("target_bandwidths", _TRANSFORMERS_KBPS)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(
-            f"codec {source}: not the weights of {name} ({_first_line(error)})"
-        ) from None
-    facts = {
-        "sample_rate": model.sample_rate,
-        "channels": model.channels,
-        "hop": model.encoder.hop_length,
-        "codebook_size": model.quantizer.bins,
-        "bandwidths": list(model.target_bandwidths),
-        "normalize": model.normalize,
-        "settings": {"encodec": name},  # the package's name stands for all of them
-    }
-    return model, model.quantizer.vq, facts
+        config = SeanetConfig(**given)
+        if settings.get("codebook_dim") not in (None, config.hidden_size):
+            raise UserError("codebook_dim must equal hidden_size")
+        if not isinstance(kbps, Sequence) or not all(type(k) in (int, float) for k in kbps or [""]):
+            raise UserError(f"target_bandwidths must be numbers, not {kbps!r}")
+    except UserError as error:
+        raise UserError(f"{where}: cannot be built ({error})") from None
+    tensors = {name: array.astype(np.float32, copy=False) for name, array in tensors.items()}
+    sha256 = _sha256(tensors, dataclasses.asdict(config))
+    weights = _Weights(config, kbps, tensors, sha256)
+    layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
+    check_tensors(where, tensors, {here: shape for here, _, shape in layout})
+    return weights
+
+
+def _from_encodec(name: str, state: Mapping[str, np.ndarray], source: str) -> _Weights:
+    """One of the `encodec` package's models with these weights, by the package's names."""
+    config = _ENCODEC_CONFIGS[name]
+    state = {key: array.astype(np.float32, copy=False) for key, array in state.items()}
+    # (the package's name stands for all settings)
+    weights = _Weights(config, _ENCODEC_KBPS[name], {}, _sha256(state, {"encodec": name}))
+    layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
+    where = f"codec {source}: not the weights of {name}"
+    return weights._replace(tensors=renamed_from_audiocraft(state, layout, where))
+
+
+def _arrays(state: Any, source: str) -> dict[str, np.ndarray]:
+    """The tensors of a file that torch wrote."""
+    torch = import_torch()
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"codec {source}: holds something other than tensors by name")
+    return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
 def architecture_of(path: Path) -> str:
@@ -303,12 +371,10 @@ def architecture_of(path: Path) -> str:
 
 def _download_encodec(name: str) -> dict[str, Any]:
     torch = import_torch()
-    from encodec.model import ROOT_URL
-
     file = ENCODEC_WEIGHTS[name]
     try:
         return torch.hub.load_state_dict_from_url(
-            ROOT_URL + file, map_location="cpu", check_hash=True, weights_only=True
+            _ENCODEC_URL + file, map_location="cpu", check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError) as error:
         raise UserError(

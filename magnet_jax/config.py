@@ -14,12 +14,19 @@ from magnet_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
 KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen"}  # of models, as people call them
+FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
+LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
+
+
+def _added(default: Any) -> Any:
+    """A setting that files written before it was there lack; `from_dict` gives it `default`."""
+    return dataclasses.field(default=default, metadata={"added": True})
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
@@ -80,6 +87,16 @@ class ModelConfig:
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
     delays: tuple[int, ...] = ()
     """musicgen only: frames by which each codebook lags behind (Copet et al. 2023, section 2.2)."""
+    attention_bias: bool = _added(False)
+    """Add biases in the projections of self- and cross-attention."""
+    mlp_bias: bool = _added(False)
+    """Add biases in both layers of the MLP."""
+    head_bias: bool = _added(False)
+    """Add biases to the logits."""
+    query_key_norm: bool = _added(False)
+    """Layer-normalise queries and keys of self-attention, over the width of all heads."""
+    cross_query_key_norm: bool = _added(False)
+    """The same in cross-attention."""
 
     def __post_init__(self):
         for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
@@ -110,6 +127,15 @@ class ModelConfig:
     @property
     def mask_id(self) -> int:
         return self.codebook_size
+
+    @property
+    def null_text_adds_nothing(self) -> bool:
+        """Whether cross-attention to no text adds exact zeros, so that it can be skipped.
+
+        With biases it adds a vector. With norms alone it does not: they change what is attended to,
+        but the values there stay zeros.
+        """
+        return not self.attention_bias
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,6 +264,31 @@ class DecodeConfig:
             )
 
 
+Preset = Literal["paper", "paper-30s", "balanced", "draft"]
+# Decoding steps of each codebook. Time goes with their sum.
+PRESETS: dict[str, tuple[int, ...]] = {
+    "paper": (20, 10, 10, 10),  # section 4
+    "paper-30s": (60, 10, 10, 10),  # what AudioCraft's configs say for the 30 s models
+    "balanced": (20, 5, 5, 5),  # no loss in Table 6 and Fig. 7
+    "draft": (20, 1, 1, 1),  # Fig. 7: 8 % worse
+}
+
+
+def preset_steps(preset: str, num_codebooks: int) -> tuple[int, ...]:
+    """The decoding steps that a preset names.
+
+    Raises `UserError` for an unknown name, or a model that has not four codebooks.
+    """
+    _require(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
+    steps = PRESETS[preset]
+    _require(
+        len(steps) == num_codebooks,
+        f"presets are for {len(steps)} codebooks, and this model has {num_codebooks}: "
+        "give the steps themselves",
+    )
+    return steps
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
     """How a model of kind musicgen turns text into tokens; the defaults are MusicGen's."""
@@ -256,6 +307,41 @@ class AutoregressiveConfig:
         _require(self.temperature > 0, "autoregressive.temperature must be positive")
         _require(0 < self.top_p <= 1, "autoregressive.top_p must lie in (0, 1]")
         _require(self.top_k >= 0, "autoregressive.top_k must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How frames' attention to frames is computed (attention.py); it changes rounding alone."""
+
+    full: FullKernel = "auto"
+    """Attention over everything; auto goes by platform and length."""
+    local: LocalKernel = "auto"
+    """Attention over near frames; auto goes by platform and length."""
+    local_block: int = 0
+    """Queries a block of local attention in blocks; 0 goes by platform."""
+
+    def __post_init__(self):
+        for name in ("full", "local"):
+            hint = typing.get_type_hints(KernelConfig)[name]
+            _checked(hint, getattr(self, name), f"kernels.{name}")
+        _require(self.local_block >= 0, "kernels.local_block must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingMeshConfig:
+    """How many devices sampling uses; the clips are the same on any."""
+
+    data: int = 1
+    """Devices that split a batch; -1 takes what the others leave."""
+    guidance: Literal[1, 2] = 1
+    """2 computes the rows with text on one device and those without on another."""
+    frames: int = 1
+    """Devices that split the frames of a clip."""
+
+    def __post_init__(self):
+        _require(self.data >= 1 or self.data == -1, "mesh.data must be positive, or -1")
+        _require(self.guidance in (1, 2), f"mesh.guidance must be 1 or 2, not {self.guidance}")
+        _require(self.frames >= 1, "mesh.frames must be positive")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,10 +422,15 @@ def to_json(config: Any) -> str:
 
 
 def from_dict(cls: type, values: dict, where: str) -> Any:
-    """The inverse of `dataclasses.asdict`; missing and unknown names raise `UserError`."""
+    """The inverse of `dataclasses.asdict`; missing and unknown names raise `UserError`.
+
+    Settings that were added later may be missing, and have their defaults.
+    """
     _require(
         isinstance(values, dict), f"{where}: expected an object with the fields of {cls.__name__}"
     )
+    added = {f.name: f.default for f in dataclasses.fields(cls) if "added" in f.metadata}
+    values = added | values
     hints = typing.get_type_hints(cls)
     if problems := sorted(hints.keys() ^ values.keys()):
         raise UserError(f"{where}: missing or unknown settings: {', '.join(problems)}")

@@ -68,6 +68,8 @@ class Rule:
     """Our paths, more than one where theirs stacks them along C."""
     our_axes: str
     """Without the leading axis."""
+    setting: str = ""
+    """The setting of the model without which there is no such tensor; '' for what all have."""
 
     @property
     def stack(self) -> str:
@@ -76,19 +78,34 @@ class Rule:
         return found[1] if found else ""
 
 
-def _attention_rules(theirs: str, ours: str) -> list[Rule]:
-    prefix = "transformer.layers.{L}."
-    qkv = tuple(f"blocks/{ours}/{name}" for name in ("query", "key", "value"))
+def _attention_rules(theirs: str, ours: str, normed: str) -> list[Rule]:
+    """`normed` is the setting that adds norms of queries and keys."""
+    theirs, ours = "transformer.layers.{L}." + theirs, f"blocks/{ours}"
+    qkv = tuple(f"{ours}/{name}" for name in ("query", "key", "value"))
+    qkv_bias = tuple(f"{path}_bias" for path in qkv)
     return [
-        Rule(f"{prefix}{theirs}.in_proj_weight", "CNH D", qkv, "D N H"),
-        Rule(f"{prefix}{theirs}.out_proj.weight", "D NH", (f"blocks/{ours}/out",), "N H D"),
+        Rule(f"{theirs}.in_proj_weight", "CNH D", qkv, "D N H"),
+        Rule(f"{theirs}.in_proj_bias", "CNH", qkv_bias, "N H", "attention_bias"),
+        Rule(f"{theirs}.out_proj.weight", "D NH", (f"{ours}/out",), "N H D"),
+        Rule(f"{theirs}.out_proj.bias", "D", (f"{ours}/out_bias",), "D", "attention_bias"),
+        *_norm_rules(f"{theirs}.q_layer_norm", f"{ours}/norm_query", normed),
+        *_norm_rules(f"{theirs}.k_layer_norm", f"{ours}/norm_key", normed),
     ]
 
 
-def _norm_rules(theirs: str, ours: str) -> list[Rule]:
+def _mlp_rules(theirs: str, their_axes: str, ours: str) -> list[Rule]:
+    theirs, ours = "transformer.layers.{L}." + theirs, f"blocks/mlp/{ours}"
+    out, into = their_axes.split()
     return [
-        Rule(f"{theirs}.weight", "D", (f"{ours}/scale",), "D"),
-        Rule(f"{theirs}.bias", "D", (f"{ours}/bias",), "D"),
+        Rule(f"{theirs}.weight", their_axes, (ours,), f"{into} {out}"),
+        Rule(f"{theirs}.bias", out, (f"{ours}_bias",), out, "mlp_bias"),
+    ]
+
+
+def _norm_rules(theirs: str, ours: str, setting: str = "") -> list[Rule]:
+    return [
+        Rule(f"{theirs}.weight", "D", (f"{ours}/scale",), "D", setting),
+        Rule(f"{theirs}.bias", "D", (f"{ours}/bias",), "D", setting),
     ]
 
 
@@ -98,15 +115,16 @@ LM_RULES: tuple[Rule, ...] = (
     Rule(f"{_TEXT_PROJECTION}.weight", "D E", ("text_proj/kernel",), "E D"),
     Rule(f"{_TEXT_PROJECTION}.bias", "D", ("text_proj/bias",), "D"),
     Rule("emb.{K}.weight", "W D", ("embed",), "W D"),
-    *_attention_rules("self_attn", "self"),
-    Rule("transformer.layers.{L}.linear1.weight", "F D", ("blocks/mlp/up",), "D F"),
-    Rule("transformer.layers.{L}.linear2.weight", "D F", ("blocks/mlp/down",), "F D"),
+    *_attention_rules("self_attn", "self", "query_key_norm"),
+    *_mlp_rules("linear1", "F D", "up"),
+    *_mlp_rules("linear2", "D F", "down"),
     *_norm_rules("transformer.layers.{L}.norm1", "blocks/norm_self"),
     *_norm_rules("transformer.layers.{L}.norm2", "blocks/norm_mlp"),
-    *_attention_rules("cross_attention", "cross"),
+    *_attention_rules("cross_attention", "cross", "cross_query_key_norm"),
     *_norm_rules("transformer.layers.{L}.norm_cross", "blocks/norm_cross"),
     *_norm_rules("out_norm", "norm_final"),
     Rule("linears.{K}.weight", "V D", ("heads",), "D V"),
+    Rule("linears.{K}.bias", "V", ("heads_bias",), "V", "head_bias"),
 )
 
 
@@ -125,9 +143,15 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def _expand(sizes: dict[str, int]) -> Iterator[tuple[str, Rule, int]]:
+def _rules(model: ModelConfig) -> list[Rule]:
+    """The rules of the tensors that this model has."""
+    return [rule for rule in LM_RULES if not rule.setting or getattr(model, rule.setting)]
+
+
+def _expand(model: ModelConfig) -> Iterator[tuple[str, Rule, int]]:
     """Every tensor of a checkpoint in AudioCraft's order: its name, its rule, its number."""
-    for stack, group in itertools.groupby(LM_RULES, key=lambda rule: rule.stack):
+    sizes = _sizes(model)
+    for stack, group in itertools.groupby(_rules(model), key=lambda rule: rule.stack):
         rules = list(group)
         for index in range(sizes[stack] if stack else 1):
             for rule in rules:
@@ -139,7 +163,7 @@ def audiocraft_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     sizes = _sizes(model)
     return {
         name: tuple(math.prod(sizes[a] for a in axis) for axis in rule.their_axes.split())
-        for name, rule, _ in _expand(sizes)
+        for name, rule, _ in _expand(model)
     }
 
 
@@ -148,7 +172,7 @@ def lm_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     sizes = _sizes(model)
     return {
         path: tuple(sizes[a] for a in rule.stack + rule.our_axes.replace(" ", ""))
-        for rule in LM_RULES
+        for rule in _rules(model)
         for path in rule.ours
     }
 
@@ -183,12 +207,11 @@ def to_audiocraft(
 
     Raises `UserError` that lists every parameter that does not fit `model`.
     """
-    sizes = _sizes(model)
     flat = {path: np.asarray(leaf) for path, leaf in flatten(lm_params).items()}
     check_tensors(where, flat, lm_shapes(model))
     shapes = audiocraft_shapes(model)
     state_dict = {}
-    for name, rule, index in _expand(sizes):
+    for name, rule, index in _expand(model):
         leaves = [flat[path][index] if rule.stack else flat[path] for path in rule.ours]
         letters = rule.our_axes.replace(" ", "")
         if "C" in rule.their_axes:
@@ -218,7 +241,7 @@ def from_audiocraft(
     sizes = _sizes(model)
     check_tensors(where, state_dict, audiocraft_shapes(model))
     flat = {path: np.empty(shape, np.float32) for path, shape in lm_shapes(model).items()}
-    for name, rule, index in _expand(sizes):
+    for name, rule, index in _expand(model):
         their_letters = rule.their_axes.replace(" ", "")
         our_letters = rule.our_axes.replace(" ", "")
         split = (state_dict.pop(name) if empty else state_dict[name]).reshape(
@@ -291,9 +314,9 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
             "emb_lr": None,
             "activation": "gelu",
             "norm_first": True,
-            "bias_ff": False,
-            "bias_attn": False,
-            "bias_proj": False,
+            "bias_ff": model.mlp_bias,
+            "bias_attn": model.attention_bias,
+            "bias_proj": model.head_bias,
             "past_context": None,
             "causal": not magnet,
             "custom": False,
@@ -308,8 +331,8 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
             "zero_bias_init": True,
             "norm": "layer_norm",
             "cross_attention": False,  # AudioCraft turns it on where the fuser has a 'cross' entry
-            "qk_layer_norm": False,
-            "qk_layer_norm_cross": False,
+            "qk_layer_norm": model.query_key_norm,
+            "qk_layer_norm_cross": model.cross_query_key_norm,
             "attention_dropout": None,
             "kv_repeat": 1,
             "two_step_cfg": False,
@@ -378,9 +401,6 @@ _FITTING = {
     "transformer_lm.activation": "gelu",
     "transformer_lm.norm": "layer_norm",
     "transformer_lm.norm_first": True,
-    "transformer_lm.bias_ff": False,
-    "transformer_lm.bias_attn": False,
-    "transformer_lm.bias_proj": False,
     "conditioners.description.model": "t5",
     "conditioners.description.t5.finetune": False,
     "fuser.cross": ["description"],
@@ -392,8 +412,6 @@ _FITTING_OR_ABSENT = {
     "transformer_lm.positional_embedding": "sin",
     "transformer_lm.positional_scale": 1,
     "transformer_lm.xpos": False,
-    "transformer_lm.qk_layer_norm": False,
-    "transformer_lm.qk_layer_norm_cross": False,
     "transformer_lm.kv_repeat": 1,
     "conditioners.description.t5.normalize_text": False,
     "fuser.sum": [],
@@ -417,6 +435,17 @@ _MODEL_SETTINGS = {
     "num_heads": "transformer_lm.num_heads",
     "num_layers": "transformer_lm.num_layers",
     "mlp_ratio": "transformer_lm.hidden_scale",
+}
+# Settings that are on or off. A file must say whether there are biases: AudioCraft's own default is
+# that there are, which its configs turn off.
+_BIAS_SETTINGS = {
+    "attention_bias": "transformer_lm.bias_attn",
+    "mlp_bias": "transformer_lm.bias_ff",
+    "head_bias": "transformer_lm.bias_proj",
+}
+_NORM_SETTINGS = {
+    "query_key_norm": "transformer_lm.qk_layer_norm",
+    "cross_query_key_norm": "transformer_lm.qk_layer_norm_cross",
 }
 _MAGNET_SETTINGS = {
     "local_context": "transformer_lm.subcodes_context",
@@ -444,6 +473,11 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
         value = xp_setting(xp_cfg, name)
         if not isinstance(value, int) or isinstance(value, bool):
             problems.append(f"{name} must be a whole number, not {value}")
+        settings[field] = value
+    for field, name in (_BIAS_SETTINGS | _NORM_SETTINGS).items():
+        value = xp_setting(xp_cfg, name, False if field in _NORM_SETTINGS else None)
+        if not isinstance(value, bool):
+            problems.append(f"{name} must be true or false, not {value}")
         settings[field] = value
     if kind == "musicgen":
         name = "codebooks_pattern.delay.delays"

@@ -1,10 +1,12 @@
-"""transformers' EnCodec <-> AudioCraft's EnCodec, one table of names for both ways.
+"""transformers' EnCodec <-> AudioCraft's EnCodec, one table of names for both ways; and to JAX.
 
 Both hold the same tensors in the same layout and differ in names only; shapes follow from the
-transformers folder's config.json, and so does AudioCraft's xp.cfg.
+transformers folder's config.json, and so does AudioCraft's xp.cfg. The parameters of the JAX
+decoder (`seanet`) are made from the same table.
 """
 
 import copy
+import dataclasses
 import json
 import math
 import re
@@ -12,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (NumPy then reads bfloat16)
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
@@ -20,6 +23,79 @@ from magnet_jax import hub
 from magnet_jax.audiocraft import misfits, xp_setting
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError
+
+# Codecs that renormalise give their audio back at this RMS (-20 dBFS).
+NOMINAL_RMS = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SeanetConfig:
+    """The part of a transformers EncodecModel's config.json that decides what is computed.
+
+    Its names, its defaults.
+    """
+
+    audio_channels: int = 1
+    codebook_size: int = 1024
+    compress: int = 2
+    dilation_growth_rate: int = 2
+    hidden_size: int = 128
+    kernel_size: int = 7
+    last_kernel_size: int = 7
+    norm_type: str = "weight_norm"
+    normalize: bool = False
+    num_filters: int = 32
+    num_lstm_layers: int = 2
+    num_residual_layers: int = 1
+    pad_mode: str = "reflect"
+    residual_kernel_size: int = 3
+    sampling_rate: int = 24_000
+    trim_right_ratio: float = 1.0
+    upsampling_ratios: tuple[int, ...] = (8, 5, 4, 2)
+    use_causal_conv: bool = True
+    use_conv_shortcut: bool = True
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not _of_kind(value, int):
+                raise UserError(f"{field.name} must be a whole number above 0, not {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise UserError(f"{field.name} must be true or false, not {value!r}")
+        if isinstance(self.upsampling_ratios, list):  # as JSON has it
+            object.__setattr__(self, "upsampling_ratios", tuple(self.upsampling_ratios))
+        ratios = self.upsampling_ratios
+        if type(ratios) is not tuple or not _of_kind(list(ratios), list):
+            raise UserError(f"upsampling_ratios must be whole numbers above 0, not {ratios!r}")
+        for name, known in (
+            ("norm_type", ("weight_norm", "time_group_norm")),
+            ("pad_mode", ("reflect", "constant", "replicate")),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
+        if self.codebook_size < 2:
+            raise UserError("codebook_size must be at least 2")
+        if self.compress > self.num_filters:
+            raise UserError(f"compress {self.compress} leaves no channel of {self.num_filters}")
+        trim = self.trim_right_ratio
+        if not _of_kind(trim, float) or not 0 <= trim <= 1:
+            raise UserError(f"trim_right_ratio must lie in [0, 1], not {trim!r}")
+        if trim != 1 and not self.use_causal_conv:
+            raise UserError("trim_right_ratio other than 1 needs use_causal_conv")
+
+    @property
+    def hop(self) -> int:
+        """Audio samples in a token frame."""
+        return math.prod(self.upsampling_ratios)
+
+    @property
+    def bits_per_second(self) -> int:
+        """Of one codebook, as transformers counts: bits a code times codes a second, rounded up."""
+        return math.ceil(math.log2(self.codebook_size)) * math.ceil(self.sampling_rate / self.hop)
+
+
+# The settings of a transformers config.json that decide what is computed with the tensors.
+CODEC_SETTINGS = tuple(field.name for field in dataclasses.fields(SeanetConfig))
 
 
 def check_tensors(
@@ -75,17 +151,36 @@ def _renormalizes(source: str) -> bool:
     return config is not None and json.loads(config.read_text()).get("normalize") is True
 
 
-def read_codec_folder(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """A transformers EncodecModel folder: its config.json and its tensors."""
+def read_codec_folder(
+    folder: Path, where: str | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A transformers EncodecModel folder: its config.json, and its tensors by their newer names.
+
+    Raises `UserError`, which calls the folder `where`, for what is not there or damaged.
+    """
     folder = Path(folder)
+    where = where or str(folder)
     try:
         settings = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a readable EncodecModel folder ({error})") from None
-    if not isinstance(settings, dict) or settings.get("model_type") != "encodec":
-        raise UserError(f"{folder}/config.json: not the config of an EncodecModel")
+        model_type = settings["model_type"]
+    except FileNotFoundError:
+        raise UserError(f"{where}: no config.json in {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: damaged config.json ({error!r})") from None
+    if model_type != "encodec":
+        raise UserError(f"{where}: a {model_type} model, not an encodec model")
+    if not (folder / "model.safetensors").exists():
+        raise UserError(f"{where}: no model.safetensors in {folder}")
+    tensors = read_safetensors(folder / "model.safetensors")
     return settings, {parametrized_name(name): array for name, array in tensors.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file; `UserError` where it is damaged."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError, KeyError) as error:  # (KeyError: a type NumPy lacks)
+        raise UserError(f"{path}: damaged, not readable as weights ({error})") from None
 
 
 def parametrized_name(name: str) -> str:
@@ -102,17 +197,35 @@ def weight_norm_name(name: str) -> str:
 
 # One table for both ways: (transformers' name, AudioCraft's name, axes). I and O are channels in
 # and out, S the kernel's size, G four gates of O, V codes of size D.
+_CONVOLUTIONS = {
+    "weight_norm": {
+        "conv": (
+            ("conv.bias", "conv.conv.bias", "O"),
+            ("conv.parametrizations.weight.original0", "conv.conv.weight_g", "O11"),
+            ("conv.parametrizations.weight.original1", "conv.conv.weight_v", "OIS"),
+        ),
+        "upsample": (
+            ("conv.bias", "convtr.convtr.bias", "O"),
+            ("conv.parametrizations.weight.original0", "convtr.convtr.weight_g", "I11"),
+            ("conv.parametrizations.weight.original1", "convtr.convtr.weight_v", "IOS"),
+        ),
+    },
+    "time_group_norm": {
+        "conv": (
+            ("conv.bias", "conv.conv.bias", "O"),
+            ("conv.weight", "conv.conv.weight", "OIS"),
+            ("norm.bias", "conv.norm.bias", "O"),
+            ("norm.weight", "conv.norm.weight", "O"),
+        ),
+        "upsample": (
+            ("conv.bias", "convtr.convtr.bias", "O"),
+            ("conv.weight", "convtr.convtr.weight", "IOS"),
+            ("norm.bias", "convtr.norm.bias", "O"),
+            ("norm.weight", "convtr.norm.weight", "O"),
+        ),
+    },
+}
 _CODEC_TENSORS = {
-    "conv": (
-        ("conv.bias", "conv.conv.bias", "O"),
-        ("conv.parametrizations.weight.original0", "conv.conv.weight_g", "O11"),
-        ("conv.parametrizations.weight.original1", "conv.conv.weight_v", "OIS"),
-    ),
-    "upsample": (
-        ("conv.bias", "convtr.convtr.bias", "O"),
-        ("conv.parametrizations.weight.original0", "convtr.convtr.weight_g", "I11"),
-        ("conv.parametrizations.weight.original1", "convtr.convtr.weight_v", "IOS"),
-    ),
     "lstm": (
         ("lstm.weight_ih_l{n}", "lstm.weight_ih_l{n}", "GO"),
         ("lstm.weight_hh_l{n}", "lstm.weight_hh_l{n}", "GO"),
@@ -126,28 +239,6 @@ _CODEC_TENSORS = {
         ("codebook.embed_avg", "_codebook.embed_avg", "VD"),
     ),
 }
-# The settings of a transformers config.json that decide what is computed with the tensors.
-CODEC_SETTINGS = (
-    "audio_channels",
-    "codebook_size",
-    "compress",
-    "dilation_growth_rate",
-    "hidden_size",
-    "kernel_size",
-    "last_kernel_size",
-    "norm_type",
-    "normalize",
-    "num_filters",
-    "num_lstm_layers",
-    "num_residual_layers",
-    "pad_mode",
-    "residual_kernel_size",
-    "sampling_rate",
-    "trim_right_ratio",
-    "upsampling_ratios",
-    "use_causal_conv",
-    "use_conv_shortcut",
-)
 
 
 def _check_codec_settings(settings: Mapping) -> None:
@@ -219,10 +310,19 @@ def codec_layout(settings: Mapping, num_codebooks: int) -> list[tuple[str, str, 
       UserError: settings that AudioCraft's EnCodec lacks.
     """
     _check_codec_settings(settings)
+    return encodec_layout(settings, num_codebooks)
+
+
+def encodec_layout(settings: Mapping, num_codebooks: int) -> list[tuple[str, str, tuple[int, ...]]]:
+    """`codec_layout`, of any settings that a `SeanetConfig` may have.
+
+    AudioCraft's names are those of the `encodec` package too.
+    """
+    tables = _CODEC_TENSORS | _CONVOLUTIONS[settings["norm_type"]]
     layout = []
     for here, there, kind, sizes in _codec_modules(settings, num_codebooks):
         for n in range(settings["num_lstm_layers"] if kind == "lstm" else 1):
-            for our_name, their_name, axes in _CODEC_TENSORS[kind]:
+            for our_name, their_name, axes in tables[kind]:
                 shape = tuple(1 if a == "1" else sizes[a] for a in axes)
                 layout.append(
                     (f"{here}.{our_name.format(n=n)}", f"{there}.{their_name.format(n=n)}", shape)
@@ -254,10 +354,87 @@ def codec_from_audiocraft(
     where: str = "codec",
 ) -> dict[str, np.ndarray]:
     """The inverse of `codec_to_audiocraft`; takes torch's newer names of weight norms as well."""
-    layout = codec_layout(settings, num_codebooks)
+    return renamed_from_audiocraft(state_dict, codec_layout(settings, num_codebooks), where)
+
+
+def renamed_from_audiocraft(
+    state_dict: Mapping[str, np.ndarray], layout: list[tuple[str, str, tuple[int, ...]]], where: str
+) -> dict[str, np.ndarray]:
+    """The tensors of a layout under transformers' names; `UserError` where they do not fit it."""
     state_dict = {weight_norm_name(name): array for name, array in state_dict.items()}
     check_tensors(where, state_dict, {there: shape for _, there, shape in layout})
     return {here: state_dict[there] for here, there, _ in layout}
+
+
+def decoder_params(
+    tensors: Mapping[str, np.ndarray], config: SeanetConfig, num_codebooks: int
+) -> dict[str, Any]:
+    """Parameters of the JAX decoder, see `seanet`, from a transformers EncodecModel's tensors.
+
+    The first `num_codebooks` codebooks are kept. NumPy arrays, float32.
+    """
+    modules = _codec_modules(dataclasses.asdict(config), num_codebooks)
+    names = iter([here for here, _, kind, _ in modules if kind != "codebook"])
+    names = (name for name in names if name.startswith("decoder."))
+
+    def convolution() -> dict[str, np.ndarray]:
+        weight_OIS, rest = _convolution(tensors, next(names))
+        return {"kernel": np.ascontiguousarray(weight_OIS.transpose(2, 1, 0)), **rest}
+
+    def upsample() -> dict[str, np.ndarray]:
+        weight_IOS, rest = _convolution(tensors, next(names))
+        channels_in, channels_out, taps = weight_IOS.shape
+        # The first S of the 2S taps weigh a row's own samples, the last S those of the next row:
+        # of the two taps over rows the later one, and the earlier one.
+        weight = weight_IOS.reshape(channels_in, channels_out, 2, taps // 2)
+        weight = weight.transpose(2, 0, 3, 1)[::-1]
+        return {"kernel": weight.reshape(2, channels_in, -1), **rest}
+
+    def residual() -> dict[str, dict]:
+        parts = ("narrow", "widen", "shortcut")[: 3 if config.use_conv_shortcut else 2]
+        return {part: convolution() for part in parts}
+
+    def stage() -> dict[str, Any]:
+        up = upsample()
+        return {
+            "upsample": up,
+            "residuals": [residual() for _ in range(config.num_residual_layers)],
+        }
+
+    def lstm() -> dict[str, np.ndarray]:
+        place = next(names)
+
+        def stacked(name: str) -> np.ndarray:
+            layers = range(config.num_lstm_layers)
+            return np.stack([tensors[f"{place}.lstm.{name}_l{n}"] for n in layers])
+
+        bias = stacked("bias_ih") + stacked("bias_hh")
+        return {"input": stacked("weight_ih"), "hidden": stacked("weight_hh"), "bias": bias}
+
+    codebooks = [tensors[f"quantizer.layers.{k}.codebook.embed"] for k in range(num_codebooks)]
+    # (in the order of the modules, which `names` follows)
+    return {
+        "codebooks": np.stack(codebooks),
+        "first": convolution(),
+        "lstm": lstm(),
+        "stages": [stage() for _ in config.upsampling_ratios],
+        "last": convolution(),
+    }
+
+
+def _convolution(
+    tensors: Mapping[str, np.ndarray], place: str
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Weight, its norm multiplied out, and the vectors that go with it."""
+    rest = {"bias": tensors[f"{place}.conv.bias"]}
+    if f"{place}.norm.weight" in tensors:
+        rest["norm_scale"] = tensors[f"{place}.norm.weight"]
+        rest["norm_bias"] = tensors[f"{place}.norm.bias"]
+        return tensors[f"{place}.conv.weight"], rest
+    prefix = f"{place}.conv.parametrizations.weight.original"
+    scale, direction = tensors[f"{prefix}0"], tensors[f"{prefix}1"].astype(np.float64)
+    norm = np.sqrt(np.square(direction).sum((1, 2), keepdims=True))
+    return (direction * (scale / norm)).astype(np.float32), rest
 
 
 # One table for both ways: transformers' setting, its type, and xp.cfg's names for it, which must

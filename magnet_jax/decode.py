@@ -2,11 +2,15 @@
 
 Codebooks are decoded one after another. Within one, every step hides the least confident spans,
 predicts them all at once, and keeps what it did not hide for good (with `stride1`, until a hidden
-span overlaps it). The schedules are arrays,
-computed before the loop; the loop is two scans, one for the first codebook (full attention) and one
-for all others (local attention), so the network is traced twice whatever the number of steps.
+span overlaps it). The schedules are arrays, computed before the loops; the loops are scans over
+stages, steps and layers, so the network is traced four times, whatever the numbers of steps: for
+the first codebook (full attention) and for all others (local attention), each with a last step of
+its own, which predicts a single span and needs no guidance.
+
+`Savings` lists what is left out because it changes nothing.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -16,21 +20,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax import transformer
-from magnet_jax.config import DecodeConfig, ModelConfig
+from magnet_jax.attention import self_attention
+from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
 
 KEPT = -1e4  # score of a span (stride1: a token) that must not be hidden again
+ABSENT = -1e9  # the same past the end of the clip: behind whatever is kept
 
 Choice = Literal["greedy", "top_k", "top_p"]
+GuidedSteps = Literal["all", "all_but_last", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Savings:
+    """Work that decoding does not do because it changes nothing, each with its share of it.
+
+    Shares are of the operations of a 10 s clip of the 420 M model; docs/performance.md has more.
+    """
+
+    null_text: bool = True
+    """Rows without text skip cross-attention, which would add exact zeros; 7 %."""
+    last_guidance: bool = True
+    """Where the guidance coefficient is 1, rows without text are not computed; 3 %."""
+    last_window: bool = True
+    """A local stage's last step computes the frames that its one span can see; 2 %."""
+    masked_head: bool = True
+    """Head and sampling at hidden frames alone; 0.2 %, and more of the time."""
+
+
+ALL_SAVINGS = Savings()
+NO_SAVINGS = Savings(null_text=False, last_guidance=False, last_window=False, masked_head=False)
 
 
 class Schedule(NamedTuple):
-    """One entry a decoding step."""
+    """The steps of neighbouring codebooks that have as many of them; arrays [stages, steps]."""
 
     stage: np.ndarray  # codebook
     step: np.ndarray  # number of the step within its codebook
     num_hidden: np.ndarray  # spans hidden; stride1: tokens wanted hidden
     guidance: np.ndarray  # coefficient of equation 6
     temperature: np.ndarray
+    number: np.ndarray  # of the step in the whole schedule, from 1
 
 
 class Decoded(NamedTuple):
@@ -38,25 +67,40 @@ class Decoded(NamedTuple):
     hidden_PBT: jax.Array  # True where step P of the schedule predicted
 
 
+class Network(NamedTuple):
+    """The model as decoding sees it: what is computed for all frames, and for some."""
+
+    trunk: Callable[..., jax.Array]
+    """(codes_BKT, *, local, guided, first_B) -> states_RTD. R counts the rows with their text and,
+    if `guided`, the same rows without. The codes are a whole clip's, `first_B` being None, or each
+    row's from a frame on."""
+    head: Callable[..., tuple[jax.Array, jax.Array | None]]
+    """(states_RMD, stage, *, guided) -> logits_BMV with text and, or None, without."""
+
+
 def make_schedule(
     config: DecodeConfig, *, num_frames: int, num_prompt: int, span_length: int
-) -> tuple[Schedule, Schedule]:
-    """What every step does: those of the first codebook, and those of all others in turn.
+) -> tuple[Schedule, ...]:
+    """What every step does: those of the first codebook, then those of the others.
 
-    Of `num_frames` frames the first `num_prompt` are given.
+    Of `num_frames` frames the first `num_prompt` are given. Others that follow each other and have
+    as many steps are together. Where spans do not overlap, the last of several steps hides one.
     """
     if config.span_arrangement == "nonoverlap":
         units, least = num_frames // span_length - num_prompt // span_length, 1
     else:
         units, least = num_frames - num_prompt, span_length
-    rows = []
+    groups: list[list[list[tuple]]] = []
+    number = 0
     for stage, steps in enumerate(config.steps):
+        rows = []
         for step in range(steps):
             fraction = np.float32(step / (steps - 1)) if steps > 1 else np.float32(0)
             rate = np.cos(np.float32(np.pi / 2) * fraction)
             temperature = config.temperature
             if config.anneal_temperature:
                 temperature *= (steps - 1 - step) / steps
+            number += 1
             rows.append(
                 (
                     stage,
@@ -64,12 +108,26 @@ def make_schedule(
                     max(int(rate * units), least),
                     rate * config.max_guidance + (1 - rate) * config.min_guidance,
                     max(temperature, 1e-2),
+                    number,
                 )
             )
-    types = (np.int32, np.int32, np.int32, np.float32, np.float32)
-    columns = [np.asarray(column, type_) for column, type_ in zip(zip(*rows), types, strict=True)]
-    whole, first = Schedule(*columns), config.steps[0]
-    return Schedule(*(c[:first] for c in whole)), Schedule(*(c[first:] for c in whole))
+        if stage > 1 and len(groups[-1][0]) == steps:
+            groups[-1].append(rows)
+        else:
+            groups.append([rows])
+    types = (np.int32, np.int32, np.int32, np.float32, np.float32, np.int32)
+    return tuple(
+        Schedule(*(np.array(group)[..., i].astype(type_) for i, type_ in enumerate(types)))
+        for group in groups
+    )
+
+
+def guided_steps(config: DecodeConfig, any_text: bool) -> GuidedSteps:
+    """Which steps need the rows without text: their logits do not count where the coefficient is 1,
+    and are the same as those with text where no row has any."""
+    if not any_text or config.min_guidance == config.max_guidance == 1:
+        return "none"
+    return "all_but_last" if config.min_guidance == 1 else "all"
 
 
 def _most_probable(
@@ -115,20 +173,20 @@ def choice_of(greedy: bool, top_k: int, top_p: float) -> tuple[Choice, float]:
 
 
 def choose_token(
-    keys_B: jax.Array, probs_BTV: jax.Array, choice: Choice, limit: jax.Array | float
+    keys_B: jax.Array, probs_BV: jax.Array, choice: Choice, limit: jax.Array | float
 ) -> jax.Array:
-    """A token for each place, [B, T] int32.
+    """A token for each place, int32 [B] (or [B, ...], if the probabilities are [B, ..., V]).
 
     Args:
       keys_B: one random key a row.
-      probs_BTV: probabilities.
+      probs_BV: probabilities.
       choice: 'greedy' takes the most probable, 'top_k' and 'top_p' sample among the most probable.
       limit: k, or the nucleus mass.
     """
     if choice == "greedy":
-        return probs_BTV.argmax(-1).astype(jnp.int32)
-    probs_BTV = {"top_k": top_k_tokens, "top_p": nucleus}[choice](probs_BTV, limit)
-    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(probs_BTV)).astype(jnp.int32)
+        return probs_BV.argmax(-1).astype(jnp.int32)
+    probs_BV = {"top_k": top_k_tokens, "top_p": nucleus}[choice](probs_BV, limit)
+    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(probs_BV)).astype(jnp.int32)
 
 
 def hide_spans(score_BT: jax.Array, num_hidden: jax.Array, span_length: int) -> jax.Array:
@@ -179,169 +237,364 @@ def sample_keys(seed: jax.Array | int, sample_B: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sample_B)
 
 
+def frame_keys(
+    keys_B: jax.Array, stage: jax.Array, step: jax.Array, frame_BM: jax.Array
+) -> jax.Array:
+    """One key [B, M] a frame: no frame's token depends on which others are drawn, or how."""
+    fold = jax.random.fold_in
+    own = lambda key, frame_M: jax.vmap(fold, (None, 0))(fold(fold(key, stage), step), frame_M)  # noqa: E731
+    return jax.vmap(own)(keys_B, frame_BM)
+
+
 def decode(
-    network: Callable[[jax.Array, jax.Array, bool], tuple[jax.Array, jax.Array]],
-    schedule: tuple[Schedule, Schedule],
+    network: Network,
+    schedule: tuple[Schedule, ...],
     keys_B: jax.Array,
-    prompt_BKP: jax.Array,
+    codes_BKT: jax.Array,
+    num_prompt: jax.Array | int,
     limit: jax.Array | float,
     *,
-    num_frames: int,
     mask_id: int,
     span_length: int,
     choice: Choice,
     span_score: Literal["max", "prod"],
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap",
+    guided: GuidedSteps = "all",
+    length: jax.Array | int | None = None,
+    reach: int | None = None,
+    savings: Savings = ALL_SAVINGS,
+    axis: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Decoded:
     """Runs the schedule.
 
     Args:
-      network: (codes_BKT, stage, local) -> logits of that stage with and without text,
-        each [B, T, V].
+      network: the model.
       schedule: from `make_schedule`.
       keys_B: one random key a sample.
-      prompt_BKP: given first frames, P may be 0; kept in every codebook.
+      codes_BKT: the given first frames, then mask ids.
+      num_prompt: how many frames are given; kept in every codebook.
       limit: see `choose_token`.
-      num_frames: T; a multiple of `span_length` where spans do not overlap.
       mask_id: V.
-      span_length: frames a span.
+      span_length: frames a span; T must be a multiple of it where spans do not overlap.
       choice: how tokens are chosen.
       span_score, span_arrangement: see `DecodeConfig`.
+      guided: from `guided_steps`.
+      length: frames of the clip, a whole number of spans; T by default. Later ones keep mask ids.
+      reach: frames to each side on which a local stage's logits depend.
+      savings: what to leave out.
+      axis: the mesh axis over which the network's states are split by frames.
       on_step: called with (steps done, steps in all) while the program runs.
     """
     grid = span_arrangement == "nonoverlap"
+    batch, _, num_frames = codes_BKT.shape
     if num_frames < span_length or (grid and num_frames % span_length):
         raise ValueError(f"{num_frames} frames are no whole number of spans of {span_length}")
-    batch, num_codebooks, num_prompt = prompt_BKP.shape
-    if num_prompt >= num_frames:
-        raise ValueError(f"a prompt of {num_prompt} frames leaves nothing of {num_frames}")
-    num_spans = num_frames // span_length
-    given = np.arange(num_spans) < num_prompt // span_length
-    given = given if grid else np.arange(num_frames) < num_prompt
-    start = jnp.broadcast_to(jnp.where(given, KEPT, 0.0), (batch, len(given)))
-    total = sum(len(part.stage) for part in schedule)
+    size = num_frames if length is None else length
+    frame_T = jnp.arange(num_frames)
+    units = num_frames // span_length if grid else num_frames
+    width = span_length if grid else 1  # frames a unit
+    unit_U = jnp.arange(units)
+    start_U = jnp.where(unit_U < num_prompt // width, KEPT, 0.0)
+    start_U = jnp.where(unit_U < size // width, start_U, ABSENT)
+    start = jnp.broadcast_to(start_U[None], (batch, units))
+    total = sum(part.stage.size for part in schedule)
+    window = span_length + 2 * (reach or num_frames)
+    if guided == "all_but_last" and not savings.last_guidance:
+        guided = "all"
 
-    def run(carry, inputs, *, local: bool):
-        codes_BKT, score = carry  # [B, spans], or [B, T] for stride1
-        step, number = inputs
-        score = jnp.where(step.step == 0, start, score)
+    def draw(states_RMD, frame_BM, step, guide):
+        """Tokens and their probabilities [B, M] at some frames, of the states there."""
+        logits_BMV, without_BMV = network.head(states_RMD, step.stage, guided=guide)
+        if guide:
+            logits_BMV = without_BMV + step.guidance * (logits_BMV - without_BMV)
+        probs_BMV = jax.nn.softmax(logits_BMV.astype(jnp.float32) / step.temperature, axis=-1)
+        rows_RV = probs_BMV.reshape(-1, probs_BMV.shape[-1])
+        keys_R = frame_keys(keys_B, step.stage, step.step, frame_BM).reshape(-1)
+        token_R = choose_token(keys_R, rows_RV, choice, limit)
+        prob_R = jnp.take_along_axis(rows_RV, token_R[:, None], axis=-1)
+        return token_R.reshape(frame_BM.shape), prob_R.reshape(frame_BM.shape)
+
+    def at_frames(states_RTD, frame_BM, first_B):
+        """States at some frames, of states that begin at frames `first_B`."""
+        place_RM = jnp.tile(frame_BM - first_B[:, None], (len(states_RTD) // batch, 1))
+        return jnp.take_along_axis(states_RTD, place_RM[..., None], axis=1, mode="clip")
+
+    def put(frame_BM, token_BM, prob_BM):
+        """Tokens and probabilities at their frames, [B, T]; frames past T are left out."""
+        place = (jnp.arange(batch)[:, None], frame_BM)
+        token_BT = jnp.zeros((batch, num_frames), jnp.int32).at[place].set(token_BM, mode="drop")
+        return token_BT, jnp.ones((batch, num_frames)).at[place].set(prob_BM, mode="drop")
+
+    def spans(unit_BU):
+        """The frames of some spans, [B, U * span]."""
+        frame_BUS = unit_BU[..., None] * span_length + jnp.arange(span_length)[None, None]
+        return frame_BUS.reshape(batch, -1)
+
+    def predict(codes_BKT, order_BU, step, *, local, guide, alone):
+        """Tokens and their probabilities [B, T], right at least where something is hidden.
+
+        `order_BU` is the order in which spans are hidden, if they are hidden whole; `alone` says
+        that it is the first one alone.
+        """
+        trunk = functools.partial(network.trunk, local=local, guided=guide)
+        from_0_B = jnp.zeros(batch, jnp.int32)
+        if alone and local and savings.last_window and window < num_frames:
+            frame_BM = spans(order_BU[:, :1])
+            first_B = jnp.clip(frame_BM[:, 0] - reach, 0, jnp.maximum(size - window, 0))
+            cut = jax.vmap(lambda c_KT, first: jax.lax.dynamic_slice_in_dim(c_KT, first, window, 1))
+            states_RWD = trunk(cut(codes_BKT, first_B), first_B=first_B)
+            drawn = draw(at_frames(states_RWD, frame_BM, first_B), frame_BM, step, guide)
+            return put(frame_BM, *drawn)
+        states_RTD = trunk(codes_BKT, first_B=None)
+        if axis is not None:  # every device draws for its own frames
+            share = states_RTD.shape[1]
+            own_T = jax.lax.axis_index(axis) * share + jnp.arange(share)
+            drawn = draw(states_RTD, jnp.tile(own_T[None], (batch, 1)), step, guide)
+            return tuple(jax.lax.all_gather(x_BT, axis, axis=1, tiled=True) for x_BT in drawn)
+        if order_BU is None or not savings.masked_head:
+            return draw(states_RTD, jnp.tile(frame_T[None], (batch, 1)), step, guide)
+
+        def draw_spans(unit_BU):
+            frame_BM = spans(unit_BU)
+            return draw(at_frames(states_RTD, frame_BM, from_0_B), frame_BM, step, guide)
+
+        if alone:
+            return put(spans(order_BU[:, :1]), *draw_spans(order_BU[:, :1]))
+        # Shapes are fixed while the number of hidden spans is not: a quarter of them at a time.
+        quarter = -(-units // 4)
+        order_BU = jnp.pad(order_BU, ((0, 0), (0, 4 * quarter - units)), constant_values=units)
+
+        def draw_quarter(_, first):
+            unit_BU = jax.lax.dynamic_slice_in_dim(order_BU, first, quarter, axis=1)
+            frame_BM = spans(unit_BU)
+            nothing = (jnp.zeros(frame_BM.shape, jnp.int32), jnp.ones(frame_BM.shape))
+            drawn = jax.lax.cond(first < step.num_hidden, draw_spans, lambda _: nothing, unit_BU)
+            return None, (frame_BM, *drawn)
+
+        _, drawn = jax.lax.scan(draw_quarter, None, jnp.arange(4) * quarter)
+        return put(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1) for x in drawn))
+
+    def advance(carry, step, *, local, guide, alone=False):
+        codes_BKT, score_BU = carry
+        order_BU = None
         if grid:
-            rank_BP = jnp.argsort(jnp.argsort(-score, axis=-1), axis=-1)
-            hidden_BT = jnp.repeat(rank_BP < step.num_hidden, span_length, axis=-1)
+            order_BU = jnp.argsort(-score_BU, axis=-1)
+            place = (jnp.arange(batch)[:, None], order_BU)
+            hidden_BU = (
+                jnp.zeros((batch, units), bool).at[place].set(unit_U[None] < step.num_hidden)
+            )
+            hidden_BT = jnp.repeat(hidden_BU, span_length, axis=-1)
         else:
-            hidden_BT = hide_spans(score, step.num_hidden, span_length)
+            hidden_BT = hide_spans(score_BU, step.num_hidden, span_length)
         # A prompt that ends within a span is written back where its span was hidden.
-        hidden_BT = hidden_BT & (np.arange(num_frames) >= num_prompt)[None]
+        hidden_BT = hidden_BT & (frame_T >= num_prompt)[None]
         row_BT = jax.lax.dynamic_index_in_dim(codes_BKT, step.stage, axis=1, keepdims=False)
         # What no step has reached yet is predicted too: stride1 may leave some at the first step.
-        hidden_BT = hidden_BT | (row_BT == mask_id)
+        hidden_BT = hidden_BT | ((row_BT == mask_id) & (frame_T < size)[None])
         row_BT = jnp.where(hidden_BT, mask_id, row_BT)
         codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, row_BT, step.stage, axis=1)
 
-        with_text_BTV, without_BTV = network(codes_BKT, step.stage, local)
-        logits_BTV = without_BTV + step.guidance * (with_text_BTV - without_BTV)
-        probs_BTV = jax.nn.softmax(logits_BTV.astype(jnp.float32) / step.temperature, axis=-1)
-        step_key = lambda key: jax.random.fold_in(  # noqa: E731
-            jax.random.fold_in(key, step.stage), step.step
+        token_BT, prob_BT = predict(
+            codes_BKT, order_BU, step, local=local, guide=guide, alone=alone
         )
-        token_BT = choose_token(jax.vmap(step_key)(keys_B), probs_BTV, choice, limit)
         row_BT = jnp.where(hidden_BT, token_BT, row_BT)
         codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, row_BT, step.stage, axis=1)
 
-        prob_BT = jnp.take_along_axis(probs_BTV, token_BT[..., None], axis=-1)[..., 0]
         surprise_BT = -jnp.log(jnp.maximum(prob_BT, 1e-30))
         if not grid:
-            score = jnp.where(hidden_BT, surprise_BT, KEPT)
+            score_BU = jnp.where(hidden_BT, surprise_BT, jnp.minimum(score_BU, KEPT))
         else:
-            in_spans = (batch, num_spans, span_length)
+            in_spans = (batch, units, span_length)
             if span_score == "max" and span_length > 1:  # single frames are scored alike by both
-                score_BP = 1 - prob_BT.reshape(in_spans).max(-1)
+                new_BU = 1 - prob_BT.reshape(in_spans).max(-1)
             else:
-                score_BP = surprise_BT.reshape(in_spans).sum(-1)
-            score = jnp.where(rank_BP < step.num_hidden, score_BP, KEPT)
+                new_BU = surprise_BT.reshape(in_spans).sum(-1)
+            score_BU = jnp.where(hidden_BU, new_BU, jnp.minimum(score_BU, KEPT))
         if on_step is not None:
+            # Tied to the tokens, so that it is called when they are there.
+            number, _ = jax.lax.optimization_barrier((step.number, row_BT))
             jax.debug.callback(on_step, number, total)
-        return (codes_BKT, score), hidden_BT
+        return (codes_BKT, score_BU), hidden_BT
 
-    codes_BKT = jnp.full((batch, num_codebooks, num_frames), mask_id, jnp.int32)
-    codes_BKT = codes_BKT.at[:, :, :num_prompt].set(prompt_BKP)
-    numbers = np.split(np.arange(1, total + 1), [len(schedule[0].stage)])
-    carry, first = jax.lax.scan(
-        functools.partial(run, local=False), (codes_BKT, start), (schedule[0], numbers[0])
-    )
-    (codes_BKT, _), others = jax.lax.scan(
-        functools.partial(run, local=True), carry, (schedule[1], numbers[1])
-    )
-    return Decoded(codes_BKT, jnp.concatenate([first, others]))
+    def decode_stage(codes_BKT, steps: Schedule, *, local: bool):
+        num_steps = len(steps.stage)
+        last_apart = num_steps > 1 and (grid or guided == "all_but_last")
+        first_steps = jax.tree.map(lambda x: x[: num_steps - last_apart], steps)
+        run = functools.partial(advance, local=local, guide=guided != "none")
+        carry, hidden_PBT = jax.lax.scan(run, (codes_BKT, start), first_steps)
+        if last_apart:
+            run = functools.partial(advance, local=local, guide=guided == "all", alone=grid)
+            carry, last_BT = run(carry, jax.tree.map(lambda x: x[-1], steps))
+            hidden_PBT = jnp.concatenate([hidden_PBT, last_BT[None]])
+        return carry[0], hidden_PBT
+
+    hidden = []
+    for i, part in enumerate(schedule):
+        decode_part = functools.partial(decode_stage, local=i > 0)
+        codes_BKT, hidden_SPBT = jax.lax.scan(decode_part, codes_BKT, part)
+        hidden.append(hidden_SPBT.reshape(-1, batch, num_frames))
+    return Decoded(codes_BKT, jnp.concatenate(hidden))
 
 
 def guided_network(
-    config: ModelConfig, params: dict, text: transformer.TextKeys
-) -> Callable[[jax.Array, jax.Array, bool], tuple[jax.Array, jax.Array]]:
-    """The transformer as `decode` wants it: rows with their text, and the same rows without."""
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    num_frames: int,
+    *,
+    kernels: KernelConfig,
+    length: jax.Array | int | None = None,
+    savings: Savings = ALL_SAVINGS,
+    guidance_axis: str | None = None,
+    frames_axis: str | None = None,
+) -> Network:
+    """The transformer as `decode` wants it.
 
-    def network(codes_BKT, stage, local):
-        model = transformer.bind(config, params)
-        states_BTD = model.trunk(jnp.concatenate([codes_BKT, codes_BKT]), text, local=local)
-        with_text_BTV, without_BTV = jnp.split(model.head(states_BTD, stage), 2)
-        return with_text_BTV, without_BTV
+    Args:
+      config, params, text: the model and its texts.
+      num_frames: of a whole clip.
+      kernels: from `attention.choose_kernels`.
+      length: frames that exist; all by default.
+      savings: see `Savings`; of them `null_text` is the network's.
+      guidance_axis: mesh axis of two devices, of which the second computes the rows without text.
+      frames_axis: mesh axis over which the frames are split.
+    """
+    # One array for all uses: as constants they would be in the program once a use.
+    position_TD = jnp.asarray(transformer.sinusoids(num_frames, config.width))
 
-    return network
+    def twice(x):
+        return jnp.concatenate([x, x])
+
+    # The general path. A model with biases in attention takes it whatever may be saved: to it, no
+    # text is something. With norms of queries and keys alone the values of no text are still zeros.
+    null_rows = transformer.with_null_rows(text)
+    null_text = savings.null_text and config.null_text_adds_nothing
+
+    def trunk(codes_BKT, *, local, guided, first_B):
+        rows_text = text
+        if guided and guidance_axis is not None:
+            here = jax.lax.axis_index(guidance_axis) == 0
+            rows_text = text._replace(
+                mask_BS=text.mask_BS & here,
+                num_zero_keys_B=jnp.where(here, text.num_zero_keys_B, 0),
+            )
+        elif guided:
+            codes_BKT, rows_text = twice(codes_BKT), text if null_text else null_rows
+            first_B = None if first_B is None else twice(first_B)
+        attend = functools.partial(
+            self_attention,
+            kernel=kernels.local if local else kernels.full,
+            block=kernels.local_block if local else 0,
+        )
+        positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
+        if first_B is not None:
+            positions_BTD = position_TD[first_B[:, None] + jnp.arange(num_frames)[None]]
+            attend = functools.partial(attend, length=None if length is None else length - first_B)
+        elif frames_axis is not None:
+            share = num_frames // jax.lax.axis_size(frames_axis)
+            first = jax.lax.axis_index(frames_axis) * share
+            positions_BTD = jax.lax.dynamic_slice_in_dim(positions_BTD, first, share, axis=1)
+            codes_BKT = jax.lax.dynamic_slice_in_dim(codes_BKT, first, share, axis=-1)
+            whole = num_frames if length is None else length
+            attend = functools.partial(attend, axis=frames_axis, length=whole)
+        else:
+            attend = functools.partial(attend, length=length)
+        return transformer.bind(config, params).trunk(
+            codes_BKT, rows_text, local=local, attend=attend, positions_BTD=positions_BTD
+        )
+
+    def head(states_RMD, stage, *, guided):
+        logits_RMV = transformer.bind(config, params).head(states_RMD, stage)
+        if not guided:
+            return logits_RMV, None
+        if guidance_axis is not None:
+            return tuple(jax.lax.all_gather(logits_RMV, guidance_axis))
+        return tuple(jnp.split(logits_RMV, 2))
+
+    return Network(trunk, head)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "config", "num_frames", "choice", "span_score", "span_arrangement", "dtype", "on_step",
-    ),
-)  # fmt: skip
+def round_weights(params: dict, dtype: jnp.dtype) -> dict:
+    """The transformer's parameters with the factors of matrix products rounded, once for all.
+
+    Norms, biases and embeddings, which are no such factors, keep their precision.
+    """
+
+    def rounded(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        keep = name == "embed" or name.endswith(("/scale", "bias"))
+        return leaf if keep else leaf.astype(dtype)
+
+    return jax.tree.map_with_path(rounded, params)
+
+
 def generate(
     params: dict,
     states_BSE: jax.Array,
     text_mask_BS: jax.Array,
     num_zero_keys_B: jax.Array,
     keys_B: jax.Array,
-    prompt_BKP: jax.Array,
-    schedule: tuple[Schedule, Schedule],
+    codes_BKT: jax.Array,
+    num_prompt: jax.Array | int,
+    schedule: tuple[Schedule, ...],
     limit: jax.Array | float,
     *,
     config: ModelConfig,
-    num_frames: int,
+    kernels: KernelConfig,
     choice: Choice,
     span_score: Literal["max", "prod"],
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap",
+    guided: GuidedSteps = "all",
+    length: jax.Array | int | None = None,
     dtype: jnp.dtype = jnp.float32,
+    savings: Savings = ALL_SAVINGS,
+    guidance_axis: str | None = None,
+    frames_axis: str | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Decoded:
-    """From text encoder states to tokens, one program a shape.
+    """From text encoder states to tokens; to be traced.
 
     Args:
       params: the transformer's parameters.
       states_BSE, text_mask_BS: text encoder states and which of them are tokens; a row without
-        any is generated unconditionally.
+        any is generated unconditionally. Of no rows at all, no clip has a text.
       num_zero_keys_B: see `attention.cross_attention`; zeros make samples independent.
       keys_B: from `sample_keys`.
-      prompt_BKP: given first frames, P may be 0.
-      schedule: from `make_schedule`; traced, so its numbers may change without a new program.
-      limit: see `choose_token`; traced as well.
-      num_frames, choice, span_score, span_arrangement, on_step: see `decode`.
+      schedule: from `make_schedule`; its numbers may change without a new program.
       dtype: precision of the matrix products.
+      codes_BKT, num_prompt, limit, choice, span_score, span_arrangement, guided, length, savings,
+        on_step: see `decode`.
+      kernels, guidance_axis, frames_axis: see `guided_network`.
     """
-    text = transformer.bind(config, params).read_text(
-        states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype
-    )
+    model = transformer.bind(config, params)
+    text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
     return decode(
-        guided_network(config, params, text),
+        guided_network(
+            config,
+            params,
+            text,
+            codes_BKT.shape[-1],
+            kernels=kernels,
+            length=length,
+            savings=savings,
+            guidance_axis=guidance_axis,
+            frames_axis=frames_axis,
+        ),
         schedule,
         keys_B,
-        prompt_BKP,
+        codes_BKT,
+        num_prompt,
         limit,
-        num_frames=num_frames,
         mask_id=config.mask_id,
         span_length=config.span_length,
         choice=choice,
         span_score=span_score,
         span_arrangement=span_arrangement,
+        guided=guided,
+        length=length,
+        reach=config.num_layers * config.local_context,
+        savings=savings,
+        axis=frames_axis,
         on_step=on_step,
     )

@@ -5,15 +5,17 @@ hub ids of the latter two. Of AudioCraft's it takes MAGNeT and the text-conditio
 """
 
 import importlib.metadata
+import typing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from tokenizers import Tokenizer
 
 from magnet_jax import bundle, checkpoint, convert, hub, t5
+from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
-from magnet_jax.codec import Codec, load_codec
+from magnet_jax.codec import load_codec
 from magnet_jax.config import (
     AutoregressiveConfig,
     CodecSpec,
@@ -25,6 +27,8 @@ from magnet_jax.config import (
     from_json,
 )
 from magnet_jax.errors import UserError
+
+CodecBackend = Literal["jax", "torch"]
 
 # AudioCraft cuts no text; this many tokens hold about 90 words.
 MAX_TOKENS = 128
@@ -80,12 +84,17 @@ def load(
     return loaded._replace(codec_source=codec or loaded.codec_source)
 
 
-def load_decoder(loaded: Loaded, where: str) -> Codec:
-    """The codec that turns a model's tokens into audio.
+def load_decoder(
+    loaded: Loaded, where: str, backend: CodecBackend = "jax"
+) -> codec_module.Decoder | codec_module.Codec:
+    """The codec that turns a model's tokens into audio: in JAX, or in PyTorch, which also encodes.
 
     Raises `UserError`, which calls the model `where`, if it cannot be had or is another codec.
     """
-    decoder = load_codec(loaded.codec_source, num_codebooks=loaded.codec.num_codebooks)
+    if backend not in typing.get_args(CodecBackend):
+        raise UserError(f"codec backend must be 'jax' or 'torch', not {backend!r}")
+    load = codec_module.load_decoder if backend == "jax" else load_codec
+    decoder = load(loaded.codec_source, num_codebooks=loaded.codec.num_codebooks)
     if decoder.spec.sha256 != loaded.codec.sha256:
         raise UserError(
             f"{where} learnt the tokens of codec {loaded.codec.source}, and "

@@ -1,6 +1,11 @@
-"""From texts to tokens and audio with a loaded model, of either kind."""
+"""From texts to tokens and audio with a loaded model, of either kind.
+
+For MAGNeT the whole way, from the tokens of the texts to the samples of the audio, is one program
+(`_magnet_program`): no host in between, and few shapes. Lengths and texts go in buckets.
+"""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -8,28 +13,52 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from magnet_jax import autoregressive, decode, t5
-from magnet_jax.codec import Codec
-from magnet_jax.config import AutoregressiveConfig, CodecSpec, DecodeConfig, ModelConfig, RunConfig
+from magnet_jax import attention, autoregressive, codec, decode, programs, seanet, t5
+from magnet_jax.config import (
+    AutoregressiveConfig,
+    CodecSpec,
+    DecodeConfig,
+    KernelConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingMeshConfig,
+)
+from magnet_jax.convert_codec import SeanetConfig
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
+
+SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
+AXES = ("data", "guidance", "frames")
+# Rows that the codec's LSTM is filled up to: with fewer than 8 a TPU multiplies in vector units.
+LSTM_ROWS = {"cpu": 1, "gpu": 1, "tpu": 8}
 
 
 class Generated(NamedTuple):
     codes_BKT: np.ndarray  # int32 token ids
     hidden_PBT: np.ndarray | None  # bool, True where decoding step P predicted; None for musicgen
+    wav_BCN: np.ndarray | None = None  # float32 audio, where a decoder was given
 
 
 class Text(NamedTuple):
-    """What the network reads of a batch of texts."""
+    """The tokens of a batch of texts, as the text encoder and the network take them."""
 
-    states_BSE: jax.Array
+    ids_BS: np.ndarray
     mask_BS: np.ndarray
     num_zero_keys_B: np.ndarray
 
 
-_encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How sampling runs on the hardware. It changes nothing but the last bits of floats."""
+
+    kernels: KernelConfig = KernelConfig()
+    mesh: SamplingMeshConfig = SamplingMeshConfig()
+    savings: decode.Savings = decode.ALL_SAVINGS
+    say: programs.Say | None = None
+    """Takes a line when a program is compiled, and one when it is done."""
 
 
 def compute_dtype(config: RunConfig) -> jnp.dtype:
@@ -37,6 +66,36 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
+
+
+def make_mesh(config: SamplingMeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over the first of these devices (this machine's), or all of them.
+
+    Raises `UserError` if there are not as many.
+    """
+    devices = jax.devices() if devices is None else devices
+    others = config.guidance * config.frames
+    data = max(len(devices) // others, 1) if config.data == -1 else config.data
+    if data * others > len(devices):
+        raise UserError(
+            f"mesh data={data} guidance={config.guidance} frames={config.frames} needs "
+            f"{data * others} devices; there are {len(devices)}"
+        )
+    grid = np.asarray(devices[: data * others]).reshape(data, config.guidance, config.frames)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def prepare(loaded: Loaded, execution: Execution = Execution()) -> Loaded:
+    """The model as it is sampled from: weights in the precision of the products, on all devices.
+
+    Nothing needs it; without, weights are rounded at every step and sent at every call.
+    """
+    dtype, mesh = compute_dtype(loaded.config), make_mesh(execution.mesh)
+    place = NamedSharding(mesh, P()) if mesh.size > 1 else mesh.devices.item()
+    params = jax.device_put(loaded.params, place)
+    if dtype != jnp.float32:
+        params = params | {"lm": decode.round_weights(params["lm"], dtype)}
+    return loaded._replace(params=params, t5_params=jax.device_put(loaded.t5_params, place))
 
 
 def segment_frames(config: RunConfig, spec: CodecSpec) -> int:
@@ -54,14 +113,17 @@ def notes_on_cut_texts(loaded: Loaded, texts: Sequence[str]) -> list[str]:
     ]
 
 
-def encode_texts(
+def tokenize_texts(
     loaded: Loaded, texts: Sequence[str], text_pad_len: int | Literal["batch"] | None = None
 ) -> Text:
-    """Runs the text encoder over descriptions, of which an empty one stands for no text.
+    """The tokens of descriptions, of which an empty one stands for no text.
 
     `text_pad_len` attends over zeros up to that many positions behind each text, 'batch' up to
     the longest text of the batch, which is what AudioCraft does. By default a text is all that is
     attended over, and no sample depends on its neighbours.
+
+    The width S is the least of 16, 32, 64, ... that holds the longest text: few shapes, and short
+    texts are cheap.
     """
     if isinstance(text_pad_len, str) and text_pad_len != "batch":
         raise UserError(f"text_pad_len must be a number, 'batch' or None, not {text_pad_len!r}")
@@ -69,20 +131,27 @@ def encode_texts(
     tokens = [t5.tokenize(loaded.tokenizer, text, max_tokens) for text in texts]
     ids_BS = np.stack([ids for ids, _ in tokens])
     mask_BS = np.stack([mask for _, mask in tokens])
-    states_BSE = _encode(
-        loaded.t5_params,
-        config=loaded.t5_config,
-        text_ids_BS=ids_BS,
-        text_mask_BS=mask_BS,
-        dtype=compute_dtype(loaded.config),
-    )
     lengths_B = mask_BS.sum(-1)
-    width = {None: 0, "batch": lengths_B.max(initial=0)}.get(text_pad_len, text_pad_len)
+    longest = int(lengths_B.max(initial=0))
+    bucket = min(max_tokens, max(SHORTEST_TEXT, 2 ** math.ceil(math.log2(max(longest, 1)))))
+    width = {None: 0, "batch": longest}.get(text_pad_len, text_pad_len)
     zeros_B = np.where(lengths_B > 0, np.maximum(width - lengths_B, 0), 0)
-    return Text(states_BSE, mask_BS, zeros_B.astype(np.int32))
+    return Text(ids_BS[:, :bucket], mask_BS[:, :bucket], zeros_B.astype(np.int32))
 
 
-def generate_codes(
+def frame_bucket(num_frames: int, usual: int, multiple: int) -> int:
+    """How many frames are computed for a clip of `num_frames`: a multiple of `multiple`.
+
+    The usual length is computed as it is; others are rounded up to one of eight lengths an octave,
+    so that few programs serve all.
+    """
+    if num_frames != usual:
+        step = max(2 ** (num_frames.bit_length() - 4), 1)
+        num_frames = math.ceil(num_frames / step) * step
+    return math.ceil(num_frames / multiple) * multiple
+
+
+def generate(
     loaded: Loaded,
     texts: Sequence[str],
     *,
@@ -92,9 +161,11 @@ def generate_codes(
     first_sample: int = 0,
     prompt_BKP: np.ndarray | None = None,
     text_pad_len: int | Literal["batch"] | None = None,
+    decoder: codec.Decoder | codec.Codec | None = None,
+    execution: Execution = Execution(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Generated:
-    """Generates the tokens of one clip a text.
+    """Generates the tokens of one clip a text and, with a `decoder`, its audio.
 
     Args:
       loaded: the model.
@@ -103,12 +174,14 @@ def generate_codes(
       decoding: schedule and sampling, of the model's kind.
       seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
       prompt_BKP: given first frames of each clip.
-      text_pad_len: see `encode_texts`.
+      text_pad_len: see `tokenize_texts`.
+      decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
+      execution: how to run on the hardware.
       on_step: called with (steps done, steps in all) while the program runs; one function object,
         one program.
 
     Raises:
-      UserError: the decoding or the prompt does not fit the model.
+      UserError: the decoding, the prompt or the hardware does not fit the model.
     """
     model, batch = loaded.config.model, len(texts)
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
@@ -122,20 +195,164 @@ def generate_codes(
             f"a prompt of {prompt_BKP.shape[-1]} frames leaves nothing to generate of "
             f"{num_frames}: ask for more seconds, or give a shorter prompt"
         )
-    generate = _generate_musicgen if model.kind == "musicgen" else _generate_magnet
-    return generate(
+    run = _run_musicgen if model.kind == "musicgen" else _run_magnet
+    generated = run(
         loaded,
-        encode_texts(loaded, texts, text_pad_len),
-        decode.sample_keys(seed, jnp.arange(first_sample, first_sample + batch)),
-        jnp.asarray(prompt_BKP, jnp.int32),
+        tokenize_texts(loaded, texts, text_pad_len),
+        np.arange(first_sample, first_sample + batch),
+        seed,
+        np.asarray(prompt_BKP, np.int32),
         num_frames,
         decoding,
+        decoder.config if isinstance(decoder, codec.Decoder) else None,
+        decoder.params if isinstance(decoder, codec.Decoder) else None,
+        execution,
         on_step,
     )
+    if isinstance(decoder, codec.Codec):
+        return generated._replace(wav_BCN=decode_audio(decoder, generated.codes_BKT))
+    return generated
 
 
-def _generate_magnet(loaded, text, keys_B, prompt_BKP, num_frames, decoding, on_step) -> Generated:
-    model = loaded.config.model
+def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
+    """What a program is for, in words."""
+    seconds = num_frames / loaded.codec.frame_rate
+    return f"{count} clip{'s' * (count > 1)} of {seconds:.3g} s"
+
+
+# --- MAGNeT -------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MagnetProgram:
+    """What a program of MAGNeT is made for, beside its shapes."""
+
+    model: ModelConfig
+    t5_config: t5.T5Config
+    decoder: SeanetConfig | None
+    kernels: KernelConfig
+    choice: decode.Choice
+    span_score: Literal["max", "prod"]
+    span_arrangement: Literal["nonoverlap", "stride1"]
+    guided: decode.GuidedSteps
+    dtype: jnp.dtype
+    audio_frames: int | None  # None where it is traced, as is the length of the clip
+    savings: decode.Savings
+    platform: str
+    mesh: Mesh | None
+    on_step: Callable[[int, int], None] | None
+
+
+@functools.partial(jax.jit, static_argnames="made_for", donate_argnames="codes_BKT")
+def magnet_program(
+    params: dict,
+    t5_params: dict,
+    decoder_params: dict | None,
+    text: Text,
+    keys_B: jax.Array,
+    codes_BKT: jax.Array,
+    num_prompt: jax.Array,
+    length: jax.Array | None,
+    audio_length: jax.Array | None,
+    schedule: tuple[decode.Schedule, ...],
+    limit: jax.Array,
+    *,
+    made_for: MagnetProgram,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """From the tokens of texts to tokens of audio, and to audio.
+
+    Args:
+      params, t5_params, decoder_params: of the transformer, of T5, of EnCodec's decoder.
+      text: from `tokenize_texts`; of no rows where no clip has a text.
+      keys_B, schedule, limit, num_prompt: see `decode.decode`.
+      codes_BKT: the prompt, then mask ids; donated.
+      length, audio_length: frames of the clip in whole spans and of its audio, where those are
+        fewer than T; None where the shapes say it all.
+      made_for: everything else.
+
+    Returns:
+      codes_BKT, hidden_PBT, and wav_BCN or None.
+    """
+    mesh = made_for.mesh
+    run = functools.partial(_magnet, made_for=made_for)
+    if mesh is not None:
+        rows, steps_rows = P("data"), P(None, "data")
+        whole = P()
+        run = jax.shard_map(
+            run,
+            mesh=mesh,
+            in_specs=(whole, whole, whole, rows, rows, rows, whole, whole, whole, whole, whole),
+            out_specs=(rows, steps_rows, rows),
+            check_vma=False,
+        )
+    return run(
+        params, t5_params, decoder_params, text, keys_B, codes_BKT, num_prompt, length,
+        audio_length, schedule, limit,
+    )  # fmt: skip
+
+
+def _magnet(
+    params, t5_params, decoder_params, text, keys_B, codes_BKT, num_prompt, length, audio_length,
+    schedule, limit, *, made_for: MagnetProgram,
+):  # fmt: skip
+    """`magnet_program` on one device of the mesh."""
+    axis_size = dict(made_for.mesh.shape) if made_for.mesh else dict.fromkeys(AXES, 1)
+    states_BSE = t5.encode(
+        t5_params, made_for.t5_config, text.ids_BS, text.mask_BS, dtype=made_for.dtype
+    )
+    decoded = decode.generate(
+        params,
+        states_BSE,
+        text.mask_BS,
+        text.num_zero_keys_B,
+        keys_B,
+        codes_BKT,
+        num_prompt,
+        schedule,
+        limit,
+        config=made_for.model,
+        kernels=made_for.kernels,
+        choice=made_for.choice,
+        span_score=made_for.span_score,
+        span_arrangement=made_for.span_arrangement,
+        guided=made_for.guided,
+        length=length,
+        dtype=made_for.dtype,
+        savings=made_for.savings,
+        guidance_axis="guidance" if axis_size["guidance"] > 1 else None,
+        frames_axis="frames" if axis_size["frames"] > 1 else None,
+        on_step=made_for.on_step,
+    )
+    wav_BCN = None
+    if made_for.decoder is not None:
+        wav_BCN = seanet.decode(
+            decoder_params,
+            decoded.codes_BKT[..., : made_for.audio_frames],
+            config=made_for.decoder,
+            length=audio_length,
+            lstm_rows=LSTM_ROWS[made_for.platform],
+        )
+    return *decoded, wav_BCN
+
+
+def magnet_arguments(
+    loaded: Loaded,
+    text: Text,
+    sample_B: np.ndarray,
+    seed: int,
+    prompt_BKP: np.ndarray,
+    num_frames: int,
+    decoding: DecodeConfig,
+    decoder_config: SeanetConfig | None,
+    decoder_params: dict | None,
+    execution: Execution,
+    on_step: Callable[[int, int], None] | None,
+    *,
+    platform: str,
+    mesh: Mesh | None,
+) -> tuple[tuple, MagnetProgram]:
+    """The arguments of `magnet_program`, arrays and `made_for`."""
+    model, axis_size = loaded.config.model, dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
     if decoding.span_length:
         model = dataclasses.replace(model, span_length=decoding.span_length)
     if len(decoding.steps) != model.num_codebooks:
@@ -143,33 +360,104 @@ def _generate_magnet(loaded, text, keys_B, prompt_BKP, num_frames, decoding, on_
             f"decode.steps has {len(decoding.steps)} numbers, the model {model.num_codebooks} "
             "codebooks: give one number a codebook"
         )
+    usual = segment_frames(loaded.config, loaded.codec)
+    _, usual = decoded_frames(model, decoding, usual)
     num_frames, num_decoded = decoded_frames(model, decoding, num_frames)
-    if prompt_BKP.shape[-1] >= num_frames:
+    num_prompt = prompt_BKP.shape[-1]
+    if num_prompt >= num_frames:
         raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
+    shards = axis_size["frames"]
+    multiple = math.lcm(shards, 1 if decoding.span_arrangement == "stride1" else model.span_length)
+    bucket = frame_bucket(num_decoded, usual, multiple)
+    if shards > 1 and bucket // shards < model.local_context:
+        raise UserError(
+            f"mesh.frames {shards} leaves fewer than {model.local_context} frames a device of "
+            f"{num_frames}: use fewer devices, or ask for more seconds"
+        )
+    kernels = attention.choose_kernels(
+        execution.kernels, platform, bucket // shards, compute_dtype(loaded.config)
+    )
+    if shards > 1 and "splash" in (kernels.full, kernels.local):
+        raise UserError("attention kernel splash needs all frames on one device: mesh.frames 1")
+    # (a bucket that is full by chance shares its program with shorter clips)
+    exact = bucket == num_decoded == usual
+    any_text = bool(text.mask_BS.any())
+    null_text = execution.savings.null_text and model.null_text_adds_nothing
+    if not any_text and mesh is None and null_text:
+        text = Text(*(x[:0] for x in text))
+    batch = len(sample_B)
+    padded = math.ceil(batch / axis_size["data"]) * axis_size["data"]
+    codes_BKT = np.full((batch, model.num_codebooks, bucket), model.mask_id, np.int32)
+    codes_BKT[..., :num_prompt] = prompt_BKP
+
+    def fill(x):  # the last clip again, where devices would be idle
+        return np.concatenate([x, np.repeat(x[-1:], padded - batch, axis=0)])
+
+    if mesh is not None:
+        text = Text(*map(fill, text))
     choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
-    decoded = decode.generate(
-        loaded.params["lm"],
-        *text,
-        keys_B,
-        prompt_BKP,
-        decode.make_schedule(
-            decoding,
-            num_frames=num_decoded,
-            num_prompt=prompt_BKP.shape[-1],
-            span_length=model.span_length,
-        ),
-        limit,
-        config=model,
-        num_frames=num_decoded,
+    dtype = compute_dtype(loaded.config)
+    made_for = MagnetProgram(
+        model=model,
+        t5_config=loaded.t5_config,
+        decoder=decoder_config,
+        kernels=kernels,
         choice=choice,
         span_score=decoding.span_score,
         span_arrangement=decoding.span_arrangement,
-        dtype=compute_dtype(loaded.config),
+        guided=decode.guided_steps(decoding, any_text),
+        dtype=dtype,
+        audio_frames=num_frames if exact else None,
+        savings=execution.savings,
+        platform=platform,
+        mesh=mesh,
         on_step=on_step,
     )
+    arrays = (
+        loaded.params["lm"],
+        loaded.t5_params,
+        decoder_params,
+        text,
+        decode.sample_keys(seed, jnp.asarray(fill(sample_B))),
+        jnp.asarray(fill(codes_BKT)),
+        np.int32(num_prompt),
+        None if exact else np.int32(num_decoded),
+        None if exact else np.int32(num_frames),
+        decode.make_schedule(
+            decoding, num_frames=num_decoded, num_prompt=num_prompt, span_length=model.span_length
+        ),
+        np.float32(limit),
+    )
+    return arrays, made_for
+
+
+def _run_magnet(loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest) -> Generated:
+    *_, execution, _ = rest
+    mesh = make_mesh(execution.mesh)
+    if mesh.size == 1:
+        mesh = None  # (a mesh of one would pin to it what lies elsewhere, such as a run's)
+    else:
+        loaded = prepare(loaded, execution)
+    arrays, made_for = magnet_arguments(
+        loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest,
+        platform=jax.default_backend(), mesh=mesh,
+    )  # fmt: skip
+    batch = len(sample_B)
+    num_frames, _ = decoded_frames(made_for.model, decoding, num_frames)
+    codes_BKT, hidden_PBT, wav_BCN = programs.call(
+        magnet_program,
+        *arrays,
+        what=_clips(batch, num_frames, loaded),
+        say=execution.say,
+        made_for=made_for,
+    )
+    if wav_BCN is not None:
+        hop = wav_BCN.shape[-1] // (made_for.audio_frames or codes_BKT.shape[-1])
+        wav_BCN = np.asarray(wav_BCN)[:batch, :, : num_frames * hop]
     return Generated(
-        np.asarray(decoded.codes_BKT)[..., :num_frames],
-        np.asarray(decoded.hidden_PBT)[..., :num_frames],
+        np.asarray(codes_BKT)[:batch, :, :num_frames],
+        np.asarray(hidden_PBT)[:, :batch, :num_frames],
+        wav_BCN,
     )
 
 
@@ -187,28 +475,69 @@ def decoded_frames(model: ModelConfig, decoding: DecodeConfig, num_frames: int) 
     return num_frames, math.ceil(num_frames / span) * span
 
 
-def _generate_musicgen(
-    loaded, text, keys_B, prompt_BKP, num_frames, decoding, on_step
-) -> Generated:
+# --- MusicGen -----------------------------------------------------------------------------------
+
+_encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
+
+
+def encode_texts(loaded: Loaded, text: Text) -> jax.Array:
+    """The text encoder's states, float32 [B, S, E]."""
+    return _encode(
+        loaded.t5_params,
+        config=loaded.t5_config,
+        text_ids_BS=text.ids_BS,
+        text_mask_BS=text.mask_BS,
+        dtype=compute_dtype(loaded.config),
+    )
+
+
+def _run_musicgen(
+    loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, decoder_config, decoder_params,
+    execution, on_step,
+) -> Generated:  # fmt: skip
+    if execution.mesh != SamplingMeshConfig():
+        raise UserError("a model of kind musicgen is sampled on one device: leave out the mesh")
+    states_BSE = encode_texts(loaded, text)
     choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
-    codes_BKT = autoregressive.generate(
+    codes_BKT = programs.call(
+        autoregressive.generate,
         loaded.params["lm"],
-        *text,
-        keys_B,
+        states_BSE,
+        text.mask_BS,
+        text.num_zero_keys_B,
+        decode.sample_keys(seed, jnp.asarray(sample_B)),
         prompt_BKP,
-        decoding.temperature,
-        limit,
-        decoding.guidance,
+        np.float32(decoding.temperature),
+        np.float32(limit),
+        np.float32(decoding.guidance),
+        what=_clips(len(sample_B), num_frames, loaded),
+        say=execution.say,
         config=loaded.config.model,
         num_frames=num_frames,
         choice=choice,
         dtype=compute_dtype(loaded.config),
         on_step=on_step,
     )
-    return Generated(np.asarray(codes_BKT), None)
+    wav_BCN = None
+    if decoder_config is not None:
+        wav_BCN = _decode_codes(decoder_config, decoder_params, codes_BKT)
+    return Generated(np.asarray(codes_BKT), None, wav_BCN)
 
 
-def decode_audio(decoder: Codec, codes_BKT: np.ndarray) -> np.ndarray:
+# --- audio --------------------------------------------------------------------------------------
+
+_decode = jax.jit(seanet.decode, static_argnames=("config", "lstm_rows"))
+
+
+def _decode_codes(config: SeanetConfig, params: dict, codes_BKT: jax.Array) -> np.ndarray:
+    rows = LSTM_ROWS[jax.default_backend()]
+    return np.asarray(_decode(params, codes_BKT, config=config, lstm_rows=rows))
+
+
+def decode_audio(decoder: codec.Decoder | codec.Codec, codes_BKT: np.ndarray) -> np.ndarray:
     """Audio [B, C, N] (float32) of tokens, a clip's the same whatever is decoded with it."""
+    if isinstance(decoder, codec.Decoder):
+        codec.check_codes(codes_BKT, decoder.spec)
+        return _decode_codes(decoder.config, decoder.params, codes_BKT)
     # One at a time: PyTorch's convolutions round differently in batches.
     return np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT])

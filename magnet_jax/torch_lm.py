@@ -70,25 +70,32 @@ def _logits(torch, state, model, codes_BKT, states_BSE, text_lengths_B, stage):
         weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
         return functional.layer_norm(x, (width,), weight, bias)
 
-    def attend(x, memory, name, mask):
+    def linear(x, name, biased):
+        bias = state[f"{name}.bias"] if biased else None
+        return functional.linear(x, state[f"{name}.weight"], bias)
+
+    def attend(x, memory, name, mask, normed):
         projections = state[f"{name}.in_proj_weight"].chunk(3)
+        biases = state[f"{name}.in_proj_bias"].chunk(3) if model.attention_bias else [None] * 3
+        query, key, value = map(functional.linear, (x, memory, memory), projections, biases)
+        if normed:
+            query, key = norm(query, f"{name}.q_layer_norm"), norm(key, f"{name}.k_layer_norm")
         query, key, value = (
-            functional.linear(source, weight)
-            .view(batch, -1, model.num_heads, model.head_size)
-            .transpose(1, 2)
-            for source, weight in zip((x, memory, memory), projections)
+            array.view(batch, -1, model.num_heads, model.head_size).transpose(1, 2)
+            for array in (query, key, value)
         )
         scores = query @ key.transpose(2, 3) / math.sqrt(model.head_size)
         if mask is not None:
             scores = scores.masked_fill(~mask, -math.inf)
         out = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, frames, width)
-        return functional.linear(out, state[f"{name}.out_proj.weight"])
+        return linear(out, f"{name}.out_proj", model.attention_bias)
 
     for i in range(model.num_layers):
         layer = f"transformer.layers.{i}"
         h = norm(x, f"{layer}.norm1")
-        x = x + attend(h, h, f"{layer}.self_attn", allowed)
-        x = x + attend(norm(x, f"{layer}.norm_cross"), text, f"{layer}.cross_attention", None)
-        h = functional.linear(norm(x, f"{layer}.norm2"), state[f"{layer}.linear1.weight"])
-        x = x + functional.linear(functional.gelu(h), state[f"{layer}.linear2.weight"])
-    return functional.linear(norm(x, "out_norm"), state[f"linears.{stage}.weight"])
+        x = x + attend(h, h, f"{layer}.self_attn", allowed, model.query_key_norm)
+        h = norm(x, f"{layer}.norm_cross")
+        x = x + attend(h, text, f"{layer}.cross_attention", None, model.cross_query_key_norm)
+        h = linear(norm(x, f"{layer}.norm2"), f"{layer}.linear1", model.mlp_bias)
+        x = x + linear(functional.gelu(h), f"{layer}.linear2", model.mlp_bias)
+    return linear(norm(x, "out_norm"), f"linears.{stage}", model.head_bias)

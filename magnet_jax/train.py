@@ -39,7 +39,7 @@ from magnet_jax import (
     t5,
     transformer,
 )
-from magnet_jax.config import CodecSpec, RunConfig
+from magnet_jax.config import CodecSpec, KernelConfig, RunConfig
 from magnet_jax.errors import UserError
 
 
@@ -288,9 +288,11 @@ def write_samples(
         step=step,
         lineage={},
     )
-    generated = sampling.generate_codes(
+    generated = sampling.generate(
         model,
         config.sample_prompts,
+        # Plain XLA: fused kernels cannot be split over the mesh that holds the parameters.
+        execution=sampling.Execution(kernels=KernelConfig(full="blocks", local="blocks")),
         num_frames=setup.frames,
         decoding=config.decode,
         seed=config.seed,

@@ -8,6 +8,12 @@ into a module. Parameter shapes, layers stacked on axis 0:
     blocks/{self, cross}/{query, key, value} [L, D, N, H]           blocks/*/out [L, N, H, D]
     blocks/mlp/{up [L, D, F], down [L, F, D]}
     blocks/{norm_self, norm_cross, norm_mlp}/{scale, bias} [L, D]   norm_final/{scale, bias} [D]
+
+and, where the config says so, biases and norms of queries and keys:
+
+    blocks/{self, cross}/{query_bias, key_bias, value_bias} [L, N, H]   blocks/*/out_bias [L, D]
+    blocks/{self, cross}/{norm_query, norm_key}/{scale, bias} [L, D]
+    blocks/mlp/{up_bias [L, F], down_bias [L, D]}                       heads_bias [K, V]
 """
 
 import functools
@@ -20,12 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from magnet_jax.attention import (
-    cached_attention,
-    cross_attention,
-    full_attention,
-    local_attention,
-)
+from magnet_jax.attention import cached_attention, cross_attention, self_attention
 from magnet_jax.config import ModelConfig
 
 
@@ -36,6 +37,15 @@ class TextKeys(NamedTuple):
     value_LBSNH: jax.Array
     mask_BS: jax.Array
     num_zero_keys_B: jax.Array
+
+
+def with_null_rows(text: TextKeys) -> TextKeys:
+    """The rows of `text`, then as many without text: with keys, of which none counts."""
+    return TextKeys(
+        *(jnp.concatenate([x, x], axis=1) for x in text[:2]),
+        jnp.concatenate([text.mask_BS, jnp.zeros_like(text.mask_BS)]),
+        jnp.concatenate([text.num_zero_keys_B, jnp.zeros_like(text.num_zero_keys_B)]),
+    )
 
 
 class Cache(NamedTuple):
@@ -64,6 +74,11 @@ def _param(key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple) -> 
     return nnx.Param(value, out_sharding=axes)
 
 
+def _bias(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
+    """Zeros at first, as in the reference."""
+    return nnx.Param(jnp.zeros(shape), out_sharding=axes)
+
+
 class LayerNorm(nnx.Module):
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width), out_sharding=("embed",))
@@ -78,32 +93,64 @@ class LayerNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """The four projections of one attention layer, without biases."""
+    """The four projections of one attention layer; `normed` adds norms of queries and keys."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, normed: bool):
         d, n, h = config.width, config.num_heads, config.head_size
+        self.biased, self.normed = config.attention_bias, normed
         for name in ("query", "key", "value"):
             axes = ("embed", "heads", None)
             setattr(self, name, _param(rngs.params(), (d, n, h), d, axes))
+            if self.biased:
+                setattr(self, f"{name}_bias", _bias((n, h), ("heads", None)))
         self.out = _param(rngs.params(), (n, h, d), d, ("heads", None, "embed"))
+        if self.biased:
+            self.out_bias = _bias((d,), ("embed",))
+        if normed:
+            self.norm_query, self.norm_key = LayerNorm(d), LayerNorm(d)
 
     def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
-        return jnp.einsum("BTD,DNH->BTNH", x_BTD, getattr(self, name)[...].astype(x_BTD.dtype))
+        kernel_DNH = getattr(self, name)[...].astype(x_BTD.dtype)
+        return self.finish(name, jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH))
+
+    def finish(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """Adds to a product what there is of bias and norm."""
+        if self.biased:
+            x_BTNH = x_BTNH + getattr(self, f"{name}_bias")[...][None, None].astype(x_BTNH.dtype)
+        if self.normed and name != "value":
+            norm, (b, t, n, h) = getattr(self, f"norm_{name}"), x_BTNH.shape
+            x_BTNH = norm(x_BTNH.reshape(b, t, n * h)).reshape(b, t, n, h)
+        return x_BTNH
+
+    def of_zeros(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+        """Key and value [1, 1, N, H] of a position that is zeros; None where they are zeros too."""
+        if not (self.biased or self.normed):
+            return None
+        zeros_11NH = jnp.zeros((1, 1, *self.key.shape[-2:]), dtype)
+        return self.finish("key", zeros_11NH), self.finish("value", zeros_11NH)
 
     def merge(self, x_BTNH: jax.Array) -> jax.Array:
-        return jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.out[...].astype(x_BTNH.dtype))
+        x_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.out[...].astype(x_BTNH.dtype))
+        return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = config.width, config.mlp_ratio * config.width
+        self.biased = config.mlp_bias
         self.up = _param(rngs.params(), (d, f), d, ("embed", "mlp"))
         self.down = _param(rngs.params(), (f, d), f, ("mlp", "embed"))
+        if self.biased:
+            self.up_bias, self.down_bias = _bias((f,), ("mlp",)), _bias((d,), ("embed",))
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        hidden_BTF = gelu(x_BTD @ self.up[...].astype(x_BTD.dtype))
-        return hidden_BTF @ self.down[...].astype(x_BTD.dtype)
+        dtype = x_BTD.dtype
+        hidden_BTF = x_BTD @ self.up[...].astype(dtype)
+        if self.biased:
+            hidden_BTF = hidden_BTF + self.up_bias[...][None, None].astype(dtype)
+        x_BTD = gelu(hidden_BTF) @ self.down[...].astype(dtype)
+        return x_BTD + self.down_bias[...][None, None].astype(dtype) if self.biased else x_BTD
 
 
 class Block(nnx.Module):
@@ -111,8 +158,8 @@ class Block(nnx.Module):
         self.norm_self = LayerNorm(config.width)
         self.norm_cross = LayerNorm(config.width)
         self.norm_mlp = LayerNorm(config.width)
-        self.self = Attention(config, rngs)
-        self.cross = Attention(config, rngs)
+        self.self = Attention(config, rngs, normed=config.query_key_norm)
+        self.cross = Attention(config, rngs, normed=config.cross_query_key_norm)
         self.mlp = Mlp(config, rngs)
 
     def __call__(
@@ -120,17 +167,23 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """`text` is this layer's; `attend` takes query, key and value of the frames.
 
-        Rows beyond those of `text` have none. What `attend` returns beside the attended values is
+        Rows beyond those of `text` have none, which a model with biases in cross-attention does not
+        take: see `with_null_rows`. What `attend` returns beside the attended values is
         passed on.
         """
         h_BTD = self.norm_self(x_BTD)
         attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
         x_BTD = x_BTD + self.self.merge(attended)
-        # Without text, cross-attention would add exact zeros.
+        # Without text, cross-attention would add exact zeros, unless it has biases.
         with_text, without = jnp.split(x_BTD, [text.mask_BS.shape[0]])
-        query_BTNH = self.cross.heads("query", self.norm_cross(with_text))
-        with_text = with_text + self.cross.merge(cross_attention(query_BTNH, *text))
-        x_BTD = jnp.concatenate([with_text, without]) if len(without) else with_text
+        if len(without) and self.cross.biased:
+            raise ValueError(f"{len(without)} rows have no row of text, not even an empty one")
+        if len(with_text):
+            query_BTNH = self.cross.heads("query", self.norm_cross(with_text))
+            zero_11NH = self.cross.of_zeros(x_BTD.dtype)
+            attended = cross_attention(query_BTNH, *text, zero_11NH)
+            with_text = with_text + self.cross.merge(attended)
+            x_BTD = jnp.concatenate([with_text, without]) if len(without) else with_text
         return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
 
 
@@ -162,6 +215,8 @@ class Transformer(nnx.Module):
         self.blocks = stack(rngs)
         self.norm_final = LayerNorm(d)
         self.heads = _param(rngs.params(), (k, d, v), d, (None, "embed", "vocab"))
+        if config.head_bias:
+            self.heads_bias = _bias((k, v), (None, "vocab"))
 
     def read_text(
         self,
@@ -183,11 +238,15 @@ class Transformer(nnx.Module):
             states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
             + self.text_proj.bias[...][None, None].astype(dtype)
         ) * text_mask_BS[..., None].astype(dtype)
-        project = "BSD,LDNH->LBSNH"
-        key, value = (
-            jnp.einsum(project, text_BSD, kernel[...].astype(dtype))
-            for kernel in (self.blocks.cross.key, self.blocks.cross.value)
-        )
+        graph, layers = nnx.split(self.blocks.cross)
+
+        def project(name):
+            kernel_LDNH = getattr(self.blocks.cross, name)[...].astype(dtype)
+            x_LBSNH = jnp.einsum("BSD,LDNH->LBSNH", text_BSD, kernel_LDNH)
+            finish = lambda layer, x_BSNH: nnx.merge(graph, layer).finish(name, x_BSNH)  # noqa: E731
+            return jax.vmap(finish)(layers, x_LBSNH)
+
+        key, value = project("key"), project("value")
         if num_zero_keys_B is None:
             num_zero_keys_B = jnp.zeros(states_BSE.shape[0], jnp.int32)
         return TextKeys(key, value, text_mask_BS, num_zero_keys_B)
@@ -198,6 +257,8 @@ class Transformer(nnx.Module):
         text: TextKeys,
         *,
         local: bool,
+        attend: Callable[..., jax.Array] = self_attention,
+        positions_BTD: jax.Array | np.ndarray | None = None,
         remat: bool = False,
         sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
@@ -205,9 +266,12 @@ class Transformer(nnx.Module):
 
         Args:
           codes_BKT: token ids 0..V, V where masked.
-          text: from `read_text`, for the first rows; rows beyond those have no text. Its dtype is
-            the precision of the products.
+          text: from `read_text`, for the first rows; rows beyond those have no text (of a model
+            with biases in attention: for all rows). Its dtype is the precision of the products.
           local: True for stages above 0.
+          attend: `self_attention`, or that function with some of its arguments.
+          positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start; a
+            leading axis of 1 serves all rows.
           remat: recompute activations in the backward pass.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
@@ -215,28 +279,29 @@ class Transformer(nnx.Module):
         Returns:
           final-norm states [B, T, D].
         """
-        context = self.config.local_context
+        context = self.config.local_context if local else None
 
-        def attend(*qkv):
-            return local_attention(*qkv, context) if local else full_attention(*qkv), None
+        def attend_frames(*qkv):
+            return attend(*qkv, context=context), None
 
         pin = (
             (lambda x: x)
             if sharding is None
             else functools.partial(jax.lax.with_sharding_constraint, shardings=sharding)
         )
-        positions_TD = sinusoids(codes_BKT.shape[-1], self.config.width)
+        if positions_BTD is None:
+            positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
             block, key_BSNH, value_BSNH = inputs
             own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
-            x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend)
+            x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend_frames)
             return pin(x_BTD), None
 
         layer = jax.checkpoint(layer) if remat else layer
-        x_BTD = pin(self._embed(codes_BKT, positions_TD, text.key_LBSNH.dtype))
+        x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH))
         return self.norm_final(x_BTD)
 
@@ -272,7 +337,7 @@ class Transformer(nnx.Module):
             own = text._replace(key_LBSNH=text_key, value_LBSNH=text_value)
             return nnx.merge(graph, block)(x_BTD, own, attend)
 
-        x_BTD = self._embed(codes_BKT, positions_TD, text.key_LBSNH.dtype)
+        x_BTD = self._embed(codes_BKT, positions_TD[None], text.key_LBSNH.dtype)
         x_BTD, cache = jax.lax.scan(
             layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, *cache)
         )
@@ -285,27 +350,34 @@ class Transformer(nnx.Module):
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def _embed(
-        self, codes_BKT: jax.Array, positions_TD: jax.Array | np.ndarray, dtype: jnp.dtype
+        self, codes_BKT: jax.Array, positions_BTD: jax.Array | np.ndarray, dtype: jnp.dtype
     ) -> jax.Array:
         codebooks_1K1 = jnp.arange(self.config.num_codebooks)[None, :, None]
         x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
-        return (x_BTD + positions_TD[None]).astype(dtype)
+        return (x_BTD + positions_BTD).astype(dtype)
 
     def all_heads(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of every codebook, float32 [B, K, T, V]."""
-        return jnp.einsum(
+        logits_BKTV = jnp.einsum(
             "BTD,KDV->BKTV",
             x_BTD,
             self.heads[...].astype(x_BTD.dtype),
             preferred_element_type=jnp.float32,
         )
+        if self.config.head_bias:
+            logits_BKTV = logits_BKTV + self.heads_bias[...][None, :, None]
+        return logits_BKTV
 
     def head(self, x_BTD: jax.Array, stage: jax.Array | int) -> jax.Array:
         """Logits of codebook `stage` alone, float32 [B, T, V]."""
         kernel_DV = jax.lax.dynamic_index_in_dim(self.heads[...], stage, keepdims=False)
-        return jnp.einsum(
+        logits_BTV = jnp.einsum(
             "BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
         )
+        if self.config.head_bias:
+            bias_V = jax.lax.dynamic_index_in_dim(self.heads_bias[...], stage, keepdims=False)
+            logits_BTV = logits_BTV + bias_V[None, None]
+        return logits_BTV
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:

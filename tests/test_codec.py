@@ -240,13 +240,12 @@ def test_damaged_codecs_give_one_line(tmp_path, encodec_files):
 
 
 def test_hash_follows_the_weights(embedded):
-    torch = import_torch()
-    state = {"b": torch.arange(4.0), "a": torch.zeros(2, 2)}
+    state = {"b": np.arange(4.0), "a": np.zeros((2, 2))}
     first = codec_module._sha256(state, {})
     assert codec_module._sha256(dict(reversed(state.items())), {}) == first
     for other in (
-        state | {"b": torch.arange(4.0) + 1e-6},
-        state | {"a": torch.zeros(4)},
+        state | {"b": np.arange(4.0) + 1e-6},
+        state | {"a": np.zeros(4)},
         {"b": state["b"], "c": state["a"]},
     ):
         assert codec_module._sha256(other, {}) != first

@@ -49,10 +49,10 @@ def test_import_then_export_is_the_identity(reference, tmp_path):
 
 @pytest.mark.parametrize("model", [TINY, ModelConfig(num_layers=24)])
 def test_every_tensor_has_exactly_one_rule(model):
-    names = [name for name, _, _ in convert._expand(convert._sizes(model))]
+    names = [name for name, _, _ in convert._expand(model)]
     assert len(names) == len(set(names)) == 2 + 2 * model.num_codebooks + 12 * model.num_layers + 2
-    used = [rule for _, rule, _ in convert._expand(convert._sizes(model))]
-    assert set(used) == set(convert.LM_RULES)
+    used = [rule for _, rule, _ in convert._expand(model)]
+    assert set(used) == {rule for rule in convert.LM_RULES if not rule.setting}
     paths = [path for rule in convert.LM_RULES for path in rule.ours]
     assert len(paths) == len(set(paths))
     theirs, ours = convert.audiocraft_shapes(model), convert.lm_shapes(model)
@@ -224,7 +224,8 @@ def test_xp_cfg_carries_the_runs_settings():
 def test_models_that_cannot_be_converted(reference):
     _, xp_cfg = reference
     changed = copy.deepcopy(xp_cfg)
-    changed["transformer_lm"]["bias_attn"] = True
+    changed["transformer_lm"]["bias_attn"] = None
+    changed["transformer_lm"]["layer_scale"] = 0.1
     changed["transformer_lm"]["causal"] = True
     changed["codebooks_pattern"]["modeling"] = "unroll"
     changed["conditioners"]["self_wav"] = {"model": "chroma_stem"}
@@ -232,8 +233,8 @@ def test_models_that_cannot_be_converted(reference):
     del changed["masking"]
     with pytest.raises(UserError) as error:
         convert.model_from_xp_cfg(changed, 768, "here")
-    for part in ("bias_attn must be False", "causal must be False", "masking.span_len",
-                 "modeling must be parallel",
+    for part in ("bias_attn must be true or false", "layer_scale must be None",
+                 "causal must be False", "masking.span_len", "modeling must be parallel",
                  "conditioners other than text: self_wav", "fuser.prepend"):  # fmt: skip
         assert part in str(error.value)
 

@@ -3,21 +3,16 @@
 That greedy tokens are the reference's is checked in test_golden.py.
 """
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHIPPED_GOLDEN
 
-from magnet_jax import convert, decode
+from magnet_jax import decode
 from magnet_jax.config import DecodeConfig
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return convert.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")[:2]
 
 
 def test_a_nucleus_of_everything_keeps_everything():
@@ -28,50 +23,84 @@ def test_a_nucleus_of_everything_keeps_everything():
 
 def test_schedule_follows_equation_6_and_anneals():
     config = DecodeConfig(steps=(5, 1, 2), temperature=3.0, max_guidance=10, min_guidance=1)
-    first, others = decode.make_schedule(config, num_frames=120, num_prompt=0, span_length=3)
+    first, second, third = decode.make_schedule(config, num_frames=120, num_prompt=0, span_length=3)
     rates = np.cos(np.pi / 2 * np.arange(5) / 4)
-    np.testing.assert_array_equal(first.num_hidden, [40, 36, 28, 15, 1])
-    np.testing.assert_allclose(first.guidance, rates * 10 + (1 - rates), rtol=1e-6)
-    np.testing.assert_allclose(first.temperature, [2.4, 1.8, 1.2, 0.6, 0.01], rtol=1e-6)
-    np.testing.assert_array_equal(others.stage, [1, 2, 2])
-    np.testing.assert_array_equal(others.step, [0, 0, 1])
-    np.testing.assert_array_equal(others.num_hidden, [40, 40, 1])
+    np.testing.assert_array_equal(first.num_hidden, [[40, 36, 28, 15, 1]])
+    np.testing.assert_allclose(first.guidance[0], rates * 10 + (1 - rates), rtol=1e-6)
+    np.testing.assert_allclose(first.temperature, [[2.4, 1.8, 1.2, 0.6, 0.01]], rtol=1e-6)
+    np.testing.assert_array_equal(second.stage, [[1]])
+    np.testing.assert_array_equal(third.stage, [[2, 2]])
+    np.testing.assert_array_equal(third.step, [[0, 1]])
+    np.testing.assert_array_equal(second.num_hidden, [[40]])
+    np.testing.assert_array_equal(third.num_hidden, [[40, 1]])
+    np.testing.assert_array_equal(third.number, [[7, 8]])
+
+
+def test_neighbouring_stages_of_as_many_steps_go_together():
+    for steps, shapes in (
+        ((20, 10, 10, 10), [(1, 20), (3, 10)]),
+        ((10, 10, 10), [(1, 10), (2, 10)]),  # the first attends to everything, so it is apart
+        ((4, 3, 2, 2), [(1, 4), (1, 3), (2, 2)]),
+        ((7,), [(1, 7)]),
+    ):
+        schedule = decode.make_schedule(
+            DecodeConfig(steps=steps), num_frames=30, num_prompt=0, span_length=3
+        )
+        assert [part.stage.shape for part in schedule] == shapes
+
+
+def test_rows_without_text_are_needed_where_guidance_is():
+    config = DecodeConfig(max_guidance=10, min_guidance=1)
+    assert decode.guided_steps(config, any_text=True) == "all_but_last"
+    assert decode.guided_steps(config, any_text=False) == "none"
+    constant = DecodeConfig(max_guidance=3, min_guidance=3)
+    assert decode.guided_steps(constant, any_text=True) == "all"
+    none = DecodeConfig(max_guidance=1, min_guidance=1)
+    assert decode.guided_steps(none, any_text=True) == "none"
 
 
 def toy_network(codebook_size):
     """Logits that depend on the position and on what is visible; no parameters."""
     table = jax.random.normal(jax.random.key(7), (4, codebook_size + 1, codebook_size))
 
-    def network(codes_BKT, stage, local):
+    def trunk(codes_BKT, *, local, guided, first_B):
+        assert first_B is None
         logits = table[0][codes_BKT[:, 0]] + 2 * table[1][jnp.roll(codes_BKT[:, 1], 1, axis=-1)]
-        logits = logits + table[2][(jnp.arange(codes_BKT.shape[-1]) + stage) % codebook_size][None]
-        return logits, 0.5 * logits
+        logits = logits + table[2][jnp.arange(codes_BKT.shape[-1]) % codebook_size][None]
+        return jnp.concatenate([logits, 0.5 * logits]) if guided else logits
 
-    return network
+    def head(states_RMD, stage, *, guided):
+        logits = states_RMD + table[3, stage][None, None]
+        return tuple(jnp.split(logits, 2)) if guided else (logits, None)
+
+    return decode.Network(trunk, head)
 
 
-@functools.partial(jax.jit, static_argnames=("num_frames", "arrangement", "on_step"))
-def decode_toy(schedule, keys_B, prompt_BKP, top_p, num_frames, arrangement, on_step):
+@functools.partial(jax.jit, static_argnames=("num_prompt", "arrangement", "savings", "on_step"))
+def decode_toy(schedule, keys_B, codes_BKT, top_p, num_prompt, arrangement, savings, on_step):
     return decode.decode(
         toy_network(16),
         schedule,
         keys_B,
-        prompt_BKP,
+        codes_BKT,
+        num_prompt,
         top_p,
-        num_frames=num_frames,
         mask_id=16,
         span_length=3,
         choice="top_p",
         span_score="max",
         span_arrangement=arrangement,
+        guided="all_but_last",
+        savings=savings,
         on_step=on_step,
     )
 
 
 def run_toy(
     samples, *, seed=0, top_p=0.9, steps=(6, 3, 3, 3), prompt=0, num_frames=30,
-    arrangement="nonoverlap", on_step=None,
+    arrangement="nonoverlap", savings=decode.ALL_SAVINGS, on_step=None,
 ):  # fmt: skip
+    codes_BKT = jnp.full((len(samples), 4, num_frames), 16, jnp.int32)
     return decode_toy(
         decode.make_schedule(
             DecodeConfig(steps=steps, span_arrangement=arrangement),
@@ -80,10 +109,11 @@ def run_toy(
             span_length=3,
         ),
         decode.sample_keys(seed, jnp.asarray(samples)),
-        jnp.ones((len(samples), 4, prompt), jnp.int32),
+        codes_BKT.at[..., :prompt].set(1),
         top_p,
-        num_frames=num_frames,
+        num_prompt=prompt,
         arrangement=arrangement,
+        savings=savings,
         on_step=on_step,
     )
 
@@ -110,6 +140,16 @@ def test_a_sample_depends_on_its_number_and_seed_alone(arrangement):
     np.testing.assert_array_equal(three[::-1], run([2, 1, 0]).codes_BKT)
     assert (three[0] != three[1]).any()
     assert (three != run([0, 1, 2], seed=1).codes_BKT).any()
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+@pytest.mark.parametrize("prompt", [0, 10])
+def test_drawing_where_hidden_alone_draws_the_same_tokens(arrangement, prompt):
+    """Bit for bit, of 10 spans in quarters of 3: each frame has a random number of its own."""
+    run = functools.partial(run_toy, [0, 3], arrangement=arrangement, prompt=prompt)
+    every_frame = dataclasses.replace(decode.ALL_SAVINGS, masked_head=False)
+    for one, other in zip(run(), run(savings=every_frame), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def plain_hide_spans(score_T, num_hidden, span_length):
@@ -206,39 +246,18 @@ def test_sampled_tokens_follow_the_nucleus():
     logits_V = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.06, 0.04]))
     frames = 4000
     one_step = DecodeConfig(steps=(1,), temperature=1.0, anneal_temperature=False)
+    network = decode.Network(
+        trunk=lambda codes_BKT, **_: jnp.broadcast_to(logits_V, (1, frames, 5)),
+        head=lambda states_RMD, stage, **_: (states_RMD, None),
+    )
     decoded = decode.decode(
-        lambda codes_BKT, stage, local: (jnp.broadcast_to(logits_V, (1, frames, 5)),) * 2,
+        network,
         decode.make_schedule(one_step, num_frames=frames, num_prompt=0, span_length=1),
         decode.sample_keys(0, jnp.arange(1)),
-        jnp.zeros((1, 1, 0), jnp.int32),
+        jnp.full((1, 1, frames), 5, jnp.int32),
+        0,
         0.8,
-        num_frames=frames, mask_id=5, span_length=1, choice="top_p", span_score="max",
+        mask_id=5, span_length=1, choice="top_p", span_score="max", guided="none",
     )  # fmt: skip
     counts = np.bincount(np.asarray(decoded.codes_BKT).ravel(), minlength=5) / frames
     np.testing.assert_allclose(counts, np.array([0.4, 0.3, 0.2, 0, 0]) / 0.9, atol=0.032)
-
-
-def test_one_program_a_shape(tiny):
-    config, params = tiny
-    decode.generate.clear_cache()
-    for batch, coefficient, seed in ((1, 10.0, 0), (1, 3.0, 1), (2, 3.0, 1), (2, 5.0, 2)):
-        decode.generate(
-            params,
-            jnp.zeros((batch, 5, config.text_width)),
-            jnp.ones((batch, 5), bool),
-            jnp.zeros(batch, jnp.int32),
-            decode.sample_keys(seed, jnp.arange(batch)),
-            jnp.zeros((batch, 4, 0), jnp.int32),
-            decode.make_schedule(
-                DecodeConfig(steps=(2, 1, 1, 1), max_guidance=coefficient),
-                num_frames=12,
-                num_prompt=0,
-                span_length=3,
-            ),
-            0.8 + 0.01 * seed,
-            config=config,
-            num_frames=12,
-            choice="top_p",
-            span_score="max",
-        )
-    assert decode.generate._cache_size() == 2

@@ -39,7 +39,7 @@ def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path, monk
     loaded = pretrained.load(tmp_path / "run")
     assert transformer.count_params(loaded.params) <= 3_000_000
     truth = np.stack([example["codes"] for example in examples])
-    generated = sampling.generate_codes(
+    generated = sampling.generate(
         loaded,
         captions,
         num_frames=truth.shape[-1],

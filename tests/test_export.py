@@ -330,7 +330,7 @@ def test_an_export_samples_as_its_run_does_and_can_be_exported_again(loaded, tmp
     def codes(model):
         frames = sampling.segment_frames(model.config, model.codec)
         assert frames == 20
-        return sampling.generate_codes(
+        return sampling.generate(
             model, ["drums", ""], num_frames=frames, decoding=model.config.decode, seed=3
         ).codes_BKT
 

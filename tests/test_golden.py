@@ -26,7 +26,7 @@ from magnet_jax import (
     transformer,
 )
 from magnet_jax.codec import load_codec
-from magnet_jax.config import DecodeConfig
+from magnet_jax.config import DecodeConfig, KernelConfig
 
 MAGNET, MUSICGEN, CODEC = (GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen", "encodec"))
 CASES = json.loads((MAGNET / "generate.json").read_text())
@@ -50,6 +50,14 @@ def read_text(path, with_text=True):
 @pytest.fixture(scope="module")
 def magnet():
     return convert.read_audiocraft(MAGNET)
+
+
+generate_magnet = jax.jit(
+    decode.generate,
+    static_argnames=(
+        "config", "choice", "span_score", "span_arrangement", "guided", "savings", "kernels",
+    ),
+)  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=("config", "local", "dtype"))
@@ -90,9 +98,30 @@ def test_magnet_logits_in_bfloat16(magnet, stage):
     assert error < BFLOAT16_TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_magnet_tokens(magnet, name):
-    case = CASES[name]
+# What is left out, and how attention is computed, changes no token: every case with all savings,
+# and some with each alone, with none, and with other kernels.
+VARIANTS = {
+    "all": (decode.ALL_SAVINGS, KernelConfig(full="dense", local="blocks", local_block=32)),
+    "none": (decode.NO_SAVINGS, KernelConfig(full="dense", local="dense")),
+    "blocks": (decode.ALL_SAVINGS, KernelConfig(full="blocks", local="blocks", local_block=54)),
+    **{
+        f"{field.name} alone": (
+            dataclasses.replace(decode.NO_SAVINGS, **{field.name: True}),
+            KernelConfig(full="dense", local="dense"),
+        )
+        for field in dataclasses.fields(decode.Savings)
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [(name, "all") for name in CASES]
+    + [("default", variant) for variant in VARIANTS if variant != "all"]
+    + [("prompt", "none"), ("stride1", "none")],
+)
+def test_magnet_tokens(magnet, name, variant):
+    case, (savings, kernels) = CASES[name], VARIANTS[variant]
     text = np.load(MAGNET / "forward.npz")
     reference = np.load(MAGNET / "generate.npz")
     span, num_prompt = case["span_len"], case["prompt_frames"]
@@ -109,23 +138,27 @@ def test_magnet_tokens(magnet, name):
         span_arrangement=case["span_arrangement"],
     )
     assert not case["use_sampling"]
-    prompt_BKP = np.zeros((len(text["codes"]), magnet.model.num_codebooks, 0), np.int32)
+    batch, num_codebooks, _ = text["codes"].shape
+    codes_BKT = np.full((batch, num_codebooks, num_frames), magnet.model.mask_id, np.int32)
     if num_prompt:
-        prompt_BKP = reference["prompt_codes"][:, :, :num_prompt].astype(np.int32)
-    decoded = decode.generate(
+        codes_BKT[..., :num_prompt] = reference["prompt_codes"][..., :num_prompt]
+    decoded = generate_magnet(
         magnet.params,
         *read_text(MAGNET / "forward.npz", case["text"]),
-        decode.sample_keys(0, jnp.arange(len(prompt_BKP))),
-        prompt_BKP,
+        decode.sample_keys(0, jnp.arange(batch)),
+        codes_BKT,
+        num_prompt,
         decode.make_schedule(
             decoding, num_frames=num_frames, num_prompt=num_prompt, span_length=span
         ),
         0.0,
         config=dataclasses.replace(magnet.model, span_length=span),
-        num_frames=num_frames,
         choice="greedy",
         span_score=decoding.span_score,
         span_arrangement=decoding.span_arrangement,
+        guided=decode.guided_steps(decoding, any_text=case["text"]),
+        savings=savings,
+        kernels=kernels,
     )
     np.testing.assert_array_equal(decoded.codes_BKT, reference[name])
 

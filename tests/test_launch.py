@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import tiny
 
-from launch import benchmark, cli, sample
+from launch import cli, sample
 from launch import train as launch_train
 from magnet_jax import audio, errors, train
 from magnet_jax.config import DecodeConfig, RunConfig
@@ -158,16 +158,3 @@ def test_audio_that_is_not_finite_is_not_written(tmp_path):
     with pytest.raises(UserError, match="NaN"):
         audio.write_wav(tmp_path / "x.wav", np.full((1, 8), np.nan, np.float32), 16000)
     assert not list(tmp_path.iterdir())
-
-
-def test_benchmarks_run(run, capsys, monkeypatch):
-    tiny.use_one_device(monkeypatch)
-    benchmark.decoding(benchmark.Decode(checkpoint=run, batch_sizes=(1, 2), repeats=2))
-    assert "2 programs for 2 shapes" in capsys.readouterr().out
-    monkeypatch.setattr(
-        benchmark,
-        "load_config",
-        lambda name: dataclasses.replace(tiny.run_config("", ""), decode=DecodeConfig()),
-    )
-    benchmark.loader(benchmark.Loader(data=run.parent / "tokens", batches=3, steps=2))
-    assert "ratio" in capsys.readouterr().out

@@ -1,0 +1,34 @@
+"""The command line of the benchmarks; see the package."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from launch import benchmark, cli
+from launch.benchmark import decoding, importing, loading
+from magnet_jax import errors
+
+Command = (
+    Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]
+    | Annotated[decoding.Args, tyro.conf.subcommand("decode", description=decoding.Args.__doc__)]
+    | Annotated[importing.Args, tyro.conf.subcommand("import", description=importing.Args.__doc__)]
+)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs the benchmark that the words (None: of the process) ask for."""
+    args = cli.parse(
+        Command, words, prog="python -m launch.benchmark", description=benchmark.__doc__
+    )
+    measure = {
+        loading.Args: loading.measure,
+        decoding.Args: decoding.measure,
+        importing.Args: importing.measure,
+    }
+    measure[type(args)](args)
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        main()

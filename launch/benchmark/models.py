@@ -1,0 +1,60 @@
+"""The model to measure: a checkpoint, or one of a published size with random weights."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from launch import make_random_checkpoint as random_checkpoint
+from magnet_jax import pretrained, transformer
+from magnet_jax.audiocraft import CODEC_FILE
+from magnet_jax.codec import load_codec
+from magnet_jax.config import DataConfig, ModelConfig, RunConfig, TextConfig
+from magnet_jax.errors import UserError
+
+SEED = 0
+SEGMENT_SECONDS = 10.0  # of the model with random weights, as of the published ones
+
+
+@contextlib.contextmanager
+def opened(checkpoint: Path | None, size: str | None) -> Iterator[tuple[str, pretrained.Loaded]]:
+    """A model's name in words, and the model.
+
+    Raises `UserError` unless either a checkpoint or a size is given, or if nothing is there.
+    """
+    if (checkpoint is None) == (size is None):
+        raise UserError("give either --checkpoint DIR or --model small|medium")
+    if checkpoint is not None:
+        yield str(checkpoint), pretrained.load(checkpoint)
+        return
+    # A codec is loaded from a file; it lives as long as the model does.
+    with tempfile.TemporaryDirectory() as folder:
+        name = f"{size}, random weights, text encoder of t5-base's size, EnCodec of 32 kHz"
+        yield name, random_model(size, Path(folder))
+
+
+def random_model(size: str, codec_folder: Path) -> pretrained.Loaded:
+    """A model in memory, all parts of a published one's size; its codec is written to a folder."""
+    random_checkpoint.write_codec(codec_folder, SEED)
+    codec_source = str(codec_folder / CODEC_FILE)
+    codec = load_codec(codec_source, num_codebooks=random_checkpoint.NUM_CODEBOOKS).spec
+    model = ModelConfig(**random_checkpoint.SIZES[size])
+    t5_config, t5_params, tokenizer = random_checkpoint.make_text_encoder(SEED)
+    init = jax.jit(transformer.init_params, static_argnames="config")
+    return pretrained.Loaded(
+        config=RunConfig(
+            model=model,
+            text=TextConfig(max_tokens=pretrained.MAX_TOKENS),
+            data=DataConfig(segment_seconds=SEGMENT_SECONDS),
+        ),
+        codec=codec,
+        codec_source=codec_source,
+        params={"lm": init(config=model, key=jax.random.key(SEED))},
+        t5_config=t5_config,
+        t5_params=t5_params,
+        tokenizer=tokenizer,
+        step=0,
+        lineage={},
+    )

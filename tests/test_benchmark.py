@@ -1,0 +1,240 @@
+"""The benchmark: its PyTorch peer does the reference's work, and its figures are what they say."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from conftest import GOLDEN
+
+from launch.benchmark import __main__ as command
+from launch.benchmark import decoding, loading, models, peaks
+from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
+from launch.make_random_checkpoint import T5_BASE
+from magnet_jax import convert, flops, train
+from magnet_jax.audiocraft import read_file
+from magnet_jax.config import DecodeConfig, ModelConfig
+from magnet_jax.errors import UserError
+
+MAGNET = GOLDEN / "magnet_tiny"
+CASES = json.loads((MAGNET / "generate.json").read_text())
+SMALL = ModelConfig()
+MEDIUM = ModelConfig(width=1536, num_heads=24, num_layers=48)
+
+# --- the peer -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def peer():
+    model = convert.read_audiocraft(MAGNET).model
+    return Peer(read_file(MAGNET / "state_dict.bin").tensors, model)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, case in CASES.items() if case["span_arrangement"] == "nonoverlap"]
+)
+def test_the_peer_generates_the_reference_tokens(peer, name):
+    case = CASES[name]
+    text, reference = np.load(MAGNET / "forward.npz"), np.load(MAGNET / "generate.npz")
+    span, num_prompt = case["span_len"], case["prompt_frames"]
+    decoding = DecodeConfig(
+        steps=tuple(case["decoding_steps"]),
+        temperature=case["temp"],
+        anneal_temperature=case["anneal_temp"],
+        max_guidance=case["max_cfg_coef"],
+        min_guidance=case["min_cfg_coef"],
+        span_score=case["span_scoring"],
+        span_length=span,
+        greedy=True,
+    )
+    codes_BKT = peer.generate(
+        text["t5_hidden"],
+        text["text_lengths"] * case["text"],
+        num_frames=text["codes"].shape[-1] // span * span,
+        decoding=decoding,
+        prompt_BKP=reference["prompt_codes"][..., :num_prompt] if num_prompt else None,
+    )
+    np.testing.assert_array_equal(codes_BKT, reference[name])
+
+
+def test_our_parameters_reach_the_peer_unchanged(peer):
+    model, params, *_ = convert.read_audiocraft(MAGNET)
+    found = Peer(convert.to_audiocraft(params, model), model).network.state_dict()
+    for name, tensor in peer.network.state_dict().items():
+        assert torch.equal(tensor, found[name]), name
+
+
+def test_the_peer_samples_from_the_nucleus():
+    reference = np.load(GOLDEN / "top_p.npz")
+    mass = next(float(n.removeprefix("probs_p")) for n in reference if n.startswith("probs_p"))
+    probs = torch.tensor(reference["logits"]).softmax(-1)
+    torch.manual_seed(0)
+    token = sample_top_p(probs.repeat(200, 1, 1), mass).numpy()
+    allowed = reference[f"probs_p{mass:g}"] > 0
+    assert allowed[np.arange(len(allowed))[None], token].all()
+    assert len(np.unique(token[:, 0])) > 1
+
+
+def test_what_the_peer_lacks_is_named(peer):
+    states, lengths = np.zeros((1, 4, 768), np.float32), np.array([4])
+    with pytest.raises(UserError, match="spans that do not overlap"):
+        peer.generate(
+            states, lengths, num_frames=9, decoding=DecodeConfig(span_arrangement="stride1")
+        )
+    with pytest.raises(UserError, match="no whole number of spans"):
+        peer.generate(states, lengths, num_frames=10, decoding=DecodeConfig())
+    with pytest.raises(UserError, match="needs 4 numbers"):
+        peer.generate(states, lengths, num_frames=9, decoding=DecodeConfig(steps=(1, 1)))
+    with pytest.raises(UserError, match="PyTorch cannot use it"):
+        check_device("abacus")
+
+
+# --- FLOPs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "frames", "steps", "reference", "floor"),
+    [
+        (SMALL, 498, (20, 10, 10, 10), 39.3, 31.9),
+        (SMALL, 1500, (20, 10, 10, 10), 131.9, 101.5),
+        (SMALL, 1500, (60, 10, 10, 10), 237.5, 198.4),
+        (MEDIUM, 498, (20, 10, 10, 10), 170.3, 142.7),
+        (MEDIUM, 1500, (60, 10, 10, 10), 992.7, 850.4),
+    ],
+)
+def test_flops_of_the_published_models(model, frames, steps, reference, floor):
+    found = flops.reference_flops(model, frames, 64, steps) / 1e12
+    assert found == pytest.approx(reference, rel=2e-3)
+    assert flops.floor_flops(model, frames, 64, steps) / 1e12 == pytest.approx(floor, rel=5e-3)
+
+
+def test_flops_of_one_step_by_hand():
+    model = ModelConfig(
+        num_codebooks=1, codebook_size=7, width=4, num_heads=1, num_layers=1, mlp_ratio=2
+    )
+    # (projections 6 D^2, MLP 4 D^2, attention 2 T D and 2 S D) T, keys and values 2 S D^2, head
+    row = 6 * (6 * 16 + 4 * 16 + 2 * 6 * 4 + 2 * 5 * 4) + 5 * 2 * 16 + 6 * 4 * 7
+    assert flops.reference_flops(model, 6, 5, (1,)) == 2 * 2 * row
+    without_text = 6 * (2 * 16 + 2 * 5 * 4) + 5 * 2 * 16
+    assert flops.floor_flops(model, 6, 5, (1,)) == 2 * (2 * row - without_text)
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    tiny.write_noise(folder / "tokens", {"train": 8})
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        train.train(tiny.run_config(folder / "tokens", folder / "run", steps=1))
+    return folder / "run"
+
+
+@pytest.fixture
+def no_peaks(monkeypatch):
+    """Large matrix products are slow where many processes share the machine."""
+    monkeypatch.setattr(peaks, "SIZES", (64,))
+
+
+def test_decoding_is_measured_against_the_peer_and_another_command(run, tmp_path, capsys, no_peaks):
+    other = shlex.join([sys.executable, "-c", "print('a line'); print('{\"seconds\": 4.5}')"])
+    json_file, picture = tmp_path / "figures.json", tmp_path / "figures.png"
+    command.main(
+        ["decode", "--checkpoint", str(run), "--batch-sizes", "1", "2", "--repeats", "2", "--peer",
+         "--peer-steps", "1", "--vs", other, "--json", str(json_file), "--picture", str(picture)]
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    for part in ("2 programs for 2 shapes", "peer/ours", "cut from 2 1 1 1", "4.500 s", "codec"):
+        assert part in shown
+    found = json.loads(json_file.read_text())
+    assert [row["batch_size"] for row in found["rows"]] == [1, 2]
+    assert found["facts"]["steps"] == [1, 1, 1, 1] and found["vs_seconds"] == 4.5
+    for row in found["rows"]:
+        assert row["speedup"] == pytest.approx(sum(row["peer_stages"]) / row["tokens"])
+        assert row["rate"] == pytest.approx(row["batch_size"] * row["flops"] / row["tokens"])
+        assert 0 < row["flops"] < row["peer_flops"]
+    assert len(found["parts"]["stages"]) == 4 and min(found["parts"]["stages"]) > 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_with_random_weights(monkeypatch, capsys, no_peaks):
+    small = {"width": 16, "num_layers": 2, "num_heads": 2}
+    monkeypatch.setitem(models.random_checkpoint.SIZES, "small", small)
+    monkeypatch.setitem(models.random_checkpoint.CODEC_SETTINGS, "num_filters", 4)
+    monkeypatch.setattr(models.random_checkpoint, "T5_BASE", {**T5_BASE, "num_layers": 1})
+    command.main(
+        ["decode", "--model", "small", "--seconds", "0.2", "--batch-sizes", "1", "--repeats", "1",
+         "--steps", "1", "1", "1", "1", "--no-parts"]
+    )  # fmt: skip
+    assert "random weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "either --checkpoint DIR or --model"),
+        (["--checkpoint", "x", "--model", "small"], "either --checkpoint DIR or --model"),
+        (["--model", "tremendous"], "--model"),
+        (["--checkpoint", "nowhere"], "nowhere: no such folder"),
+        (["--model", "small", "--batch-sizes", "1", "-2"], "--batch-sizes must be"),
+        (["--model", "small", "--batch-sizes", "0"], "--batch-sizes must be"),
+        (["--model", "small", "--steps", "0"], "--steps must be"),
+        (["--model", "small", "--repeats", "0"], "--repeats must be"),
+        (["--model", "small", "--seconds", "nan"], "--seconds must be positive"),
+        (["--model", "small", "--peer-steps", "1"], "needs --peer"),
+        (["--model", "small", "--picture", "x.mp3"], "must end in .png"),
+        (["--model", "small", "--json", "nowhere/x.json"], "no such folder nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        command.main(["decode", *words])
+
+
+def test_options_that_do_not_fit_the_model(run, no_peaks):
+    with pytest.raises(UserError, match="decode.steps has 2 numbers"):
+        command.main(["decode", "--checkpoint", str(run), "--steps", "1", "1"])
+    with pytest.raises(UserError, match="shorter than one span"):
+        command.main(["decode", "--checkpoint", str(run), "--seconds", "0.01"])
+    with pytest.raises(UserError, match="--peer-device abacus"):
+        command.main(["decode", "--checkpoint", str(run), "--peer", "--peer-device", "abacus"])
+
+
+def test_the_other_command():
+    assert decoding.time_command("sleep 0.2") == pytest.approx(0.2, abs=0.5)
+    assert decoding.time_command("""echo '{"seconds": 3, "x": 1}'; echo '[1]'; echo bye""") == 3.0
+    with pytest.raises(UserError, match="failed with status 3: it broke"):
+        decoding.time_command("echo it broke >&2; exit 3")
+    with pytest.raises(UserError, match="must be a number above 0"):
+        decoding.time_command("""echo '{"seconds": "many"}'""")
+
+
+def test_a_mistake_ends_with_status_2():
+    words = [sys.executable, "-m", "launch.benchmark", "decode"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: give either .*\n", done.stderr)
+
+
+def test_peaks(no_peaks):
+    assert peaks.jax_peak(jnp.dtype("float32")) > 0
+    assert peaks.torch_peak("float32", "cpu") > 0
+
+
+def test_the_loader_is_measured(run, capsys, monkeypatch):
+    tiny.use_one_device(monkeypatch)
+    monkeypatch.setattr(
+        loading,
+        "load_config",
+        lambda name: dataclasses.replace(tiny.run_config("", ""), decode=DecodeConfig()),
+    )
+    loading.measure(loading.Args(data=run.parent / "tokens", batches=3, steps=2))
+    assert "ratio" in capsys.readouterr().out

@@ -1,0 +1,170 @@
+"""Compiling ahead of time: for the CPU always, for TPUs and GPUs where a compiler is installed."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from launch import compile as launch_compile
+from launch.make_random_checkpoint import SIZES
+from magnet_jax import flops, hlo, targets, transformer
+from magnet_jax.config import ModelConfig
+from magnet_jax.errors import UserError
+
+TINY = {"width": 64, "num_layers": 3, "num_heads": 2}
+STEPS = (3, 2, 2, 2)
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu is not installed: pip install "magnet-jax[aot-tpu]"',
+)
+
+
+def has_cuda_compiler() -> bool:
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
+needs_cuda = pytest.mark.skipif(
+    not has_cuda_compiler(),
+    reason='the CUDA plugin is not installed: pip install "magnet-jax[aot-gpu]"',
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(SIZES, "small", TINY)
+    return ModelConfig(**TINY)
+
+
+def compile_decode(tmp_path, topology: str, *more: str, steps: tuple[int, ...] = STEPS) -> dict:
+    file = tmp_path / "costs.json"
+    sizes = ["--seconds", "1", "--text-tokens", "8", "--steps", *map(str, steps)]
+    launch_compile.main(["decode", "--topology", topology, "--json", str(file), *sizes, *more])
+    return json.loads(file.read_text())
+
+
+def check_flops(found: dict, model: ModelConfig, steps: tuple[int, ...] = STEPS) -> None:
+    """Not below the least; above it by what blocks and halos of local attention cost."""
+    assert found["frames"] == 51
+    floor = flops.floor_flops(model, 51, 8, steps)
+    assert found["floor_flops_a_clip"] == floor
+    assert floor <= found["flops_a_clip"] < 1.5 * floor
+    assert found["unknown_loops"] == []
+
+
+def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
+    steps = (1, 1, 1, 1)  # several have a last one apart, and twice the program
+    found = compile_decode(tmp_path, "cpu:1", steps=steps)
+    check_flops(found, tiny, steps)
+    assert found["dtype"] == "float32" and found["num_devices"] == 1
+    params = jax.eval_shape(lambda key: transformer.init_params(tiny, key), jax.random.key(0))
+    size = 4 * transformer.count_params(params)
+    assert size <= found["argument_bytes"] < size + 2**16
+    assert found["temp_bytes"] > 0 and found["cycles"] is None
+    shown = capsys.readouterr().out
+    assert "times the least" in shown and "no estimate for this hardware" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; there are v5e:1x1"),
+        (["--topology", "v5e:0x2"], "unknown topology"),
+        (["--topology", "h100:0"], "unknown topology"),
+        (["--topology", "cpu:1", "--steps", "3", "2"], "--steps needs 4 numbers"),
+        (["--topology", "cpu:1", "--batch", "0"], "must be positive"),
+        (["--topology", "cpu:1", "--seconds", "nan"], "must be positive"),
+        (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; cpu:1 has 1"),
+        (["--topology", "cpu:1", "--kernels.full", "cudnn"], "cudnn needs a GPU"),
+        (["--topolgy", "cpu:1"], "--topology"),
+    ],
+)
+def test_mistakes_are_named(tiny, arguments, message):
+    with pytest.raises(UserError, match=message):
+        launch_compile.main(["decode", *arguments])
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(UserError, match=r"aot-tpu.*libtpu==0\.0\.52"):
+        targets.load("v5e:2x2")
+
+    def no_plugin(**keywords):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", no_plugin)
+    with pytest.raises(UserError, match=r"aot-gpu.*jax-cuda13-pjrt==0\.10\.2"):
+        targets.load("h100:8")
+
+
+def test_chips_are_described():
+    assert targets.CHIPS["v5e"].clock == 1.5e9
+    for chip in targets.CHIPS.values():  # ridge points between 160 and 600 FLOPs a byte
+        assert 160 < chip.peak_flops / chip.bandwidth < 600
+
+
+# ------------------------------------------------------------------------- TPUs and GPUs
+
+
+def on_first(target: targets.Target, *shape: int) -> jax.ShapeDtypeStruct:
+    mesh = Mesh(np.asarray(target.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "count"),
+    [("v4:2x2x1", 8), ("v5e:2x2", 4), ("v5e:4x8", 32), ("v5p:2x2x1", 4), ("v6e:1x1", 1)],
+)
+def test_tpu_topologies(topology, count):
+    target = targets.load(topology)
+    assert (len(target.devices), target.platform) == (count, "tpu")
+    peak = target.chip.peak_flops / target.chip.devices
+    # The clocks fit the cycles: a large product runs at most, and nearly, at the peak.
+    square = on_first(target, 4096, 4096)
+    found = hlo.costs(jax.jit(jnp.matmul).lower(square, square).compile())
+    assert found.flops == 2 * 4096**3
+    assert 0.65 < found.flops / (found.cycles / target.chip.clock) / peak < 1
+
+
+@needs_libtpu
+def test_an_impossible_topology_is_named():
+    with pytest.raises(UserError, match="v5e:3x3: .*not divisible"):
+        targets.load("v5e:3x3")
+
+
+@needs_libtpu
+def test_decoding_for_a_tpu(tiny, tmp_path, capsys):
+    found = compile_decode(tmp_path, "v5e:2x2")
+    check_flops(found, tiny)
+    assert found["dtype"] == "bfloat16" and found["cycles"] > 0 and found["code_bytes"] > 0
+    assert 0 < found["estimated_mfu"] < 1
+    assert "of the peak" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_decoding_for_a_mesh_of_tpus(tiny, tmp_path):
+    mesh = ("--mesh.data", "-1", "--mesh.frames", "2", "--batch", "2")
+    found = compile_decode(tmp_path, "v5e:2x2", *mesh)
+    assert found["num_devices"] == 4
+    assert found["collective_runs"]["all-gather"] > 0
+    assert found["flops_a_clip"] >= found["floor_flops_a_clip"]
+
+
+@needs_cuda
+def test_decoding_for_a_gpu_uses_fused_attention(monkeypatch, tmp_path):
+    sizes = {"width": 256, "num_layers": 2, "num_heads": 4}  # smaller products find no tiles
+    monkeypatch.setitem(SIZES, "small", sizes)
+    found = compile_decode(tmp_path, "h100:1")
+    check_flops(found, ModelConfig(**sizes))
+    assert any("__cudnn$fmha" in name for name in found["fused_attention"])
+    assert len(targets.load("h100:4x8").devices) == 32

@@ -1,0 +1,217 @@
+"""Sampling: one program for many lengths, texts and settings; the same clips on any devices."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from conftest import SHIPPED_GOLDEN
+from tiny import EMBEDDED_CODEC
+
+from magnet_jax import attention, codec, convert, programs, sampling, t5
+from magnet_jax.config import (
+    PRESETS,
+    DataConfig,
+    DecodeConfig,
+    KernelConfig,
+    RunConfig,
+    SamplingMeshConfig,
+    TextConfig,
+    preset_steps,
+)
+from magnet_jax.errors import UserError
+from magnet_jax.pretrained import Loaded
+
+USUAL = 2.0  # seconds that the model was trained on; 100 frames
+DECODING = DecodeConfig(steps=(3, 2, 2, 2))
+TEXTS = ("a slow waltz on the piano", "", "a fiddle tune")
+
+
+def load_golden(seconds=USUAL):
+    """The golden model with a random text encoder of its width, and the golden codec."""
+    golden = convert.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")
+    config, _, tokenizer = t5.load("embedded")
+    config = dataclasses.replace(config, d_model=golden.model.text_width, d_ff=16, num_layers=1)
+    spec = dataclasses.replace(EMBEDDED_CODEC, sample_rate=32000, codebook_size=128)
+    return Loaded(
+        config=RunConfig(
+            model=golden.model,
+            text=TextConfig(max_tokens=128),
+            data=DataConfig(segment_seconds=seconds),
+        ),
+        codec=spec,
+        codec_source="",
+        params={"lm": golden.params},
+        t5_config=config,
+        t5_params=t5.init(config, jax.random.key(0)),
+        tokenizer=tokenizer,
+        step=0,
+        lineage={},
+    )
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_golden()
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return codec.load_decoder(
+        str(SHIPPED_GOLDEN / "encodec_tiny" / "compression_state_dict.bin"), num_codebooks=4
+    )
+
+
+def clips(loaded, texts=TEXTS, num_frames=100, decoding=DECODING, seed=1, **settings):
+    return sampling.generate(
+        loaded, texts, num_frames=num_frames, decoding=decoding, seed=seed, **settings
+    )
+
+
+def test_frames_go_in_few_buckets_and_the_usual_length_in_its_own():
+    assert sampling.frame_bucket(501, usual=501, multiple=3) == 501
+    buckets = {sampling.frame_bucket(n, usual=0, multiple=3) for n in range(256, 512)}
+    assert len(buckets) == 9
+    for n in range(1, 2000):
+        bucket = sampling.frame_bucket(n, usual=0, multiple=6)
+        assert n <= bucket <= 1.125 * n + 6
+        assert bucket % 6 == 0
+
+
+def test_texts_go_in_buckets(loaded):
+    words = ["waltz " * count for count in (1, 20, 40, 500)]
+    widths = [sampling.tokenize_texts(loaded, [text]).ids_BS.shape[1] for text in words]
+    assert widths[0] == 16
+    assert widths == sorted(widths)
+    assert widths[-1] == 128
+    assert set(widths) <= {16, 32, 64, 128}
+
+
+def test_a_padded_clip_is_the_clip_of_its_own_length(loaded, decoder):
+    """95 frames computed as 96 of which 95 exist, and as 96 that are cut: 97 would be 105."""
+    num_frames = 97
+    padded = clips(loaded, num_frames=num_frames, decoder=decoder)
+    exact = clips(load_golden(num_frames / 50), num_frames=num_frames, decoder=decoder)
+    np.testing.assert_array_equal(padded.codes_BKT, exact.codes_BKT)
+    np.testing.assert_array_equal(padded.hidden_PBT, exact.hidden_PBT)
+    assert padded.wav_BCN.shape == exact.wav_BCN.shape == (3, 1, num_frames * 640)
+    np.testing.assert_allclose(padded.wav_BCN, exact.wav_BCN, atol=1e-5)
+
+
+def test_overlapping_spans_of_a_padded_clip_are_those_of_its_own_length():
+    decoding = dataclasses.replace(DECODING, span_arrangement="stride1")
+    padded, exact = (
+        clips(load_golden(seconds), num_frames=49, decoding=decoding) for seconds in (2.0, 0.98)
+    )
+    np.testing.assert_array_equal(padded.codes_BKT, exact.codes_BKT)
+
+
+def test_one_program_serves_many_lengths_prompts_and_settings(loaded):
+    programs.forget()
+    lines = []
+    execution = sampling.Execution(say=lines.append)
+    for i, (num_frames, num_prompt, guidance) in enumerate(
+        [(65, 0, 10.0), (70, 0, 3.0), (68, 20, 10.0)]
+    ):
+        decoding = dataclasses.replace(DECODING, max_guidance=guidance, temperature=3.0 + i)
+        prompt_BKP = np.full((3, 4, num_prompt), 7)
+        found = clips(
+            loaded, num_frames=num_frames, decoding=decoding, seed=i, prompt_BKP=prompt_BKP,
+            execution=execution,
+        )  # fmt: skip
+        assert found.codes_BKT.shape == (3, 4, num_frames)
+        assert (found.codes_BKT < 128).all()
+        assert (found.codes_BKT[..., :num_prompt] == 7).all()
+    assert programs.count() == 1
+    assert len(lines) == 2
+    assert lines[0].startswith("compiling 3 clips of 1.3 s")
+    assert lines[1].startswith("compiled in ")
+
+
+def test_the_program_makes_the_audio_that_pytorch_makes(loaded, decoder):
+    found = clips(loaded, decoder=decoder)
+    torch_codec = codec.load_codec(
+        str(SHIPPED_GOLDEN / "encodec_tiny" / "compression_state_dict.bin"), num_codebooks=4
+    )
+    expected = sampling.decode_audio(torch_codec, found.codes_BKT)
+    np.testing.assert_allclose(found.wav_BCN, expected, atol=1e-4)
+    again = sampling.decode_audio(decoder, found.codes_BKT)
+    np.testing.assert_allclose(found.wav_BCN, again, atol=1e-5)
+    with pytest.raises(ValueError, match="must lie in"):
+        sampling.decode_audio(decoder, np.full((1, 4, 3), 128))
+
+
+def test_a_clip_without_text_is_the_same_beside_others_and_alone(loaded):
+    """Alone, no row has text: neither cross-attention nor guidance is computed."""
+    both = clips(loaded).codes_BKT
+    alone = clips(loaded, [""], first_sample=1).codes_BKT
+    np.testing.assert_array_equal(both[1], alone[0])
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        SamplingMeshConfig(data=2),
+        SamplingMeshConfig(guidance=2),
+        SamplingMeshConfig(frames=4),
+        SamplingMeshConfig(data=-1, guidance=2, frames=2),
+    ],
+    ids=lambda mesh: f"{mesh.data},{mesh.guidance},{mesh.frames}",
+)
+def test_clips_are_the_same_on_any_mesh(loaded, decoder, mesh):
+    """Three clips, which two devices do not divide, of 100 frames, which four spans do not."""
+    one = clips(loaded, decoder=decoder)
+    many = clips(loaded, decoder=decoder, execution=sampling.Execution(mesh=mesh))
+    np.testing.assert_array_equal(one.codes_BKT, many.codes_BKT)
+    np.testing.assert_array_equal(one.hidden_PBT, many.hidden_PBT)
+    np.testing.assert_allclose(one.wav_BCN, many.wav_BCN, atol=1e-5)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(loaded):
+    for mesh, message in (
+        (SamplingMeshConfig(data=9), "needs 9 devices; there are 8"),
+        (SamplingMeshConfig(frames=8), "fewer than 5 frames a device"),
+    ):
+        with pytest.raises(UserError, match=message):
+            clips(loaded, num_frames=24, execution=sampling.Execution(mesh=mesh))
+    with pytest.raises(UserError, match="mesh.data must be positive"):
+        SamplingMeshConfig(data=0)
+
+
+def test_weights_are_rounded_once_where_products_are_rounded(loaded):
+    config = dataclasses.replace(loaded.config, compute_dtype="bfloat16")
+    loaded = loaded._replace(config=config)
+    prepared = sampling.prepare(loaded)
+    assert prepared.params["lm"]["blocks"]["mlp"]["up"].dtype == jax.numpy.bfloat16
+    assert prepared.params["lm"]["blocks"]["norm_mlp"]["scale"].dtype == jax.numpy.float32
+    np.testing.assert_array_equal(clips(prepared).codes_BKT, clips(loaded).codes_BKT)
+
+
+def test_presets_name_decoding_steps():
+    assert preset_steps("balanced", 4) == (20, 5, 5, 5)
+    assert all(len(steps) == 4 for steps in PRESETS.values())
+    with pytest.raises(UserError, match="one of paper, paper-30s, balanced, draft, not 'fast'"):
+        preset_steps("fast", 4)
+    with pytest.raises(UserError, match="presets are for 4 codebooks"):
+        preset_steps("paper", 8)
+
+
+def test_kernels_asked_for_are_used(loaded):
+    default = clips(loaded).codes_BKT
+    execution = sampling.Execution(kernels=KernelConfig(full="blocks", local="dense"))
+    np.testing.assert_array_equal(clips(loaded, execution=execution).codes_BKT, default)
+    assert attention.choose_kernels(KernelConfig(), "cpu", 100, "float32").local == "blocks"
+
+
+def test_compiled_programs_are_kept_on_disk_where_the_user_says(monkeypatch, tmp_path):
+    """The tests' own folder, given by the environment, is left alone; by default there is one."""
+    given = jax.config.jax_compilation_cache_dir
+    programs.keep_on_disk()
+    assert jax.config.jax_compilation_cache_dir == given
+    monkeypatch.setattr(programs.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        programs.keep_on_disk()
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "magnet_jax" / "programs")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", given)
