@@ -28,6 +28,7 @@ from magnet_jax import attention, decode, flops, hlo, sampling, targets, transfo
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig, SamplingMeshConfig
 from magnet_jax.errors import UserError, reported
 
+Saving = Literal["null_text", "last_guidance", "last_window", "masked_head"]
 FRAME_RATE = 50  # frames a second of the published codec
 
 
@@ -52,6 +53,8 @@ class Decode:
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """The topology's first devices are used, one by default."""
     kernels: KernelConfig = KernelConfig()
+    without: tuple[Saving, ...] = ()
+    """Savings to do without, to see what they are worth."""
     json: Path | None = None
     """File for everything that was found out, costs of one device and of a clip."""
 
@@ -79,6 +82,7 @@ def lower_decode(args: Decode, model: ModelConfig, mesh: Mesh, platform: str) ->
         span_score=config.span_score,
         guided=decode.guided_steps(config, True),
         dtype=dtype,
+        savings=decode.Savings(**dict.fromkeys(args.without, False)),
     )
     static |= {f"{a}_axis": a if mesh.shape[a] > 1 else None for a in ("guidance", "frames")}
 

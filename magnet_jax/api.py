@@ -221,10 +221,10 @@ class Generator:
             wav_CN = wav_CN.mean(0, keepdims=True).repeat(self.audio_channels, axis=0)
         if sample_rate != self.sample_rate:
             wav_CN = soxr.resample(wav_CN.T, sample_rate, self.sample_rate).T
-        return self._encoder.encode(wav_CN[None].astype(np.float32))[0]
+        return self.encoder.encode(wav_CN[None].astype(np.float32))[0]
 
     @functools.cached_property
-    def _encoder(self) -> Codec:
+    def encoder(self) -> Codec:
         """The codec in PyTorch, which alone encodes."""
         return pretrained.load_decoder(self.loaded, "this model", "torch")
 

@@ -349,7 +349,7 @@ def cross_attention(
     peak = jax.lax.stop_gradient(jnp.maximum(peak, floor))
     # Masked scores are replaced before exp, so that neither values nor gradients can overflow.
     exps = jnp.where(mask_B1TS, jnp.exp(jnp.where(mask_B1TS, scores_BNTS - peak, 0.0)), 0.0)
-    total = exps.sum(-1, keepdims=True) + zeros_B111 * jnp.exp(-peak)
+    total = exps.sum(-1, keepdims=True) + zeros_B111 * jnp.exp(-jnp.maximum(peak, 0.0))
     weights_BNTS = exps / jnp.where(total > 0, total, 1.0)
     return jnp.einsum("BNTS,BSNH->BTNH", weights_BNTS.astype(value_BSNH.dtype), value_BSNH)
 

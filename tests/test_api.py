@@ -61,6 +61,11 @@ def run_import(sources, name, out, **options):
     import_audiocraft.main(args)
 
 
+def assert_same_sound(found, expected):
+    """Equal up to rounding, which the number of clips in a batch may change."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 # --- import -------------------------------------------------------------------------------------
 
 
@@ -325,14 +330,14 @@ def test_generate(model):
     assert wav.shape == (2, model.audio_channels, frames * hop)
     assert tokens.shape == (2, model.loaded.config.model.num_codebooks, frames)
     assert (tokens >= 0).all() and (tokens < model.loaded.config.model.codebook_size).all()
-    np.testing.assert_array_equal(model.generate("a waltz", seed=3)[0], wav[0])
+    assert_same_sound(model.generate("a waltz", seed=3)[0], wav[0])
     assert (model.generate("a waltz", seed=4)[0] != wav[0]).any()
-    np.testing.assert_array_equal(model.generate_audio(tokens), wav)
+    assert_same_sound(model.generate_audio(tokens), wav)
 
 
 def test_no_text(model):
     wav = model.generate_unconditional(2, seed=1)
-    np.testing.assert_array_equal(wav, model.generate([None, ""], seed=1))
+    assert_same_sound(wav, model.generate([None, ""], seed=1))
     assert model.generate(None).shape[0] == 1
     with pytest.raises(UserError, match="num_samples"):
         model.generate_unconditional(0)
@@ -344,7 +349,7 @@ def test_continuation(model):
     wav, tokens = model.generate_continuation(
         half, model.sample_rate, "a waltz", return_tokens=True, seed=2
     )
-    prompt = model.decoder.encode(half)
+    prompt = model.encoder.encode(half)
     assert wav.shape == first.shape
     np.testing.assert_array_equal(tokens[..., : prompt.shape[-1]], prompt)
     # Stereo of another rate, without text and without a batch.
@@ -392,7 +397,7 @@ def test_progress(model, capfd):
     model.set_custom_progress_callback(lambda done, total: seen.append((done, total)))
     quiet = model.generate("a waltz", seed=1)
     assert not seen
-    np.testing.assert_array_equal(model.generate("a waltz", progress=True, seed=1), quiet)
+    assert_same_sound(model.generate("a waltz", progress=True, seed=1), quiet)
     assert sorted(seen) == [(i, seen[0][1]) for i in range(1, seen[0][1] + 1)]
     model.set_custom_progress_callback(None)
     model.generate("a waltz", progress=True, seed=1)
@@ -403,9 +408,9 @@ def test_the_batchs_padding_can_be_attended_to_as_in_audiocraft(model):
     texts = ["a waltz", "a march of many, many, many more words"]
     alone, padded = (model.generate(texts, seed=1, text_pad_len=pad) for pad in (None, "batch"))
     assert (alone[0] != padded[0]).any()
-    np.testing.assert_array_equal(alone[1], padded[1])
+    assert_same_sound(alone[1], padded[1])
     longer = 40
-    np.testing.assert_array_equal(
+    assert_same_sound(
         model.generate(texts[0], seed=1, text_pad_len=longer),
         model.generate(texts, seed=1, text_pad_len=longer)[:1],
     )
@@ -522,18 +527,18 @@ def test_longer_than_the_window(musicgen):
     musicgen.set_generation_params(
         duration=(tokens.shape[-1] - stride) / musicgen.frame_rate, use_sampling=False
     )
-    codes = musicgen._codes(
+    again = musicgen._clips(
         ["a waltz"], num_frames=tokens.shape[-1] - stride, seed=0,
         prompt_BKP=window[..., stride:], text_pad_len=None, on_step=None,
     )  # fmt: skip
-    np.testing.assert_array_equal(codes, tokens[..., stride:])
+    np.testing.assert_array_equal(again.codes_BKT, tokens[..., stride:])
 
 
 def test_a_checkpoint_needs_no_import(sources, imported):
     """Straight from AudioCraft's folder: the same audio as from the import."""
     direct = fast(MAGNeT.get_pretrained(sources / "magnet", text_encoder=str(sources / "t5")))
     through = fast(MAGNeT.get_pretrained(imported / "magnet"))
-    np.testing.assert_array_equal(direct.generate("a waltz"), through.generate("a waltz"))
+    assert_same_sound(direct.generate("a waltz"), through.generate("a waltz"))
 
 
 def test_the_command_samples_from_imports(imported, tmp_path):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magnet_jax import decode
-from magnet_jax.config import DecodeConfig
+from magnet_jax import decode, transformer
+from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
 
 
 def test_a_nucleus_of_everything_keeps_everything():
@@ -261,3 +261,39 @@ def test_sampled_tokens_follow_the_nucleus():
     )  # fmt: skip
     counts = np.bincount(np.asarray(decoded.codes_BKT).ravel(), minlength=5) / frames
     np.testing.assert_allclose(counts, np.array([0.4, 0.3, 0.2, 0, 0]) / 0.9, atol=0.032)
+
+
+def program_size(num_layers, steps):
+    """Operations of the program for the golden model's width."""
+    model = ModelConfig(codebook_size=16, width=8, num_heads=2, num_layers=num_layers, text_width=4)
+    shape = jax.ShapeDtypeStruct
+    schedule = decode.make_schedule(
+        DecodeConfig(steps=steps), num_frames=90, num_prompt=0, span_length=3
+    )
+    generate = functools.partial(
+        decode.generate,
+        config=model,
+        kernels=KernelConfig(full="dense", local="blocks"),
+        choice="top_p",
+        span_score="max",
+        guided="all_but_last",
+    )
+    lowered = jax.jit(generate).lower(
+        jax.eval_shape(functools.partial(transformer.init_params, model), jax.random.key(0)),
+        shape((1, 3, 4), jnp.float32),
+        shape((1, 3), bool),
+        shape((1,), jnp.int32),
+        jax.eval_shape(decode.sample_keys, 0, np.arange(1)),
+        shape((1, 4, 90), jnp.int32),
+        0,
+        schedule,
+        0.9,
+    )
+    return lowered.as_text().count("\n")
+
+
+def test_the_program_does_not_grow_with_steps_or_layers():
+    """Nor does the time to compile it, which goes with its size."""
+    size = program_size(2, (5, 3, 3, 3))
+    assert program_size(2, (60, 10, 10, 10)) == size
+    assert program_size(4, (5, 3, 3, 3)) == size

@@ -3,5 +3,6 @@
 python -m launch.benchmark loader --data DATA     frames/s of the loader against the train step's
 python -m launch.benchmark decode --checkpoint RUN     time, FLOPs and programs of making clips
 python -m launch.benchmark decode --model small --peer     the same at full size, against PyTorch
+python -m launch.benchmark compile                time to compile, from nothing and from the cache
 python -m launch.benchmark import                 time and memory of importing a 420 M checkpoint
 """

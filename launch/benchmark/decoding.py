@@ -19,7 +19,7 @@ from launch.benchmark import models, peaks, report
 from launch.benchmark.peaks import seconds_of
 from magnet_jax import convert, flops, pretrained, programs, sampling
 from magnet_jax.codec import Decoder
-from magnet_jax.config import DecodeConfig
+from magnet_jax.config import DecodeConfig, Preset, preset_steps
 from magnet_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ class Args:
     """Calls timed a batch size, after the one that compiles; the fastest counts."""
     steps: tuple[int, ...] | None = None
     """Decoding steps of each codebook; None is the model's own."""
+    preset: Preset | None = None
+    """Decoding steps by name: paper, paper-30s, balanced or draft."""
     parts: bool = True
     """Time the parts of a call at the first batch size, which compiles one more program."""
     peer: bool = False
@@ -71,6 +73,8 @@ class Args:
             numbers = getattr(self, name)
             if numbers is not None and (not numbers or min(numbers) < 1):
                 raise UserError(f"{report.option(name)} must be numbers of at least 1")
+        if self.steps and self.preset:
+            raise UserError("give --steps or --preset, not both")
         if self.repeats < 1:
             raise UserError("--repeats must be at least 1")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
@@ -164,6 +168,8 @@ def measure(args: Args) -> None:
 
 
 def own_steps(args: Args, loaded: pretrained.Loaded) -> tuple[int, ...]:
+    if args.preset:
+        return preset_steps(args.preset, loaded.config.model.num_codebooks)
     return args.steps or loaded.config.decode.steps
 
 

@@ -1,0 +1,55 @@
+"""Time to compile the program of a model of full size: from nothing, and from the disk's cache."""
+
+import dataclasses
+import tempfile
+import time
+from typing import Literal
+
+import jax
+import numpy as np
+
+from launch.benchmark import models
+from magnet_jax import pretrained, sampling
+from magnet_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Seconds from texts to a compiled program, text encoder and codec included."""
+
+    model: Literal["small", "medium"] = "small"
+    """A model of a published size with random weights, made in memory."""
+    seconds: float = 10.0
+    """Length of a clip."""
+    batch: int = 1
+    """Clips at once."""
+
+
+def measure(args: Args) -> None:
+    """Compiles the same program twice, with a cache folder that is empty at first."""
+    if not 0 < args.seconds <= 600 or args.batch < 1:
+        raise UserError("--seconds must be positive, and at most 600, and --batch at least 1")
+    with models.opened(None, args.model) as (name, loaded), tempfile.TemporaryDirectory() as folder:
+        decoder = pretrained.load_decoder(loaded, name)
+        jax.config.update("jax_compilation_cache_dir", folder)
+        print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
+        for what in ("from nothing", "from the cache"):
+            jax.clear_caches()
+            started = time.perf_counter()
+            arrays, made_for = sampling.magnet_arguments(
+                loaded,
+                sampling.tokenize_texts(loaded, ["a text"] * args.batch),
+                np.arange(args.batch),
+                0,
+                np.zeros((args.batch, loaded.config.model.num_codebooks, 0), np.int32),
+                round(args.seconds * loaded.codec.frame_rate),
+                loaded.config.decode,
+                decoder.config,
+                decoder.params,
+                sampling.Execution(),
+                None,
+                platform=jax.default_backend(),
+                mesh=None,
+            )
+            sampling.magnet_program.lower(*arrays, made_for=made_for).compile()
+            print(f"{what:15} {time.perf_counter() - started:6.1f} s", flush=True)
