@@ -76,7 +76,12 @@ def lower_decode(args: Decode, model: ModelConfig, mesh: Mesh, platform: str) ->
     static = dict(
         config=model,
         kernels=attention.choose_kernels(
-            args.kernels, platform, frames // mesh.shape["frames"], dtype
+            args.kernels,
+            platform,
+            model,
+            frames // mesh.shape["frames"],
+            dtype,
+            split=mesh.shape["frames"] > 1,
         ),
         choice=choice,
         span_score=config.span_score,
@@ -175,8 +180,10 @@ def _share_of_peak(
 
 def decode_costs(args: Decode) -> dict[str, Any]:
     """Compiles the decoding program and compares it with the least and with the reference."""
-    if not args.seconds > 0 or args.batch < 1 or args.text_tokens < 1:
-        raise UserError("--seconds, --batch and --text-tokens must be positive")
+    if not 0 < args.seconds <= 600 or args.batch < 1 or args.text_tokens < 1:
+        raise UserError("--seconds (at most 600), --batch and --text-tokens must be positive")
+    if args.json and not args.json.absolute().parent.is_dir():
+        raise UserError(f"--json {args.json}: no such folder {args.json.absolute().parent}")
     model = ModelConfig(**SIZES[args.model])
     if len(args.steps) != model.num_codebooks:
         raise UserError(f"--steps needs {model.num_codebooks} numbers, one a codebook")

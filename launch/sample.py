@@ -52,14 +52,14 @@ class Args:
     """Of a run: averaged weights (the default), or those of the last step."""
     preset: Preset | None = None
     """Decoding steps by name: paper (20 10 10 10, 50 passes), paper-30s (60 10 10 10, 90),
-    balanced (20 5 5 5, 35; no loss in the paper's Table 6), draft (20 1 1 1, 23; 8 % worse).
+    balanced (20 5 5 5, 35; the paper finds no loss), draft (20 1 1 1, 23; 8 % worse).
     --decode.steps goes before it."""
     decode: DecodeConfig = DecodeConfig()
     """Schedule and sampling; the defaults are the model's."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     """The same for a MusicGen."""
     batch_size: int = 8
-    """Clips generated at once; it changes no clip."""
+    """Clips generated at once; it changes no clip but for rounding."""
     lufs: float | None = -14.0
     """Loudness of the files in LUFS; None keeps the model's own."""
     codec: str | None = None
@@ -118,6 +118,8 @@ def sample(args: Args) -> list[Path]:
         kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
     )
     loaded = sampling.prepare(loaded, execution)
+    if args.codec_backend == "jax":
+        decoder = sampling.place(decoder, execution)
     config, spec = loaded.config, loaded.codec
     decoding = args.autoregressive if config.model.kind == "musicgen" else args.decode
     seconds = args.seconds or config.data.segment_seconds
@@ -127,7 +129,7 @@ def sample(args: Args) -> list[Path]:
         print(note)
     written = []
     for first in range(0, len(texts), args.batch_size):
-        # A last, smaller batch is filled up so that one program serves all.
+        # A last, smaller batch is filled up: few shapes, few programs.
         batch = texts[first : first + args.batch_size]
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
@@ -157,6 +159,10 @@ def sample(args: Args) -> list[Path]:
                 "step": loaded.step,
                 "weights": loaded.lineage.get("weights"),
                 "decode": dataclasses.asdict(decoding),
+                "compute_dtype": sampling.compute_dtype(config).name,
+                "codec_backend": args.codec_backend,
+                "kernels": dataclasses.asdict(args.kernels),
+                "mesh": dataclasses.asdict(args.mesh),
                 "codec": dataclasses.asdict(spec),
                 "wanted_lufs": args.lufs,
                 "reached_lufs": loudness,

@@ -43,11 +43,16 @@ class _Report:
     """Passes on a running program's steps; one object a model, as programs are compiled for it."""
 
     def __init__(self):
-        self.listener: Callable[[int, int], None] | None = None
+        self.listen(None)
+
+    def listen(self, listener: Callable[[int, int], None] | None) -> None:
+        self._listener, self._done = listener, 0
 
     def __call__(self, done, total) -> None:
-        if self.listener is not None:
-            self.listener(int(done), int(total))
+        # Of several devices, each reports.
+        if self._listener is not None and done > self._done:
+            self._done = int(done)
+            self._listener(self._done, int(total))
 
 
 class Generator:
@@ -68,6 +73,8 @@ class Generator:
             )
         self.loaded = sampling.prepare(loaded, execution)
         self.decoder = decoder
+        if isinstance(decoder, Decoder):
+            self.decoder = sampling.place(decoder, execution)
         self.execution = execution
         self.duration = loaded.config.data.segment_seconds
         self.generation = loaded.config.sampling
@@ -226,6 +233,8 @@ class Generator:
     @functools.cached_property
     def encoder(self) -> Codec:
         """The codec in PyTorch, which alone encodes."""
+        if isinstance(self.decoder, Codec):
+            return self.decoder
         return pretrained.load_decoder(self.loaded, "this model", "torch")
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
@@ -463,11 +472,11 @@ def _listening(
         bar.total = total
         bar.update(done - bar.n)
 
-    report.listener = callback or advance
+    report.listen(callback or advance)
     try:
         yield report
         jax.effects_barrier()
     finally:
-        report.listener = None
+        report.listen(None)
         if bar is not None:
             bar.close()

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.config import FullKernel, KernelConfig, LocalKernel
+from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig
 from magnet_jax.errors import UserError
 
 # Beyond this many frames T x T scores no longer stay in a TPU's vector memory or a CPU's caches.
@@ -29,29 +29,54 @@ DENSE_FRAMES = 768
 # frames to each side fill tiles of 64 keys.
 LOCAL_BLOCK = {"cpu": 22, "tpu": 128, "gpu": 54}
 FULL_BLOCK = 256
+# Where nobody chose, as in training.
+DEFAULT_LOCAL_BLOCK = 32
 
 
 def choose_kernels(
-    asked: KernelConfig, platform: str, num_frames: int, dtype: jnp.dtype
+    asked: KernelConfig,
+    platform: str,
+    model: ModelConfig,
+    num_frames: int,
+    dtype: jnp.dtype,
+    *,
+    split: bool = False,
 ) -> KernelConfig:
     """The kernels for this platform ('cpu', 'gpu', 'tpu') and length, those asked for first.
 
-    Raises `UserError` for a kernel that the platform or the precision does not have.
+    `num_frames` are on one device; `split` says that others have more of the same clip.
+
+    Raises `UserError` for a kernel that the platform, the model, the precision or a split does not
+    have, and for a split so fine that a device's frames see beyond its neighbours.
     """
-    short, half = num_frames <= DENSE_FRAMES, jnp.dtype(dtype).itemsize == 2
+    if platform not in LOCAL_BLOCK:
+        raise UserError(f"JAX runs on {platform}, and this on {', '.join(LOCAL_BLOCK)} only")
+    if split and num_frames < model.local_context:
+        raise UserError(
+            f"mesh.frames leaves {num_frames} frames a device, fewer than the "
+            f"{model.local_context} seen to each side: use fewer devices, or ask for more seconds"
+        )
+    half = jnp.dtype(dtype).itemsize == 2
+    fused = platform == "gpu" and half and model.head_size % 8 == 0 and model.head_size <= 128
     full: FullKernel = asked.full
     local: LocalKernel = asked.local
-    if full == "auto":
-        if platform == "gpu" and half:
-            full = "cudnn"
-        else:
-            full = "dense" if short else {"tpu": "slices"}.get(platform, "blocks")
+    if full == "auto" and fused:
+        full = "cudnn"
+    elif full == "auto" and num_frames <= DENSE_FRAMES:
+        full = "dense"
+    elif full == "auto":
+        full = "slices" if platform == "tpu" else "blocks"
     if local == "auto":
         local = "slices" if platform == "tpu" else "blocks"
-    if full == "cudnn" and not (platform == "gpu" and half):
-        raise UserError(f"attention kernel cudnn needs a GPU and bfloat16, not {platform}, {dtype}")
-    if platform != "tpu" and "splash" in (full, local):
-        raise UserError(f"attention kernel splash needs a TPU; this is a {platform}")
+    if full == "cudnn" and not fused:
+        raise UserError(
+            "attention kernel cudnn needs a GPU, bfloat16 and a head size that is a multiple of 8 "
+            f"up to 128; here are {platform}, {jnp.dtype(dtype)} and {model.head_size}"
+        )
+    if "splash" in (full, local) and (platform != "tpu" or split):
+        raise UserError(
+            "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)"
+        )
     block = asked.local_block or LOCAL_BLOCK[platform]
     return KernelConfig(full=full, local=local, local_block=block)
 
@@ -78,13 +103,15 @@ def self_attention(
         to (and what they themselves attend to is arbitrary, but finite).
       axis: name of the mesh axis over which the frames are split, T of them on each device; then
         `length` counts the frames of all.
-      block: queries a block; 0 is a default.
+      block: queries a block, at least twice the context; 0 is a default. Splash has its own.
       interpret: run a Pallas kernel in Python, on any platform.
     """
     if kernel == "auto":
         kernel = "dense" if context is None else "blocks"
     if not block:
-        block = FULL_BLOCK if context is None else LOCAL_BLOCK["cpu"]
+        block = FULL_BLOCK if context is None else DEFAULT_LOCAL_BLOCK
+    if axis is not None and length is None:
+        raise ValueError("of frames split over devices, the length of the clip must be given")
     if kernel == "splash":
         if axis is not None:
             raise ValueError("splash attention needs all frames on one device")

@@ -152,6 +152,11 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
     return Codec(spec, model, model["quantizer"], weights.config.normalize, device)
 
 
+def read_spec(source: str, num_codebooks: int | None = None) -> CodecSpec:
+    """What an EnCodec's tokens mean; arguments and errors are those of `load_codec`."""
+    return _read(source, num_codebooks)[0]
+
+
 def load_decoder(source: str, num_codebooks: int | None = None) -> Decoder:
     """The decoder of an EnCodec for `seanet.decode`, its parameters on JAX's default device.
 

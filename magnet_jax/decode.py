@@ -3,9 +3,10 @@
 Codebooks are decoded one after another. Within one, every step hides the least confident spans,
 predicts them all at once, and keeps what it did not hide for good (with `stride1`, until a hidden
 span overlaps it). The schedules are arrays, computed before the loops; the loops are scans over
-stages, steps and layers, so the network is traced four times, whatever the numbers of steps: for
-the first codebook (full attention) and for all others (local attention), each with a last step of
-its own, which predicts a single span and needs no guidance.
+stages, steps and layers, so the network is traced four times however many steps there are: for the
+first codebook (full attention) and for the others (local attention), each with a last step of its
+own, which predicts a single span and needs no guidance. (Others with unlike numbers of steps are
+traced apart.)
 
 `Savings` lists what is left out because it changes nothing.
 """

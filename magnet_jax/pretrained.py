@@ -277,7 +277,7 @@ def _read_codec(
     file = read_file(path)
     source = given or file.pretrained or str(path)
     try:
-        spec = load_codec(source, num_codebooks=model.num_codebooks).spec
+        spec = codec_module.read_spec(source, model.num_codebooks)
     except UserError as error:
         if not file.pretrained or given:
             raise

@@ -1,10 +1,10 @@
 """Compiled programs: made once a shape, announced while they are made, kept between processes."""
 
-import os
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,18 @@ import platformdirs
 
 Say = Callable[[str], None]
 
-# By function, settings, shapes and placement. What `jax.jit` keeps by itself, with the compilation
+MOST_PROGRAMS = 64  # kept in memory; the one used longest ago goes first
+DISK_BYTES = 4 * 2**30  # of the cache folder; likewise
+
+
+class _Program(NamedTuple):
+    run: jax.stages.Compiled
+    seconds: float  # that it took to trace and compile
+
+
+# By function, settings, shapes and placement: what `jax.jit` keeps by itself, with the compilation
 # as a step of its own that can be announced and timed.
-_compiled: dict[tuple, jax.stages.Compiled] = {}
+_programs: OrderedDict[tuple, _Program] = OrderedDict()
 
 
 def keep_on_disk() -> None:
@@ -22,13 +31,12 @@ def keep_on_disk() -> None:
 
     Leaves alone what JAX was told already (`JAX_COMPILATION_CACHE_DIR`,
     `jax.config.jax_compilation_cache_dir`); JAX_ENABLE_COMPILATION_CACHE=false turns it off.
+    Programs that call back into Python, as for a progress bar, are not kept.
     """
     if jax.config.jax_compilation_cache_dir is None:
         folder = Path(platformdirs.user_cache_dir("magnet_jax")) / "programs"
         jax.config.update("jax_compilation_cache_dir", str(folder))
-        # Small programs too: a command line runs dozens of them before the large one.
-        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        jax.config.update("jax_compilation_cache_max_size", DISK_BYTES)
 
 
 def call(function: Any, *args: Any, what: str, say: Say | None = None, **static: Any) -> Any:
@@ -43,25 +51,36 @@ def call(function: Any, *args: Any, what: str, say: Say | None = None, **static:
     """
     leaves, structure = jax.tree.flatten(args)
     shapes = tuple((jnp.shape(x), jnp.result_type(x), _placement(x)) for x in leaves)
-    key = (function, structure, shapes, tuple(sorted(static.items())))
-    if key not in _compiled:
+    # What else a program depends on, of what may change between calls.
+    context = (jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64)
+    key = (function, structure, shapes, tuple(sorted(static.items())), context)
+    if key not in _programs:
         if say is not None:
             say(f"compiling {what}, once for this shape ...")
         started = time.perf_counter()
-        _compiled[key] = function.lower(*args, **static).compile()
+        compiled = function.lower(*args, **static).compile()
+        _programs[key] = _Program(compiled, time.perf_counter() - started)
         if say is not None:
-            say(f"compiled in {time.perf_counter() - started:.1f} s")
-    return _compiled[key](*args)
+            say(f"compiled in {_programs[key].seconds:.1f} s")
+        if len(_programs) > MOST_PROGRAMS:
+            _programs.popitem(last=False)
+    _programs.move_to_end(key)
+    return _programs[key].run(*args)
 
 
 def count() -> int:
-    """Programs made so far."""
-    return len(_compiled)
+    """Programs that are there."""
+    return len(_programs)
+
+
+def seconds() -> float:
+    """Seconds that they took to compile."""
+    return sum(program.seconds for program in _programs.values())
 
 
 def forget() -> None:
     """Forgets all programs of this process."""
-    _compiled.clear()
+    _programs.clear()
 
 
 def _placement(x: Any) -> Any:

@@ -1,7 +1,7 @@
 """From texts to tokens and audio with a loaded model, of either kind.
 
 For MAGNeT the whole way, from the tokens of the texts to the samples of the audio, is one program
-(`_magnet_program`): no host in between, and few shapes. Lengths and texts go in buckets.
+(`magnet_program`): no host in between, and few shapes. Lengths and texts go in buckets.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ class Text(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How sampling runs on the hardware. It changes nothing but the last bits of floats."""
+    """How sampling runs on the hardware. It changes nothing but the rounding of floats."""
 
     kernels: KernelConfig = KernelConfig()
     mesh: SamplingMeshConfig = SamplingMeshConfig()
@@ -66,6 +66,14 @@ def compute_dtype(config: RunConfig) -> jnp.dtype:
     if config.compute_dtype == "auto":
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
+
+
+def place(decoder: codec.Decoder, execution: Execution) -> codec.Decoder:
+    """The decoder with its parameters on all devices, as `prepare` does with the model's."""
+    mesh = make_mesh(execution.mesh)
+    if mesh.size == 1:
+        return decoder
+    return decoder._replace(params=jax.device_put(decoder.params, NamedSharding(mesh, P())))
 
 
 def make_mesh(config: SamplingMeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -89,7 +97,10 @@ def prepare(loaded: Loaded, execution: Execution = Execution()) -> Loaded:
     """The model as it is sampled from: weights in the precision of the products, on all devices.
 
     Nothing needs it; without, weights are rounded at every step and sent at every call.
+
+    Raises `UserError` where the model cannot be run so.
     """
+    check_execution(loaded.config.model, execution)
     dtype, mesh = compute_dtype(loaded.config), make_mesh(execution.mesh)
     place = NamedSharding(mesh, P()) if mesh.size > 1 else mesh.devices.item()
     params = jax.device_put(loaded.params, place)
@@ -369,16 +380,10 @@ def magnet_arguments(
     shards = axis_size["frames"]
     multiple = math.lcm(shards, 1 if decoding.span_arrangement == "stride1" else model.span_length)
     bucket = frame_bucket(num_decoded, usual, multiple)
-    if shards > 1 and bucket // shards < model.local_context:
-        raise UserError(
-            f"mesh.frames {shards} leaves fewer than {model.local_context} frames a device of "
-            f"{num_frames}: use fewer devices, or ask for more seconds"
-        )
+    dtype = compute_dtype(loaded.config)
     kernels = attention.choose_kernels(
-        execution.kernels, platform, bucket // shards, compute_dtype(loaded.config)
+        execution.kernels, platform, model, bucket // shards, dtype, split=shards > 1
     )
-    if shards > 1 and "splash" in (kernels.full, kernels.local):
-        raise UserError("attention kernel splash needs all frames on one device: mesh.frames 1")
     # (a bucket that is full by chance shares its program with shorter clips)
     exact = bucket == num_decoded == usual
     any_text = bool(text.mask_BS.any())
@@ -396,7 +401,6 @@ def magnet_arguments(
     if mesh is not None:
         text = Text(*map(fill, text))
     choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
-    dtype = compute_dtype(loaded.config)
     made_for = MagnetProgram(
         model=model,
         t5_config=loaded.t5_config,
@@ -480,6 +484,16 @@ def decoded_frames(model: ModelConfig, decoding: DecodeConfig, num_frames: int) 
 _encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
 
 
+def check_execution(model: ModelConfig, execution: Execution) -> None:
+    """Raises `UserError` for what a model of kind musicgen does not have."""
+    asked = (execution.mesh, execution.kernels)
+    if model.kind == "musicgen" and asked != (SamplingMeshConfig(), KernelConfig()):
+        raise UserError(
+            "a model of kind musicgen is sampled on one device, with one kernel: leave out mesh "
+            "and kernels"
+        )
+
+
 def encode_texts(loaded: Loaded, text: Text) -> jax.Array:
     """The text encoder's states, float32 [B, S, E]."""
     return _encode(
@@ -495,8 +509,7 @@ def _run_musicgen(
     loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, decoder_config, decoder_params,
     execution, on_step,
 ) -> Generated:  # fmt: skip
-    if execution.mesh != SamplingMeshConfig():
-        raise UserError("a model of kind musicgen is sampled on one device: leave out the mesh")
+    check_execution(loaded.config.model, execution)
     states_BSE = encode_texts(loaded, text)
     choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
     codes_BKT = programs.call(

@@ -16,7 +16,7 @@ from tiny import assert_same_bits
 import magnet_jax
 from launch import export as export_command
 from launch import import_audiocraft, sample
-from magnet_jax import MAGNeT, MusicGen, audiocraft, convert, pretrained, t5
+from magnet_jax import MAGNeT, MusicGen, api, audiocraft, convert, pretrained, t5
 from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch
@@ -567,3 +567,11 @@ def test_what_the_package_offers():
     assert set(magnet_jax.__all__) == {"MAGNeT", "MusicGen", "audio_write"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         magnet_jax.nothing  # noqa: B018
+
+
+def test_of_several_devices_that_report_a_step_one_is_heard():
+    report, seen = api._Report(), []
+    report.listen(lambda done, total: seen.append((done, total)))
+    for done in (1, 1, 2, 1, 2, 3):
+        report(np.int32(done), 3)
+    assert seen == [(1, 3), (2, 3), (3, 3)]

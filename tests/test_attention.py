@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from magnet_jax import attention
-from magnet_jax.config import KernelConfig
+from magnet_jax.config import KernelConfig, ModelConfig
 from magnet_jax.errors import UserError
 
 
@@ -119,8 +119,10 @@ def test_attention_in_blocks_never_holds_a_square_array(context):
 
 
 def test_kernels_go_by_platform_length_and_precision():
-    def chosen(platform, num_frames, dtype, **asked):
-        kernels = attention.choose_kernels(KernelConfig(**asked), platform, num_frames, dtype)
+    def chosen(platform, num_frames, dtype, model=ModelConfig(), split=False, **asked):  # noqa: B008
+        kernels = attention.choose_kernels(
+            KernelConfig(**asked), platform, model, num_frames, dtype, split=split
+        )
         return kernels.full, kernels.local
 
     assert chosen("cpu", 500, jnp.float32) == ("dense", "blocks")
@@ -137,6 +139,17 @@ def test_kernels_go_by_platform_length_and_precision():
     ):
         with pytest.raises(UserError, match="needs a"):
             chosen(platform, 500, jnp.float32, **asked)
+    # cuDNN's kernel wants heads of a multiple of 8: others fall to the next best, or are refused.
+    narrow = ModelConfig(width=96, num_heads=8)
+    assert chosen("gpu", 500, jnp.bfloat16, model=narrow) == ("dense", "blocks")
+    with pytest.raises(UserError, match="multiple of 8"):
+        chosen("gpu", 500, jnp.bfloat16, model=narrow, full="cudnn")
+    with pytest.raises(UserError, match="all frames on one device"):
+        chosen("tpu", 500, jnp.bfloat16, split=True, full="splash")
+    with pytest.raises(UserError, match="leaves 3 frames a device"):
+        chosen("tpu", 3, jnp.bfloat16, split=True)
+    with pytest.raises(UserError, match="JAX runs on METAL"):
+        chosen("METAL", 500, jnp.float32)
     with pytest.raises(UserError, match="must be one of"):
         KernelConfig(full="flash")
 

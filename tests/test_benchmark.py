@@ -209,7 +209,7 @@ def test_options_that_do_not_fit_the_model(run, no_peaks):
 
 
 def test_the_other_command():
-    assert decoding.time_command("sleep 0.2") == pytest.approx(0.2, abs=0.5)
+    assert decoding.time_command("sleep 0.2") >= 0.2
     assert decoding.time_command("""echo '{"seconds": 3, "x": 1}'; echo '[1]'; echo bye""") == 3.0
     with pytest.raises(UserError, match="failed with status 3: it broke"):
         decoding.time_command("echo it broke >&2; exit 3")

@@ -297,3 +297,6 @@ def test_the_program_does_not_grow_with_steps_or_layers():
     size = program_size(2, (5, 3, 3, 3))
     assert program_size(2, (60, 10, 10, 10)) == size
     assert program_size(4, (5, 3, 3, 3)) == size
+    # Of unlike numbers of steps after the first, each has a part of the program.
+    assert program_size(2, (5, 4, 3, 3)) > size
+    assert program_size(2, (5, 40, 30, 30)) == program_size(2, (5, 4, 3, 3))

@@ -3,12 +3,14 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHIPPED_GOLDEN
+from jax.experimental.compilation_cache import compilation_cache
 from tiny import EMBEDDED_CODEC
 
-from magnet_jax import attention, codec, convert, programs, sampling, t5
+from magnet_jax import codec, convert, decode, programs, sampling, t5
 from magnet_jax.config import (
     PRESETS,
     DataConfig,
@@ -88,7 +90,7 @@ def test_texts_go_in_buckets(loaded):
 
 
 def test_a_padded_clip_is_the_clip_of_its_own_length(loaded, decoder):
-    """95 frames computed as 96 of which 95 exist, and as 96 that are cut: 97 would be 105."""
+    """97 frames are 33 spans, decoded as 35 spans of which 33 exist; then as 33 spans."""
     num_frames = 97
     padded = clips(loaded, num_frames=num_frames, decoder=decoder)
     exact = clips(load_golden(num_frames / 50), num_frames=num_frames, decoder=decoder)
@@ -170,7 +172,7 @@ def test_clips_are_the_same_on_any_mesh(loaded, decoder, mesh):
 def test_a_mesh_that_does_not_fit_is_refused(loaded):
     for mesh, message in (
         (SamplingMeshConfig(data=9), "needs 9 devices; there are 8"),
-        (SamplingMeshConfig(frames=8), "fewer than 5 frames a device"),
+        (SamplingMeshConfig(frames=8), "leaves 3 frames a device, fewer than the 5"),
     ):
         with pytest.raises(UserError, match=message):
             clips(loaded, num_frames=24, execution=sampling.Execution(mesh=mesh))
@@ -196,11 +198,21 @@ def test_presets_name_decoding_steps():
         preset_steps("paper", 8)
 
 
-def test_kernels_asked_for_are_used(loaded):
+def test_kernels_asked_for_are_used(loaded, monkeypatch):
+    used = []
+    self_attention = decode.self_attention
+
+    def spy(*qkv, kernel, context, **settings):
+        used.append((context, kernel))
+        return self_attention(*qkv, kernel=kernel, context=context, **settings)
+
+    monkeypatch.setattr(decode, "self_attention", spy)
     default = clips(loaded).codes_BKT
-    execution = sampling.Execution(kernels=KernelConfig(full="blocks", local="dense"))
+    programs.forget()
+    jax.clear_caches()  # or what was traced before would be taken
+    execution = sampling.Execution(kernels=KernelConfig(full="blocks", local="slices"))
     np.testing.assert_array_equal(clips(loaded, execution=execution).codes_BKT, default)
-    assert attention.choose_kernels(KernelConfig(), "cpu", 100, "float32").local == "blocks"
+    assert set(used) == {(None, "blocks"), (5, "slices")}
 
 
 def test_compiled_programs_are_kept_on_disk_where_the_user_says(monkeypatch, tmp_path):
@@ -212,6 +224,13 @@ def test_compiled_programs_are_kept_on_disk_where_the_user_says(monkeypatch, tmp
     try:
         jax.config.update("jax_compilation_cache_dir", None)
         programs.keep_on_disk()
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "magnet_jax" / "programs")
+        folder = tmp_path / "magnet_jax" / "programs"
+        assert jax.config.jax_compilation_cache_dir == str(folder)
+        compilation_cache.reset_cache()
+        monkeypatch.setattr(jax.config, "jax_persistent_cache_min_compile_time_secs", 0)
+        programs.call(jax.jit(lambda x: jnp.sin(x) + 1), jnp.ones(3), what="a sum")
+        assert list(folder.glob("*-cache"))
     finally:
         jax.config.update("jax_compilation_cache_dir", given)
+        jax.config.update("jax_compilation_cache_max_size", -1)
+        compilation_cache.reset_cache()

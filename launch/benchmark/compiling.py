@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from launch.benchmark import models
 from magnet_jax import pretrained, sampling
@@ -29,9 +30,13 @@ def measure(args: Args) -> None:
     """Compiles the same program twice, with a cache folder that is empty at first."""
     if not 0 < args.seconds <= 600 or args.batch < 1:
         raise UserError("--seconds must be positive, and at most 600, and --batch at least 1")
+    if not jax.config.jax_enable_compilation_cache:
+        raise UserError("JAX_ENABLE_COMPILATION_CACHE is off, and the cache is what is measured")
     with models.opened(None, args.model) as (name, loaded), tempfile.TemporaryDirectory() as folder:
         decoder = pretrained.load_decoder(loaded, name)
+        loaded = sampling.prepare(loaded)
         jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # or the folder that is open already goes on to be used
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
         for what in ("from nothing", "from the cache"):
             jax.clear_caches()

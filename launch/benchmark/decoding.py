@@ -46,7 +46,7 @@ class Args:
     batch_sizes: tuple[int, ...] = (1, 2, 4)
     """Clips at once."""
     repeats: int = 3
-    """Calls timed a batch size, after the one that compiles; the fastest counts."""
+    """Calls timed a batch size, of which the fastest counts; the first without its compilation."""
     steps: tuple[int, ...] | None = None
     """Decoding steps of each codebook; None is the model's own."""
     preset: Preset | None = None
@@ -79,6 +79,8 @@ class Args:
             raise UserError("--repeats must be at least 1")
         if self.seconds is not None and not 0 < self.seconds < math.inf:
             raise UserError("--seconds must be positive")
+        if not self.peer and (self.peer_device, self.peer_dtype) != ("cpu", "float32"):
+            raise UserError("--peer-device and --peer-dtype need --peer")
         if self.peer_steps is not None and (self.peer_steps < 1 or not self.peer):
             raise UserError("--peer-steps must be at least 1, and needs --peer")
         if self.picture and self.picture.suffix not in (".png", ".pdf", ".svg"):
@@ -203,12 +205,15 @@ def measure_batches(args: Args, job: Job, facts: report.Facts) -> list[report.Ro
     print(report.column_names(facts), flush=True)
     for batch in args.batch_sizes:
         states_BSE, lengths_B = job.text_states(batch)
-        first_call = seconds_of(functools.partial(job.tokens, batch, repeat=0))
-        tokens, codec, peer_runs = [], [], []
-        for repeat in tqdm(range(1, args.repeats + 1), f"batch {batch}", leave=False):
-            started = time.perf_counter()
+        codes_BKT = np.zeros((batch, job.loaded.config.model.num_codebooks, job.num_frames), int)
+        job.audio(codes_BKT)  # compiles
+        first_call, tokens, codec, peer_runs = None, [], [], []
+        for repeat in tqdm(range(args.repeats), f"batch {batch}", leave=False):
+            before, started = programs.seconds(), time.perf_counter()
             codes_BKT = job.tokens(batch, repeat)
-            tokens.append(time.perf_counter() - started)
+            took = time.perf_counter() - started
+            first_call = first_call or took
+            tokens.append(took - (programs.seconds() - before))
             codec.append(seconds_of(functools.partial(job.audio, codes_BKT)))
             if peer:
                 peer_runs.append(peer_stages(peer, job, states_BSE, lengths_B, repeat))

@@ -10,7 +10,7 @@ import jax
 from launch import make_random_checkpoint as random_checkpoint
 from magnet_jax import pretrained, transformer
 from magnet_jax.audiocraft import CODEC_FILE
-from magnet_jax.codec import load_codec
+from magnet_jax.codec import read_spec
 from magnet_jax.config import DataConfig, ModelConfig, RunConfig, TextConfig
 from magnet_jax.errors import UserError
 
@@ -39,7 +39,7 @@ def random_model(size: str, codec_folder: Path) -> pretrained.Loaded:
     """A model in memory, all parts of a published one's size; its codec is written to a folder."""
     random_checkpoint.write_codec(codec_folder, SEED)
     codec_source = str(codec_folder / CODEC_FILE)
-    codec = load_codec(codec_source, num_codebooks=random_checkpoint.NUM_CODEBOOKS).spec
+    codec = read_spec(codec_source, random_checkpoint.NUM_CODEBOOKS)
     model = ModelConfig(**random_checkpoint.SIZES[size])
     t5_config, t5_params, tokenizer = random_checkpoint.make_text_encoder(SEED)
     init = jax.jit(transformer.init_params, static_argnames="config")

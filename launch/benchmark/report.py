@@ -100,7 +100,8 @@ def heading(facts: Facts) -> str:
             f"reach {facts.peer_peak / 1e9:,.0f} GFLOP/s"
         )
     lines.append(
-        "latency is from text to audio, tokens from text to tokens, the fastest call counts; "
+        "tokens are from text to tokens, latency that and the codec, timed apart, the fastest call "
+        "counts; "
         "FLOPs of ours are the least that the tokens cost"
         + (
             "; those of the peer the reference's, its time from text states"
