@@ -46,13 +46,14 @@ class _Report:
         self.listen(None)
 
     def listen(self, listener: Callable[[int, int], None] | None) -> None:
-        self._listener, self._done = listener, 0
+        self._listener, self._heard = listener, set()
 
     def __call__(self, done, total) -> None:
-        # Of several devices, each reports.
-        if self._listener is not None and done > self._done:
-            self._done = int(done)
-            self._listener(self._done, int(total))
+        # Of several devices, each reports; and JAX may report steps out of order.
+        done = int(done)
+        if self._listener is not None and done not in self._heard:
+            self._heard.add(done)
+            self._listener(done, int(total))
 
 
 class Generator:

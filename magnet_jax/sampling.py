@@ -336,12 +336,12 @@ def _magnet(
     )
     wav_BCN = None
     if made_for.decoder is not None:
-        wav_BCN = seanet.decode(
+        wav_BCN = _audio(
             decoder_params,
             decoded.codes_BKT[..., : made_for.audio_frames],
+            audio_length,
             config=made_for.decoder,
-            length=audio_length,
-            lstm_rows=LSTM_ROWS[made_for.platform],
+            platform=made_for.platform,
         )
     return *decoded, wav_BCN
 
@@ -539,12 +539,31 @@ def _run_musicgen(
 
 # --- audio --------------------------------------------------------------------------------------
 
-_decode = jax.jit(seanet.decode, static_argnames=("config", "lstm_rows"))
+
+def _audio(
+    params: dict,
+    codes_BKT: jax.Array,
+    length: jax.Array | None,
+    *,
+    config: SeanetConfig,
+    platform: str,
+) -> jax.Array:
+    """`seanet.decode` as the platform likes it; [B, C, T * hop]."""
+    run = functools.partial(
+        seanet.decode, params, config=config, length=length, lstm_rows=LSTM_ROWS[platform]
+    )
+    if platform != "cpu":
+        return run(codes_BKT)
+    # A CPU gains nothing from batches, whose convolutions round otherwise than a clip's alone.
+    return jax.lax.map(lambda codes_KT: run(codes_KT[None])[0], codes_BKT)
+
+
+_decode = jax.jit(_audio, static_argnames=("config", "platform"))
 
 
 def _decode_codes(config: SeanetConfig, params: dict, codes_BKT: jax.Array) -> np.ndarray:
-    rows = LSTM_ROWS[jax.default_backend()]
-    return np.asarray(_decode(params, codes_BKT, config=config, lstm_rows=rows))
+    platform = jax.default_backend()
+    return np.asarray(_decode(params, codes_BKT, None, config=config, platform=platform))
 
 
 def decode_audio(decoder: codec.Decoder | codec.Codec, codes_BKT: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
         (["--topology", "cpu:1", "--steps", "3", "2"], "--steps needs 4 numbers"),
         (["--topology", "cpu:1", "--batch", "0"], "must be positive"),
         (["--topology", "cpu:1", "--seconds", "nan"], "must be positive"),
-        (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; cpu:1 has 1"),
+        (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; there are 1"),
         (["--topology", "cpu:1", "--kernels.full", "cudnn"], "cudnn needs a GPU"),
         (["--topolgy", "cpu:1"], "--topology"),
     ],
