@@ -218,6 +218,7 @@ def test_kernels_asked_for_are_used(loaded, monkeypatch):
 def test_compiled_programs_are_kept_on_disk_where_the_user_says(monkeypatch, tmp_path):
     """The tests' own folder, given by the environment, is left alone; by default there is one."""
     given = jax.config.jax_compilation_cache_dir
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
     programs.keep_on_disk()
     assert jax.config.jax_compilation_cache_dir == given
     monkeypatch.setattr(programs.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
@@ -227,10 +228,11 @@ def test_compiled_programs_are_kept_on_disk_where_the_user_says(monkeypatch, tmp
         folder = tmp_path / "magnet_jax" / "programs"
         assert jax.config.jax_compilation_cache_dir == str(folder)
         compilation_cache.reset_cache()
-        monkeypatch.setattr(jax.config, "jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         programs.call(jax.jit(lambda x: jnp.sin(x) + 1), jnp.ones(3), what="a sum")
         assert list(folder.glob("*-cache"))
     finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         jax.config.update("jax_compilation_cache_dir", given)
         jax.config.update("jax_compilation_cache_max_size", -1)
         compilation_cache.reset_cache()
