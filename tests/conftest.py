@@ -14,6 +14,8 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=900"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Most of the suite's time is compilation of programs that run once, on little.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 from pathlib import Path  # noqa: E402
 

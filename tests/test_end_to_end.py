@@ -2,14 +2,26 @@
 
 import dataclasses
 
+import jax
 import numpy as np
+import pytest
 import tiny
 
 from magnet_jax import pretrained, sampling, train, transformer
 from magnet_jax.config import DataConfig, DecodeConfig, ModelConfig, OptimizerConfig, TextConfig
 
 
-def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path, monkeypatch):
+@pytest.fixture
+def optimised_programs():
+    """This test computes more than it compiles."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+def test_a_model_that_knows_four_clips_gives_each_for_its_caption(
+    optimised_programs, tmp_path, monkeypatch
+):
     tiny.use_one_device(monkeypatch)
     examples = tiny.write_clips(tmp_path / "tokens", 4)
     captions = [example["caption"] for example in examples]
