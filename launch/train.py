@@ -9,16 +9,28 @@ import pkgutil
 import sys
 
 import configs
+from configs import ablations
 from launch import cli
 from magnet_jax import errors
 from magnet_jax.config import RunConfig
 
 
+def config_names() -> list[str]:
+    """The configs that have a file of their own in configs/."""
+    names = {module.name for module in pkgutil.iter_modules(configs.__path__)}
+    return sorted(names - {"ablations"})
+
+
 def load_config(name: str) -> RunConfig:
-    """The `config` of configs/NAME.py."""
-    names = sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
-    if name not in names:
-        raise errors.UserError(f"--config {name}: no such config; there are {', '.join(names)}")
+    """The `config` of configs/NAME.py, or the variant NAME of configs/ablations.py."""
+    if name in ablations.variants:
+        return ablations.variants[name]
+    if name not in config_names():
+        raise errors.UserError(
+            f"--config {name}: no such config; there are {', '.join(config_names())}, and "
+            f"{len(ablations.variants)} ablations such as {[*ablations.variants][0]}: see "
+            "configs/ablations.py"
+        )
     return importlib.import_module(f"configs.{name}").config
 
 

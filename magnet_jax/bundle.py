@@ -233,6 +233,9 @@ def model_card(
     model, codec = bundle.model, bundle.codec
     name = KIND_NAMES[model.kind]
     count = sum(math.prod(shape) for shape in lm_shapes(model).values())
+    context = "no restricted context"
+    if model.local_context:
+        context = f"local context of {model.local_context} frames"
     if license_name == "unspecified":
         licence = (
             "Unspecified: whoever exported this model stated no license. Ask them before you use "
@@ -255,7 +258,7 @@ def model_card(
         f"- Transformer: {count / 1e6:.1f} M parameters; width {model.width}, "
         f"{model.num_layers} layers, {model.num_heads} heads; "
         + (
-            f"spans of {model.span_length} frames, local context of {model.local_context} frames."
+            f"spans of {model.span_length} frames, {context}."
             if model.kind == "magnet"
             else f"codebook delays {list(model.delays)}."
         ),

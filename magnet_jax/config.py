@@ -6,6 +6,7 @@ resolved config as `config.json`.
 
 import dataclasses
 import json
+import math
 import typing
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ ASSETS = Path(__file__).parent / "assets"
 KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen"}  # of models, as people call them
 FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
+LoraTarget = Literal["self", "cross", "mlp"]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
@@ -82,7 +84,7 @@ class ModelConfig:
     text_width: int = 768
     """E, the width of the text encoder's states."""
     local_context: int = 5
-    """Frames seen to each side by codebooks above the first (section 3.2)."""
+    """Frames seen to each side by codebooks above the first (section 3.2); 0 is all frames."""
     span_length: int = 3
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
     delays: tuple[int, ...] = ()
@@ -100,8 +102,9 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
-                     "mlp_ratio", "text_width", "local_context", "span_length"):  # fmt: skip
+                     "mlp_ratio", "text_width", "span_length"):  # fmt: skip
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
+        _require(self.local_context >= 0, "model.local_context must not be negative")
         _require(self.width >= 4, "model.width must be at least 4")
         _require(
             self.width % (2 * self.num_heads) == 0,
@@ -127,6 +130,10 @@ class ModelConfig:
     @property
     def mask_id(self) -> int:
         return self.codebook_size
+
+    def context(self, local: bool) -> int | None:
+        """Frames seen to each side at the stages above 0 (`local`) or at 0; None is all frames."""
+        return (self.local_context or None) if local else None
 
     @property
     def null_text_adds_nothing(self) -> bool:
@@ -189,16 +196,20 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with warm-up and cosine decay (section 4)."""
+    """AdamW, by itself or with D-Adaptation, after a linear warm-up (section 4)."""
 
+    name: Literal["adamw", "dadam"] = _added("adamw")
+    """dadam finds its own step size, which the learning rate multiplies (D-Adaptation)."""
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = _added("cosine")
+    """What follows the warm-up."""
     peak_lr: float = 3e-4
-    """Learning rate after the warm-up."""
+    """Learning rate after the warm-up; with dadam leave it near 1."""
     final_lr_ratio: float = 0.0
-    """Learning rate at the end of the schedule, as a share of peak_lr."""
+    """cosine: learning rate at the end of the schedule, as a share of peak_lr."""
     warmup_steps: int = 4000
     """Linear warm-up."""
     schedule_steps: int = 1_000_000
-    """Steps after which the cosine has reached its end, warm-up included."""
+    """cosine: steps after which it has reached its end, warm-up included."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
@@ -208,19 +219,76 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm."""
     ema_decay: float = 0.99
     """Decay a step of the averaged weights that evaluation, sampling and export use."""
+    d0: float = _added(1e-6)
+    """dadam: first estimate of the step size, below any that could be right."""
+    growth_rate: float = _added(0.0)
+    """dadam: the estimate grows by at most this factor a step; 0 sets no limit."""
 
     def __post_init__(self):
+        for name in ("name", "schedule"):
+            hint = typing.get_type_hints(OptimizerConfig)[name]
+            _checked(hint, getattr(self, name), f"optimizer.{name}")
         _require(self.peak_lr > 0, "optimizer.peak_lr must be positive")
+        # The two optimizers' learning rates lie orders of magnitude apart; one taken over from the
+        # other would train to nothing, or diverge.
         _require(
-            0 <= self.warmup_steps < self.schedule_steps,
+            self.name != "dadam" or self.peak_lr >= 0.01,
+            f"optimizer.peak_lr {self.peak_lr:g} multiplies the step size that dadam finds: leave "
+            "it near 1 (--optimizer.peak-lr 1)",
+        )
+        _require(
+            self.name != "adamw" or self.peak_lr < 1,
+            f"optimizer.peak_lr {self.peak_lr:g} is dadam's; adamw wants about 3e-4 "
+            "(--optimizer.peak-lr 3e-4)",
+        )
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
+        _require(
+            self.schedule != "cosine" or self.warmup_steps < self.schedule_steps,
             "optimizer.warmup_steps must be below optimizer.schedule_steps",
+        )
+        _require(
+            self.schedule != "inverse_sqrt" or self.warmup_steps >= 1,
+            "optimizer.schedule inverse_sqrt needs optimizer.warmup_steps of at least 1",
+        )
+        _require(
+            self.growth_rate == 0 or self.growth_rate > 1,
+            "optimizer.growth_rate must be 0 or above 1",
         )
         for name in ("b1", "b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
-        for name in ("eps", "clip_norm"):
+        for name in ("eps", "clip_norm", "d0"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
         for name in ("weight_decay", "final_lr_ratio"):
             _require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters of the transformer's weights (Hu et al. 2021), see finetune.py."""
+
+    rank: int = 0
+    """Rank r of every adapter; 0 trains the weights themselves."""
+    alpha: float = 16.0
+    """Adapters count alpha / rank times (the paper, section 4.1)."""
+    targets: tuple[LoraTarget, ...] = ("self", "cross", "mlp")
+    """What is adapted: the four projections of self- or cross-attention, both layers of the MLP."""
+
+    def __post_init__(self):
+        _require(self.rank >= 0, "lora.rank must not be negative")
+        _require(0 < self.alpha < math.inf, "lora.alpha must be positive")
+        known = typing.get_args(LoraTarget)
+        _require(
+            len(self.targets) > 0
+            and set(self.targets) <= set(known)
+            and len(set(self.targets)) == len(self.targets),
+            f"lora.targets must name some of {', '.join(known)}, each once, not "
+            f"{list(self.targets)}",
+        )
+
+    @property
+    def scale(self) -> float:
+        """By what the product of an adapter's two factors is multiplied."""
+        return self.alpha / self.rank if self.rank else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

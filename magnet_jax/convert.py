@@ -339,7 +339,7 @@ def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[
         }
         | (
             {
-                "subcodes_context": model.local_context,
+                "subcodes_context": model.local_context or _UNRESTRICTED,
                 "compression_model_framerate": _whole(codec.frame_rate),
                 "segment_duration": segment_seconds(config),
                 "span_len": model.span_length,
@@ -396,6 +396,9 @@ def _generate_settings(config: RunConfig) -> dict[str, Any]:
     return settings
 
 
+# AudioCraft's subcodes_context of a model that sees all frames at all stages: our local_context 0.
+# Its 0, a frame that sees itself alone, is nothing that we have.
+_UNRESTRICTED = -1
 # What our transformer computes, in xp.cfg's terms: each setting with the only value that fits.
 _FITTING = {
     "transformer_lm.activation": "gelu",
@@ -473,6 +476,10 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
         value = xp_setting(xp_cfg, name)
         if not isinstance(value, int) or isinstance(value, bool):
             problems.append(f"{name} must be a whole number, not {value}")
+        elif field == "local_context":
+            if value < _UNRESTRICTED or value == 0:
+                problems.append(f"{name} must be {_UNRESTRICTED} or positive, not {value}")
+            value = max(value, 0)
         settings[field] = value
     for field, name in (_BIAS_SETTINGS | _NORM_SETTINGS).items():
         value = xp_setting(xp_cfg, name, False if field in _NORM_SETTINGS else None)

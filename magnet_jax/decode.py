@@ -282,7 +282,7 @@ def decode(
       span_score, span_arrangement: see `DecodeConfig`.
       guided: from `guided_steps`.
       length: frames of the clip, a whole number of spans; T by default. Later ones keep mask ids.
-      reach: frames to each side on which a local stage's logits depend.
+      reach: frames to each side on which a local stage's logits depend; None is all.
       savings: what to leave out.
       axis: the mesh axis over which the network's states are split by frames.
       on_step: called with (steps done, steps in all) while the program runs.
@@ -300,7 +300,7 @@ def decode(
     start_U = jnp.where(unit_U < size // width, start_U, ABSENT)
     start = jnp.broadcast_to(start_U[None], (batch, units))
     total = sum(part.stage.size for part in schedule)
-    window = span_length + 2 * (reach or num_frames)
+    window = span_length + 2 * (num_frames if reach is None else reach)
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
 
@@ -483,10 +483,11 @@ def guided_network(
         elif guided:
             codes_BKT, rows_text = twice(codes_BKT), text if null_text else null_rows
             first_B = None if first_B is None else twice(first_B)
+        near = config.context(local) is not None  # a model may see everything at all stages
         attend = functools.partial(
             self_attention,
-            kernel=kernels.local if local else kernels.full,
-            block=kernels.local_block if local else 0,
+            kernel=kernels.local if near else kernels.full,
+            block=kernels.local_block if near else 0,
         )
         positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
         if first_B is not None:
@@ -594,7 +595,7 @@ def generate(
         span_arrangement=span_arrangement,
         guided=guided,
         length=length,
-        reach=config.num_layers * config.local_context,
+        reach=config.num_layers * config.local_context or None,
         savings=savings,
         axis=frames_axis,
         on_step=on_step,

@@ -43,7 +43,8 @@ def floor_flops(
 
     - The row without text needs no cross-attention, which would add zeros.
     - Keys and values of the text are computed once a clip.
-    - A stage above 0 attends over `local_context` frames to both sides, and no others.
+    - A stage above 0 attends over `local_context` frames to both sides, and no others (unless the
+      model sees all frames at all stages).
     - Only the head of the stage, and only at the hidden frames, is read.
     - The last step of several has guidance 1 (as the defaults have it): no row without text.
     - That step hides one span. Above stage 0 each layer computes no more frames than that span
@@ -52,17 +53,18 @@ def floor_flops(
     d, t, reach = model.width, num_frames, 2 * model.local_context
     macs = model.num_layers * text_tokens * 2 * d * d
     for stage, count in enumerate(steps):
-        near = min(reach + 1, t) if stage else t  # keys that a frame attends to
+        local = model.context(stage > 0) is not None
+        near = min(reach + 1, t) if local else t  # keys that a frame attends to
         step = model.num_layers * _layer_macs(model, t, t, near, text_tokens, rows=2)
         last = step
         if count > 1:
             widths = [t] * model.num_layers
-            if stage:
+            if local:
                 widths = [
                     min(t, model.span_length + reach * above)
                     for above in reversed(range(model.num_layers))
                 ]
-            keys = [min(t, width + reach) if stage else t for width in widths]
+            keys = [min(t, width + reach) if local else t for width in widths]
             last = sum(
                 _layer_macs(model, width, key, near, text_tokens, rows=1)
                 for width, key in zip(widths, keys)

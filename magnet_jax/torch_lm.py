@@ -63,8 +63,8 @@ def _logits(torch, state, model, codes_BKT, states_BSE, text_lengths_B, stage):
     allowed = None
     if model.kind == "musicgen":
         allowed = distance >= 0
-    elif stage > 0:
-        allowed = distance.abs() <= model.local_context
+    elif (context := model.context(stage > 0)) is not None:
+        allowed = distance.abs() <= context
 
     def norm(x, name):
         weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]

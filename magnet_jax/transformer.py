@@ -191,7 +191,7 @@ class Transformer(nnx.Module):
     """The network of MAGNeT and of MusicGen, which differ in what a frame attends to.
 
     MAGNeT (`trunk`): at stage 0 everything, at the stages above `local_context` frames to both
-    sides. MusicGen (`extend`): the steps before it.
+    sides (or, if that is 0, everything too). MusicGen (`extend`): the steps before it.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -279,7 +279,7 @@ class Transformer(nnx.Module):
         Returns:
           final-norm states [B, T, D].
         """
-        context = self.config.local_context if local else None
+        context = self.config.context(local)
 
         def attend_frames(*qkv):
             return attend(*qkv, context=context), None

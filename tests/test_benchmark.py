@@ -123,6 +123,13 @@ def test_flops_of_one_step_by_hand():
     assert flops.floor_flops(model, 6, 5, (1,)) == 2 * (2 * row - without_text)
 
 
+def test_without_a_restricted_context_all_stages_cost_the_same():
+    model = dataclasses.replace(SMALL, local_context=0)
+    costs = [flops.floor_flops(model, 498, 64, steps) for steps in ((9, 2, 2, 2), (2, 2, 2, 9))]
+    assert costs[0] == costs[1]
+    assert costs[0] > flops.floor_flops(SMALL, 498, 64, (9, 2, 2, 2))
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 

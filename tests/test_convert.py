@@ -221,6 +221,21 @@ def test_xp_cfg_carries_the_runs_settings():
     assert generate["top_p"] == 0.8
 
 
+def test_a_model_without_a_restricted_context_is_audiocrafts_minus_one():
+    model = dataclasses.replace(TINY, local_context=0)
+    config = RunConfig(model=model, decode=dataclasses.replace(RunConfig().decode, steps=(6, 3)))
+    codec = dataclasses.replace(EMBEDDED_CODEC, num_codebooks=2, codebook_size=8)
+    found = convert.make_xp_cfg(config, codec, "text_encoder")
+    assert found["transformer_lm"]["subcodes_context"] == -1
+    assert convert.model_from_xp_cfg(found, TINY.text_width, "x") == model
+    params = random_params(model)
+    assert export.logits_difference(params, model, convert.to_audiocraft(params, model)) < 1e-4
+    for theirs in (0, -2):  # there, 0 is a frame that sees itself alone
+        found["transformer_lm"]["subcodes_context"] = theirs
+        with pytest.raises(UserError, match="subcodes_context must be -1 or positive"):
+            convert.model_from_xp_cfg(found, TINY.text_width, "x")
+
+
 def test_models_that_cannot_be_converted(reference):
     _, xp_cfg = reference
     changed = copy.deepcopy(xp_cfg)

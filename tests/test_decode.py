@@ -299,3 +299,45 @@ def test_the_program_does_not_grow_with_steps_or_layers():
     assert program_size(4, (5, 3, 3, 3)) == pytest.approx(size, rel=0.01)
     # Of unlike numbers of steps after the first, each has a part of the program.
     assert program_size(2, (5, 4, 3, 3)) > 1.2 * size
+
+
+def test_without_a_restricted_context_nothing_is_cut():
+    """Local context 0 decodes what a context as long as the clip does, whatever is saved."""
+    model = ModelConfig(
+        num_codebooks=2, codebook_size=16, width=16, num_heads=2, num_layers=2, text_width=4
+    )
+    params = transformer.init_params(model, jax.random.key(0))
+    frames = 60
+    schedule = decode.make_schedule(
+        DecodeConfig(steps=(3, 3)), num_frames=frames, num_prompt=0, span_length=3
+    )
+
+    def tokens(local_context, savings, kernels):
+        generate = functools.partial(
+            decode.generate,
+            config=dataclasses.replace(model, local_context=local_context),
+            kernels=kernels,
+            choice="greedy",
+            span_score="max",
+            guided="all_but_last",
+            savings=savings,
+        )
+        states_BSE = 3 * jax.random.normal(jax.random.key(1), (2, 3, 4))
+        return jax.jit(generate)(
+            params,
+            states_BSE,
+            np.ones((2, 3), bool),
+            np.zeros(2, np.int32),
+            decode.sample_keys(0, np.arange(2)),
+            np.full((2, 2, frames), model.mask_id, np.int32),
+            0,
+            schedule,
+            0.9,
+        ).codes_BKT
+
+    dense = KernelConfig(full="dense", local="dense")
+    blocks = KernelConfig(full="blocks", local="blocks", local_block=22)
+    expected = tokens(frames, decode.NO_SAVINGS, dense)
+    np.testing.assert_array_equal(tokens(0, decode.NO_SAVINGS, dense), expected)
+    np.testing.assert_array_equal(tokens(0, decode.ALL_SAVINGS, blocks), expected)
+    assert (tokens(1, decode.NO_SAVINGS, dense) != expected)[:, 1].any()

@@ -59,6 +59,21 @@ def test_nothing_leaks_past_the_local_context():
             assert (gradient_T[distance_T <= reach] > 0).all()
 
 
+def test_without_a_restricted_context_every_stage_sees_everything():
+    """Table 2's models without it: stage 2 has the logits of full attention."""
+    params = transformer.init_params(SMALL, jax.random.key(0))
+    states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
+    codes = jax.random.randint(jax.random.key(1), (2, 4, 30), 0, 33)
+    text = (states, jnp.ones((2, 3), bool), jnp.zeros(2, jnp.int32))
+    run = functools.partial(logits, params, *text, codes, 2)
+    unrestricted = dataclasses.replace(SMALL, local_context=0)
+    full = run(config=SMALL, local=False)
+    np.testing.assert_array_equal(run(config=unrestricted, local=True), full)
+    wide = dataclasses.replace(SMALL, local_context=30)
+    np.testing.assert_allclose(run(config=wide, local=True), full, atol=1e-5)
+    assert abs(run(config=SMALL, local=True) - full).max() > 1e-2
+
+
 def test_a_row_never_depends_on_its_neighbours():
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 6, SMALL.text_width))

@@ -214,8 +214,10 @@ class Peer:
             torch.tensor(lengths_B, device=device),
         )
         text_BSD = torch.cat([text_BSD, torch.zeros_like(text_BSD)])
-        near_TT = local_mask(num_frames, model.local_context).to(device, dtype)
-        near_NTT = near_TT.expand(model.num_heads, -1, -1).contiguous()
+        near_NTT = None
+        if model.local_context:
+            near_TT = local_mask(num_frames, model.local_context).to(device, dtype)
+            near_NTT = near_TT.expand(model.num_heads, -1, -1).contiguous()
 
         shape = (len(states_BSE), model.num_codebooks, num_frames)
         codes_BKT = torch.full(shape, model.mask_id, device=device)

@@ -1,0 +1,16 @@
+"""MAGNeT small, text to music, 30 s (section 4): 420 M parameters, batch 192 clips.
+
+python -m launch.train --config music_small_30s --data.path DATA --out RUN
+"""
+
+import dataclasses
+
+from configs import music_small_10s
+from magnet_jax.config import PRESETS, DecodeConfig
+
+short = music_small_10s.config
+config = dataclasses.replace(
+    short,
+    data=dataclasses.replace(short.data, segment_seconds=30.0, batch_size=192),
+    decode=DecodeConfig(steps=PRESETS["paper-30s"]),
+)

@@ -1,0 +1,13 @@
+"""MAGNeT large (AudioCraft: medium), text to sound, 10 s: 1.8 G parameters, batch 128 clips.
+
+python -m launch.train --config sound_medium --data.path DATA --out RUN --mesh.fsdp 8
+"""
+
+import dataclasses
+
+from configs import music_medium_10s, sound_small
+
+config = dataclasses.replace(
+    sound_small.config,
+    model=dataclasses.replace(music_medium_10s.config.model, text_width=1024),
+)
