@@ -3,7 +3,7 @@
 import os
 import tempfile
 
-# Programs compiled by one process are there for the next; gone with the test session.
+# Not the user's cache of compiled programs; gone with the test session.
 _CACHE = tempfile.TemporaryDirectory(prefix="magnet_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,6 +14,9 @@ os.environ["XLA_FLAGS"] = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=900"
 )
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Writing a program to the cache has crashed a worker, rarely, in XLA's serialisation: only the
+# test of the cache does it.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "3600"
 # Most of the suite's time is compilation of programs that run once, on little.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
