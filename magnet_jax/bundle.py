@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from magnet_jax import files
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin
 from magnet_jax.config import (
     EMBEDDED,
@@ -172,12 +172,7 @@ def read_safetensors(directory: Path) -> Bundle:
     directory = Path(directory)
     path, config = directory / "config.json", read_config(directory)
     weights = directory / "model.safetensors"
-    try:
-        tensors = load_file(weights)
-    except FileNotFoundError:
-        raise UserError(f"{weights}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{weights}: damaged ({error})") from None
+    tensors = files.read_tensors(weights)
     expected = {f"lm/{name}": shape for name, shape in lm_shapes(config.model).items()}
     if config.text.finetune:  # the text encoder's own loader checks its tensors
         expected |= {name: a.shape for name, a in tensors.items() if name.startswith("text/")}

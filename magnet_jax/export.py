@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-from safetensors import SafetensorError
 
 from magnet_jax import (
     autoregressive,
     bundle,
     convert,
     convert_codec,
+    files,
     hub,
     t5,
     torch_lm,
@@ -60,9 +60,7 @@ def prepare_out(out: Path, source: Path, overwrite: bool) -> None:
     Raises `UserError` unless `out` is free, or an earlier export that may be replaced, and does
     not hold `source`.
     """
-    old = _beside(out, "old")
-    if not out.exists() and old.exists():
-        old.rename(out)
+    files.put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
@@ -95,22 +93,9 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
     ):
         raise UserError(f"codec {codec.source}: no such folder or file; put it there again")
     encoder = text_encoder_name(loaded, options.t5_name)
-    partial, old = _beside(out, "partial"), _beside(out, "old")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    try:
-        partial.mkdir(parents=True)
+    with files.replacing(out) as partial:
         written = _write(loaded, options, partial, codec, encoder)
-        lines = _check(partial, written, loaded, options)
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    except (OSError, SafetensorError) as error:  # a full disk, a folder of someone else's
-        raise UserError(f"{out}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    return lines
+        return _check(partial, written, loaded, options)
 
 
 def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
@@ -146,11 +131,6 @@ def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
             f"{loaded.config.model.text_width}: they cannot be the same"
         )
     return name
-
-
-def _beside(out: Path, kind: str) -> Path:
-    """Where the new export ('partial') and the one it replaces ('old') lie meanwhile."""
-    return out.absolute().with_name(f".{out.absolute().name}.{kind}")
 
 
 def _write(

@@ -21,10 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from magnet_jax import sharding
+from magnet_jax import files, sharding
 from magnet_jax.config import LoraConfig, ModelConfig
 from magnet_jax.convert import flatten, lm_shapes, unflatten
 from magnet_jax.errors import UserError
@@ -149,6 +148,7 @@ def adapter_shardings(model: ModelConfig, config: LoraConfig, mesh: Mesh) -> dic
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's names
 LINEAGE = "lineage.json"  # ours, which PEFT does not read
 FORMAT, FORMAT_VERSION = "magnet_jax_adapter", 1
+_EXPECTED = "expected the folder of a LoRA adapter"
 
 # Settings of PEFT that change what an adapter computes, with the only value that fits, which is
 # also PEFT's default. Empty values are as good as each other.
@@ -272,32 +272,18 @@ def save_adapter(
         "model": {name: getattr(model, name) for name in _MODEL_FIELDS},
         "lineage": dict(lineage),
     }
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    try:
-        if not folder.exists() and old.exists():  # a kill came between the two renames below
-            old.rename(folder)
+    with files.replacing(folder) as partial:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             if not (folder / ADAPTER_CONFIG).is_file():
                 raise UserError(f"{folder}: exists and is no adapter; give another folder")
             if not overwrite:
                 raise UserError(f"{folder}: holds an adapter; overwrite it or give another folder")
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
         tensors = _to_peft(adapters, config, model)
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for name, content in ((LINEAGE, made_for), (ADAPTER_CONFIG, peft_config)):
             (partial / name).write_text(json.dumps(content, indent=2) + "\n")
         # safetensors makes files that nobody else may read.
         shutil.copymode(partial / ADAPTER_CONFIG, partial / ADAPTER_WEIGHTS)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:  # a full disk, a folder of someone else's
-        raise UserError(f"{folder}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load_adapter(folder: Path, model: ModelConfig) -> Adapter:
@@ -310,12 +296,7 @@ def load_adapter(folder: Path, model: ModelConfig) -> Adapter:
     config = _read_peft_config(folder / ADAPTER_CONFIG)
     lineage = _read_lineage(folder / LINEAGE, model)
     path = folder / ADAPTER_WEIGHTS
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+    tensors = files.read_tensors(path)
     ranks = {a.shape[0] for name, a in tensors.items() if ".lora_A." in name and a.ndim == 2}
     if len(ranks) == 1 and ranks != {config.rank}:
         raise UserError(
@@ -330,22 +311,8 @@ def load_adapter(folder: Path, model: ModelConfig) -> Adapter:
     return Adapter(_from_peft(tensors, config, model), config, lineage)
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected the folder of a LoRA adapter") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold an object")
-    return values
-
-
 def _read_peft_config(path: Path) -> LoraConfig:
-    values = _read_json(path)
+    values = files.read_object(path, _EXPECTED)
     if values.get("peft_type") != "LORA":
         raise UserError(f"{path}: peft_type must be LORA, not {values.get('peft_type')}")
     problems = []
@@ -388,7 +355,7 @@ def _read_peft_config(path: Path) -> LoraConfig:
 def _read_lineage(path: Path, model: ModelConfig) -> dict[str, Any]:
     if not path.exists():
         return {}
-    values = _read_json(path)
+    values = files.read_object(path, _EXPECTED)
     if values.get("format") != FORMAT or values.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{path}: not of format {FORMAT} {FORMAT_VERSION}, which this release reads"

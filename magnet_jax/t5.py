@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from tokenizers import Tokenizer
 
-from magnet_jax import hub
+from magnet_jax import files, hub
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import load_tensors
@@ -361,7 +361,7 @@ def _locate(source: str) -> Path:
 
 
 def _read_config(path: Path) -> T5Config:
-    values = _read_json(path)
+    values = files.read_object(path, "a T5 folder needs it")
     if values.get("model_type") != "t5":
         raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 't5'")
     fields = dataclasses.fields(T5Config)
@@ -372,18 +372,6 @@ def _read_config(path: Path) -> T5Config:
         return T5Config(**{f.name: values[f.name] for f in fields if f.name in values})
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a T5 folder needs it") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return values
 
 
 def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
@@ -408,7 +396,7 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 def _part_names(index: Path) -> list[str]:
     """The files that an index of weights names: in its own folder, and nowhere else."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = files.read_object(index, "a T5 folder needs it").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: no 'weight_map' from tensors to files in it")
     for name in weight_map.values():
