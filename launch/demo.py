@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from launch import cli, export, sample
 from launch.train import load_config
-from magnet_jax import errors, pretrained, sampling, train
+from magnet_jax import errors, pretrained, sampling, train, watch
 from magnet_jax.config import ASSETS
 from tokenization import job
 
@@ -50,7 +50,7 @@ def draw(args: Args, wav: Path) -> Path:
     )
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(18, 5), layout="constrained")
 
-    scalars = train.read_scalars(args.out / "run")
+    scalars = watch.read_scalars(args.out / "run")
     for codebook in range(config.model.num_codebooks):
         name = f"train/loss_{codebook}"
         points = [(line["step"], line[name]) for line in scalars if name in line]
@@ -133,7 +133,7 @@ def demo(args: Args) -> None:
     tqdm.write(f"\n[5/5, {time.perf_counter() - began:.0f} s] a picture of it all")
     picture = draw(args, written[0])
 
-    scalars = [line for line in train.read_scalars(run) if "train/loss" in line]
+    scalars = [line for line in watch.read_scalars(run) if "train/loss" in line]
     first, last = scalars[0]["train/loss"], scalars[-1]["train/loss"]
     seconds = json.loads(written[0].with_suffix(".json").read_text())["seconds"]
     tqdm.write(

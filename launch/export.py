@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from launch import cli
-from magnet_jax import export, pretrained
+from magnet_jax import export, finetune, pretrained
 from magnet_jax.errors import reported
 
 
@@ -38,9 +38,20 @@ class Args:
     """Run what was written in PyTorch and compare its logits with those of the model in JAX."""
     overwrite: bool = False
     """Replace an earlier export."""
+    adapter_only: bool = False
+    """Of a run with --lora.rank: write its adapters alone, as PEFT does, not merged."""
 
 
 def main(args: Args) -> None:
+    if args.adapter_only:
+        adapters, config, lineage = pretrained.read_adapters(
+            args.checkpoint, args.weights, args.step
+        )
+        finetune.save_adapter(
+            args.out, adapters, config.lora, config.model, lineage, overwrite=args.overwrite
+        )
+        print(f"wrote {args.out}: adapters of rank {config.lora.rank} for {lineage['base']}")
+        return
     export.prepare_out(args.out, args.checkpoint, args.overwrite)
     loaded = pretrained.load(args.checkpoint, weights=args.weights, step=args.step)
     options = export.Options(

@@ -49,7 +49,6 @@ CODEC_SETTINGS = {
     "use_conv_shortcut": False,
 }
 NUM_CODEBOOKS = 4
-T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +93,7 @@ def write_codec(folder: Path, seed: int) -> None:
 def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
     """A random encoder as large as t5-base, but for the vocabulary: the shipped tokenizer's."""
     shipped, _, tokenizer = t5.load("embedded")
-    config = t5.T5Config(**T5_BASE, vocab_size=shipped.vocab_size)
+    config = dataclasses.replace(t5.PUBLISHED["t5-base"], vocab_size=shipped.vocab_size)
     return config, t5.init(config, jax.random.key(seed)), tokenizer
 
 

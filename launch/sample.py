@@ -64,6 +64,8 @@ class Args:
     """Loudness of the files in LUFS; None keeps the model's own."""
     codec: str | None = None
     """Where the codec is, if it is no longer where the data set was made with it."""
+    adapter: Path | None = None
+    """Folder of low-rank adapters to add (launch.export --adapter-only, or PEFT's)."""
     codec_backend: Literal["jax", "torch"] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
     kernels: KernelConfig = KernelConfig()
@@ -96,6 +98,8 @@ def sample(args: Args) -> list[Path]:
         raise UserError("--batch-size must be at least 1")
     if args.seconds is not None and not 0 < args.seconds <= 600:
         raise UserError("--seconds must be positive, and at most 600")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, and the WAVs need a folder")
     if args.lufs is not None and not -70 <= args.lufs <= 0:
         raise UserError("--lufs must lie between -70 and 0, or be None")
     if not 0 <= args.seed < 2**31:
@@ -112,6 +116,7 @@ def sample(args: Args) -> list[Path]:
         step=args.step,
         text_encoder=args.text_encoder,
         codec=args.codec,
+        adapter=args.adapter,
     )
     decoder = pretrained.load_decoder(loaded, str(args.checkpoint), args.codec_backend)
     execution = sampling.Execution(
@@ -123,7 +128,9 @@ def sample(args: Args) -> list[Path]:
     config, spec = loaded.config, loaded.codec
     decoding = args.autoregressive if config.model.kind == "musicgen" else args.decode
     seconds = args.seconds or config.data.segment_seconds
-    num_frames = max(1, round(seconds * spec.frame_rate))
+    num_frames = round(seconds * spec.frame_rate)
+    if num_frames < 1:
+        raise UserError(f"--seconds {seconds:g} is shorter than a frame, {1 / spec.frame_rate:g} s")
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)

@@ -4,9 +4,11 @@ python -m launch.train --config demo --data.path DATA --out RUN
 """
 
 import argparse
+import dataclasses
 import importlib
 import pkgutil
 import sys
+from pathlib import Path
 
 import configs
 from configs import ablations
@@ -34,14 +36,42 @@ def load_config(name: str) -> RunConfig:
     return importlib.import_module(f"configs.{name}").config
 
 
+def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
+    """A config with the model, text encoder, clip length and sampling of the one to begin with.
+
+    Once the run has begun, its own folder tells, and `source` may be gone.
+    """
+    from magnet_jax import checkpoint, pretrained
+
+    begun = bool(out) and checkpoint.has_begun(Path(out))
+    of = pretrained.read_settings(out if begun else source)
+    return dataclasses.replace(
+        config,
+        init_from=source,
+        model=of.model,
+        # It has learnt; a run that trains it further says so again.
+        text=of.text if begun else dataclasses.replace(of.text, finetune=False),
+        data=dataclasses.replace(config.data, segment_seconds=of.data.segment_seconds),
+        decode=of.decode,
+        autoregressive=of.autoregressive,
+    )
+
+
 def main(args: list[str]) -> None:
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="demo")
     chosen, rest = first.parse_known_args(args)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--init-from", "--init_from", default="")
+    early.add_argument("--out", default="")
+    given, _ = early.parse_known_args(rest)
+    default = load_config(chosen.config)
+    if given.init_from:
+        default = inherited(default, given.init_from, given.out)
     config = cli.parse(
         RunConfig,
         rest,
-        default=load_config(chosen.config),
+        default=default,
         prog="python -m launch.train [--config NAME]",
         description=f"{__doc__}\n--config NAME sets the defaults, from configs/NAME.py. "
         f"Those of {chosen.config!r} are shown.",

@@ -213,6 +213,11 @@ class Generator:
                 f"prompt must be floating-point audio [B, C, samples] or [C, samples], not "
                 f"{wav_BCN.dtype} {list(np.shape(prompt))}"
             )
+        if wav_BCN.shape[1] > wav_BCN.shape[2]:
+            raise UserError(
+                f"prompt has {wav_BCN.shape[1]} channels of {wav_BCN.shape[2]} samples: channels "
+                "come before samples here, unlike in soundfile; transpose it"
+            )
         if not np.isfinite(wav_BCN).all():
             raise UserError("prompt holds NaN or infinite samples")
         if prompt_sample_rate <= 0:

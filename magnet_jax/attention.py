@@ -56,6 +56,11 @@ def choose_kernels(
             f"mesh.frames leaves {num_frames} frames a device, fewer than the "
             f"{model.local_context} seen to each side: use fewer devices, or ask for more seconds"
         )
+    if 0 < asked.local_block < 2 * model.local_context:
+        raise UserError(
+            f"kernels.local_block {asked.local_block} is below twice the {model.local_context} "
+            "frames that are seen to each side: give a larger one, or 0"
+        )
     half = jnp.dtype(dtype).itemsize == 2
     fused = platform == "gpu" and half and model.head_size % 8 == 0 and model.head_size <= 128
     full: FullKernel = asked.full

@@ -19,6 +19,7 @@ UNKNOWN = -1  # stands where a code is still to be generated
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
+@transformer.exact_products
 def step_logits(
     params: dict,
     states_BSE: jax.Array,
@@ -73,6 +74,7 @@ def teacher_forced(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_frames", "choice", "dtype", "on_step"))
+@transformer.exact_products
 def generate(
     params: dict,
     states_BSE: jax.Array,

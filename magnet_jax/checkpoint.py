@@ -3,30 +3,38 @@
 RUN/config.json              the resolved RunConfig
 RUN/codec.json, RUN/codec/   what tokens mean; a copy of the codec if it came from a folder
 RUN/text/                    the text encoder as the run started with it, and its tokenizer
+RUN/base.safetensors         the transformer that adapters are trained for
 RUN/checkpoints/STEP/        parameters, their average (ema), optimizer, data position
 RUN/tensorboard/, RUN/samples/
 """
 
+import contextlib
 import dataclasses
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
 
-from magnet_jax import records, t5, transformer
-from magnet_jax.config import CodecSpec, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax import convert, files, finetune, records, t5, transformer
+from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
 
 # Settings that may change when a run goes on: what was trained keeps its meaning without them.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
-           "sample_prompts", "save_every", "keep_last", "remat", "mesh", "decode", "autoregressive",
-           "data.path", "data.num_threads", "data.prefetch"}  # fmt: skip
+           "sample_prompts", "save_every", "keep_last", "keep_every", "keep_best", "remat",
+           "clips_per_device", "kernels", "mesh", "distributed", "profile", "wandb", "decode",
+           "autoregressive", "data.path", "data.num_threads", "data.prefetch"}  # fmt: skip
 
+BASE = "base.safetensors"
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
-             "tensorboard", "samples", ".config.json.tmp", ".codec.json.tmp"}  # fmt: skip
+             "tensorboard", "wandb", "samples", "profile", BASE, ".config.json.tmp",
+             ".codec.json.tmp", f".{BASE}.tmp"}  # fmt: skip
 
 
 def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -51,10 +59,16 @@ def has_begun(run: Path) -> bool:
     )
 
 
-def prepare_run(config: RunConfig, codec: CodecSpec) -> None:
+def prepare_run(config: RunConfig, codec: CodecSpec, text: tuple, base: dict | None = None) -> None:
     """Writes what a run's folder holds beside checkpoints, or checks that it belongs to this run.
 
     May be killed anywhere and called again.
+
+    Args:
+      config: the run's.
+      codec: what its tokens mean; a copy of a codec's file or folder is kept.
+      text: config, parameters and tokenizer of the text encoder.
+      base: the transformer's parameters where adapters are trained.
 
     Raises:
       UserError: the folder holds another run, other tokens, or something else altogether.
@@ -78,37 +92,102 @@ def prepare_run(config: RunConfig, codec: CodecSpec) -> None:
             raise UserError(
                 f"{run} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
             )
-        text_config, text_params, tokenizer = t5.load(config.text.source)
-        t5.save(run / "text", text_config, text_params, tokenizer)
+        t5.save(run / "text", *text)
         if Path(codec.source).is_dir():
             shutil.copytree(codec.source, run / "codec", dirs_exist_ok=True)
         elif Path(codec.source).is_file():  # its name tells which model it is for
             (run / "codec").mkdir(exist_ok=True)
             shutil.copy(codec.source, run / "codec" / Path(codec.source).name)
+        if base is not None:
+            partial = run / f".{BASE}.tmp"
+            tensors = {path: np.asarray(leaf) for path, leaf in convert.flatten(base).items()}
+            save_file(tensors, partial)
+            partial.replace(run / BASE)
         records.write_text(run / "codec.json", to_json(codec))
     records.write_text(run / "config.json", to_json(config))
+
+
+def read_base(run: Path) -> dict:
+    """The transformer's parameters that a run trains adapters for, NumPy."""
+    return convert.unflatten(files.read_tensors(run / BASE))
 
 
 def open_manager(config: RunConfig) -> ocp.CheckpointManager:
     """The run's checkpoints; saving is asynchronous and atomic."""
     policies = ocp.checkpoint_managers
+    kept = [policies.LatestN(config.keep_last)]
+    if config.keep_every:
+        kept.append(policies.EveryNSteps(config.keep_every))
+    best = {}
+    if config.keep_best:
+        loss = lambda metrics: metrics["loss"]  # noqa: E731
+        kept.append(policies.BestN(get_metric_fn=loss, reverse=True, n=config.keep_best))
+        # Without these Orbax writes no metrics, and a resumed run has forgotten which was best.
+        best = dict(best_fn=loss, best_mode="min")
     return ocp.CheckpointManager(
         (Path(config.out) / "checkpoints").absolute(),
         options=ocp.CheckpointManagerOptions(
             save_decision_policy=policies.FixedIntervalPolicy(config.save_every),
-            preservation_policy=policies.LatestN(config.keep_last),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
+            **best,
         ),
     )
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: dict, data: dict) -> None:
+def save(
+    manager: ocp.CheckpointManager, step: int, state: dict, data: dict, loss: float | None = None
+) -> None:
     """Begins to save a step, whatever the interval says; the manager's `close` waits for it.
 
     Each entry of `state` is an item by itself, so that inference reads only the one it needs.
+
+    Args:
+      loss: validation loss, where the run keeps its best checkpoints.
+
+    Raises:
+      UserError: this checkpoint or the one before it cannot be written.
     """
     items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
-    manager.save(step, args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)), force=True)
+    metrics = None if loss is None else {"loss": loss}
+    with writing(manager):
+        manager.save(
+            step,
+            args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)),
+            metrics=metrics,
+            force=True,
+        )
+
+
+@contextlib.contextmanager
+def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turns what keeps a checkpoint from being written into one line; Orbax has many types."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        cause = " ".join(str(error).split())[:200]
+        steps = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
+        raise UserError(
+            f"{manager.directory}: a checkpoint cannot be written ({cause}); whole ones are of "
+            f"steps: {steps}; make room or give access, and the same command goes on"
+        ) from error
+
+
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Waits for the last save at the end, unless something else has gone wrong meanwhile.
+
+    Raises `UserError` where that save has failed.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # the first error is the one to show
+            manager.close()
+        raise
+    with writing(manager):
+        manager.wait_until_finished()
+    manager.close()
 
 
 def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
@@ -141,13 +220,18 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
         ) from error
 
 
-def abstract_params(config: ModelConfig, trained_t5: t5.T5Config | None) -> dict:
-    """Shapes of a run's trained parameters."""
+def abstract_params(
+    model: ModelConfig, trained_t5: t5.T5Config | None, lora: LoraConfig = LoraConfig()
+) -> dict:
+    """Shapes of a run's trained parameters: adapters alone, where it trains such."""
 
     def init() -> dict:
-        params = {"lm": transformer.init_params(config, jax.random.key(0))}
+        key = jax.random.key(0)
+        if lora.rank:
+            return {"lora": finetune.init_adapters(lora, model, key)}
+        params = {"lm": transformer.init_params(model, key)}
         if trained_t5 is not None:
-            params["text"] = t5.init(trained_t5, jax.random.key(0))
+            params["text"] = t5.init(trained_t5, key)
         return params
 
     return jax.eval_shape(init)
@@ -165,7 +249,7 @@ def codec_source(run: Path, codec: CodecSpec) -> str:
 def read_params(
     run: Path, config: RunConfig, trained_t5: t5.T5Config | None, *, weights: str, step: int | None
 ) -> tuple[dict, int]:
-    """A run's parameters for one device, and their step.
+    """A run's trained parameters for one device, and their step.
 
     Args:
       run: its folder.
@@ -180,7 +264,7 @@ def read_params(
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-        abstract_params(config.model, trained_t5),
+        abstract_params(config.model, trained_t5, config.lora),
     )
     checkpoints = run / "checkpoints"
     if not checkpoints.is_dir():

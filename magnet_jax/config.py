@@ -18,6 +18,7 @@ KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen"}  # of models, as peopl
 FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
 LoraTarget = Literal["self", "cross", "mlp"]
+Remat = Literal["none", "products", "attention", "full"]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
@@ -29,6 +30,11 @@ def _require(condition: bool, message: str) -> None:
 def _added(default: Any) -> Any:
     """A setting that files written before it was there lack; `from_dict` gives it `default`."""
     return dataclasses.field(default=default, metadata={"added": True})
+
+
+def _was(default: Any, old: dict[Any, Any]) -> Any:
+    """A setting whose values had other names in older files, where `old` translates them."""
+    return dataclasses.field(default=default, metadata={"was": old})
 
 
 def _checked(hint: Any, value: Any, where: str) -> Any:
@@ -322,7 +328,9 @@ class DecodeConfig:
 
     def __post_init__(self):
         _require(len(self.steps) > 0 and min(self.steps) >= 1, "decode.steps must all be >= 1")
-        _require(self.temperature > 0, "decode.temperature must be positive")
+        _require(0 < self.temperature < math.inf, "decode.temperature must be positive")
+        for name in ("max_guidance", "min_guidance"):
+            _require(math.isfinite(getattr(self, name)), f"decode.{name} must be a number")
         _require(0 < self.top_p <= 1, "decode.top_p must lie in (0, 1]")
         _require(self.top_k >= 0, "decode.top_k must not be negative")
         _require(self.span_length >= 0, "decode.span_length must not be negative")
@@ -372,7 +380,8 @@ class AutoregressiveConfig:
     """Take the most probable token instead of sampling."""
 
     def __post_init__(self):
-        _require(self.temperature > 0, "autoregressive.temperature must be positive")
+        _require(0 < self.temperature < math.inf, "autoregressive.temperature must be positive")
+        _require(math.isfinite(self.guidance), "autoregressive.guidance must be a number")
         _require(0 < self.top_p <= 1, "autoregressive.top_p must lie in (0, 1]")
         _require(self.top_k >= 0, "autoregressive.top_k must not be negative")
 
@@ -446,8 +455,18 @@ class RunConfig:
     """Probability that a clip is trained without its text."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
-    remat: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    remat: Remat = _was("none", {True: "full", False: "none"})
+    """What the backward pass computes again to save memory: nothing; all but matrix products; all
+    but attention; or all, for about a third more time."""
+    clips_per_device: int = _added(0)
+    """Clips that a device computes at once; gradients of a larger share of the batch are summed up
+    in parts, exactly. 0 is as many as fit."""
+    kernels: KernelConfig = _added(KernelConfig())
+    init_from: str = _added("")
+    """Begin with the parameters of this run, export or imported AudioCraft checkpoint."""
+    init_partial: bool = _added(False)
+    """Let init_from match in part; what matches is listed, the rest is initialised."""
+    lora: LoraConfig = _added(LoraConfig())
     log_every: int = 50
     """Steps between lines of TensorBoard scalars."""
     eval_every: int = 2000
@@ -462,8 +481,41 @@ class RunConfig:
     """Steps between checkpoints."""
     keep_last: int = 3
     """Newest checkpoints to keep."""
+    keep_every: int = _added(0)
+    """Keep every checkpoint of a step that is a multiple of this; 0 keeps none for that."""
+    keep_best: int = _added(0)
+    """Checkpoints of lowest validation loss to keep; save_every must meet eval_every for it."""
+    distributed: str = _added("auto")
+    """Several processes: auto detects TPU pods, Slurm, Kubernetes and Open MPI; off runs alone;
+    HOST:PORT,INDEX,COUNT names them."""
+    profile: tuple[int, ...] = _added(())
+    """First and last step to record a profile of, for TensorBoard or Perfetto."""
+    wandb: str = _added("")
+    """Project of Weights & Biases to log to as well (pip install wandb)."""
 
     def __post_init__(self):
+        _checked(Remat, self.remat, "remat")
+        _require(self.clips_per_device >= 0, "clips_per_device must not be negative")
+        _require(self.keep_every >= 0, "keep_every must not be negative")
+        _require(self.keep_best >= 0, "keep_best must not be negative")
+        _require(
+            not self.keep_best or (self.eval_every and not self.save_every % self.eval_every),
+            f"keep_best needs a validation loss at every checkpoint: save_every {self.save_every} "
+            f"must be a multiple of eval_every {self.eval_every}",
+        )
+        _require(
+            not self.profile
+            or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
+            f"profile {list(self.profile)} must be the first and the last step to record",
+        )
+        _require(
+            not (self.lora.rank and self.text.finetune),
+            "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
+        )
+        _require(
+            not self.init_partial or bool(self.init_from),
+            "init_partial says how to read init_from, which is not given",
+        )
         _require(0 <= self.condition_dropout < 1, "condition_dropout must lie in [0, 1)")
         _require(self.steps >= 1, "steps must be at least 1")
         _require(0 <= self.seed < 2**31, "seed must lie between 0 and 2147483647")
@@ -498,14 +550,18 @@ def from_dict(cls: type, values: dict, where: str) -> Any:
     _require(
         isinstance(values, dict), f"{where}: expected an object with the fields of {cls.__name__}"
     )
-    added = {f.name: f.default for f in dataclasses.fields(cls) if "added" in f.metadata}
-    values = added | values
+    fields = dataclasses.fields(cls)
+    added = {f.name: f.default for f in fields if "added" in f.metadata and f.name not in values}
+    for field in fields:
+        old, value = field.metadata.get("was", {}), values.get(field.name)
+        if isinstance(value, bool) and value in old:  # (1 == True, and was never meant)
+            values = values | {field.name: old[value]}
     hints = typing.get_type_hints(cls)
-    if problems := sorted(hints.keys() ^ values.keys()):
+    if problems := sorted(hints.keys() ^ (values.keys() | added.keys())):
         raise UserError(f"{where}: missing or unknown settings: {', '.join(problems)}")
-    kwargs = {}
-    for name, hint in hints.items():
-        value = values[name]
+    kwargs = dict(added)
+    for name, value in values.items():
+        hint = hints[name]
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, f"{where}: {name}")
         elif typing.get_origin(hint) is tuple:

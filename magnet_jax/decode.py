@@ -518,7 +518,7 @@ def guided_network(
 
 
 def round_weights(params: dict, dtype: jnp.dtype) -> dict:
-    """The transformer's parameters with the factors of matrix products rounded, once for all.
+    """Parameters, of the transformer or of T5, with factors of products rounded once for all.
 
     Norms, biases and embeddings, which are no such factors, keep their precision.
     """
@@ -531,6 +531,7 @@ def round_weights(params: dict, dtype: jnp.dtype) -> dict:
     return jax.tree.map_with_path(rounded, params)
 
 
+@transformer.exact_products
 def generate(
     params: dict,
     states_BSE: jax.Array,

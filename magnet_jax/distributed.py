@@ -399,6 +399,37 @@ def broadcast_json(value: Any) -> Any:
     return json.loads(text)
 
 
+def first_does(what: Callable[[], None]) -> None:
+    """Process 0 alone does it, and the others wait; where it fails all raise the `UserError`."""
+    problem = None
+    if is_first():
+        try:
+            what()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:  # a full disk, a folder of someone else's
+            if error.filename is None:
+                raise
+            problem = f"{error.filename}: {error.strerror}"
+    if (problem := broadcast_json(problem)) is not None:
+        raise UserError(problem)
+
+
+def all_do(what: Callable[[], Any]) -> Any:
+    """What it gives here; where it raises `UserError` in any process, all end with one."""
+    result, problem = None, None
+    try:
+        result = what()
+    except UserError as error:
+        problem = error
+    failed = agree(problem is not None)
+    if problem is not None:
+        raise problem
+    if failed:
+        raise UserError("another process cannot begin; its own line says why")
+    return result
+
+
 @functools.cache
 def _voting() -> tuple[NamedSharding, Any]:
     mesh = Mesh(np.asarray(jax.devices()), ("all",))

@@ -25,6 +25,10 @@ def reported() -> Iterator[None]:
             # ends. The line above is what there is to say.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         raise SystemExit(2) from None
+    except BrokenPipeError:
+        # Whoever read the output, a pager or `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except OSError as error:
         if error.filename is None:  # not about a file that someone named
             raise

@@ -76,6 +76,23 @@ def floor_flops(
     return 2 * macs
 
 
+def training_flops(model: ModelConfig, num_frames: int, text_tokens: int) -> float:
+    """Operations to train on a clip, on average over the stages; what is recomputed counts once.
+
+    Backward costs twice forward. Attention of the stages above 0 sees near frames alone, and one
+    stage's head is read, at every frame.
+    """
+    d, t = model.width, num_frames
+    macs = text_tokens * (model.text_width * d + model.num_layers * 2 * d * d)
+    macs += t * d * model.codebook_size
+    for stage in range(model.num_codebooks):
+        local = model.context(stage > 0)
+        near = t if local is None else min(2 * local + 1, t)
+        layer = _layer_macs(model, t, t, near, text_tokens, rows=1)
+        macs += model.num_layers * layer / model.num_codebooks
+    return 3 * 2 * macs
+
+
 def _layer_macs(
     model: ModelConfig, num_frames: int, num_keys: int, near: int, text_tokens: int, rows: int
 ) -> int:

@@ -712,16 +712,20 @@ def work(text: str) -> Work:
 
 def costs(compiled: jax.stages.Compiled) -> Costs:
     """Counts what a compiled program does on one device, and the memory it takes there."""
-    memory = compiled.memory_analysis()
-    return Costs(
-        **dataclasses.asdict(work(compiled.as_text())),
-        argument_bytes=memory.argument_size_in_bytes,
-        output_bytes=memory.output_size_in_bytes,
-        alias_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        code_bytes=memory.generated_code_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
-    )
+    return Costs(**dataclasses.asdict(work(compiled.as_text())), **memory(compiled))
+
+
+def memory(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """The memory of `Costs`."""
+    found = compiled.memory_analysis()
+    return {
+        "argument_bytes": found.argument_size_in_bytes,
+        "output_bytes": found.output_size_in_bytes,
+        "alias_bytes": found.alias_size_in_bytes,
+        "temp_bytes": found.temp_size_in_bytes,
+        "code_bytes": found.generated_code_size_in_bytes,
+        "peak_bytes": found.peak_memory_in_bytes,
+    }
 
 
 @dataclasses.dataclass(frozen=True)

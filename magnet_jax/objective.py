@@ -1,5 +1,6 @@
 """What MAGNeT learns: hide spans of one codebook and all codebooks above it, predict the spans."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax import transformer
-from magnet_jax.config import ModelConfig
+from magnet_jax.attention import self_attention
+from magnet_jax.config import ModelConfig, Remat
 from magnet_jax.masking import masking_rate, span_mask
 
 
@@ -74,16 +76,34 @@ def hide(
     )
 
 
-def masked_cross_entropy(
-    logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array
-) -> jax.Array:
-    """Mean negative log-likelihood over the masked tokens of the whole batch, float32 nats."""
+class Sums(NamedTuple):
+    """What a batch adds to the loss, [B] or totals; sums, so that parts of a batch add up."""
+
+    nll: jax.Array  # negative log-likelihood of the masked tokens, nats
+    hits: jax.Array  # masked tokens that were the most probable
+    tokens: jax.Array  # masked tokens
+
+
+def score(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> Sums:
+    """Each row's sums over its masked tokens, float32."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     nll_BT = -jnp.take_along_axis(log_probs_BTV, target_BT[..., None], axis=-1)[..., 0]
-    return jnp.where(mask_BT, nll_BT, 0.0).sum() / jnp.maximum(mask_BT.sum(), 1)
+    hit_BT = (logits_BTV.argmax(-1) == target_BT) & mask_BT
+    return Sums(
+        jnp.where(mask_BT, nll_BT, 0.0).sum(1),
+        hit_BT.sum(1).astype(jnp.float32),
+        mask_BT.sum(1).astype(jnp.float32),
+    )
 
 
-def loss(
+def means(sums: Sums) -> dict[str, jax.Array]:
+    """Mean cross-entropy a masked token in nats, and share of them predicted exactly."""
+    tokens = jnp.maximum(sums.tokens.sum(), 1.0)
+    return {"loss": sums.nll.sum() / tokens, "accuracy": sums.hits.sum() / tokens}
+
+
+@transformer.exact_products
+def sums(
     params: dict,
     states_BSE: jax.Array,
     text_mask_BS: jax.Array,
@@ -95,10 +115,11 @@ def loss(
     config: ModelConfig,
     local: bool,
     dtype: jnp.dtype = jnp.float32,
-    remat: bool = False,
+    attend: Callable[..., jax.Array] = self_attention,
+    remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-) -> tuple[jax.Array, dict]:
-    """The training loss of one stage (sections 2 and 3.1).
+) -> Sums:
+    """Each row's share of the training loss of one stage (sections 2 and 3.1).
 
     Args:
       params: the transformer's parameters.
@@ -106,18 +127,13 @@ def loss(
       codes_BKT, valid_BT: true tokens, and which frames are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      remat, sharding: see `Transformer.trunk`.
-
-    Returns:
-      mean cross-entropy in nats and {"accuracy": share of masked tokens predicted exactly}.
+      attend, remat, sharding: see `Transformer.trunk`.
     """
     mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
     corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
     model = transformer.bind(config, params)
     text = model.read_text(states_BSE, text_mask_BS & ~noise.drop_text_B[:, None], dtype=dtype)
-    states_BTD = model.trunk(corrupted.input_BKT, text, local=local, remat=remat, sharding=sharding)
-    logits_BTV = model.head(states_BTD, stage)
-    hit_BT = (logits_BTV.argmax(-1) == corrupted.target_BT) & corrupted.mask_BT
-    accuracy = hit_BT.sum() / jnp.maximum(corrupted.mask_BT.sum(), 1)
-    cross_entropy = masked_cross_entropy(logits_BTV, corrupted.target_BT, corrupted.mask_BT)
-    return cross_entropy, {"accuracy": accuracy}
+    states_BTD = model.trunk(
+        corrupted.input_BKT, text, local=local, attend=attend, remat=remat, sharding=sharding
+    )
+    return score(model.head(states_BTD, stage), corrupted.target_BT, corrupted.mask_BT)

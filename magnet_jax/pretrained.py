@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import jax
 from tokenizers import Tokenizer
 
-from magnet_jax import bundle, checkpoint, convert, hub, t5
+from magnet_jax import bundle, checkpoint, convert, finetune, hub, t5
 from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
@@ -56,6 +56,7 @@ def load(
     step: int | None = None,
     text_encoder: str | None = None,
     codec: str | None = None,
+    adapter: Path | str | None = None,
 ) -> Loaded:
     """Reads a model onto one device.
 
@@ -65,10 +66,17 @@ def load(
       step: of a run: the checkpoint; None is the newest.
       text_encoder: of an AudioCraft checkpoint: where its text encoder lies, if not where it says.
       codec: where the codec lies, if not where the model says.
+      adapter: folder of low-rank adapters to add to the transformer (finetune.py).
 
     Raises:
       UserError: no model there, no such checkpoint, or a damaged one.
     """
+    if adapter is not None:
+        loaded = load(source, weights=weights, step=step, text_encoder=text_encoder, codec=codec)
+        added = finetune.load_adapter(Path(adapter), loaded.config.model)
+        lm = finetune.merge_adapters(loaded.params["lm"], added.adapters, added.config)
+        lineage = loaded.lineage | {"adapter": Path(adapter).resolve().name}
+        return loaded._replace(params=loaded.params | {"lm": lm}, lineage=lineage)
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights must be 'ema' or 'raw', not {weights!r}")
     folder = locate(source)
@@ -155,12 +163,43 @@ def read_defaults(source: Path | str) -> tuple[ModelConfig, DecodeConfig | Autor
     return config.model, config.sampling
 
 
+def read_settings(source: Path | str) -> RunConfig:
+    """What a model says of itself: sizes, text, clip length, sampling; a run its whole config.
+
+    The rest has the defaults. Raises `UserError` where there is no model.
+    """
+    folder = locate(source)
+    if is_audiocraft(folder):
+        lm = convert.read_audiocraft(folder)
+        return _imported_config(lm.model, lm.xp_cfg, "", str(folder / LM_FILE))
+    if bundle.is_export(folder):
+        exported = bundle.read_config(folder)
+        return _exported_config(exported, bundle.read_generation(folder, exported.model))
+    return from_json(RunConfig, folder / "config.json")
+
+
+def _exported_config(
+    exported: bundle.Config | bundle.Bundle, generation: DecodeConfig | AutoregressiveConfig
+) -> RunConfig:
+    """What an export does not tell of the run has the defaults."""
+    part = "autoregressive" if exported.model.kind == "musicgen" else "decode"
+    return RunConfig(
+        model=exported.model,
+        text=exported.text,
+        data=DataConfig(segment_seconds=exported.segment_seconds),
+        **{part: generation},
+    )
+
+
 def _load_run(run: Path, weights: str, step: int | None) -> Loaded:
     config = from_json(RunConfig, run / "config.json")
     codec = from_json(CodecSpec, run / "codec.json")
     t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
     trained = t5_config if config.text.finetune else None
     params, step = checkpoint.read_params(run, config, trained, weights=weights, step=step)
+    if config.lora.rank:
+        base = checkpoint.read_base(run)
+        params = {"lm": finetune.merge_adapters(base, params["lora"], config.lora)}
     return Loaded(
         config=config,
         codec=codec,
@@ -171,19 +210,42 @@ def _load_run(run: Path, weights: str, step: int | None) -> Loaded:
         tokenizer=tokenizer,
         step=step,
         # Names alone: where folders lay on this machine is nobody's business.
-        lineage={
-            "run": run.resolve().name,
-            "step": step,
-            "weights": weights,
-            "data": Path(config.data.path).name,
-            "seed": config.seed,
-            "magnet_jax": importlib.metadata.version("magnet-jax"),
-        },
+        lineage=_lineage(run, config, weights, step),
     )
 
 
+def _lineage(run: Path, config: RunConfig, weights: str, step: int) -> dict:
+    """Names alone: where folders lay on this machine is nobody's business."""
+    return {
+        "run": run.resolve().name,
+        "step": step,
+        "weights": weights,
+        "data": Path(config.data.path).name,
+        "seed": config.seed,
+        **({"init_from": Path(config.init_from).name} if config.init_from else {}),
+        **({"lora_rank": config.lora.rank} if config.lora.rank else {}),
+        "magnet_jax": importlib.metadata.version("magnet-jax"),
+    }
+
+
+def read_adapters(run: Path, weights: str | None, step: int | None) -> tuple[dict, RunConfig, dict]:
+    """The adapters that a run trained, its config, and where they come from.
+
+    Raises `UserError` for a run that trained none.
+    """
+    folder = locate(run)
+    config = None
+    if not is_audiocraft(folder) and not bundle.is_export(folder):
+        config = from_json(RunConfig, folder / "config.json")
+    if config is None or not config.lora.rank:
+        raise UserError(f"{run}: no run that trained adapters (--lora.rank)")
+    weights = weights or "ema"
+    params, step = checkpoint.read_params(folder, config, None, weights=weights, step=step)
+    lineage = _lineage(folder, config, weights, step) | {"base": Path(config.init_from).name}
+    return params["lora"], config, lineage
+
+
 def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
-    """What an export does not tell of the run has the defaults."""
     exported = bundle.read_safetensors(folder)
     for name, wanted in (("weights", weights), ("step", step)):
         held = exported.lineage.get(name, wanted)
@@ -193,15 +255,8 @@ def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
             )
     t5_config, t5_params, tokenizer = t5.load(exported.text.source)
     params = jax.device_put(exported.params, jax.devices()[0])
-    generation = exported.generation
-    part = "autoregressive" if exported.model.kind == "musicgen" else "decode"
     return Loaded(
-        config=RunConfig(
-            model=exported.model,
-            text=exported.text,
-            data=DataConfig(segment_seconds=exported.segment_seconds),
-            **{part: generation},
-        ),
+        config=_exported_config(exported, exported.generation),
         codec=exported.codec,
         codec_source=exported.codec.source,
         params=params,

@@ -56,12 +56,12 @@ def call(function: Any, *args: Any, what: str, say: Say | None = None, **static:
     key = (function, structure, shapes, tuple(sorted(static.items())), context)
     if key not in _programs:
         if say is not None:
-            say(f"compiling {what}, once for this shape ...")
+            say(f"preparing the program for {what} (compiled once, kept on disk) ...")
         started = time.perf_counter()
         compiled = function.lower(*args, **static).compile()
         _programs[key] = _Program(compiled, time.perf_counter() - started)
         if say is not None:
-            say(f"compiled in {_programs[key].seconds:.1f} s")
+            say(f"ready in {_programs[key].seconds:.1f} s")
         if len(_programs) > MOST_PROGRAMS:
             _programs.popitem(last=False)
     _programs.move_to_end(key)

@@ -104,9 +104,11 @@ def prepare(loaded: Loaded, execution: Execution = Execution()) -> Loaded:
     dtype, mesh = compute_dtype(loaded.config), make_mesh(execution.mesh)
     place = NamedSharding(mesh, P()) if mesh.size > 1 else mesh.devices.item()
     params = jax.device_put(loaded.params, place)
+    t5_params = jax.device_put(loaded.t5_params, place)
     if dtype != jnp.float32:
         params = params | {"lm": decode.round_weights(params["lm"], dtype)}
-    return loaded._replace(params=params, t5_params=jax.device_put(loaded.t5_params, place))
+        t5_params = decode.round_weights(t5_params, dtype)
+    return loaded._replace(params=params, t5_params=t5_params)
 
 
 def segment_frames(config: RunConfig, spec: CodecSpec) -> int:
@@ -138,6 +140,8 @@ def tokenize_texts(
     """
     if isinstance(text_pad_len, str) and text_pad_len != "batch":
         raise UserError(f"text_pad_len must be a number, 'batch' or None, not {text_pad_len!r}")
+    if not texts:
+        raise UserError("no clips are asked for: give at least one text, '' for none")
     max_tokens = loaded.config.text.max_tokens
     tokens = [t5.tokenize(loaded.tokenizer, text, max_tokens) for text in texts]
     ids_BS = np.stack([ids for ids, _ in tokens])

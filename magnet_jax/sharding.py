@@ -9,8 +9,8 @@ import math
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,13 +35,41 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit "
             f"{len(devices)} devices; set mesh.data to -1"
         )
-    grid = np.asarray(devices).reshape(sizes)
+    # On TPUs neighbours in the mesh are neighbours in the torus; elsewhere the order is kept.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
+    """Raises `UserError` for a mesh that cannot split the model's parameters evenly."""
+    for axis, what, size in (
+        ("fsdp", "model.width", config.width),
+        ("tensor", "model.num_heads", config.num_heads),
+        ("tensor", "the width of the MLP", config.mlp_ratio * config.width),
+    ):
+        if size % mesh.shape[axis]:
+            raise UserError(f"mesh.{axis} {mesh.shape[axis]} does not divide {what} {size}")
+    hosts = {device.process_index for device in mesh.devices.flat}
+    if (mesh.size // len(hosts)) % mesh.shape["tensor"]:
+        raise UserError(
+            f"mesh.tensor {mesh.shape['tensor']} does not divide the {mesh.size // len(hosts)} "
+            "devices of a process, within which it must stay"
+        )
+
+
+def num_rows(mesh: Mesh) -> int:
+    """How many ways a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Rows of a batch are split over the data and fsdp axes."""
     return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def parts_sharding(mesh: Mesh) -> NamedSharding:
+    """Parts of a batch [M, B / M], of which every device has its rows."""
+    return NamedSharding(mesh, P(None, ("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -54,16 +82,35 @@ def model_shardings(config: ModelConfig, mesh: Mesh) -> dict:
     def resolve(variable: nnx.Variable) -> NamedSharding:
         shape = variable.get_value().shape
         axes = [LOGICAL_AXES[name] if name else None for name in variable.out_sharding]
-        # An axis that the mesh does not divide is kept whole: small models on many devices.
-        axes = [
-            axis if axis and size % mesh.shape[axis] == 0 else None
-            for axis, size in zip(axes, shape, strict=True)
-        ]
+        assert len(axes) == len(shape)  # Flax has named the layers' axis
         return NamedSharding(mesh, P(*axes))
 
     state = nnx.state(transformer.abstract(config), nnx.Param)
     resolved = jax.tree.map(resolve, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return nnx.to_pure_dict(resolved)
+
+
+def text_shardings(tree: Any, mesh: Mesh) -> Any:
+    """Shardings of a text encoder's parameters: over fsdp, on the last axis that it divides."""
+
+    def resolve(leaf: Any) -> NamedSharding:
+        axes = [None] * leaf.ndim
+        for axis in reversed(range(leaf.ndim)):
+            if leaf.shape[axis] % mesh.shape["fsdp"] == 0 and leaf.ndim > 1:
+                axes[axis] = "fsdp"
+                break
+        return NamedSharding(mesh, P(*axes))
+
+    return jax.tree.map(resolve, tree)
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """Shapes and where they live, for restoring a checkpoint and compiling ahead of time."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        shardings,
+    )
 
 
 def like_params(tree: Any, param_shardings: dict, mesh: Mesh) -> Any:

@@ -82,6 +82,23 @@ class T5Config:
         return self.feed_forward_proj == "gated-gelu"
 
 
+# Sizes of published encoders, for planning without their weights.
+PUBLISHED = {
+    name: T5Config(d_kv=64, vocab_size=32128, **sizes)
+    for name, sizes in {
+        "t5-small": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8),
+        "t5-base": dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
+        "t5-large": dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
+    }.items()
+}
+
+
+def published_config(source: str) -> T5Config:
+    """The sizes of an encoder, from its folder or, of the published ones, without."""
+    name = source.removeprefix("google-t5/")
+    return PUBLISHED[name] if name in PUBLISHED else _read_config(_locate(source) / "config.json")
+
+
 class _Weight(NamedTuple):
     """One leaf of the params and what transformers calls it."""
 

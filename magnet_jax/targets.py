@@ -32,6 +32,8 @@ class Chip:
     matrix units, which is 1.5 GHz for v5e. None for GPUs, whose compiler estimates nothing."""
     devices: int = 1
     """Devices that JAX sees in it."""
+    kinds: tuple[str, ...] = ()
+    """What `jax.Device.device_kind` of such devices begins with."""
 
 
 GIB = 2**30
@@ -45,11 +47,53 @@ CHIPS = {
             memory=32 * GIB,
             clock=1.05e9,
             devices=2,
+            kinds=("TPU v4",),
         ),
-        Chip(name="v5e", peak_flops=197e12, bandwidth=819e9, memory=16 * GIB, clock=1.5e9),
-        Chip(name="v5p", peak_flops=459e12, bandwidth=2765e9, memory=95 * GIB, clock=1.75e9),
-        Chip(name="v6e", peak_flops=918e12, bandwidth=1640e9, memory=32 * GIB, clock=1.75e9),
-        Chip(name="h100", peak_flops=989e12, bandwidth=3350e9, memory=80 * GIB),
+        Chip(
+            name="v5e",
+            peak_flops=197e12,
+            bandwidth=819e9,
+            memory=16 * GIB,
+            clock=1.5e9,
+            kinds=("TPU v5 lite", "TPU v5e"),
+        ),
+        Chip(
+            name="v5p",
+            peak_flops=459e12,
+            bandwidth=2765e9,
+            memory=95 * GIB,
+            clock=1.75e9,
+            kinds=("TPU v5p", "TPU v5"),
+        ),
+        Chip(
+            name="v6e",
+            peak_flops=918e12,
+            bandwidth=1640e9,
+            memory=32 * GIB,
+            clock=1.75e9,
+            kinds=("TPU v6",),
+        ),
+        Chip(
+            name="h100",
+            peak_flops=989e12,
+            bandwidth=3350e9,
+            memory=80 * GIB,
+            kinds=("NVIDIA H100",),
+        ),
+        Chip(
+            name="a100",
+            peak_flops=312e12,
+            bandwidth=1555e9,
+            memory=40 * GIB,
+            kinds=("NVIDIA A100",),
+        ),
+        Chip(
+            name="h200",
+            peak_flops=989e12,
+            bandwidth=4800e9,
+            memory=141 * GIB,
+            kinds=("NVIDIA H200",),
+        ),
     )
 }
 KNOWN = (
@@ -70,6 +114,14 @@ class Target:
     """None for a CPU, of which nothing is known."""
 
 
+def chip_of(device: jax.Device) -> Chip | None:
+    """What is known of a device's chip: the one whose name its own begins with; else None."""
+    found = [c for c in CHIPS.values() if device.device_kind.startswith(c.kinds or ("?",))]
+    # ('TPU v5' is v5p, and v5e is 'TPU v5 lite')
+    longest = lambda c: max(len(k) for k in c.kinds if device.device_kind.startswith(k))  # noqa: E731
+    return max(found, key=longest, default=None)
+
+
 def load(name: str) -> Target:
     """The devices of a topology, none of which need be there.
 
@@ -86,6 +138,8 @@ def load(name: str) -> Target:
         return Target(name=name, platform="cpu", devices=tuple(jax.devices("cpu")[:1]), chip=None)
     size = "[1-9][0-9]*"  # of 0, libtpu would die
     if re.fullmatch(f"(v5e|v6e):{size}x{size}|(v4|v5p):{size}x{size}x{size}", name):
+        if max(map(int, name.split(":")[1].split("x"))) > 16:  # of more, libtpu would die
+            raise UserError(f"{name}: a slice has at most 16 chips along an axis")
         platform, devices = "tpu", _tpu_devices(name)
     elif found := re.fullmatch(f"h100:(?:({size})x)?({size})", name):
         platform, devices = "gpu", _gpu_devices(name, int(found[1] or 1), int(found[2]))

@@ -1,27 +1,27 @@
 """Training: one linear story from a config to a folder of checkpoints, resumed exactly.
 
-A step is a pure function of (parameters, batch, stage): the batch follows from the seed and the
+A step is a pure function of (state, batch, stage): the batch follows from the seed and the
 data position, the stage from (seed, step), all noise from (seed, each clip's own seed). So a run
-that was killed and resumed is the run that never was.
+that was killed and resumed is the run that never was, on however many processes and devices.
+
+Several processes run this same program (distributed.py): each reads its share of every batch, all
+save and restore together, the first alone writes everything else.
 """
 
 import contextlib
 import dataclasses
 import functools
-import json
 import signal
 import time
-from collections import defaultdict
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
@@ -30,17 +30,23 @@ from magnet_jax import (
     checkpoint,
     codec,
     data,
+    distributed,
+    finetune,
     objective,
     optimizer,
+    plan,
     pretrained,
     records,
     sampling,
     sharding,
+    steps,
     t5,
     transformer,
+    watch,
 )
-from magnet_jax.config import CodecSpec, KernelConfig, RunConfig
+from magnet_jax.config import CodecSpec, RunConfig
 from magnet_jax.errors import UserError
+from magnet_jax.steps import Static
 
 
 def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
@@ -67,182 +73,114 @@ def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> Non
         )
 
 
-def init_state(config: RunConfig, t5_params: dict) -> dict:
-    """Parameters, their average and the optimizer's moments at step 0."""
-    params = {"lm": transformer.init_params(config.model, jax.random.key(config.seed))}
-    if config.text.finetune:
-        params["text"] = t5_params
-    return {
-        "params": params,
-        "ema": jax.tree.map(jnp.copy, params),
-        "opt": optimizer.make_optimizer(config.optimizer).init(params),
-    }
-
-
-def state_shardings(config: RunConfig, t5_params: dict, mesh: Mesh) -> tuple[Any, Any]:
-    """(shapes with shardings, shardings) of a whole train state."""
-    shapes = jax.eval_shape(functools.partial(init_state, config), t5_params)
-    params = {"lm": sharding.model_shardings(config.model, mesh)}
-    if config.text.finetune:
-        params["text"] = jax.tree.map(lambda _: sharding.replicated(mesh), t5_params)
-    shardings = sharding.like_params(shapes, params, mesh)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        shardings,
-    )
-    return abstract, shardings
-
-
-def _loss(
-    params, frozen_text, batch, key, stage, *, config, t5_config, local, dropout, dtype, mesh
-):
-    text_params = params.get("text", frozen_text)
-    states_BSE = t5.encode(
-        text_params, t5_config, batch["text_ids_BS"], batch["text_mask_BS"], dtype=dtype
-    )
-    noise = objective.draw_noise(key, batch["seed_B"], batch["codes_BKT"].shape[-1], dropout)
-    return objective.loss(
-        params["lm"],
-        states_BSE,
-        batch["text_mask_BS"],
-        batch["codes_BKT"],
-        batch["valid_BT"],
-        noise,
-        stage,
-        config=config.model,
-        local=local,
-        dtype=dtype,
-        remat=config.remat,
-        sharding=sharding.batch_sharding(mesh),
-    )
-
-
-@functools.partial(
-    jax.jit,
-    static_argnames=("config", "t5_config", "local", "dtype", "mesh"),
-    donate_argnames="state",
-)
-def train_step(
-    state: dict,
-    frozen_text: dict | None,
-    batch: dict,
-    key: jax.Array,
-    stage: jax.Array,
-    *,
-    config: RunConfig,
-    t5_config: t5.T5Config,
-    local: bool,
-    dtype: jnp.dtype,
-    mesh: Mesh,
-) -> tuple[dict, dict]:
-    """One update; two programs are compiled, for stage 0 and for the stages above.
-
-    Args:
-      state: {'params', 'ema', 'opt'}, donated.
-      frozen_text: the text encoder's parameters where they are not trained, else None.
-      batch: codes_BKT, valid_BT, text_ids_BS, text_mask_BS, seed_B.
-      key: the run's key.
-      stage: codebook to predict; `local` must be `stage > 0`.
-
-    Returns:
-      the new state and {'loss', 'accuracy', 'grad_norm'}.
-    """
-    loss = functools.partial(
-        _loss, config=config, t5_config=t5_config, local=local,
-        dropout=config.condition_dropout, dtype=dtype, mesh=mesh,
-    )  # fmt: skip
-    value, gradients = jax.value_and_grad(loss, has_aux=True)(
-        state["params"], frozen_text, batch, key, stage
-    )
-    updates, opt = optimizer.make_optimizer(config.optimizer).update(
-        gradients, state["opt"], state["params"]
-    )
-    params = optax.apply_updates(state["params"], updates)
-    ema = optax.incremental_update(params, state["ema"], 1 - config.optimizer.ema_decay)
-    metrics = {"loss": value[0], "grad_norm": optax.global_norm(gradients), **value[1]}
-    # What comes out lives where what came in did, whatever the compiler would rather do.
-    _, shardings = state_shardings(config, state["params"].get("text", {}), mesh)
-    state = {"params": params, "ema": ema, "opt": opt}
-    return jax.lax.with_sharding_constraint(state, shardings), metrics
-
-
-@functools.partial(jax.jit, static_argnames=("config", "t5_config", "local", "dtype", "mesh"))
-def eval_step(params, frozen_text, batch, key, stage, *, config, t5_config, local, dtype, mesh):
-    """The loss of one stage with every text given; otherwise as in training."""
-    value, _ = _loss(
-        params, frozen_text, batch, key, stage, config=config, t5_config=t5_config,
-        local=local, dropout=0.0, dtype=dtype, mesh=mesh,
-    )  # fmt: skip
-    return value
-
-
-def to_devices(batch: dict, mesh: Mesh) -> dict:
-    """This host's rows as global arrays, split over the mesh."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), rows)
-        for name, rows in batch.items()
-        if name in ("codes_BKT", "valid_BT", "text_ids_BS", "text_mask_BS", "seed_B")
-    }
-
-
-def validation_loss(
-    params: dict, frozen_text: dict | None, batches: list[dict], key: jax.Array, **static: Any
-) -> list[float]:
-    """Mean loss of each codebook over the same batches and the same masks every time."""
-    num_codebooks = static["config"].model.num_codebooks
-    return [
-        float(
-            np.mean(
-                [
-                    eval_step(params, frozen_text, batch, key, stage, local=stage > 0, **static)
-                    for batch in batches
-                ]
-            )
-        )
-        for stage in range(num_codebooks)
-    ]
-
-
 class Setup(NamedTuple):
-    """What a run works with, beside its config."""
+    """What a run works with, beside its config; parameters are NumPy arrays."""
 
     spec: CodecSpec
     t5_config: t5.T5Config
     t5_params: dict
     tokenizer: Tokenizer
-    mesh: Mesh
+    lm: dict | None  # transformer to begin with, or to train adapters for
     frames: int  # T of a batch
-    dtype: jnp.dtype
+    static: Static
 
-    def static(self, config: RunConfig) -> dict:
-        """Static arguments of the compiled steps, without names that no program depends on."""
-        config = dataclasses.replace(config, out="", sample_prompts=())
-        return dict(config=config, t5_config=self.t5_config, dtype=self.dtype, mesh=self.mesh)
+
+def _text_and_lm(config: RunConfig, spec: CodecSpec, begun: bool) -> tuple[tuple, dict | None]:
+    """The text encoder, its tokenizer, and the transformer that the run starts from."""
+    run = Path(config.out)
+    if begun:
+        base = checkpoint.read_base(run) if config.lora.rank else None
+        return t5.load(str(run / "text")), base
+    if not config.init_from:
+        if config.lora.rank:
+            raise UserError("lora adapts a trained model: name it with --init-from")
+        return t5.load(config.text.source), None
+    loaded = pretrained.load(config.init_from)
+    if loaded.codec.sha256 != spec.sha256 and not config.init_partial:
+        raise UserError(
+            f"{config.data.path} was tokenized with {spec.source}, but {config.init_from} learnt "
+            f"the tokens of {loaded.codec.source}: tokenize with that codec, or give "
+            "--init-partial to learn new tokens"
+        )
+    wanted = jax.eval_shape(
+        functools.partial(transformer.init_params, config.model), jax.random.key(0)
+    )
+    matched, lines = finetune.match_params(
+        wanted, loaded.params["lm"], config.init_partial, where=config.init_from
+    )
+    for line in lines if config.init_partial else lines[:1]:
+        distributed.say_first(line)
+    if any(leaf is None for leaf in jax.tree.leaves(matched, is_leaf=lambda x: x is None)):
+        fresh = transformer.init_params(config.model, jax.random.key(config.seed))
+        matched = finetune.fill_params(matched, fresh)
+    lm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), matched)
+    return (loaded.t5_config, loaded.t5_params, loaded.tokenizer), lm
 
 
 def set_up(config: RunConfig) -> Setup:
-    """Checks that settings, data and model go together, and prepares the run's folder."""
-    if jax.process_count() > 1:
-        raise UserError("several processes are not supported yet: run one with all its devices")
+    """Checks that settings, data, model and devices go together, and prepares the run's folder.
+
+    Raises `UserError`, in all processes if in one.
+    """
     if not config.out:
         raise UserError("no folder for the run: give --out DIR")
     run = Path(config.out)
-    spec = records.read_codec_spec(config.data.path)
-    begun = checkpoint.has_begun(run)
-    t5_config, t5_params, tokenizer = t5.load(str(run / "text") if begun else config.text.source)
-    check_fit(config, spec, t5_config)
-    mesh = sharding.make_mesh(config.mesh)
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.data.batch_size % rows:
-        raise UserError(
-            f"data.batch_size {config.data.batch_size} is not a multiple of {rows} devices"
-        )
-    # Codebooks beyond the model's are neither learnt nor decoded.
-    spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
-    checkpoint.prepare_run(config, spec)
-    frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
-    return Setup(spec, t5_config, t5_params, tokenizer, mesh, frames, dtype)
+    begun = distributed.broadcast_json(checkpoint.has_begun(run))
+
+    def check() -> tuple[Setup, tuple]:
+        spec = records.read_codec_spec(config.data.path)
+        text, lm = _text_and_lm(config, spec, begun)
+        check_fit(config, spec, text[0])
+        # Codebooks beyond the model's are neither learnt nor decoded.
+        spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
+        frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
+        mesh = sharding.make_mesh(config.mesh)
+        static = steps.static(config, text[0], dtype, frames, mesh)
+        planned = plan.memory(static, frames, config.text.max_tokens, plan.device_memory(mesh))
+        parts = plan.num_parts(static, config.data.batch_size, config.clips_per_device, planned)
+        static = static._replace(num_parts=parts)
+        t5_params = jax.tree.map(np.asarray, text[1])
+        return Setup(spec, text[0], t5_params, text[2], lm, frames, static), text
+
+    setup, text = distributed.all_do(check)
+    # All must compute a batch in as many parts; devices may differ in what is free on them.
+    parts = distributed.broadcast_json(setup.static.num_parts)
+    setup = setup._replace(static=setup.static._replace(num_parts=parts))
+    base = setup.lm if config.lora.rank else None
+    distributed.first_does(lambda: checkpoint.prepare_run(config, setup.spec, text, base))
+    return setup
+
+
+def to_devices(batch: dict, mesh: Mesh) -> dict:
+    """This process's rows as global arrays, split over the mesh."""
+    where = sharding.batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(where, batch[name]) for name in steps.INPUTS
+    }
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has whole, as global ones."""
+    return jax.tree.map(
+        lambda x, where: jax.make_array_from_callback(x.shape, where, lambda part: x[part]),
+        tree,
+        shardings,
+    )
+
+
+def first_state(setup: Setup, key: jax.Array) -> dict:
+    """The state at step 0, made where it lives."""
+    static = setup.static
+    given, where = {}, {}
+    if static.train_text:
+        given["text"] = setup.t5_params
+        where["text"] = sharding.text_shardings(setup.t5_params, static.mesh)
+    if setup.lm is not None and not static.lora.rank:
+        given["lm"] = setup.lm
+        where["lm"] = sharding.model_shardings(static.model, static.mesh)
+    init = functools.partial(steps.init_state, static)
+    shardings = steps.state_shardings(static)[1]
+    return jax.jit(init, out_shardings=shardings)(key, place(given, where))
 
 
 def open_data(config: RunConfig, setup: Setup) -> tuple[Any, list[dict]]:
@@ -257,10 +195,28 @@ def open_data(config: RunConfig, setup: Setup) -> tuple[Any, list[dict]]:
     if not config.eval_every:
         return batches, []
     if not records.has_split(config.data.path, "validation"):
-        tqdm.write(f"{config.data.path} has no validation split: no validation loss is computed")
+        if config.keep_best:
+            raise UserError(f"keep_best: {config.data.path} has no validation split to judge by")
+        distributed.say_first(
+            f"{config.data.path} has no validation split: no validation loss is computed"
+        )
         return batches, []
     held_out = data.validation_batches(config.data, **keywords, num_batches=config.eval_batches)
-    return batches, [to_devices(batch, setup.mesh) for batch in held_out]
+    return batches, [to_devices(batch, setup.static.mesh) for batch in held_out]
+
+
+def validate(
+    params: dict, frozen: dict, batches: list[dict], key: jax.Array, static: Static
+) -> dict[str, float]:
+    """Validation losses over the same batches and the same masks every time."""
+    sums_S = []
+    for stage in range(static.model.num_codebooks):
+        sums = [
+            steps.eval_step(params, frozen, b, key, stage, static=static, local=stage > 0)
+            for b in batches
+        ]
+        sums_S.append(jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(sums)))
+    return watch.validation_scalars(sums_S)
 
 
 def open_decoder(config: RunConfig, spec: CodecSpec) -> codec.Codec | None:
@@ -274,96 +230,51 @@ def open_decoder(config: RunConfig, spec: CodecSpec) -> codec.Codec | None:
 
 
 def write_samples(
-    config: RunConfig, setup: Setup, decoder: codec.Codec, ema: dict, frozen_text: Any, step: int
-) -> Path:
-    """Samples the run's prompts from the averaged weights, always with the same seed."""
+    config: RunConfig, setup: Setup, decoder: codec.Codec, params: tuple[dict, dict], step: int
+) -> list[Path]:
+    """Samples the run's prompts, always with the same seed; `params` are lm's and text's."""
     model = pretrained.Loaded(
         config=config,
         codec=setup.spec,
         codec_source=setup.spec.source,
-        params=ema,
+        params={"lm": params[0]},
         t5_config=setup.t5_config,
-        t5_params=ema.get("text", frozen_text),
+        t5_params=params[1],
         tokenizer=setup.tokenizer,
         step=step,
         lineage={},
     )
     generated = sampling.generate(
-        model,
+        sampling.prepare(model),
         config.sample_prompts,
-        # Plain XLA: fused kernels cannot be split over the mesh that holds the parameters.
-        execution=sampling.Execution(kernels=KernelConfig(full="blocks", local="blocks")),
         num_frames=setup.frames,
         decoding=config.decode,
         seed=config.seed,
     )
-    folder = Path(config.out) / "samples" / f"step_{step:07d}"
+    folder, wavs = Path(config.out) / "samples" / f"step_{step:07d}", []
     for i, wav_CN in enumerate(decoder.decode(generated.codes_BKT)):
         wav_CN, _ = audio.normalize_loudness(wav_CN, setup.spec.sample_rate, target_lufs=-14.0)
-        audio.write_wav(folder / f"{i:02d}.wav", wav_CN, setup.spec.sample_rate)
+        wavs.append(folder / f"{i:02d}.wav")
+        audio.write_wav(wavs[-1], wav_CN, setup.spec.sample_rate)
     (folder / "prompts.txt").write_text("".join(f"{p}\n" for p in config.sample_prompts))
-    return folder
+    return wavs
 
 
-class Scalars:
-    """Numbers over steps, for TensorBoard and as lines of JSON in RUN/metrics.jsonl."""
-
-    def __init__(self, run: Path, step: int):
-        """What was logged after `step`, by a process killed before it saved, is forgotten."""
-        self.path = run / "metrics.jsonl"
-        if self.path.exists():
-            kept = [line for line in read_scalars(run) if line["step"] <= step]
-            records.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        values = {name: float(value) for name, value in values.items()}
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
-
-    def close(self) -> None:
-        self.writer.close()
+def whole(tree: Any) -> Any:
+    """Global arrays as NumPy arrays, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def read_scalars(run: Path) -> list[dict[str, float]]:
-    """The lines of RUN/metrics.jsonl, each with its "step"; a line cut by a kill is left out."""
-    lines = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
-
-
-class Window:
-    """What happened since the last line of scalars."""
-
-    def __init__(self):
-        self.losses = defaultdict(list)  # of each codebook, still on the devices
-        self.waited = 0.0  # seconds for data
-        self.started = time.perf_counter()
-
-    def scalars(self, frames_per_step: int) -> dict[str, float]:
-        """Mean losses and speeds; waits for the steps to finish."""
-        means = {k: np.mean(jax.device_get(losses)) for k, losses in sorted(self.losses.items())}
-        seconds = time.perf_counter() - self.started
-        steps = sum(map(len, self.losses.values()))
-        return {f"train/loss_{codebook}": mean for codebook, mean in means.items()} | {
-            "train/loss": np.mean(list(means.values())),
-            "speed/frames_per_second": steps * frames_per_step / seconds,
-            "speed/wait_for_data_share": self.waited / seconds,
-        }
-
-
-def check_finite(grad_norm: jax.Array, step: int) -> None:
+def check_finite(grad_norm: jax.Array, step: int, saved: int) -> None:
     """Raises `UserError` where training has diverged; waits for the step."""
     if not np.isfinite(grad_norm):
+        last = f"the checkpoint of step {saved}" if saved else "the start: none was saved yet"
         raise UserError(
-            f"the gradient norm of step {step} is {grad_norm}; nothing of it was saved: start "
-            "again from the last checkpoint, or anew with a lower --optimizer.peak-lr"
+            f"the gradient norm of step {step} is {grad_norm}, and nothing of it was saved; the "
+            f"last good state is {last}. Go on from there with a lower --optimizer.peak-lr as "
+            "another run (--init-from), or begin anew"
         )
 
 
@@ -390,100 +301,151 @@ def catching_signals() -> Iterator[list[int]]:
 def train(config: RunConfig) -> None:
     """Trains to `config.steps`, from the newest checkpoint of `config.out` if it has one.
 
-    SIGTERM and Ctrl-C save a checkpoint at the next step and end the run.
+    SIGTERM and Ctrl-C, of any process, save a checkpoint within two steps and end the run with
+    status 128 + the signal, which schedulers requeue.
 
     Raises:
-      UserError: settings, data, model and folder do not go together, or the loss is not finite.
+      UserError: settings, data, model and folder do not go together, a checkpoint cannot be
+        written, or the loss is not finite.
     """
+    distributed.start(config.distributed, say=lambda line: tqdm.write(line))
     with catching_signals() as caught:
         step = _train(config, caught)
-    if caught:
-        tqdm.write(f"stopped and saved at step {step}; the same command goes on from there")
-        raise SystemExit(128 + caught[0])
+    if step < config.steps:
+        distributed.say_first(
+            f"stopped and saved at step {step}; the same command goes on from there"
+        )
+        raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
+
+
+def _restored(
+    config: RunConfig, setup: Setup, manager: Any, step: int, data_set: str
+) -> tuple[dict, dict]:
+    """The state and the data position of a checkpoint."""
+    abstract, _ = steps.state_shardings(setup.static)
+    state = checkpoint.restore(manager, step, **abstract, data=None)
+    position = state.pop("data")
+    if position.pop("data_set") != data_set:
+        raise UserError(
+            f"{config.data.path} is not the data set that {config.out} was trained on up "
+            f"to step {step}: go on with that one, or begin another run"
+        )
+    return state, position
+
+
+def _describe(setup: Setup, config: RunConfig, state: dict, step: int) -> str:
+    static = setup.static
+    mesh = ", ".join(f"{name} {size}" for name, size in static.mesh.shape.items() if size > 1)
+    parts = f" in {static.num_parts} parts" if static.num_parts > 1 else ""
+    trained = transformer.count_params(state["params"])
+    return (
+        f"{trained / 1e6:.3g} M trained parameters, {config.data.batch_size} clips of "
+        f"{setup.frames} frames a step{parts}, {static.dtype} on {static.mesh.size} "
+        f"{jax.devices()[0].device_kind} device(s){f' ({mesh})' if mesh else ''}"
+        + (f", resumed at step {step}" if step else "")
+    )
 
 
 def _train(config: RunConfig, caught: list[int]) -> int:
-    """`train`, until `caught` is not empty; the last step, saved."""
+    """`train`, until any process has caught something; the last step, saved."""
     setup = set_up(config)
-    batches, held_out = open_data(config, setup)
-    decoder = open_decoder(config, setup.spec)
-    abstract, shardings = state_shardings(config, setup.t5_params, setup.mesh)
-    frozen_text = None
-    if not config.text.finetune:
-        frozen_text = jax.device_put(setup.t5_params, sharding.replicated(setup.mesh))
-    key, static = jax.random.key(config.seed), setup.static(config)
+    static, first = setup.static, distributed.is_first()
+    batches, held_out = distributed.all_do(lambda: open_data(config, setup))
+    decoder = distributed.all_do(lambda: open_decoder(config, setup.spec) if first else None)
+    sampled = bool(config.sample_every and config.sample_prompts)
+    frozen = {"text": setup.t5_params, "lm": setup.lm}
+    where = steps.frozen_shardings(static)[1]
+    frozen = place({name: frozen[name] for name in where}, where)
+    # Made on all devices: one process's key would not go with the others' arrays.
+    replicated = sharding.replicated(static.mesh)
+    key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=replicated)()
+    merge = jax.jit(functools.partial(steps.merged, static.lora))
     learning_rate = optimizer.learning_rate(config.optimizer)
     data_set = records.digest(config.data.path)
 
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
-        manager = stack.enter_context(checkpoint.open_manager(config))  # waits for the last save
-        step = manager.latest_step() or 0
+        manager = checkpoint.open_manager(config)
+        stack.enter_context(checkpoint.closing(manager))  # waits for the last save
+        step = saved = manager.latest_step() or 0
         if step:
-            state = checkpoint.restore(manager, step, **abstract, data=None)
-            position = state.pop("data")
-            if position.pop("data_set") != data_set:
-                raise UserError(
-                    f"{config.data.path} is not the data set that {config.out} was trained on up "
-                    f"to step {step}: go on with that one, or begin another run"
-                )
+            state, position = _restored(config, setup, manager, step, data_set)
             batches.set_state(position)
         else:
-            init = jax.jit(functools.partial(init_state, config), out_shardings=shardings)
-            state = init(setup.t5_params)
-        tqdm.write(
-            f"{transformer.count_params(state['params']['lm']) / 1e6:.1f} M parameters, "
-            f"{config.data.batch_size} clips of {setup.frames} frames a step, {setup.dtype} on "
-            f"{setup.mesh.size} {jax.devices()[0].device_kind} device(s)"
-            + (f", resumed at step {step}" if step else "")
-        )
-        scalars = stack.enter_context(contextlib.closing(Scalars(Path(config.out), step)))
+            state = first_state(setup, key)
+        distributed.say_first(_describe(setup, config, state, step))
+        if learning_rate(config.steps - 1) == 0 and config.steps > config.optimizer.schedule_steps:
+            distributed.say_first(
+                f"note: the learning rate is 0 from step {config.optimizer.schedule_steps} on, and "
+                "the run has more: see --optimizer.schedule-steps"
+            )
+        if step >= config.steps:
+            distributed.say_first(f"{config.out} is complete: --steps {config.steps} are done")
+        scalars = None
+        if first:
+            scalars = stack.enter_context(contextlib.closing(watch.Scalars(config, step)))
+        profile = stack.enter_context(contextlib.closing(watch.Profile(config)))
         bar = stack.enter_context(
-            tqdm(total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1)
-        )
-        window, saved = Window(), step
-        while step < config.steps and not caught:
+            tqdm(
+                total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1,
+                disable=not first,
+            )
+        )  # fmt: skip
+        window = watch.Window()
+        # Votes of several processes are read a step late, so that no step waits for them.
+        votes, late = deque(), jax.process_count() > 1
+        stopping = False
+        while step < config.steps and not stopping:
             before = time.perf_counter()
-            batch = to_devices(next(batches), setup.mesh)
+            batch = to_devices(next(batches), static.mesh)
             position = batches.get_state() | {"data_set": data_set}
             window.waited += time.perf_counter() - before
             stage = objective.stage_of_step(config.seed, step, config.model.num_codebooks)
-            state, metrics = train_step(
-                state, frozen_text, batch, key, stage, local=stage > 0, **static
+            profile.before(step + 1)
+            state, metrics = steps.train_step(
+                state, frozen, batch, key, stage, static=static, local=stage > 0
             )
-            window.losses[stage].append(metrics.pop("loss"))
             step += 1
+            profile.after(step, metrics)
+            window.losses[stage].append(metrics.pop("loss"))
             bar.update()
-            last = step == config.steps or bool(caught)
+            votes.append(distributed.vote(bool(caught)))
+            stopping = len(votes) > late and bool(votes.popleft())
+            last = step == config.steps or stopping
             logging, saving = step % config.log_every == 0, manager.should_save(step)
             if logging or saving or last:
-                check_finite(metrics["grad_norm"], step)
+                check_finite(metrics["grad_norm"], step, saved)
             if logging or last:
-                values = window.scalars(config.data.batch_size * setup.frames)
+                values = window.scalars(
+                    static, config.data.batch_size, setup.frames, config.text.max_tokens
+                )
                 metrics["learning_rate"] = learning_rate(step - 1)
-                scalars.log(step, values | {f"train/{k}": v for k, v in metrics.items()})
+                values |= {f"train/{name}": value for name, value in metrics.items()}
+                if scalars:
+                    scalars.log(step, values)
                 bar.set_postfix(
                     loss=f"{values['train/loss']:.3f}",
                     frames_per_s=f"{values['speed/frames_per_second']:,.0f}",
                 )
-                window = Window()
-            if saving or last:
-                checkpoint.save(manager, step, state, position)
-                saved = step
-            if caught:
-                break
+                window = watch.Window()
             aside = time.perf_counter()
-            if held_out and step % config.eval_every == 0:
-                losses = validation_loss(state["ema"], frozen_text, held_out, key, **static)
-                by_codebook = {f"validation/loss_{k}": loss for k, loss in enumerate(losses)}
-                scalars.log(step, by_codebook | {"validation/loss": np.mean(losses)})
-                tqdm.write(f"step {step}: validation loss {np.mean(losses):.4f}")
-            if decoder and step % config.sample_every == 0:
-                folder = write_samples(config, setup, decoder, state["ema"], frozen_text, step)
-                tqdm.write(f"step {step}: samples in {folder}")
+            loss = float("inf") if config.keep_best else None
+            if held_out and step % config.eval_every == 0 and not stopping:
+                values = validate(state["ema"], frozen, held_out, key, static)
+                loss = values["validation/loss"] if config.keep_best else None
+                if scalars:
+                    scalars.log(step, values)
+                distributed.say_first(
+                    f"step {step}: validation loss {values['validation/loss']:.4f}"
+                )
+            if saving or last:
+                checkpoint.save(manager, step, state, position, loss)
+                saved = step
+            if sampled and step % config.sample_every == 0 and not stopping:
+                params = whole(merge(state["ema"], frozen))
+                if decoder:
+                    wavs = write_samples(config, setup, decoder, params, step)
+                    scalars.log_audio(step, wavs, config.sample_prompts)
+                    tqdm.write(f"step {step}: samples in {wavs[0].parent}")
             window.started += time.perf_counter() - aside  # evaluation is not training time
-        if caught and saved < step:
-            # The signal came after the step's own saving was decided.
-            check_finite(metrics["grad_norm"], step)
-            checkpoint.save(manager, step, state, position)
     return step

@@ -16,6 +16,7 @@ and, where the config says so, biases and norms of queries and keys:
     blocks/mlp/{up_bias [L, F], down_bias [L, D]}                       heads_bias [K, V]
 """
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -25,9 +26,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from magnet_jax.attention import cached_attention, cross_attention, self_attention
-from magnet_jax.config import ModelConfig
+from magnet_jax.config import ModelConfig, Remat
+
+ATTENDED = "attended"  # name of what attention gives, for the backward pass to keep
+# What the backward pass keeps of a layer; everything else is computed again.
+REMAT_POLICIES = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class TextKeys(NamedTuple):
@@ -66,6 +76,21 @@ def sinusoids(num_frames: int, width: int) -> np.ndarray:
 def gelu(x: jax.Array) -> jax.Array:
     """The exact GELU, by erf as in PyTorch."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def exact_products(run: Callable) -> Callable:
+    """Lets a function to be traced, with a keyword `dtype`, mean float32 by float32.
+
+    Accelerators would otherwise round the factors of such products.
+    """
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, dtype: jnp.dtype = jnp.float32, **keywords: Any) -> Any:
+        exact = jnp.dtype(dtype) == jnp.float32
+        with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+            return run(*args, dtype=dtype, **keywords)
+
+    return wrapped
 
 
 def _param(key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple) -> nnx.Param:
@@ -173,7 +198,7 @@ class Block(nnx.Module):
         """
         h_BTD = self.norm_self(x_BTD)
         attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
-        x_BTD = x_BTD + self.self.merge(attended)
+        x_BTD = x_BTD + self.self.merge(checkpoint_name(attended, ATTENDED))
         # Without text, cross-attention would add exact zeros, unless it has biases.
         with_text, without = jnp.split(x_BTD, [text.mask_BS.shape[0]])
         if len(without) and self.cross.biased:
@@ -182,7 +207,7 @@ class Block(nnx.Module):
             query_BTNH = self.cross.heads("query", self.norm_cross(with_text))
             zero_11NH = self.cross.of_zeros(x_BTD.dtype)
             attended = cross_attention(query_BTNH, *text, zero_11NH)
-            with_text = with_text + self.cross.merge(attended)
+            with_text = with_text + self.cross.merge(checkpoint_name(attended, ATTENDED))
             x_BTD = jnp.concatenate([with_text, without]) if len(without) else with_text
         return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
 
@@ -259,7 +284,7 @@ class Transformer(nnx.Module):
         local: bool,
         attend: Callable[..., jax.Array] = self_attention,
         positions_BTD: jax.Array | np.ndarray | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
         """Everything below the heads.
@@ -272,7 +297,7 @@ class Transformer(nnx.Module):
           attend: `self_attention`, or that function with some of its arguments.
           positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start; a
             leading axis of 1 serves all rows.
-          remat: recompute activations in the backward pass.
+          remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
 
@@ -300,7 +325,8 @@ class Transformer(nnx.Module):
             x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend_frames)
             return pin(x_BTD), None
 
-        layer = jax.checkpoint(layer) if remat else layer
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH))
         return self.norm_final(x_BTD)

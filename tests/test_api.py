@@ -9,6 +9,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import tiny
 import yaml
 from conftest import GOLDEN
 from tiny import assert_same_bits
@@ -16,8 +17,21 @@ from tiny import assert_same_bits
 import magnet_jax
 from launch import export as export_command
 from launch import import_audiocraft, sample
-from magnet_jax import MAGNeT, MusicGen, api, audiocraft, convert, pretrained, t5
+from launch import train as launch_train
+from magnet_jax import (
+    MAGNeT,
+    MusicGen,
+    api,
+    audiocraft,
+    convert,
+    finetune,
+    pretrained,
+    t5,
+    train,
+    watch,
+)
 from magnet_jax.codec import load_codec
+from magnet_jax.config import LoraConfig
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch
 
@@ -575,3 +589,80 @@ def test_of_several_devices_that_report_a_step_one_is_heard():
     for done in (1, 1, 2, 1, 2, 3):
         report(np.int32(done), 3)
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+# --- fine-tuning --------------------------------------------------------------------------------
+
+
+def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_path, monkeypatch):
+    """200 steps of LoRA from an imported checkpoint, by the commands that a user has."""
+    tiny.use_one_device(monkeypatch)
+    base_folder = tmp_path / "base"
+    shutil.copytree(imported / "magnet", base_folder)
+    base = pretrained.load(base_folder)
+    rng = np.random.default_rng(0)
+    frames = round(base.config.data.segment_seconds * base.codec.frame_rate)
+    k, v = base.codec.num_codebooks, base.codec.codebook_size
+    examples = [
+        {
+            "codes": rng.integers(0, v, (k, frames)).astype(np.int16),
+            "caption": f"noise {i}", "info": "{}", "track_id": f"{i}", "source_path": f"{i}",
+            "start": 0.0, "duration": base.config.data.segment_seconds,
+        }
+        for i in range(2)
+    ]  # fmt: skip
+    tiny.write_data_set(tmp_path / "tokens", {"train": examples}, base.codec)
+    run = tmp_path / "run"
+    command = [
+        "--config", "demo", "--init-from", str(base_folder), "--data.path",
+        str(tmp_path / "tokens"), "--out", str(run), "--lora.rank", "4", "--sample-every", "0",
+        "--data.batch-size", "4", "--save-every", "100", "--condition-dropout", "0",
+    ]  # fmt: skip
+    launch_train.main([*command, "--steps", "200"])
+    lines = [line for line in watch.read_scalars(run) if "train/loss" in line]
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+    tuned = pretrained.load(run)
+    assert tuned.lineage["init_from"] == "base" and tuned.lineage["lora_rank"] == 4
+    before, after = (convert.flatten(m.params["lm"]) for m in (base, tuned))
+    changed = {path for path in before if (np.asarray(before[path]) != after[path]).any()}
+    assert changed == {p.path for p in finetune.PROJECTIONS}
+
+    out = tmp_path / "merged"
+    export_command.main(export_command.Args(checkpoint=run, out=out, verify=True))
+    assert_same_bits(convert.flatten(pretrained.load(out).params["lm"]), after)
+    adapter = tmp_path / "adapter"
+    export_command.main(export_command.Args(checkpoint=run, out=adapter, adapter_only=True))
+    assert_same_bits(
+        convert.flatten(pretrained.load(base_folder, adapter=adapter).params["lm"]), after
+    )
+    with pytest.raises(UserError, match="no run that trained adapters"):
+        export_command.main(export_command.Args(checkpoint=out, out=adapter, adapter_only=True))
+
+    # The run has what it needs: the base may be gone.
+    shutil.rmtree(base_folder)
+    launch_train.main([*command, "--steps", "202"])
+    assert pretrained.load(run).step == 202
+
+
+def test_what_does_not_match_is_refused_or_listed(imported, tmp_path, monkeypatch, capsys):
+    tiny.use_one_device(monkeypatch)
+    base = pretrained.load(imported / "magnet")
+    tiny.write_noise(tmp_path / "tokens", {"train": 4})
+    config = tiny.run_config(
+        tmp_path / "tokens", tmp_path / "run", init_from=str(imported / "magnet"), steps=1
+    )
+    text = dataclasses.replace(config.text, finetune=False)
+    model = dataclasses.replace(base.config.model, codebook_size=1024, num_codebooks=4)
+    config = dataclasses.replace(config, model=model, text=text)
+    with pytest.raises(UserError, match="tokenize with that codec, or give --init-partial"):
+        train.train(config)
+    train.train(dataclasses.replace(config, init_partial=True))
+    said = capsys.readouterr().out
+    assert "  matched  blocks/mlp/up" in said and "  fresh    heads" in said
+    run = pretrained.load(tmp_path / "run", weights="raw")
+    np.testing.assert_allclose(
+        run.params["lm"]["blocks"]["mlp"]["up"], base.params["lm"]["blocks"]["mlp"]["up"], atol=2e-3
+    )
+    alone = dataclasses.replace(config, init_from="", lora=LoraConfig(rank=2))
+    with pytest.raises(UserError, match="name it with --init-from"):
+        train.train(dataclasses.replace(alone, out=str(tmp_path / "other")))

@@ -62,7 +62,7 @@ def test_frames_past_the_end_are_not_attended_to(kernel, context, length):
 @pytest.mark.parametrize("context", [None, 5])
 @pytest.mark.parametrize("length", [130, [100, 130]])
 def test_splash_attention_equals_plain_attention(context, length):
-    """In interpret mode; test_compile.py compiles it for TPUs."""
+    """In interpret mode."""
     qkv = tuple(heads(i, 2, 130, size=64) for i in range(3))
     found = attention.self_attention(
         *qkv, context=context, kernel="splash", length=jnp.asarray(length), interpret=True
@@ -186,3 +186,17 @@ def test_a_row_without_text_gives_exact_zeros_and_finite_gradients():
     value_, gradients = jax.value_and_grad(total, argnums=(0, 1, 2))(query, key, value)
     assert value_ == 0
     assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_a_block_below_twice_the_context_is_refused():
+    model = ModelConfig()
+    with pytest.raises(UserError, match="below twice the 5 frames"):
+        attention.choose_kernels(
+            KernelConfig(local_block=9), "cpu", model, 500, np.dtype("float32")
+        )
+    assert (
+        attention.choose_kernels(
+            KernelConfig(local_block=10), "cpu", model, 500, np.dtype("float32")
+        ).local_block
+        == 10
+    )

@@ -12,10 +12,9 @@ import tiny
 from conftest import GOLDEN
 
 from launch.benchmark import __main__ as command
-from launch.benchmark import decoding, loading, models, peaks
+from launch.benchmark import decoding, loading, models, peaks, training
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
-from launch.make_random_checkpoint import T5_BASE
-from magnet_jax import convert, flops, train
+from magnet_jax import convert, flops, t5, train
 from magnet_jax.audiocraft import read_file
 from magnet_jax.config import DecodeConfig, ModelConfig
 from magnet_jax.errors import UserError
@@ -174,7 +173,8 @@ def test_a_model_with_random_weights(monkeypatch, capsys, no_peaks):
     small = {"width": 16, "num_layers": 2, "num_heads": 2}
     monkeypatch.setitem(models.random_checkpoint.SIZES, "small", small)
     monkeypatch.setitem(models.random_checkpoint.CODEC_SETTINGS, "num_filters", 4)
-    monkeypatch.setattr(models.random_checkpoint, "T5_BASE", {**T5_BASE, "num_layers": 1})
+    small = dataclasses.replace(t5.PUBLISHED["t5-base"], num_layers=1)
+    monkeypatch.setitem(t5.PUBLISHED, "t5-base", small)
     command.main(
         ["decode", "--model", "small", "--seconds", "0.2", "--batch-sizes", "1", "--repeats", "1",
          "--steps", "1", "1", "1", "1", "--no-parts"]
@@ -236,3 +236,15 @@ def test_the_loader_is_measured(run, capsys, monkeypatch):
     )
     loading.measure(loading.Args(data=run.parent / "tokens", batches=3, steps=2))
     assert "ratio" in capsys.readouterr().out
+
+
+def test_training_is_measured(run, capsys, monkeypatch, tmp_path):
+    tiny.use_one_device(monkeypatch)
+    monkeypatch.setattr(training, "load_config", lambda name: tiny.run_config("", ""))
+    monkeypatch.setattr(training, "jax_peak", lambda dtype: 1e9)
+    file = tmp_path / "found.json"
+    training.measure(training.Args(data=run.parent / "tokens", steps=2, json=file))
+    found = json.loads(file.read_text())
+    assert found["share_of_peak"] == found["flops_per_second"] / 1e9 > 0
+    assert set(found["compile_seconds"]) == {"2", "8"}
+    assert "share" in capsys.readouterr().out

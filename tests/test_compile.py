@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from launch import compile as launch_compile
+from launch import plan as launch_plan
+from launch.compile import __main__ as launch_compile
 from launch.make_random_checkpoint import SIZES
 from magnet_jax import flops, hlo, targets, transformer
 from magnet_jax.config import ModelConfig
@@ -168,3 +169,59 @@ def test_decoding_for_a_gpu_uses_fused_attention(monkeypatch, tmp_path):
     check_flops(found, ModelConfig(**sizes))
     assert any("__cudnn$fmha" in name for name in found["fused_attention"])
     assert len(targets.load("h100:4x8").devices) == 32
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def test_a_training_step_for_the_cpu(tmp_path, capsys):
+    file, picture = tmp_path / "costs.json", tmp_path / "memory.png"
+    launch_compile.main(
+        ["train", "--topology", "cpu:1", "--config", "demo", "--clips-per-device", "4",
+         "--json", str(file), "--picture", str(picture)]
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert (found["parts"], found["clips_at_once"]) == (2, 4)
+    assert found["unknown_loops"] == []
+    # What is compiled has the model's products, and those of the text encoder and local blocks.
+    assert 1 < found["flops"] / found["model_flops"] < 1.6
+    taken = found["argument_bytes"] + found["temp_bytes"]
+    assert 0.7 < found["planned_bytes"] / taken < 2
+    assert picture.stat().st_size > 1000
+    assert "in 2 parts of 4 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "2,1,1"], "does not fit 1 devices"),
+        (["--mesh", "2,1"], "give DATA,FSDP,TENSOR"),
+        (["--stage", "4"], "--stage must lie between 0 and 3"),
+        (["--config", "nothing"], "no such config"),
+        (["--json", "/no/such/folder/x.json"], "no such folder"),
+    ],
+)
+def test_mistakes_about_training_are_named(arguments, message):
+    given = ["train", "--topology", "cpu:1", "--config", "demo", *arguments]
+    with pytest.raises(UserError, match=message):
+        launch_compile.main(given)
+
+
+def test_a_run_is_planned(capsys):
+    launch_plan.main(["--topology", "cpu:1", "--config", "music_small_10s", "--batch-size", "2"])
+    shown = capsys.readouterr().out
+    assert "420 M" in shown and "2 clips of 10 s, 500 frames" in shown
+    with pytest.raises(UserError, match="--mfu"):
+        launch_plan.main(["--topology", "cpu:1", "--mfu", "0"])
+
+
+@needs_libtpu
+def test_a_training_step_for_tpus_gathers_what_is_split(tmp_path):
+    file = tmp_path / "costs.json"
+    launch_compile.main(
+        ["train", "--topology", "v5e:2x2", "--config", "demo", "--mesh", "1,4,1",
+         "--json", str(file)]
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["step_seconds"] > 0 and 0 < found["mfu"] < 1
+    assert found["collective_runs"]["all-gather"] > 0

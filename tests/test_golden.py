@@ -23,10 +23,13 @@ from magnet_jax import (
     decode,
     masking,
     objective,
+    sharding,
+    steps,
+    t5,
     transformer,
 )
 from magnet_jax.codec import load_codec
-from magnet_jax.config import DecodeConfig, KernelConfig
+from magnet_jax.config import DecodeConfig, KernelConfig, MeshConfig, RunConfig
 
 MAGNET, MUSICGEN, CODEC = (GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen", "encodec"))
 CASES = json.loads((MAGNET / "generate.json").read_text())
@@ -104,6 +107,7 @@ VARIANTS = {
     "all": (decode.ALL_SAVINGS, KernelConfig(full="dense", local="blocks", local_block=32)),
     "none": (decode.NO_SAVINGS, KernelConfig(full="dense", local="dense")),
     "blocks": (decode.ALL_SAVINGS, KernelConfig(full="blocks", local="blocks", local_block=54)),
+    "slices": (decode.ALL_SAVINGS, KernelConfig(full="slices", local="slices", local_block=32)),
     **{
         f"{field.name} alone": (
             dataclasses.replace(decode.NO_SAVINGS, **{field.name: True}),
@@ -181,7 +185,9 @@ def test_magnet_loss_and_gradients(magnet, stage):
         text = model.read_text(*map(jnp.asarray, read_text(MAGNET / "loss.npz")))
         logits_BTV = model.head(model.trunk(given.input_BKT, text, local=stage > 0), stage)
         scored = objective.hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
-        return objective.masked_cross_entropy(logits_BTV, scored.target_BT, scored.mask_BT)
+        return objective.means(objective.score(logits_BTV, scored.target_BT, scored.mask_BT))[
+            "loss"
+        ]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(magnet.params)
     assert float(value) == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
@@ -191,6 +197,54 @@ def test_magnet_loss_and_gradients(magnet, stage):
     assert expected and expected.keys() <= found.keys()
     for name, gradient in found.items():
         norm = float(expected.get(name, 0))  # what the reference gave no gradient has none
+        assert np.linalg.norm(gradient) == pytest.approx(norm, rel=1e-3, abs=1e-7), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
+    """The gradients that a train step takes, of the reference's tokens, masks and text states."""
+    reference, config = np.load(MAGNET / "loss.npz"), magnet.model
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
+    t5_config, _, _ = t5.load("embedded")
+    static = steps.static(RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh)
+    shardings = sharding.model_shardings(config, mesh)
+
+    def total_nll(params, part):
+        # (the padding's own tokens are given, see above)
+        given = objective.hide(
+            part["tokens"], part["mask"], jnp.ones_like(part["valid"]), stage, config.mask_id
+        )
+        model = transformer.bind(config, params)
+        text = model.read_text(part["states"], part["text_mask"], part["zeros"])
+        logits_BTV = model.head(model.trunk(given.input_BKT, text, local=stage > 0), stage)
+        sums_B = objective.score(logits_BTV, given.target_BT, part["mask"] & part["valid"])
+        sums = objective.Sums(*(x.sum() for x in sums_B))
+        return sums.nll, sums
+
+    states_BSE, text_mask_BS, zeros_B = read_text(MAGNET / "loss.npz")
+    batch = {
+        "tokens": reference["tokens"].astype(np.int32),
+        "mask": reference[f"mask_stage{stage}"],
+        "valid": reference["valid"],
+        "states": states_BSE,
+        "text_mask": text_mask_BS,
+        "zeros": zeros_B,
+    }
+    # Every row four times, for two devices and two parts, leaves the mean as it is.
+    batch = {name: np.concatenate([x] * 4) for name, x in batch.items()}
+    gradients, sums = jax.jit(
+        lambda params, batch: steps.batch_gradients(
+            total_nll, params, batch, static._replace(num_parts=2), shardings
+        )
+    )(
+        jax.device_put(magnet.params, shardings),
+        jax.device_put(batch, sharding.batch_sharding(mesh)),
+    )
+    loss = float(objective.means(sums)["loss"])
+    assert loss == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
+    prefix = f"gradnorm_stage{stage}/"
+    for name, gradient in convert.to_audiocraft(gradients, config).items():
+        norm = float(reference[prefix + name]) if prefix + name in reference else 0.0
         assert np.linalg.norm(gradient) == pytest.approx(norm, rel=1e-3, abs=1e-7), name
 
 

@@ -13,7 +13,7 @@ import tiny
 
 from configs import ablations
 from launch.train import config_names, load_config
-from magnet_jax import optimizer, sharding, t5, train
+from magnet_jax import optimizer, sharding, steps, t5
 from magnet_jax.config import (
     MeshConfig,
     ModelConfig,
@@ -163,9 +163,10 @@ def test_moments_of_a_run_are_sharded_as_its_parameters(tmp_path):
     config = tiny.run_config(
         tmp_path, tmp_path, optimizer=OptimizerConfig(name="dadam", peak_lr=1.0)
     )
-    _, t5_params, _ = t5.load(config.text.source)
+    t5_config, _, _ = t5.load(config.text.source)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    _, shardings = train.state_shardings(config, t5_params, mesh)
+    static = steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+    _, shardings = steps.state_shardings(static)
     (state,) = shardings["opt"][1:]
     assert state.mu == state.nu == state.s == shardings["params"]
     assert state.d == state.g_sq == state.count == sharding.replicated(mesh)

@@ -126,8 +126,8 @@ def test_one_program_serves_many_lengths_prompts_and_settings(loaded):
         assert (found.codes_BKT[..., :num_prompt] == 7).all()
     assert programs.count() == 1
     assert len(lines) == 2
-    assert lines[0].startswith("compiling 3 clips of 1.3 s")
-    assert lines[1].startswith("compiled in ")
+    assert lines[0].startswith("preparing the program for 3 clips of 1.3 s")
+    assert lines[1].startswith("ready in ")
 
 
 def test_the_program_makes_the_audio_that_pytorch_makes(loaded, decoder):

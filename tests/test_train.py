@@ -1,7 +1,10 @@
 """Training: resumed exactly, the same on one device and on eight, clear about what is wrong."""
 
 import dataclasses
+import errno
 import functools
+import json
+import math
 import os
 import shutil
 import signal
@@ -12,12 +15,34 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
 from launch.train import config_names, load_config
-from magnet_jax import checkpoint, codec, data, pretrained, records, sharding, t5, train
-from magnet_jax.config import ASSETS, MeshConfig, ModelConfig, RunConfig, from_json, to_json
+from magnet_jax import (
+    checkpoint,
+    codec,
+    convert,
+    data,
+    plan,
+    pretrained,
+    records,
+    sharding,
+    steps,
+    t5,
+    train,
+    watch,
+)
+from magnet_jax.config import (
+    ASSETS,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    from_json,
+    to_json,
+)
 from magnet_jax.errors import UserError
 
 
@@ -46,9 +71,14 @@ def finished(tokens, tmp_path_factory):
     return config
 
 
+def make_static(config: RunConfig, mesh=None) -> steps.Static:
+    t5_config, _, _ = t5.load("embedded")
+    mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
+    return steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+
+
 def final_state(config: RunConfig) -> dict:
-    _, t5_params, _ = t5.load(config.text.source)
-    abstract, _ = train.state_shardings(config, t5_params, sharding.make_mesh(config.mesh))
+    abstract, _ = steps.state_shardings(make_static(config))
     with checkpoint.open_manager(config) as manager:
         return checkpoint.restore(manager, config.steps, **abstract)
 
@@ -76,9 +106,9 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
         "train.train(from_json(RunConfig, Path(sys.argv[1])))"
     )
     seed = int.from_bytes(os.urandom(4))
-    print("moments of the kills drawn with seed", seed)
+    print("moment of the kill drawn with seed", seed)
     rng = np.random.default_rng(seed)
-    for wanted in (5, 15):
+    for wanted in (rng.integers(1, 16),):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "config.json")],
             stdout=subprocess.DEVNULL,
@@ -95,9 +125,9 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
         assert process.wait() == -signal.SIGKILL
     train.train(config)
     assert_equal_trees(final_state(config), final_state(finished))
-    lines = [line for line in train.read_scalars(Path(config.out)) if "train/loss" in line]
+    lines = [line for line in watch.read_scalars(Path(config.out)) if "train/loss" in line]
     assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
-    whole = [line for line in train.read_scalars(Path(finished.out)) if "train/loss" in line]
+    whole = [line for line in watch.read_scalars(Path(finished.out)) if "train/loss" in line]
     assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in whole]
 
 
@@ -106,7 +136,7 @@ def test_a_finished_run_holds_what_the_readme_promises(finished):
     assert newest_step(out) == 30
     assert len(list((out / "checkpoints").iterdir())) == finished.keep_last
     assert list((out / "tensorboard").iterdir())
-    scalars = train.read_scalars(out)
+    scalars = watch.read_scalars(out)
     assert [line["step"] for line in scalars if "train/loss" in line] == [5, 10, 15, 20, 25, 30]
     assert [line["step"] for line in scalars if "validation/loss_3" in line] == [15, 30]
     assert [path.name for path in sorted((out / "samples" / "step_0000030").iterdir())] == [
@@ -162,6 +192,11 @@ def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
         ("optimizer", {"clip_norm": 0.0}, "clip_norm"),
         ("data", {"batch_size": 0}, "batch_size"),
         ("decode", {"top_p": 0.0}, "top_p"),
+        ("decode", {"max_guidance": float("nan")}, "max_guidance"),
+        ("decode", {"temperature": float("inf")}, "temperature"),
+        (None, {"keep_best": 1, "eval_every": 300, "save_every": 1000}, "keep_best"),
+        (None, {"profile": (3, 2)}, "profile"),
+        (None, {"init_partial": True}, "init_partial"),
         ("decode", {"steps": (1, 1)}, "one number a codebook"),
     ],
 )
@@ -175,7 +210,7 @@ def test_impossible_settings_are_refused(section, settings, message):
 
 def test_sigterm_saves_and_exits(tokens, tmp_path):
     config = tiny.run_config(tokens, tmp_path / "run", steps=1000, save_every=1000)
-    step = train.train_step
+    step = steps.train_step
 
     def interrupting(*args, **kwargs):
         if newest_step(Path(config.out)) == 0:
@@ -183,54 +218,102 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
         return step(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "train_step", interrupting)
+        patch.setattr(steps, "train_step", interrupting)
         with pytest.raises(SystemExit) as exit_:
             train.train(config)
     assert exit_.value.code == 128 + signal.SIGTERM
     assert newest_step(Path(config.out)) == 1
 
 
-def test_eight_devices_equal_one(tokens):
-    """Two steps on (2, 2, 2) devices and on one."""
+@pytest.fixture(scope="module")
+def five_steps(tokens):
+    """Runs five steps, of all stages, on a mesh and in parts; (losses, final state, static)."""
     config = tiny.run_config(tokens, Path("unused"))
     # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
-    t5_config, t5_params, tokenizer = t5.load(config.text.source)
+    t5_config, t5_params, tokenizer = t5.load("embedded")
+    t5_params = jax.tree.map(np.asarray, t5_params)
     batches = data.make_train_iterator(
         config.data, frames=30, num_codebooks=4, tokenizer=tokenizer, max_tokens=16, seed=0
     )
-    rows = [next(batches) for _ in range(2)]
-    results = []
-    for sizes, devices in ((dict(data=1), 1), (dict(data=2, fsdp=2, tensor=2), 8)):
-        mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:devices])
-        _, shardings = train.state_shardings(config, t5_params, mesh)
-        init = functools.partial(train.init_state, config)
-        state = jax.jit(init, out_shardings=shardings)(t5_params)
-        for batch in rows:
-            state, metrics = train.train_step(
-                state, None, train.to_devices(batch, mesh), jax.random.key(0), 2,
-                config=config, t5_config=t5_config, local=True, dtype=np.dtype("float32"),
-                mesh=mesh,
-            )  # fmt: skip
-        spec = state["params"]["lm"]["blocks"]["mlp"]["up"].sharding.spec
-        if devices == 8:
-            assert spec == jax.P(None, "fsdp", "tensor")
-        same = jax.tree.map(
-            lambda leaf, s: leaf.sharding.is_equivalent_to(s, leaf.ndim), state, shardings
+    rows = [next(batches) for _ in range(5)]
+
+    @functools.cache
+    def run(sizes: tuple[int, int, int], parts: int = 1, remat: str = "none"):
+        changed = dataclasses.replace(config, remat=remat)
+        mesh = sharding.make_mesh(
+            MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
         )
-        assert all(jax.tree.leaves(same))
-        assert state["opt"][1][0].mu["lm"]["blocks"]["mlp"]["up"].sharding.spec == spec
-        results.append(jax.device_get((state["params"], metrics["loss"])))
-    for one, eight in zip(*(jax.tree.leaves(result) for result in results), strict=True):
-        np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-6)
+        static = make_static(changed, mesh)._replace(num_parts=parts)
+        setup = train.Setup(None, t5_config, t5_params, tokenizer, None, 30, static)
+        state, losses = train.first_state(setup, jax.random.key(0)), []
+        for batch, stage in zip(rows, (0, 1, 2, 0, 3)):
+            state, metrics = steps.train_step(
+                state, {}, train.to_devices(batch, mesh), jax.random.key(0), stage,
+                static=static, local=stage > 0,
+            )  # fmt: skip
+            losses.append(float(metrics["loss"]))
+        return losses, state, static
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("sizes", "parts", "remat"),
+    [
+        ((1, 1, 1), 4, "none"),
+        ((8, 1, 1), 1, "none"),
+        ((1, 8, 1), 1, "full"),
+        ((2, 2, 2), 2, "attention"),
+        ((1, 4, 2), 1, "products"),
+    ],
+)
+def test_meshes_and_parts_equal_one_device(five_steps, sizes, parts, remat):
+    expected, one, _ = five_steps((1, 1, 1))
+    found, state, static = five_steps(sizes, parts, remat)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    shardings = steps.state_shardings(static)[1]
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
+    assert all(jax.tree.leaves(same))
+    for a, b in zip(jax.tree.leaves(one["params"]), jax.tree.leaves(state["params"]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_every_parameter_and_moment_is_split_as_its_axes_say(five_steps):
+    _, state, static = five_steps((2, 2, 2), 2, "attention")
+    expected = {
+        "embed": (None, None, "fsdp"),
+        "heads": (None, "fsdp"),
+        "text_proj/kernel": (None, "fsdp"),
+        "text_proj/bias": ("fsdp",),
+        "norm_final/scale": ("fsdp",),
+        "blocks/mlp/up": (None, "fsdp", "tensor"),
+        "blocks/mlp/down": (None, "tensor", "fsdp"),
+        "blocks/norm_mlp/bias": (None, "fsdp"),
+        **{
+            f"blocks/{kind}/{name}": (None, "fsdp", "tensor")
+            for kind in ("self", "cross")
+            for name in ("query", "key", "value")
+        },
+        **{f"blocks/{kind}/out": (None, "tensor", None, "fsdp") for kind in ("self", "cross")},
+    }
+    adam = state["opt"][1][0]
+    for tree in (state["params"], state["ema"], adam.mu, adam.nu):
+        flat = convert.flatten(tree["lm"])
+        for path, axes in expected.items():
+            where = jax.sharding.NamedSharding(static.mesh, jax.P(*axes))
+            assert flat[path].sharding.is_equivalent_to(where, flat[path].ndim), path
+    # A quarter of the device's bytes by fsdp x tensor, but for norms, which tensor leaves whole.
+    abstract = steps.state_shardings(static)[0]
+    whole = steps.state_shardings(five_steps((1, 1, 1))[2])[0]
+    assert plan.tree_bytes(abstract["opt"]) < 0.6 * plan.tree_bytes(whole["opt"])
 
 
 @pytest.mark.parametrize("name", [*config_names(), "music_small_10s_span5_full"])
 def test_every_config_is_built(name):
     """Shapes alone; ablations differ in settings that change no shape."""
     config = load_config(name)
-    _, t5_params, _ = t5.load("embedded")
-    state, _ = train.state_shardings(config, t5_params, sharding.make_mesh(config.mesh))
+    state, _ = steps.state_shardings(make_static(config))
     stack = state["params"]["lm"]["blocks"]["mlp"]["up"].shape
     width = config.model.width
     assert stack == (config.model.num_layers, width, 4 * width)
@@ -260,6 +343,19 @@ def test_config_survives_json(tmp_path):
     config = load_config("demo")
     (tmp_path / "config.json").write_text(to_json(config))
     assert from_json(RunConfig, tmp_path / "config.json") == config
+
+
+@pytest.mark.parametrize(("was", "now"), [(True, "full"), (False, "none")])
+def test_configs_of_earlier_releases_are_read(tmp_path, was, now):
+    config = load_config("demo")
+    values = json.loads(to_json(config)) | {"remat": was}
+    added = [field.name for field in dataclasses.fields(config) if "added" in field.metadata]
+    assert {"kernels", "lora", "profile"} < set(added)  # of every shape
+    for name in added:
+        del values[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = from_json(RunConfig, tmp_path / "config.json")
+    assert found == dataclasses.replace(config, remat=now)
 
 
 @pytest.mark.parametrize(
@@ -344,3 +440,131 @@ def test_raw_and_averaged_weights_differ(finished):
 
 def test_data_set_and_records_go_together(tokens):
     assert records.read_codec_spec(tokens) == codec.load_codec("embedded").spec
+
+
+# --- memory, and what cannot be -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "attention", "full"])
+def test_planned_memory_is_near_what_the_compiler_takes(remat):
+    """Of a step wide enough for activations to count; never far below, or a run would not fit."""
+    model = ModelConfig(codebook_size=512, width=256, num_heads=4, num_layers=6, text_width=128)
+    config = RunConfig(model=model, remat=remat, data=DataConfig(segment_seconds=10.0))
+    t5_config, t5_params, _ = t5.load("embedded")
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    static = steps.static(config, t5_config, np.dtype("float32"), 500, mesh)
+    clips, rows = 4, sharding.batch_sharding(mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((clips, *shape), dtype, sharding=rows)
+        for name, shape, dtype in (
+            ("codes_BKT", (4, 500), np.int32), ("valid_BT", (500,), bool),
+            ("text_ids_BS", (64,), np.int32), ("text_mask_BS", (64,), bool),
+            ("seed_B", (), np.int32),
+        )
+    }  # fmt: skip
+    compiled = steps.train_step.lower(
+        steps.state_shardings(static)[0], steps.frozen_shardings(static)[0], batch,
+        jax.random.key(0), 0, static=static, local=False,
+    ).compile()  # fmt: skip
+    found = compiled.memory_analysis()
+    taken = found.argument_size_in_bytes + found.temp_size_in_bytes
+    planned = plan.memory(static, 500, 64, None).total(clips)
+    print(f"{remat}: planned {planned / 1e6:.0f} MB, compiled {taken / 1e6:.0f} MB")
+    assert 0.8 < planned / taken < 2.0
+
+
+def test_what_does_not_fit_is_refused_with_what_would_help():
+    planned = plan.Memory(state=40, frozen=0, gradients=20, gathered=0, a_clip=10, device=100)
+    assert plan.clips_that_fit(planned, 8, 0) == 3  # (90 - 60) / 10
+    assert plan.clips_that_fit(planned, 2, 0) == 2
+    assert plan.clips_that_fit(planned, 8, 2) == 2
+    assert plan.clips_that_fit(planned._replace(device=None), 8, 0) == 8
+    with pytest.raises(UserError, match="--clips-per-device 3 would fit"):
+        plan.clips_that_fit(planned, 8, 4)
+    with pytest.raises(UserError, match="--mesh.fsdp"):
+        plan.clips_that_fit(planned._replace(state=90), 8, 0)
+    with pytest.raises(UserError, match="--remat full"):
+        plan.clips_that_fit(planned._replace(a_clip=50), 8, 0)
+
+
+def test_batches_are_computed_in_the_fewest_parts():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
+    assert steps.count_parts(48, 12, mesh) == 1
+    assert steps.count_parts(48, 11, mesh) == 2
+    assert steps.count_parts(48, 5, mesh) == 3
+    assert steps.count_parts(48, 1, mesh) == 12
+    with pytest.raises(UserError, match="50 is not a multiple of the 4 devices"):
+        steps.count_parts(50, 1, mesh)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(data=1, fsdp=1, tensor=8), "mesh.tensor 8 does not divide model.num_heads 2"),
+        (dict(data=1, fsdp=3, tensor=1), "mesh.fsdp 3 does not divide model.width 16"),
+        (dict(data=3, fsdp=1, tensor=1), "does not fit 8 devices"),
+    ],
+)
+def test_meshes_that_do_not_divide_are_refused(sizes, message):
+    config = tiny.run_config(Path("x"), Path("y"))
+    t5_config, _, _ = t5.load("embedded")
+    count = 8 if "fit" in message else math.prod(sizes.values())
+    with pytest.raises(UserError, match=message):
+        mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
+        steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+
+
+def test_a_save_that_fails_is_one_line_and_the_run_goes_on_afterwards(tokens, tmp_path):
+    """A full disk, as Orbax meets it."""
+    config = tiny.run_config(tokens, tmp_path / "run", steps=6, save_every=2)
+    train.train(dataclasses.replace(config, steps=2))
+    real = ocp.CheckpointManager.save
+
+    def full(self, step, **keywords):
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, step, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        with pytest.raises(UserError, match="No space left.*whole ones are of steps: 2; make room"):
+            train.train(config)
+    train.train(config)
+    assert newest_step(Path(config.out)) == 6
+
+
+def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=4, save_every=2, log_every=1)
+    step = steps.train_step
+
+    def diverging(*args, **keywords):
+        state, metrics = step(*args, **keywords)
+        if int(state["opt"][1][0].count) == 3:
+            metrics["grad_norm"] *= np.nan
+        return state, metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "train_step", diverging)
+        with pytest.raises(UserError, match="of step 3 is nan.*the checkpoint of step 2"):
+            train.train(config)
+    assert newest_step(Path(config.out)) == 2
+
+
+def test_the_best_and_every_nth_checkpoint_stay(tokens, tmp_path):
+    config = tiny.run_config(
+        tokens, tmp_path / "run", steps=12, save_every=2, eval_every=2, eval_batches=1,
+        keep_last=1, keep_every=6, keep_best=1,
+    )  # fmt: skip
+    losses = iter([5.0, 3.0, 4.0, 4.5, 4.2, 4.1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "validate", lambda *_: {"validation/loss": next(losses)})
+        train.train(dataclasses.replace(config, steps=8))
+        train.train(config)  # a resumed run remembers which was best
+    kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [4, 6, 12]
+
+
+def test_a_profile_is_recorded(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=4, profile=(2, 3))
+    train.train(config)
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))

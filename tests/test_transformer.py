@@ -19,7 +19,7 @@ SMALL = ModelConfig(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "local", "remat"))
-def logits(params, states, mask, zeros, codes, stage, *, config, local, remat=False):
+def logits(params, states, mask, zeros, codes, stage, *, config, local, remat="none"):
     model = transformer.bind(config, params)
     text = model.read_text(states, mask, zeros)
     return model.head(model.trunk(codes, text, local=local, remat=remat), stage)
@@ -104,7 +104,8 @@ def test_rows_beyond_the_texts_are_rows_without_text(local):
     assert (fewer[:2] != fewer[2:]).any()
 
 
-def test_remat_changes_neither_values_nor_gradients():
+@pytest.mark.parametrize("policy", ["products", "attention", "full"])
+def test_remat_changes_neither_values_nor_gradients(policy):
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
     codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
@@ -117,7 +118,7 @@ def test_remat_changes_neither_values_nor_gradients():
         return jnp.square(out).sum()
 
     both = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    plain, remat = both(params, False), both(params, True)
+    plain, remat = both(params, "none"), both(params, policy)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -157,3 +158,11 @@ def test_shardings_of_the_stacked_layers():
 def test_impossible_meshes_are_refused(mesh):
     with pytest.raises(UserError, match="mesh"):
         sharding.make_mesh(MeshConfig(**mesh))
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_products_of_float32_are_of_float32(dtype, precision):
+    """On accelerators the default would round their factors; here it shows in the program alone."""
+    run = transformer.exact_products(lambda x, *, dtype: x.astype(dtype) @ x.astype(dtype))
+    text = jax.jit(functools.partial(run, dtype=jnp.dtype(dtype))).lower(jnp.ones((4, 4))).as_text()
+    assert f"precision = [{precision}, {precision}]" in text

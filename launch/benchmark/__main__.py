@@ -6,12 +6,13 @@ from typing import Annotated
 import tyro
 
 from launch import benchmark, cli
-from launch.benchmark import compiling, decoding, importing, loading
+from launch.benchmark import compiling, decoding, importing, loading, training
 from magnet_jax import errors
 
 Command = (
     Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]
     | Annotated[decoding.Args, tyro.conf.subcommand("decode", description=decoding.Args.__doc__)]
+    | Annotated[training.Args, tyro.conf.subcommand("train", description=training.Args.__doc__)]
     | Annotated[compiling.Args, tyro.conf.subcommand("compile", description=compiling.Args.__doc__)]
     | Annotated[importing.Args, tyro.conf.subcommand("import", description=importing.Args.__doc__)]
 )
@@ -25,6 +26,7 @@ def main(words: Sequence[str] | None = None) -> None:
     measure = {
         loading.Args: loading.measure,
         decoding.Args: decoding.measure,
+        training.Args: training.measure,
         compiling.Args: compiling.measure,
         importing.Args: importing.measure,
     }

@@ -77,8 +77,8 @@ class Args:
             raise UserError("give --steps or --preset, not both")
         if self.repeats < 1:
             raise UserError("--repeats must be at least 1")
-        if self.seconds is not None and not 0 < self.seconds < math.inf:
-            raise UserError("--seconds must be positive")
+        if self.seconds is not None and not 0 < self.seconds <= 600:
+            raise UserError("--seconds must be positive, and at most 600")
         if not self.peer and (self.peer_device, self.peer_dtype) != ("cpu", "float32"):
             raise UserError("--peer-device and --peer-dtype need --peer")
         if self.peer_steps is not None and (self.peer_steps < 1 or not self.peer):
@@ -271,7 +271,9 @@ def make_peer(args: Args, job: Job) -> "torch_peer.Peer":
     from launch.benchmark import torch_peer
 
     model = job.loaded.config.model
-    state_dict = convert.to_audiocraft(job.loaded.params["lm"], model)
+    # The peer's weights have been rounded like ours; it computes in its own precision.
+    params = jax.tree.map(lambda x: np.asarray(x, np.float32), job.loaded.params["lm"])
+    state_dict = convert.to_audiocraft(params, model)
     peer = torch_peer.Peer(state_dict, model, args.peer_device, args.peer_dtype)
     short = dataclasses.replace(job.decoding, steps=(1,) * model.num_codebooks)
     states_BSE, lengths_B = job.text_states(1)
@@ -315,7 +317,7 @@ def time_command(command: str) -> float:
     Raises `UserError` if it fails.
     """
     started = time.perf_counter()
-    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, errors="replace")
     wall = time.perf_counter() - started
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]

@@ -18,12 +18,14 @@ from magnet_jax import convert, errors, pretrained
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     """Time and memory of importing an AudioCraft checkpoint of full size with random weights, its
-    codec and text encoder included; then of making a clip with it."""
+    codec and text encoder included."""
 
     folder: Path | None = None
     """Where to put checkpoint and import (about 4 GB); a temporary folder by default."""
     size: Literal["small", "medium"] = "small"
     dtype: Literal["float16", "float32"] = "float32"
+    clip: bool = False
+    """Make a clip of 10 s with it as well; minutes on a CPU."""
 
 
 def measure(args: Args) -> None:
@@ -40,6 +42,8 @@ def measure(args: Args) -> None:
             f"{count / 1e6:.0f} M parameters, {args.dtype}: imported in {seconds:.1f} s, peak "
             f"memory {peak / 1e9:.2f} GB, {peak / (4 * count):.2f} times the float32 parameters"
         )
+        if not args.clip:
+            return
         seconds, _ = _run(
             "launch.sample", "--checkpoint", out, "--prompt", "x", "--out", folder / "wavs",
             "--decode.steps", "20", "10", "10", "10",

@@ -1,14 +1,14 @@
 """How much faster the loader is than the train step that it feeds."""
 
 import dataclasses
-import functools
 import time
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from launch.train import load_config
-from magnet_jax import data, records, sampling, sharding, t5, train
+from magnet_jax import data, records, sampling, sharding, steps, t5, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,14 +47,13 @@ def measure(args: Args) -> None:
     loaded = args.batches * config.data.batch_size * frames / (time.perf_counter() - started)
 
     mesh = sharding.make_mesh(config.mesh)
-    _, shardings = train.state_shardings(config, t5_params, mesh)
-    init = functools.partial(train.init_state, config)
-    state = jax.jit(init, out_shardings=shardings)(t5_params)
-    frozen_text = None if config.text.finetune else t5_params
+    static = steps.static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    t5_params = jax.tree.map(np.asarray, t5_params)
+    setup = train.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
+    state = train.first_state(setup, jax.random.key(config.seed))
+    where = steps.frozen_shardings(static)[1]
+    frozen = train.place({"text": t5_params} if where else {}, where)
     batch = train.to_devices(batch, mesh)
-    static = dict(
-        config=config, t5_config=t5_config, dtype=sampling.compute_dtype(config), mesh=mesh
-    )
     # As in training, each codebook has its turn; the first round compiles both programs.
     num_codebooks = config.model.num_codebooks
     for step in range(num_codebooks + args.steps):
@@ -62,8 +61,8 @@ def measure(args: Args) -> None:
             jax.block_until_ready(state)
             started = time.perf_counter()
         stage = step % num_codebooks
-        state, _ = train.train_step(
-            state, frozen_text, batch, jax.random.key(0), stage, local=stage > 0, **static
+        state, _ = steps.train_step(
+            state, frozen, batch, jax.random.key(0), stage, static=static, local=stage > 0
         )
     jax.block_until_ready(state)
     trained = args.steps * config.data.batch_size * frames / (time.perf_counter() - started)

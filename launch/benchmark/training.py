@@ -1,0 +1,114 @@
+"""How near training comes to the machine's peak, with the loader and everything else of a run."""
+
+import dataclasses
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from launch.benchmark.peaks import jax_peak
+from launch.train import load_config
+from magnet_jax import flops, records, sampling, sharding, steps, t5, train, watch
+from magnet_jax.config import RunConfig
+from magnet_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """A run's share of the fastest matrix product, and the compile time of a step by depth."""
+
+    data: Path
+    """A data set of `python -m tokenization.job`."""
+    config: str = "demo"
+    """Config of the run; its width, layers, clip length and batch can be changed below."""
+    width: int | None = None
+    layers: int | None = None
+    seconds: float | None = None
+    batch_size: int | None = None
+    steps: int = 24
+    """Steps to measure, after as many that compile and warm up."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def _config(args: Args, out: Path) -> RunConfig:
+    config = load_config(args.config)
+    model, data = config.model, dataclasses.replace(config.data, path=str(args.data))
+    if args.width is not None:
+        model = dataclasses.replace(model, width=args.width, num_heads=max(1, args.width // 64))
+    if args.layers is not None:
+        model = dataclasses.replace(model, num_layers=args.layers)
+    if args.seconds is not None:
+        data = dataclasses.replace(data, segment_seconds=args.seconds)
+    if args.batch_size is not None:
+        data = dataclasses.replace(data, batch_size=args.batch_size)
+    return dataclasses.replace(
+        config, model=model, data=data, out=str(out), steps=2 * args.steps, log_every=args.steps,
+        eval_every=0, sample_every=0, save_every=10 * args.steps,
+    )  # fmt: skip
+
+
+def compile_seconds(config: RunConfig, depth: int) -> float:
+    """To compile the two programs of a step of a model with `depth` layers."""
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=depth))
+    spec = records.read_codec_spec(config.data.path)
+    t5_config, t5_params, _ = t5.load(config.text.source)
+    frames = sampling.segment_frames(config, spec)
+    mesh = sharding.make_mesh(config.mesh)
+    static = steps.static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    rows, k, s = config.data.batch_size, config.model.num_codebooks, config.text.max_tokens
+    batch = {
+        "codes_BKT": np.zeros((rows, k, frames), np.int32),
+        "valid_BT": np.ones((rows, frames), bool),
+        "text_ids_BS": np.zeros((rows, s), np.int32),
+        "text_mask_BS": np.ones((rows, s), bool),
+        "seed_B": np.zeros(rows, np.int32),
+    }
+    batch = train.to_devices(batch, mesh)
+    seconds = 0.0
+    for stage in (0, 1):
+        lowered = steps.train_step.lower(
+            steps.state_shardings(static)[0], steps.frozen_shardings(static)[0], batch,
+            jax.random.key(0), stage, static=static, local=stage > 0,
+        )  # fmt: skip
+        started = time.perf_counter()
+        lowered.compile()
+        seconds += time.perf_counter() - started
+    return seconds
+
+
+def measure(args: Args) -> None:
+    if args.steps < 1:
+        raise UserError("--steps must be at least 1")
+    with tempfile.TemporaryDirectory() as folder:
+        config = _config(args, Path(folder) / "run")
+        peaks = [jax_peak(sampling.compute_dtype(config))]
+        train.train(config)
+        # The peak before and after: the machine may have others on it.
+        peaks.append(jax_peak(sampling.compute_dtype(config)))
+        line = watch.read_scalars(Path(config.out))[-1]
+    spec = records.read_codec_spec(args.data)
+    frames = sampling.segment_frames(config, spec)
+    a_clip = flops.training_flops(config.model, frames, config.text.max_tokens)
+    rate = line["speed/frames_per_second"] / frames * a_clip
+    depth = config.model.num_layers
+    compiled = {layers: compile_seconds(config, layers) for layers in (depth, 4 * depth)}
+    found = {
+        "flops_per_second": rate,
+        "matmul_peak": max(peaks),
+        "share_of_peak": rate / max(peaks),
+        "frames_per_second": line["speed/frames_per_second"],
+        "wait_for_data_share": line["speed/wait_for_data_share"],
+        "compile_seconds": compiled,
+    }
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"training     {rate / 1e9:8.1f} GFLOP/s of the model, loader included")
+    print(f"matmul peak  {max(peaks) / 1e9:8.1f} GFLOP/s")
+    waited = found["wait_for_data_share"]
+    print(f"share        {rate / max(peaks):8.1%}; waiting for data {waited:.1%}")
+    for layers, seconds in compiled.items():
+        print(f"compiled     {seconds:8.1f} s for {layers} layers, both programs")

@@ -1,0 +1,236 @@
+"""One step of training, for chips that are not there: does it fit, and what does it cost?"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from launch.compile import report
+from launch.train import load_config
+from magnet_jax import flops, plan, sharding, steps, t5, targets
+from magnet_jax.config import MeshConfig, Remat, RunConfig
+from magnet_jax.errors import UserError
+
+FRAME_RATE = 50  # frames a second of the published codecs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """One training step of a config."""
+
+    topology: str
+    """What to compile for: v5e:4x8, v5p:4x4x4, h100:4x8 (hosts x GPUs), cpu:1, ..."""
+    config: str = "music_small_10s"
+    """A config of configs/."""
+    mesh: str = ""
+    """DATA,FSDP,TENSOR; the config's by default."""
+    batch_size: int | None = None
+    """Clips in a global batch; the config's by default."""
+    clips_per_device: int = 0
+    """Clips that a device computes at once; 0 is as many as fit, by the estimate of memory."""
+    remat: Remat | None = None
+    """What the backward pass computes again; the config's by default."""
+    dtype: str = "auto"
+    """float32 or bfloat16; auto is float32 on a CPU, else bfloat16."""
+    stage: int = 1
+    """0 compiles the step of the first codebook, with full attention; above it, the local one."""
+    json: Path | None = None
+    """File for everything that was found out, costs of one device."""
+    picture: Path | None = None
+    """PNG, PDF or SVG file: planned memory of a device on every mesh of these devices."""
+
+
+def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
+    """'4,8,1' as data, fsdp and tensor."""
+    if not text:
+        return default
+    try:
+        data, fsdp, tensor = map(int, text.split(","))
+    except ValueError:
+        raise UserError(f"--mesh {text}: give DATA,FSDP,TENSOR, such as 4,8,1") from None
+    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+
+
+def configured(args: Train) -> RunConfig:
+    """The config with what the command changes."""
+    config = load_config(args.config)
+    if args.batch_size is not None:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, batch_size=args.batch_size)
+        )
+    changes = {} if args.remat is None else {"remat": args.remat}
+    return dataclasses.replace(
+        config, mesh=read_mesh(args.mesh, config.mesh), compute_dtype=args.dtype, **changes
+    )
+
+
+def prepared(
+    config: RunConfig, target: targets.Target, clips_per_device: int
+) -> tuple[steps.Static, plan.Memory, int]:
+    """The programs of a run on a target, planned memory, and frames of a clip."""
+    t5_config = t5.published_config(config.text.source)
+    frames = round(config.data.segment_seconds * FRAME_RATE)
+    automatic = "float32" if target.platform == "cpu" else "bfloat16"
+    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
+    mesh = sharding.make_mesh(config.mesh, list(target.devices))
+    static = steps.static(config, t5_config, np.dtype(jax.numpy.dtype(dtype)), frames, mesh)
+    chip = target.chip
+    memory = None if chip is None else chip.memory // chip.devices
+    planned = plan.memory(static, frames, config.text.max_tokens, memory)
+    parts = plan.num_parts(static, config.data.batch_size, clips_per_device, planned)
+    return static._replace(num_parts=parts), planned, frames
+
+
+def lower(static: steps.Static, config: RunConfig, frames: int, stage: int) -> jax.stages.Lowered:
+    """The train step, traced with shapes in place of arrays."""
+    batch, text = config.data.batch_size, config.text.max_tokens
+    shapes = {
+        "codes_BKT": ((batch, config.model.num_codebooks, frames), np.int32),
+        "valid_BT": ((batch, frames), np.bool_),
+        "text_ids_BS": ((batch, text), np.int32),
+        "text_mask_BS": ((batch, text), np.bool_),
+        "seed_B": ((batch,), np.int32),
+    }
+    rows, whole = sharding.batch_sharding(static.mesh), sharding.replicated(static.mesh)
+    inputs = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+        for name, (shape, dtype) in shapes.items()
+    }
+    key = jax.eval_shape(jax.random.key, 0)
+    return steps.train_step.lower(
+        steps.state_shardings(static)[0],
+        steps.frozen_shardings(static)[0],
+        inputs,
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+        static=static,
+        local=stage > 0,
+    )
+
+
+def costs(args: Train) -> dict[str, Any]:
+    """Compiles the step, and sets it beside the plan and the chip."""
+    report.check_file("--json", args.json)
+    report.check_file("--picture", args.picture)
+    config = configured(args)
+    if not 0 <= args.stage < config.model.num_codebooks:
+        raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
+    target = targets.load(args.topology)
+    static, planned, frames = prepared(config, target, args.clips_per_device)
+    found = report.compiled_costs(lower(static, config, frames, args.stage), target)
+    text = found.pop("text")
+    clips = config.data.batch_size
+    at_once = clips // sharding.num_rows(static.mesh) // static.num_parts
+    operations = clips * flops.training_flops(config.model, frames, config.text.max_tokens)
+    seconds, memory = found["estimated_seconds"], planned.device
+    return {
+        "program": "train",
+        "arguments": dataclasses.asdict(args) | {"json": None, "picture": None},
+        "dtype": static.dtype.name,
+        "num_devices": static.mesh.size,
+        "mesh": dict(static.mesh.shape),
+        "parts": static.num_parts,
+        "clips_at_once": at_once,
+        **found,
+        "planned_bytes": planned.total(at_once),
+        "planned": planned._asdict(),
+        "device_bytes": memory,
+        "fits": None if memory is None else found["peak_bytes"] <= memory,
+        "model_flops": operations,
+        "step_seconds": seconds,
+        "mfu": report.share_of_peak(operations, seconds, target, static.mesh.size),
+        "overlapping_collectives": text.count("-start("),
+    }
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What there is to say of training beyond what there is of any program."""
+    planned = found["planned"]
+    parts = ", ".join(
+        f"{name} {report.size(planned[name])}" for name in ("state", "frozen", "gradients")
+    )
+    memory = found["device_bytes"]
+    verdict = "unknown" if memory is None else ("yes" if found["fits"] else "NO")
+    of = "" if memory is None else f": {report.size(found['peak_bytes'])} of {report.size(memory)}"
+    lines = [
+        ("batch", f"in {found['parts']} parts of {found['clips_at_once']} clips a device"),
+        ("fits", verdict + of),
+        (
+            "planned",
+            f"{report.size(found['planned_bytes'])}: {parts}, a clip "
+            f"{report.size(planned['a_clip'])}",
+        ),
+        ("model FLOPs", f"{report.size(found['model_flops'], 'FLOP')} a step, all devices"),
+    ]
+    if found["mfu"] is not None:
+        lines.append(
+            (
+                "step",
+                f"{found['step_seconds']:.3f} s by the compiler's estimate, "
+                f"{found['mfu']:.1%} of the peak; collectives are not in it",
+            )
+        )
+    return lines
+
+
+def meshes(count: int, config: RunConfig) -> list[MeshConfig]:
+    """All meshes of `count` devices that fit the model."""
+    model, found = config.model, []
+    for tensor in (n for n in range(1, count + 1) if not count % n and not model.num_heads % n):
+        rest = count // tensor
+        for fsdp in (n for n in range(1, rest + 1) if not rest % n and not model.width % n):
+            if not config.data.batch_size % rest:
+                found.append(MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor))
+    return found
+
+
+def draw(args: Train, path: Path) -> None:
+    """Planned memory of a device on every mesh, one clip at once, as stacked bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    config, target = configured(args), targets.load(args.topology)
+    t5_config = t5.published_config(config.text.source)
+    frames = round(config.data.segment_seconds * FRAME_RATE)
+    dtype = np.dtype(np.float32) if target.platform == "cpu" else jax.numpy.dtype("bfloat16")
+    names, bars = [], []
+    for mesh_config in meshes(len(target.devices), config):
+        mesh = sharding.make_mesh(mesh_config, list(target.devices))
+        static = steps.static(config, t5_config, dtype, frames, mesh)
+        names.append(",".join(str(n) for n in mesh.devices.shape))
+        bars.append(plan.memory(static, frames, config.text.max_tokens, None))
+    figure, axes = plt.subplots(figsize=(max(6, 0.6 * len(names)), 4.5), layout="constrained")
+    base = np.zeros(len(names))
+    for part in ("state", "frozen", "gradients", "gathered", "a_clip"):
+        heights = np.array([getattr(bar, part) for bar in bars]) / 1e9
+        label = "one clip" if part == "a_clip" else part
+        axes.bar(names, heights, bottom=base, label=label)
+        base += heights
+    if target.chip is not None:
+        memory = target.chip.memory / target.chip.devices / 1e9
+        axes.axhline(memory, color="black", linestyle="--", label="memory of a device")
+        axes.set_ylim(0, min(max(base.max(), memory), 2.5 * memory) * 1.05)
+    axes.set(xlabel="mesh: data, fsdp, tensor", ylabel="GB a device", title=args.config)
+    axes.tick_params(axis="x", rotation=60)
+    axes.legend()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def run(args: Train) -> None:
+    found = costs(args)
+    report.write_json(args.json, found)
+    if args.picture is not None:
+        draw(args, args.picture)
+    mesh = ", ".join(f"{name} {size}" for name, size in found["mesh"].items())
+    clips = math.prod((found["clips_at_once"], found["parts"]))
+    title = (
+        f"train, {args.config}, {clips} clips a device row, {found['dtype']}, for "
+        f"{found['num_devices']} devices of {args.topology} ({mesh}); a device's share:"
+    )
+    report.show(title, report.cost_rows(found) + rows(found))

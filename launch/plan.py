@@ -1,0 +1,89 @@
+"""What a run will take, without compiling or data: parameters, memory, hours and chip-hours.
+
+python -m launch.plan --config music_medium_30s --topology v5e:4x8 --mesh 4,8,1
+
+Memory is the estimate that training itself goes by; `launch.compile train` asks the compiler. Hours
+follow from the model's operations and from --mfu, the share of the chip's peak that you expect:
+the paper's sizes reach 35 to 50 % on current chips.
+"""
+
+import dataclasses
+
+from launch import cli
+from launch.compile import report, training
+from magnet_jax import flops, steps, targets, transformer
+from magnet_jax.config import Remat
+from magnet_jax.errors import UserError, reported
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    topology: str
+    """Devices: v5e:4x8, v5p:4x4x4, h100:4x8 (hosts x GPUs), cpu:1, ..."""
+    config: str = "music_small_10s"
+    """A config of configs/."""
+    mesh: str = ""
+    """DATA,FSDP,TENSOR; the config's by default."""
+    batch_size: int | None = None
+    """Clips in a global batch; the config's by default."""
+    clips_per_device: int = 0
+    """Clips that a device computes at once; 0 is as many as fit."""
+    remat: Remat | None = None
+    """What the backward pass computes again; the config's by default."""
+    mfu: float = 0.4
+    """Share of the peak that the run is expected to reach."""
+
+
+def rows(args: Args) -> list[tuple[str, str]]:
+    """What there is to say."""
+    if not 0 < args.mfu <= 1:
+        raise UserError("--mfu must lie in (0, 1]")
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name != "mfu"}
+    config = training.configured(training.Train(**given))
+    target = targets.load(args.topology)
+    static, planned, frames = training.prepared(config, target, args.clips_per_device)
+    count = transformer.count_params(steps.state_shardings(static)[0]["params"])
+    batch = config.data.batch_size
+    at_once = batch // (static.mesh.shape["data"] * static.mesh.shape["fsdp"]) // static.num_parts
+    a_step = batch * flops.training_flops(config.model, frames, config.text.max_tokens)
+    lines = [
+        ("trained parameters", report.size(count, "")),
+        ("batch", f"{batch} clips of {config.data.segment_seconds:g} s, {frames} frames each"),
+        ("at once", f"{at_once} clips a device, {static.num_parts} parts"),
+        ("state", f"{report.size(planned.state)} a device: parameters, average, optimizer"),
+        ("gradients", report.size(planned.gradients)),
+        ("frozen, gathered", report.size(planned.frozen + planned.gathered)),
+        (
+            "activations",
+            f"{report.size(at_once * planned.a_clip)}: {report.size(planned.a_clip)} a clip",
+        ),
+        (
+            "memory",
+            report.size(planned.total(at_once))
+            + ("" if planned.device is None else f" of {report.size(planned.device)}"),
+        ),
+        ("model FLOPs", f"{report.size(a_step, 'FLOP')} a step"),
+    ]
+    if target.chip is not None:
+        chips = static.mesh.size / target.chip.devices
+        seconds = a_step / (args.mfu * chips * target.chip.peak_flops)
+        hours = seconds * config.steps / 3600
+        lines += [
+            ("step", f"{seconds:.3f} s at {args.mfu:.0%} of the peak"),
+            (
+                f"{config.steps:,} steps",
+                f"{hours:,.0f} hours ({hours / 24:.1f} days), {hours * chips:,.0f} chip-hours",
+            ),
+        ]
+    return lines
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = cli.parse(Args, argv, prog="python -m launch.plan", description=__doc__)
+    mesh = f", mesh {args.mesh}" if args.mesh else ""
+    report.show(f"{args.config} on {args.topology}{mesh}", rows(args))
+
+
+if __name__ == "__main__":
+    with reported():
+        main()

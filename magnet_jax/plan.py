@@ -1,0 +1,161 @@
+"""How much memory of a device a training step takes, before anything is compiled or allocated.
+
+State is counted from its shapes and shardings. Activations follow from what the backward pass
+keeps of a layer; the estimate is held against compiled programs in the tests.
+"""
+
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from magnet_jax import sharding, steps, targets
+from magnet_jax.errors import UserError
+from magnet_jax.steps import Static
+
+USABLE = 0.9  # share of a device's memory; the rest is the compiler's and the runtime's
+
+
+class Memory(NamedTuple):
+    """Bytes on one device."""
+
+    state: int  # parameters, average, optimizer
+    frozen: int  # parameters that are not trained
+    gradients: int  # and, where the batch is computed in parts, their sum
+    gathered: int  # of parameters split over fsdp: two layers, the embeddings and a head, whole
+    a_clip: int  # activations of a clip
+    device: int | None  # all there is; None: unknown
+
+    def total(self, clips: int) -> int:
+        """Of a step that computes `clips` clips at once."""
+        return sum(self[:4]) + clips * self.a_clip
+
+
+def tree_bytes(tree: Any, *, tile: int = 1) -> int:
+    """Bytes on one device of arrays, or of shapes with shardings.
+
+    `tile`: what the device rounds one axis up to, that which suits best: 128 on TPUs.
+    """
+
+    def size(leaf: Any) -> int:
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        padding = min((-(-n // tile) * tile / n for n in shape), default=1.0)
+        return int(math.prod(shape) * padding) * jnp.dtype(leaf.dtype).itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
+    """What the forward pass of a clip leaves for the backward pass, and what a layer needs."""
+    model, size = static.model, jnp.dtype(static.dtype).itemsize
+    tensor = static.mesh.shape["tensor"]
+    t, d, f = num_frames, model.width, model.mlp_ratio * model.width
+    n = model.num_heads // tensor
+    width_each = d // tensor  # of heads, all of a device's
+    # Stage 0 attends to everything, unless a fused kernel leaves no scores behind.
+    fused = static.kernels.full in ("cudnn", "splash")
+    keys = 0 if fused else t
+    attention = n * t * keys * (4 + size)
+    cross = n * t * text_tokens * (4 + size)
+    kept_by_name = 2 * t * width_each * size  # attended, self and cross
+    products = t * size * (4 * width_each + 3 * d + 2 * f // tensor)
+    whole = (
+        t * d * (3 * (size + 4) + 6 * size)  # norms and the residual stream
+        + t * width_each * size * 6
+        + t * f // tensor * 4 * size  # MLP: before and after GELU, and the erf between
+        + attention
+        + cross
+    )
+    kept = {"none": whole, "products": products, "attention": kept_by_name, "full": 0}[static.remat]
+    carried = t * d * size
+    layers = model.num_layers * (kept + carried)
+    # The layer that is computed again, and its gradients; then logits with theirs.
+    working = 0 if static.remat == "none" else whole
+    logits = 3 * t * model.codebook_size * 4
+    text = model.num_layers * text_tokens * width_each * 2 * size * 2
+    return int(layers + working + max(whole, logits) + text)
+
+
+def memory(static: Static, num_frames: int, text_tokens: int, device: int | None) -> Memory:
+    """What a training step takes of each device of the mesh, of `device` bytes."""
+    state, _ = steps.state_shardings(static)
+    frozen, _ = steps.frozen_shardings(static)
+    tile = 128 if static.mesh.devices.flat[0].platform == "tpu" else 1
+    params = tree_bytes(state["params"], tile=tile)
+    gathered = 0
+    if static.mesh.shape["fsdp"] > 1:
+        model, size = static.model, jnp.dtype(static.dtype).itemsize
+        d = model.width
+        layer = (8 + 2 * model.mlp_ratio) * d * d // static.mesh.shape["tensor"]
+        tables = model.num_codebooks * (model.codebook_size + 1) * d
+        gathered = 2 * layer * (size + 4) + 2 * tables * 4
+    return Memory(
+        state=tree_bytes(state, tile=tile),
+        frozen=tree_bytes(frozen, tile=tile),
+        gradients=2 * params,  # gradients, and updates or the sum over parts
+        gathered=gathered,
+        a_clip=activation_bytes(static, num_frames, text_tokens),
+        device=device,
+    )
+
+
+def device_memory(mesh: jax.sharding.Mesh) -> int | None:
+    """Bytes that this process's devices of the mesh have, each; None where nothing tells.
+
+    CPU devices share the machine's.
+    """
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    device = local[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(local)
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    chip = targets.chip_of(device)
+    return None if chip is None else chip.memory // chip.devices
+
+
+def clips_that_fit(planned: Memory, share: int, asked: int) -> int:
+    """How many of its `share` clips of a batch a device computes at once.
+
+    Args:
+      planned: from `memory`.
+      share: clips of a batch that are a device's.
+      asked: `RunConfig.clips_per_device`; 0 takes as many as fit.
+
+    Raises:
+      UserError: not even one fits, or not those asked for; says what would help.
+    """
+    wanted = min(asked or 1, share)
+    if planned.device is not None and planned.total(wanted) > USABLE * planned.device:
+        fixed = sum(planned[:4])
+        most = int((USABLE * planned.device - fixed) // planned.a_clip)
+        if fixed > USABLE * planned.device:
+            remedy = "split the parameters over more devices (--mesh.fsdp)"
+        elif most >= 1:
+            remedy = f"--clips-per-device {most} would fit, or 0 for as many as do"
+        else:
+            remedy = "recompute more (--remat full) or take a shorter --data.segment-seconds"
+        raise UserError(
+            f"a step with {wanted} clip(s) a device takes {planned.total(wanted) / 1e9:.1f} GB of "
+            f"its {planned.device / 1e9:.1f}: state {planned.state / 1e9:.1f}, gradients "
+            f"{planned.gradients / 1e9:.1f}, frozen and gathered parameters "
+            f"{(planned.frozen + planned.gathered) / 1e9:.1f}, and {planned.a_clip / 1e9:.2f} a "
+            f"clip; {remedy}"
+        )
+    if asked or planned.device is None:
+        return min(asked, share) or share
+    room = USABLE * planned.device - sum(planned[:4])
+    return min(share, int(room // planned.a_clip))
+
+
+def num_parts(static: Static, batch_size: int, asked: int, planned: Memory) -> int:
+    """In how many parts a batch is computed.
+
+    Raises `UserError` for a batch that the mesh cannot share, and where no clip fits.
+    """
+    steps.count_parts(batch_size, batch_size, static.mesh)  # checks that it can be shared
+    share = batch_size // sharding.num_rows(static.mesh)
+    return steps.count_parts(batch_size, clips_that_fit(planned, share, asked), static.mesh)

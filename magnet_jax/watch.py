@@ -1,0 +1,147 @@
+"""What a run tells while it trains: scalars to TensorBoard, JSON lines and W&B, speed, profiles."""
+
+import dataclasses
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from magnet_jax import flops, objective, records, targets
+from magnet_jax.config import RunConfig
+from magnet_jax.errors import UserError
+from magnet_jax.steps import RATE_BINS, Static
+
+
+class Scalars:
+    """Numbers over steps: TensorBoard, lines of JSON in RUN/metrics.jsonl, and W&B if asked for."""
+
+    def __init__(self, config: RunConfig, step: int):
+        """What was logged after `step`, by a process killed before it saved, is forgotten."""
+        run = Path(config.out)
+        self.path = run / "metrics.jsonl"
+        if self.path.exists():
+            kept = [line for line in read_scalars(run) if line["step"] <= step]
+            records.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self.wandb = _open_wandb(config) if config.wandb else None
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        values = {name: float(value) for name, value in values.items()}
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+
+    def log_audio(self, step: int, wavs: list[Path], prompts: tuple[str, ...]) -> None:
+        if self.wandb is not None:
+            import wandb
+
+            audio = [wandb.Audio(str(w), caption=prompt) for w, prompt in zip(wavs, prompts)]
+            self.wandb.log({"samples": audio}, step=step)
+
+    def close(self) -> None:
+        self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _open_wandb(config: RunConfig) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(
+            f"--wandb {config.wandb}: Weights & Biases is not installed: pip install wandb"
+        ) from None
+    run = Path(config.out).resolve()
+    # The folder's name makes a resumed run go on in the same place.
+    return wandb.init(
+        project=config.wandb,
+        name=run.name,
+        id=run.name,
+        resume="allow",
+        dir=str(run),
+        config=dataclasses.asdict(config),
+    )
+
+
+def read_scalars(run: Path) -> list[dict[str, float]]:
+    """The lines of RUN/metrics.jsonl, each with its "step"; a line cut by a kill is left out."""
+    lines = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+class Window:
+    """What happened since the last line of scalars."""
+
+    def __init__(self):
+        self.losses = defaultdict(list)  # of each codebook, still on the devices
+        self.waited = 0.0  # seconds for data
+        self.started = time.perf_counter()
+
+    def scalars(self, static: Static, batch_size: int, frames: int, text: int) -> dict[str, float]:
+        """Mean losses and speeds; waits for the steps to finish."""
+        means = {k: np.mean(jax.device_get(losses)) for k, losses in sorted(self.losses.items())}
+        seconds = time.perf_counter() - self.started
+        clips = sum(map(len, self.losses.values())) * batch_size
+        values = {f"train/loss_{codebook}": mean for codebook, mean in means.items()} | {
+            "train/loss": np.mean(list(means.values())),
+            "speed/frames_per_second": clips * frames / seconds,
+            "speed/wait_for_data_share": self.waited / seconds,
+        }
+        device = static.mesh.devices.flat[0]
+        if (chip := targets.chip_of(device)) is not None:
+            done = clips * flops.training_flops(static.model, frames, text) / seconds
+            peak = chip.peak_flops / chip.devices * static.mesh.size
+            values["speed/model_flops_utilization"] = done / peak
+        local = jax.local_devices()[0]
+        if (used := (local.memory_stats() or {}).get("peak_bytes_in_use")) is not None:
+            values["memory/peak_gb"] = used / 1e9
+        return values
+
+
+def validation_scalars(sums_S: list[objective.Sums]) -> dict[str, float]:
+    """Mean losses a masked token of each codebook, and of each quarter of the masking rates."""
+    values, losses = {}, []
+    for stage, sums in enumerate(sums_S):
+        losses.append(float(objective.means(sums)["loss"]))
+        values[f"validation/loss_{stage}"] = losses[-1]
+        for i in range(RATE_BINS):
+            if tokens := float(sums.tokens[i]):
+                name = f"validation/loss_{stage}_rate_{i / RATE_BINS:g}_{(i + 1) / RATE_BINS:g}"
+                values[name] = float(sums.nll[i]) / tokens
+    return values | {"validation/loss": float(np.mean(losses))}
+
+
+class Profile:
+    """A profile of steps first..last in RUN/profile, for TensorBoard or Perfetto."""
+
+    def __init__(self, config: RunConfig):
+        self.steps, self.folder, self.running = config.profile, Path(config.out) / "profile", False
+
+    def before(self, step: int) -> None:
+        """To be called before step number `step`, the first being 1."""
+        if self.steps and step == self.steps[0]:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+
+    def after(self, step: int, outputs: Any) -> None:
+        if self.running and step == self.steps[1]:
+            jax.block_until_ready(outputs)
+            self.close()
+
+    def close(self) -> None:
+        if self.running:
+            jax.profiler.stop_trace()
+            self.running = False

@@ -1,0 +1,126 @@
+"""Training in several real processes: killed, stopped, and resumed with other numbers of them."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from test_distributed import free_port
+from test_train import newest_step
+
+from magnet_jax import train, watch
+from magnet_jax.config import MeshConfig, to_json
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from magnet_jax import errors, train
+from magnet_jax.config import RunConfig, from_json
+with errors.reported():
+    train.train(from_json(RunConfig, Path(sys.argv[1])))
+"""
+
+
+def begin(file: Path, count: int) -> list[subprocess.Popen]:
+    """Starts a run in `count` processes with a device each; what they say goes to a file each."""
+    port = free_port()
+    processes = []
+    for index in range(count):
+        environ = {
+            "XLA_FLAGS": "",
+            "MAGNET_JAX_COORDINATOR": f"127.0.0.1:{port}",
+            "MAGNET_JAX_PROCESS_ID": str(index),
+            "MAGNET_JAX_NUM_PROCESSES": str(count),
+        }
+        with (file.parent / f"log_{index}").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", SCRIPT, str(file)],
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | environ,
+                )
+            )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen], folder: Path) -> list[int]:
+    """Their exit statuses, and an end to those that hang."""
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    except subprocess.TimeoutExpired:
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log_*")))
+        raise AssertionError(f"a process hangs:\n{logs}") from None
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen], folder: Path) -> None:
+    deadline = time.monotonic() + 240
+    while newest_step(run) < step:
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log_*")))
+        assert all(process.poll() is None for process in processes), logs
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.02)
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {
+        line["step"]: line["train/loss"] for line in watch.read_scalars(run) if "train/loss" in line
+    }
+
+
+def test_killed_stopped_and_resumed_with_other_numbers_of_processes(tmp_path):
+    """Two processes, one of them killed; four, one of them stopped; two; and at last one."""
+    tiny.write_noise(tmp_path / "tokens", {"train": 20, "validation": 5})
+    run, file = tmp_path / "run", tmp_path / "config.json"
+    config = tiny.run_config(
+        tmp_path / "tokens", run, steps=400, log_every=1, save_every=3, eval_every=9,
+        mesh=MeshConfig(data=-1),
+    )  # fmt: skip
+    file.write_text(to_json(config))
+    seed = int.from_bytes(os.urandom(4))
+    print("moments drawn with seed", seed)
+    rng = np.random.default_rng(seed)
+
+    two = begin(file, 2)
+    wait_for_step(run, 3, two, tmp_path)
+    time.sleep(rng.uniform(0, 0.3))
+    two[rng.integers(2)].send_signal(signal.SIGKILL)
+    time.sleep(0.3)
+    for process in two:  # as a scheduler does when one is gone
+        process.kill()
+        process.wait()
+
+    killed_at = newest_step(run)
+    four = begin(file, 4)
+    wait_for_step(run, killed_at + 3, four, tmp_path)
+    time.sleep(rng.uniform(0, 0.3))
+    four[rng.integers(4)].send_signal(signal.SIGTERM)
+    assert finish(four, tmp_path) == [128 + signal.SIGTERM] * 4
+    stopped_at = newest_step(run)
+    assert "the same command goes on" in (tmp_path / "log_0").read_text()
+    assert "the same command" not in (tmp_path / "log_1").read_text()
+
+    config = dataclasses.replace(config, steps=stopped_at + 3)
+    file.write_text(to_json(config))
+    assert finish(begin(file, 2), tmp_path) == [0, 0]
+    assert newest_step(run) == config.steps
+
+    config = dataclasses.replace(config, steps=config.steps + 3)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        train.train(config)
+        whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+        train.train(whole)
+    assert losses(run).keys() == set(range(1, config.steps + 1))
+    expected = losses(tmp_path / "whole")
+    for step, loss in losses(run).items():
+        assert loss == pytest.approx(expected[step], rel=1e-5), step
