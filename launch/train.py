@@ -76,6 +76,10 @@ def main(args: list[str]) -> None:
         description=f"{__doc__}\n--config NAME sets the defaults, from configs/NAME.py. "
         f"Those of {chosen.config!r} are shown.",
     )
+    if given.init_from and config.text.source != default.text.source:
+        raise errors.UserError(
+            "--text.source goes with --init-from: the text encoder is that of the model begun with"
+        )
     from magnet_jax import train  # after the command line is known to be right: it is slow to load
 
     train.train(config)

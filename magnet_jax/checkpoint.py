@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from magnet_jax import convert, files, finetune, records, t5, transformer
@@ -101,7 +102,10 @@ def prepare_run(config: RunConfig, codec: CodecSpec, text: tuple, base: dict | N
         if base is not None:
             partial = run / f".{BASE}.tmp"
             tensors = {path: np.asarray(leaf) for path, leaf in convert.flatten(base).items()}
-            save_file(tensors, partial)
+            try:
+                save_file(tensors, partial)
+            except SafetensorError as error:
+                raise UserError(f"{partial}: cannot be written ({error})") from None
             partial.replace(run / BASE)
         records.write_text(run / "codec.json", to_json(codec))
     records.write_text(run / "config.json", to_json(config))
@@ -261,7 +265,7 @@ def read_params(
     Raises:
       UserError: no such checkpoint, or a damaged one.
     """
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         abstract_params(config.model, trained_t5, config.lora),
@@ -269,7 +273,14 @@ def read_params(
     checkpoints = run / "checkpoints"
     if not checkpoints.is_dir():
         raise UserError(f"{run}: the run has no checkpoint yet")
-    with ocp.CheckpointManager(checkpoints.absolute()) as manager:
+    alone = ocp.options.MultiprocessingOptions()
+    if jax.process_count() > 1:  # each reads for itself
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
+        )
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
+    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
         steps = manager.all_steps()
         if not steps:
             raise UserError(f"{run}: the run has no checkpoint yet")

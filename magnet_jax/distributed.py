@@ -408,19 +408,17 @@ def first_does(what: Callable[[], None]) -> None:
         except UserError as error:
             problem = str(error)
         except OSError as error:  # a full disk, a folder of someone else's
-            if error.filename is None:
-                raise
-            problem = f"{error.filename}: {error.strerror}"
+            problem = f"{error.filename or 'cannot write'}: {error.strerror}"
     if (problem := broadcast_json(problem)) is not None:
         raise UserError(problem)
 
 
 def all_do(what: Callable[[], Any]) -> Any:
-    """What it gives here; where it raises `UserError` in any process, all end with one."""
+    """What it gives here; where it raises in any process, all end."""
     result, problem = None, None
     try:
         result = what()
-    except UserError as error:
+    except Exception as error:  # whatever it is: the others must not wait
         problem = error
     failed = agree(problem is not None)
     if problem is not None:

@@ -84,6 +84,8 @@ def memory(static: Static, num_frames: int, text_tokens: int, device: int | None
     frozen, _ = steps.frozen_shardings(static)
     tile = 128 if static.mesh.devices.flat[0].platform == "tpu" else 1
     params = tree_bytes(state["params"], tile=tile)
+    # Adapters are merged into a second copy of the transformer, whose gradients come before theirs.
+    merged = 2 * tree_bytes(frozen["lm"], tile=tile) if static.lora.rank else 0
     gathered = 0
     if static.mesh.shape["fsdp"] > 1:
         model, size = static.model, jnp.dtype(static.dtype).itemsize
@@ -94,7 +96,7 @@ def memory(static: Static, num_frames: int, text_tokens: int, device: int | None
     return Memory(
         state=tree_bytes(state, tile=tile),
         frozen=tree_bytes(frozen, tile=tile),
-        gradients=2 * params,  # gradients, and updates or the sum over parts
+        gradients=2 * params + merged,  # and updates, or the sum over parts
         gathered=gathered,
         a_clip=activation_bytes(static, num_frames, text_tokens),
         device=device,

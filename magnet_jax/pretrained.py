@@ -82,7 +82,7 @@ def load(
     folder = locate(source)
     if is_audiocraft(folder):
         loaded = read_audiocraft(folder, str(source), text_encoder=text_encoder, codec=codec)
-        return loaded._replace(params=jax.device_put(loaded.params, jax.devices()[0]))
+        return loaded._replace(params=jax.device_put(loaded.params, jax.local_devices()[0]))
     if text_encoder is not None:
         raise UserError(f"{source}: has a text encoder; only AudioCraft checkpoints take another")
     if bundle.is_export(folder):
@@ -254,7 +254,7 @@ def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
                 f"{folder}: an exported model with {name} {held} alone; give --{name} {held}"
             )
     t5_config, t5_params, tokenizer = t5.load(exported.text.source)
-    params = jax.device_put(exported.params, jax.devices()[0])
+    params = jax.device_put(exported.params, jax.local_devices()[0])
     return Loaded(
         config=_exported_config(exported, exported.generation),
         codec=exported.codec,

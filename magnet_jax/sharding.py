@@ -49,12 +49,13 @@ def check_mesh(config: ModelConfig, mesh: Mesh) -> None:
     ):
         if size % mesh.shape[axis]:
             raise UserError(f"mesh.{axis} {mesh.shape[axis]} does not divide {what} {size}")
-    hosts = {device.process_index for device in mesh.devices.flat}
-    if (mesh.size // len(hosts)) % mesh.shape["tensor"]:
-        raise UserError(
-            f"mesh.tensor {mesh.shape['tensor']} does not divide the {mesh.size // len(hosts)} "
-            "devices of a process, within which it must stay"
-        )
+    # Every process reads its own rows of a batch, which all devices of such a group share.
+    for group in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+        if len({device.process_index for device in group}) > 1:
+            raise UserError(
+                f"mesh.tensor {mesh.shape['tensor']} would reach over the devices of one process: "
+                "use a smaller one, and --mesh.fsdp for the rest"
+            )
 
 
 def num_rows(mesh: Mesh) -> int:

@@ -124,6 +124,9 @@ def set_up(config: RunConfig) -> Setup:
     """
     if not config.out:
         raise UserError("no folder for the run: give --out DIR")
+    for name, path in (("out", config.out), ("data.path", config.data.path)):
+        if "://" in path:
+            raise UserError(f"--{name} {path}: a bucket must be mounted as a folder (gcsfuse)")
     run = Path(config.out)
     begun = distributed.broadcast_json(checkpoint.has_begun(run))
 
@@ -153,9 +156,12 @@ def set_up(config: RunConfig) -> Setup:
 
 def to_devices(batch: dict, mesh: Mesh) -> dict:
     """This process's rows as global arrays, split over the mesh."""
-    where = sharding.batch_sharding(mesh)
+    where, count = sharding.batch_sharding(mesh), jax.process_count()
     return {
-        name: jax.make_array_from_process_local_data(where, batch[name]) for name in steps.INPUTS
+        name: jax.make_array_from_process_local_data(
+            where, batch[name], (count * len(batch[name]), *batch[name].shape[1:])
+        )
+        for name in steps.INPUTS
     }
 
 
@@ -309,8 +315,9 @@ def train(config: RunConfig) -> None:
         written, or the loss is not finite.
     """
     distributed.start(config.distributed, say=lambda line: tqdm.write(line))
+    setup = set_up(config)  # until then there is nothing to save
     with catching_signals() as caught:
-        step = _train(config, caught)
+        step = _train(config, setup, caught)
     if step < config.steps:
         distributed.say_first(
             f"stopped and saved at step {step}; the same command goes on from there"
@@ -346,9 +353,8 @@ def _describe(setup: Setup, config: RunConfig, state: dict, step: int) -> str:
     )
 
 
-def _train(config: RunConfig, caught: list[int]) -> int:
+def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
     """`train`, until any process has caught something; the last step, saved."""
-    setup = set_up(config)
     static, first = setup.static, distributed.is_first()
     batches, held_out = distributed.all_do(lambda: open_data(config, setup))
     decoder = distributed.all_do(lambda: open_decoder(config, setup.spec) if first else None)
@@ -430,7 +436,7 @@ def _train(config: RunConfig, caught: list[int]) -> int:
                 window = watch.Window()
             aside = time.perf_counter()
             loss = float("inf") if config.keep_best else None
-            if held_out and step % config.eval_every == 0 and not stopping:
+            if held_out and step % config.eval_every == 0:
                 values = validate(state["ema"], frozen, held_out, key, static)
                 loss = values["validation/loss"] if config.keep_best else None
                 if scalars:

@@ -15,7 +15,7 @@ from test_distributed import free_port
 from test_train import newest_step
 
 from magnet_jax import train, watch
-from magnet_jax.config import MeshConfig, to_json
+from magnet_jax.config import LoraConfig, MeshConfig, to_json
 
 SCRIPT = """
 import sys
@@ -75,6 +75,38 @@ def losses(run: Path) -> dict[int, float]:
     return {
         line["step"]: line["train/loss"] for line in watch.read_scalars(run) if "train/loss" in line
     }
+
+
+def test_two_processes_fine_tune_and_sample(tmp_path):
+    """Adapters of a run, on a mesh over both processes; the first one samples."""
+    tiny.write_noise(tmp_path / "tokens", {"train": 8, "validation": 3})
+    base = tiny.run_config(tmp_path / "tokens", tmp_path / "base", steps=1)
+    tuned = dataclasses.replace(
+        base,
+        out=str(tmp_path / "tuned"),
+        init_from=base.out,
+        text=dataclasses.replace(base.text, finetune=False),
+        lora=LoraConfig(rank=2),
+        mesh=MeshConfig(data=1, fsdp=2),
+        steps=4,
+        save_every=2,
+        log_every=1,
+        sample_every=4,
+        sample_prompts=("noise",),
+    )
+    file = tmp_path / "config.json"
+    file.write_text(to_json(tuned))
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        train.train(base)
+        assert finish(begin(file, 2), tmp_path) == [0, 0], (tmp_path / "log_0").read_text()
+        alone = dataclasses.replace(
+            tuned, out=str(tmp_path / "alone"), mesh=MeshConfig(), sample_every=0
+        )
+        train.train(alone)
+    assert (tmp_path / "tuned" / "samples" / "step_0000004" / "00.wav").exists()
+    expected = losses(tmp_path / "alone")
+    assert losses(tmp_path / "tuned") == pytest.approx(expected, rel=1e-5)
 
 
 def test_killed_stopped_and_resumed_with_other_numbers_of_processes(tmp_path):

@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -512,6 +514,28 @@ def test_meshes_that_do_not_divide_are_refused(sizes, message):
     with pytest.raises(UserError, match=message):
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
         steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+
+
+def test_tensor_groups_stay_within_a_process():
+    class Device(NamedTuple):
+        process_index: int
+
+    def mesh(*owners):  # a grid of (data, fsdp, tensor)
+        grid = np.empty((1, len(owners) // 2, 2), object)
+        for i, owner in enumerate(owners):
+            grid.reshape(-1)[i] = Device(owner)
+        shape = dict(zip(sharding.AXES, grid.shape))
+        return types.SimpleNamespace(devices=grid, shape=shape)
+
+    model = tiny.run_config(Path("x"), Path("y")).model
+    sharding.check_mesh(model, mesh(0, 0, 1, 1))
+    with pytest.raises(UserError, match="mesh.tensor 2 would reach over"):
+        sharding.check_mesh(model, mesh(0, 1, 0, 1))
+
+
+def test_buckets_are_refused(tokens):
+    with pytest.raises(UserError, match="--out gs://b/run: a bucket must be mounted"):
+        train.train(tiny.run_config(tokens, "gs://b/run"))
 
 
 def test_a_save_that_fails_is_one_line_and_the_run_goes_on_afterwards(tokens, tmp_path):

@@ -1,12 +1,15 @@
 """One step of training, for chips that are not there: does it fit, and what does it cost?"""
 
+import contextlib
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from launch.compile import report
 from launch.train import load_config
@@ -67,16 +70,20 @@ def configured(args: Train) -> RunConfig:
     )
 
 
+def products(config: RunConfig, target: targets.Target) -> jnp.dtype:
+    """Precision of the matrix products on a target."""
+    automatic = "float32" if target.platform == "cpu" else "bfloat16"
+    return jnp.dtype(automatic if config.compute_dtype == "auto" else config.compute_dtype)
+
+
 def prepared(
     config: RunConfig, target: targets.Target, clips_per_device: int
 ) -> tuple[steps.Static, plan.Memory, int]:
     """The programs of a run on a target, planned memory, and frames of a clip."""
     t5_config = t5.published_config(config.text.source)
     frames = round(config.data.segment_seconds * FRAME_RATE)
-    automatic = "float32" if target.platform == "cpu" else "bfloat16"
-    dtype = automatic if config.compute_dtype == "auto" else config.compute_dtype
     mesh = sharding.make_mesh(config.mesh, list(target.devices))
-    static = steps.static(config, t5_config, np.dtype(jax.numpy.dtype(dtype)), frames, mesh)
+    static = steps.static(config, t5_config, products(config, target), frames, mesh)
     chip = target.chip
     memory = None if chip is None else chip.memory // chip.devices
     planned = plan.memory(static, frames, config.text.max_tokens, memory)
@@ -176,14 +183,18 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def meshes(count: int, config: RunConfig) -> list[MeshConfig]:
-    """All meshes of `count` devices that fit the model."""
-    model, found = config.model, []
-    for tensor in (n for n in range(1, count + 1) if not count % n and not model.num_heads % n):
+def meshes(devices: tuple[jax.Device, ...], config: RunConfig) -> list[Mesh]:
+    """All meshes of these devices that fit the model and its batch."""
+    count, found = len(devices), []
+    for tensor in (n for n in range(1, count + 1) if not count % n):
         rest = count // tensor
-        for fsdp in (n for n in range(1, rest + 1) if not rest % n and not model.width % n):
-            if not config.data.batch_size % rest:
-                found.append(MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor))
+        for fsdp in (n for n in range(1, rest + 1) if not rest % n):
+            sizes = MeshConfig(data=rest // fsdp, fsdp=fsdp, tensor=tensor)
+            mesh = sharding.make_mesh(sizes, list(devices))
+            with contextlib.suppress(UserError):
+                sharding.check_mesh(config.model, mesh)
+                steps.count_parts(config.data.batch_size, config.data.batch_size, mesh)
+                found.append(mesh)
     return found
 
 
@@ -197,11 +208,9 @@ def draw(args: Train, path: Path) -> None:
     config, target = configured(args), targets.load(args.topology)
     t5_config = t5.published_config(config.text.source)
     frames = round(config.data.segment_seconds * FRAME_RATE)
-    dtype = np.dtype(np.float32) if target.platform == "cpu" else jax.numpy.dtype("bfloat16")
     names, bars = [], []
-    for mesh_config in meshes(len(target.devices), config):
-        mesh = sharding.make_mesh(mesh_config, list(target.devices))
-        static = steps.static(config, t5_config, dtype, frames, mesh)
+    for mesh in meshes(target.devices, config):
+        static = steps.static(config, t5_config, products(config, target), frames, mesh)
         names.append(",".join(str(n) for n in mesh.devices.shape))
         bars.append(plan.memory(static, frames, config.text.max_tokens, None))
     figure, axes = plt.subplots(figsize=(max(6, 0.6 * len(names)), 4.5), layout="constrained")
