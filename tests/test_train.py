@@ -228,8 +228,8 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def five_steps(tokens):
-    """Runs five steps, of all stages, on a mesh and in parts; (losses, final state, static)."""
+def twenty_steps(tokens):
+    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, static)."""
     config = tiny.run_config(tokens, Path("unused"))
     # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
@@ -238,7 +238,7 @@ def five_steps(tokens):
     batches = data.make_train_iterator(
         config.data, frames=30, num_codebooks=4, tokenizer=tokenizer, max_tokens=16, seed=0
     )
-    rows = [next(batches) for _ in range(5)]
+    rows = [next(batches) for _ in range(20)]
 
     @functools.cache
     def run(sizes: tuple[int, int, int], parts: int = 1, remat: str = "none"):
@@ -249,7 +249,7 @@ def five_steps(tokens):
         static = make_static(changed, mesh)._replace(num_parts=parts)
         setup = train.Setup(None, t5_config, t5_params, tokenizer, None, 30, static)
         state, losses = train.first_state(setup, jax.random.key(0)), []
-        for batch, stage in zip(rows, (0, 1, 2, 0, 3)):
+        for batch, stage in zip(rows, (0, 1, 2, 0, 3) * 4):
             state, metrics = steps.train_step(
                 state, {}, train.to_devices(batch, mesh), jax.random.key(0), stage,
                 static=static, local=stage > 0,
@@ -266,23 +266,25 @@ def five_steps(tokens):
         ((1, 1, 1), 4, "none"),
         ((8, 1, 1), 1, "none"),
         ((1, 8, 1), 1, "full"),
+        ((2, 2, 2), 1, "none"),
         ((2, 2, 2), 2, "attention"),
         ((1, 4, 2), 1, "products"),
     ],
 )
-def test_meshes_and_parts_equal_one_device(five_steps, sizes, parts, remat):
-    expected, one, _ = five_steps((1, 1, 1))
-    found, state, static = five_steps(sizes, parts, remat)
+def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
+    expected, one, _ = twenty_steps((1, 1, 1))
+    found, state, static = twenty_steps(sizes, parts, remat)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     shardings = steps.state_shardings(static)[1]
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
     assert all(jax.tree.leaves(same))
     for a, b in zip(jax.tree.leaves(one["params"]), jax.tree.leaves(state["params"]), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        # A hundredth of the way that a parameter can go in so many steps of 1e-3.
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-4)
 
 
-def test_every_parameter_and_moment_is_split_as_its_axes_say(five_steps):
-    _, state, static = five_steps((2, 2, 2), 2, "attention")
+def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
+    _, state, static = twenty_steps((2, 2, 2), 2, "attention")
     expected = {
         "embed": (None, None, "fsdp"),
         "heads": (None, "fsdp"),
@@ -307,7 +309,7 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(five_steps):
             assert flat[path].sharding.is_equivalent_to(where, flat[path].ndim), path
     # A quarter of the device's bytes by fsdp x tensor, but for norms, which tensor leaves whole.
     abstract = steps.state_shardings(static)[0]
-    whole = steps.state_shardings(five_steps((1, 1, 1))[2])[0]
+    whole = steps.state_shardings(twenty_steps((1, 1, 1))[2])[0]
     assert plan.tree_bytes(abstract["opt"]) < 0.6 * plan.tree_bytes(whole["opt"])
 
 
