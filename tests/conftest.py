@@ -23,9 +23,20 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from magnet_jax import programs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Numbers that the reference implementation printed: ours, and those to be checked.
 SHIPPED_GOLDEN = Path(__file__).parent / "golden"
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHIPPED_GOLDEN))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """With thousands of compiled programs a process runs out of memory maps, and XLA crashes."""
+    yield
+    programs.forget()
+    jax.clear_caches()
