@@ -11,25 +11,12 @@ import dataclasses
 
 from launch import cli
 from launch.compile import report, training
-from magnet_jax import flops, steps, targets, transformer
-from magnet_jax.config import Remat
+from magnet_jax import flops, sharding, steps, targets, transformer
 from magnet_jax.errors import UserError, reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    topology: str
-    """Devices: v5e:4x8, v5p:4x4x4, h100:4x8 (hosts x GPUs), cpu:1, ..."""
-    config: str = "music_small_10s"
-    """A config of configs/."""
-    mesh: str = ""
-    """DATA,FSDP,TENSOR; the config's by default."""
-    batch_size: int | None = None
-    """Clips in a global batch; the config's by default."""
-    clips_per_device: int = 0
-    """Clips that a device computes at once; 0 is as many as fit."""
-    remat: Remat | None = None
-    """What the backward pass computes again; the config's by default."""
+class Args(training.Asked):
     mfu: float = 0.4
     """Share of the peak that the run is expected to reach."""
 
@@ -38,13 +25,12 @@ def rows(args: Args) -> list[tuple[str, str]]:
     """What there is to say."""
     if not 0 < args.mfu <= 1:
         raise UserError("--mfu must lie in (0, 1]")
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Args) if f.name != "mfu"}
-    config = training.configured(training.Train(**given))
+    config = training.configured(args)
     target = targets.load(args.topology)
     static, planned, frames = training.prepared(config, target, args.clips_per_device)
     count = transformer.count_params(steps.state_shardings(static)[0]["params"])
     batch = config.data.batch_size
-    at_once = batch // (static.mesh.shape["data"] * static.mesh.shape["fsdp"]) // static.num_parts
+    at_once = batch // sharding.num_rows(static.mesh) // static.num_parts
     a_step = batch * flops.training_flops(config.model, frames, config.text.max_tokens)
     lines = [
         ("trained parameters", report.size(count, "")),

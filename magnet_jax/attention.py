@@ -29,7 +29,7 @@ DENSE_FRAMES = 768
 # frames to each side fill tiles of 64 keys.
 LOCAL_BLOCK = {"cpu": 22, "tpu": 128, "gpu": 54}
 FULL_BLOCK = 256
-# Where nobody chose, as in training.
+# Where nobody chose.
 DEFAULT_LOCAL_BLOCK = 32
 
 

@@ -61,10 +61,11 @@ class Execution:
     """Takes a line when a program is compiled, and one when it is done."""
 
 
-def compute_dtype(config: RunConfig) -> jnp.dtype:
-    """Precision of the matrix products on this machine."""
+def compute_dtype(config: RunConfig, platform: str | None = None) -> jnp.dtype:
+    """Precision of the matrix products on a platform; None is this machine's."""
     if config.compute_dtype == "auto":
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        platform = platform or jax.default_backend()
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     return jnp.dtype(config.compute_dtype)
 
 

@@ -174,10 +174,11 @@ def _sums(
         text, static.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=static.dtype
     )
     kernels = static.kernels
+    near = static.model.context(local) is not None
     attend = functools.partial(
         attention.self_attention,
-        kernel=kernels.local if static.model.context(local) else kernels.full,
-        block=kernels.local_block if static.model.context(local) else 0,
+        kernel=kernels.local if near else kernels.full,
+        block=kernels.local_block if near else 0,
     )
     return objective.sums(
         lm,
@@ -280,6 +281,34 @@ def train_step(
     # What comes out lives where what came in did, whatever the compiler would rather do.
     state = {"params": params, "ema": ema, "opt": opt}
     return jax.lax.with_sharding_constraint(state, shardings), metrics
+
+
+def lower(
+    static: Static, batch_size: int, num_frames: int, text_tokens: int, stage: int
+) -> jax.stages.Lowered:
+    """`train_step`, traced with shapes in place of arrays: to compile it without any data."""
+    shapes = {
+        "codes_BKT": ((static.model.num_codebooks, num_frames), jnp.int32),
+        "valid_BT": ((num_frames,), jnp.bool_),
+        "text_ids_BS": ((text_tokens,), jnp.int32),
+        "text_mask_BS": ((text_tokens,), jnp.bool_),
+        "seed_B": ((), jnp.int32),
+    }
+    rows, whole = sharding.batch_sharding(static.mesh), sharding.replicated(static.mesh)
+    batch = {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        for name, (shape, dtype) in shapes.items()
+    }
+    key = jax.eval_shape(jax.random.key, 0)
+    return train_step.lower(
+        state_shardings(static)[0],
+        frozen_shardings(static)[0],
+        batch,
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+        static=static,
+        local=stage > 0,
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("static", "local"))

@@ -130,7 +130,7 @@ def set_up(config: RunConfig) -> Setup:
     run = Path(config.out)
     begun = distributed.broadcast_json(checkpoint.has_begun(run))
 
-    def check() -> tuple[Setup, tuple]:
+    def check() -> Setup:
         spec = records.read_codec_spec(config.data.path)
         text, lm = _text_and_lm(config, spec, begun)
         check_fit(config, spec, text[0])
@@ -143,13 +143,14 @@ def set_up(config: RunConfig) -> Setup:
         parts = plan.num_parts(static, config.data.batch_size, config.clips_per_device, planned)
         static = static._replace(num_parts=parts)
         t5_params = jax.tree.map(np.asarray, text[1])
-        return Setup(spec, text[0], t5_params, text[2], lm, frames, static), text
+        return Setup(spec, text[0], t5_params, text[2], lm, frames, static)
 
-    setup, text = distributed.all_do(check)
+    setup = distributed.all_do(check)
     # All must compute a batch in as many parts; devices may differ in what is free on them.
     parts = distributed.broadcast_json(setup.static.num_parts)
     setup = setup._replace(static=setup.static._replace(num_parts=parts))
     base = setup.lm if config.lora.rank else None
+    text = (setup.t5_config, setup.t5_params, setup.tokenizer)
     distributed.first_does(lambda: checkpoint.prepare_run(config, setup.spec, text, base))
     return setup
 

@@ -6,9 +6,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
-
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
 from magnet_jax import flops, records, sampling, sharding, steps, t5, train, watch
@@ -55,25 +52,13 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     """To compile the two programs of a step of a model with `depth` layers."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=depth))
     spec = records.read_codec_spec(config.data.path)
-    t5_config, t5_params, _ = t5.load(config.text.source)
+    t5_config = t5.published_config(config.text.source)
     frames = sampling.segment_frames(config, spec)
     mesh = sharding.make_mesh(config.mesh)
     static = steps.static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
-    rows, k, s = config.data.batch_size, config.model.num_codebooks, config.text.max_tokens
-    batch = {
-        "codes_BKT": np.zeros((rows, k, frames), np.int32),
-        "valid_BT": np.ones((rows, frames), bool),
-        "text_ids_BS": np.zeros((rows, s), np.int32),
-        "text_mask_BS": np.ones((rows, s), bool),
-        "seed_B": np.zeros(rows, np.int32),
-    }
-    batch = train.to_devices(batch, mesh)
     seconds = 0.0
     for stage in (0, 1):
-        lowered = steps.train_step.lower(
-            steps.state_shardings(static)[0], steps.frozen_shardings(static)[0], batch,
-            jax.random.key(0), stage, static=static, local=stage > 0,
-        )  # fmt: skip
+        lowered = steps.lower(static, config.data.batch_size, frames, config.text.max_tokens, stage)
         started = time.perf_counter()
         lowered.compile()
         seconds += time.perf_counter() - started

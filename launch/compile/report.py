@@ -29,7 +29,7 @@ def compiled_costs(lowered: jax.stages.Lowered, target: targets.Target) -> dict[
         # libtpu writes forms that JAX does not read: the asynchronous collectives of a v5p.
         unknown = {"flops": None, "cycles": None, "estimated_seconds": None}
         return found | unknown | hlo.memory(compiled) | {"readable": False, "text": ""}
-    found |= dataclasses.asdict(hlo.costs(compiled)) | {"readable": True}
+    found |= dataclasses.asdict(hlo.work(text)) | hlo.memory(compiled) | {"readable": True}
     clock = target.chip and target.chip.clock
     estimable = clock and found["cycles"] is not None
     found["estimated_seconds"] = found["cycles"] / clock if estimable else None

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from launch.compile import report
 from launch.train import load_config
-from magnet_jax import flops, plan, sharding, steps, t5, targets
+from magnet_jax import flops, plan, sampling, sharding, steps, t5, targets
 from magnet_jax.config import MeshConfig, Remat, RunConfig
 from magnet_jax.errors import UserError
 
@@ -21,11 +20,11 @@ FRAME_RATE = 50  # frames a second of the published codecs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Train:
-    """One training step of a config."""
+class Asked:
+    """Whose step, and on what."""
 
     topology: str
-    """What to compile for: v5e:4x8, v5p:4x4x4, h100:4x8 (hosts x GPUs), cpu:1, ..."""
+    """Devices: v5e:4x8, v5p:4x4x4, h100:4x8 (hosts x GPUs), cpu:1, ..."""
     config: str = "music_small_10s"
     """A config of configs/."""
     mesh: str = ""
@@ -36,6 +35,12 @@ class Train:
     """Clips that a device computes at once; 0 is as many as fit, by the estimate of memory."""
     remat: Remat | None = None
     """What the backward pass computes again; the config's by default."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Asked):
+    """One training step of a config."""
+
     dtype: str = "auto"
     """float32 or bfloat16; auto is float32 on a CPU, else bfloat16."""
     stage: int = 1
@@ -57,7 +62,7 @@ def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
     return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
 
 
-def configured(args: Train) -> RunConfig:
+def configured(args: Asked) -> RunConfig:
     """The config with what the command changes."""
     config = load_config(args.config)
     if args.batch_size is not None:
@@ -65,73 +70,47 @@ def configured(args: Train) -> RunConfig:
             config, data=dataclasses.replace(config.data, batch_size=args.batch_size)
         )
     changes = {} if args.remat is None else {"remat": args.remat}
-    return dataclasses.replace(
-        config, mesh=read_mesh(args.mesh, config.mesh), compute_dtype=args.dtype, **changes
-    )
+    return dataclasses.replace(config, mesh=read_mesh(args.mesh, config.mesh), **changes)
 
 
-def products(config: RunConfig, target: targets.Target) -> jnp.dtype:
-    """Precision of the matrix products on a target."""
-    automatic = "float32" if target.platform == "cpu" else "bfloat16"
-    return jnp.dtype(automatic if config.compute_dtype == "auto" else config.compute_dtype)
+def planned_on(
+    mesh: Mesh, config: RunConfig, target: targets.Target
+) -> tuple[steps.Static, plan.Memory, int]:
+    """The programs of a run that computes a batch whole, planned memory, and frames of a clip."""
+    t5_config = t5.published_config(config.text.source)
+    frames = round(config.data.segment_seconds * FRAME_RATE)
+    dtype = sampling.compute_dtype(config, target.platform)
+    static = steps.static(config, t5_config, dtype, frames, mesh)
+    chip = target.chip
+    memory = None if chip is None else chip.memory // chip.devices
+    return static, plan.memory(static, frames, config.text.max_tokens, memory), frames
 
 
 def prepared(
     config: RunConfig, target: targets.Target, clips_per_device: int
 ) -> tuple[steps.Static, plan.Memory, int]:
     """The programs of a run on a target, planned memory, and frames of a clip."""
-    t5_config = t5.published_config(config.text.source)
-    frames = round(config.data.segment_seconds * FRAME_RATE)
     mesh = sharding.make_mesh(config.mesh, list(target.devices))
-    static = steps.static(config, t5_config, products(config, target), frames, mesh)
-    chip = target.chip
-    memory = None if chip is None else chip.memory // chip.devices
-    planned = plan.memory(static, frames, config.text.max_tokens, memory)
+    static, planned, frames = planned_on(mesh, config, target)
     parts = plan.num_parts(static, config.data.batch_size, clips_per_device, planned)
     return static._replace(num_parts=parts), planned, frames
-
-
-def lower(static: steps.Static, config: RunConfig, frames: int, stage: int) -> jax.stages.Lowered:
-    """The train step, traced with shapes in place of arrays."""
-    batch, text = config.data.batch_size, config.text.max_tokens
-    shapes = {
-        "codes_BKT": ((batch, config.model.num_codebooks, frames), np.int32),
-        "valid_BT": ((batch, frames), np.bool_),
-        "text_ids_BS": ((batch, text), np.int32),
-        "text_mask_BS": ((batch, text), np.bool_),
-        "seed_B": ((batch,), np.int32),
-    }
-    rows, whole = sharding.batch_sharding(static.mesh), sharding.replicated(static.mesh)
-    inputs = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-        for name, (shape, dtype) in shapes.items()
-    }
-    key = jax.eval_shape(jax.random.key, 0)
-    return steps.train_step.lower(
-        steps.state_shardings(static)[0],
-        steps.frozen_shardings(static)[0],
-        inputs,
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        jax.ShapeDtypeStruct((), np.int32, sharding=whole),
-        static=static,
-        local=stage > 0,
-    )
 
 
 def costs(args: Train) -> dict[str, Any]:
     """Compiles the step, and sets it beside the plan and the chip."""
     report.check_file("--json", args.json)
     report.check_file("--picture", args.picture)
-    config = configured(args)
+    config = dataclasses.replace(configured(args), compute_dtype=args.dtype)
     if not 0 <= args.stage < config.model.num_codebooks:
         raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
     target = targets.load(args.topology)
     static, planned, frames = prepared(config, target, args.clips_per_device)
-    found = report.compiled_costs(lower(static, config, frames, args.stage), target)
+    clips, text_tokens = config.data.batch_size, config.text.max_tokens
+    lowered = steps.lower(static, clips, frames, text_tokens, args.stage)
+    found = report.compiled_costs(lowered, target)
     text = found.pop("text")
-    clips = config.data.batch_size
     at_once = clips // sharding.num_rows(static.mesh) // static.num_parts
-    operations = clips * flops.training_flops(config.model, frames, config.text.max_tokens)
+    operations = clips * flops.training_flops(config.model, frames, text_tokens)
     seconds, memory = found["estimated_seconds"], planned.device
     return {
         "program": "train",
@@ -206,13 +185,11 @@ def draw(args: Train, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     config, target = configured(args), targets.load(args.topology)
-    t5_config = t5.published_config(config.text.source)
-    frames = round(config.data.segment_seconds * FRAME_RATE)
+    config = dataclasses.replace(config, compute_dtype=args.dtype)
     names, bars = [], []
     for mesh in meshes(target.devices, config):
-        static = steps.static(config, t5_config, products(config, target), frames, mesh)
         names.append(",".join(str(n) for n in mesh.devices.shape))
-        bars.append(plan.memory(static, frames, config.text.max_tokens, None))
+        bars.append(planned_on(mesh, config, target)[1])
     figure, axes = plt.subplots(figsize=(max(6, 0.6 * len(names)), 4.5), layout="constrained")
     base = np.zeros(len(names))
     for part in ("state", "frozen", "gradients", "gathered", "a_clip"):
