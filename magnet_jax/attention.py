@@ -14,7 +14,9 @@ up to rounding, of which `choose_kernels` picks by platform and length:
     cudnn    NVIDIA's fused kernel, for 16-bit types and full attention
 """
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +135,15 @@ def self_attention(
     run = _local_in_blocks if kernel == "blocks" else _in_slices
     block = query_BTNH.shape[1] if kernel == "dense" else block
     return run(query_BTNH, *keys, context, first, length, block)
+
+
+def with_kernels(kernels: KernelConfig, *, near: bool) -> Callable[..., jax.Array]:
+    """`self_attention` by what `choose_kernels` chose, for a stage that sees near frames or all."""
+    return functools.partial(
+        self_attention,
+        kernel=kernels.local if near else kernels.full,
+        block=kernels.local_block if near else 0,
+    )
 
 
 def _scores(query_BTNH: jax.Array, key_BSNH: jax.Array) -> jax.Array:

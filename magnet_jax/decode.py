@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax import transformer
-from magnet_jax.attention import self_attention
+from magnet_jax.attention import with_kernels
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
 
 KEPT = -1e4  # score of a span (stride1: a token) that must not be hidden again
@@ -484,11 +484,7 @@ def guided_network(
             codes_BKT, rows_text = twice(codes_BKT), text if null_text else null_rows
             first_B = None if first_B is None else twice(first_B)
         near = config.context(local) is not None  # a model may see everything at all stages
-        attend = functools.partial(
-            self_attention,
-            kernel=kernels.local if near else kernels.full,
-            block=kernels.local_block if near else 0,
-        )
+        attend = with_kernels(kernels, near=near)
         positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
         if first_B is not None:
             positions_BTD = position_TD[first_B[:, None] + jnp.arange(num_frames)[None]]

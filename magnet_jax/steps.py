@@ -173,13 +173,7 @@ def _sums(
     states_BSE = t5.encode(
         text, static.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=static.dtype
     )
-    kernels = static.kernels
     near = static.model.context(local) is not None
-    attend = functools.partial(
-        attention.self_attention,
-        kernel=kernels.local if near else kernels.full,
-        block=kernels.local_block if near else 0,
-    )
     return objective.sums(
         lm,
         states_BSE,
@@ -191,7 +185,7 @@ def _sums(
         config=static.model,
         local=local,
         dtype=static.dtype,
-        attend=attend,
+        attend=attention.with_kernels(static.kernels, near=near),
         remat=static.remat,
         sharding=sharding.batch_sharding(static.mesh),
     )
