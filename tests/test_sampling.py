@@ -10,7 +10,7 @@ from conftest import SHIPPED_GOLDEN
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import EMBEDDED_CODEC
 
-from magnet_jax import codec, convert, decode, programs, sampling, t5
+from magnet_jax import attention, codec, convert, programs, sampling, t5
 from magnet_jax.config import (
     PRESETS,
     DataConfig,
@@ -200,13 +200,13 @@ def test_presets_name_decoding_steps():
 
 def test_kernels_asked_for_are_used(loaded, monkeypatch):
     used = []
-    self_attention = decode.self_attention
+    self_attention = attention.self_attention
 
     def spy(*qkv, kernel, context, **settings):
         used.append((context, kernel))
         return self_attention(*qkv, kernel=kernel, context=context, **settings)
 
-    monkeypatch.setattr(decode, "self_attention", spy)
+    monkeypatch.setattr(attention, "self_attention", spy)
     default = clips(loaded).codes_BKT
     programs.forget()
     jax.clear_caches()  # or what was traced before would be taken
