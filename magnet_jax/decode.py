@@ -52,6 +52,12 @@ ALL_SAVINGS = Savings()
 NO_SAVINGS = Savings(null_text=False, last_guidance=False, last_window=False, masked_head=False)
 
 
+def default_savings(platform: str) -> Savings:
+    """The savings that pay on a platform; docs/performance.md has what each is worth where."""
+    # A TPU multiplies the heads of all frames in the time that picking the hidden ones takes.
+    return dataclasses.replace(ALL_SAVINGS, masked_head=platform != "tpu")
+
+
 class Schedule(NamedTuple):
     """The steps of neighbouring codebooks that have as many of them; arrays [stages, steps]."""
 

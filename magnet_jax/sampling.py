@@ -32,6 +32,8 @@ from magnet_jax.pretrained import Loaded
 
 SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
 AXES = ("data", "guidance", "frames")
+# Frames whose samples are computed at once: all those of a clip would take most of the memory.
+AUDIO_PIECE = 32
 # Rows that the codec's LSTM is filled up to: with fewer than 8 a TPU multiplies in vector units.
 LSTM_ROWS = {"cpu": 1, "gpu": 1, "tpu": 8}
 
@@ -56,7 +58,8 @@ class Execution:
 
     kernels: KernelConfig = KernelConfig()
     mesh: SamplingMeshConfig = SamplingMeshConfig()
-    savings: decode.Savings = decode.ALL_SAVINGS
+    savings: decode.Savings | None = None
+    """None: those that pay on the platform, `decode.default_savings`."""
     say: programs.Say | None = None
     """Takes a line when a program is compiled, and one when it is done."""
 
@@ -259,6 +262,10 @@ class MagnetProgram:
     on_step: Callable[[int, int], None] | None
 
 
+# How the arguments of `magnet_program` lie on a mesh: parameters everywhere, clips split.
+MAGNET_SPECS = (P(),) * 3 + (P("data"),) * 3 + (P(),) * 5
+
+
 @functools.partial(jax.jit, static_argnames="made_for", donate_argnames="codes_BKT")
 def magnet_program(
     params: dict,
@@ -292,13 +299,11 @@ def magnet_program(
     mesh = made_for.mesh
     run = functools.partial(_magnet, made_for=made_for)
     if mesh is not None:
-        rows, steps_rows = P("data"), P(None, "data")
-        whole = P()
         run = jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=(whole, whole, whole, rows, rows, rows, whole, whole, whole, whole, whole),
-            out_specs=(rows, steps_rows, rows),
+            in_specs=MAGNET_SPECS,
+            out_specs=(P("data"), P(None, "data"), P("data")),
             check_vma=False,
         )
     return run(
@@ -385,14 +390,15 @@ def magnet_arguments(
     shards = axis_size["frames"]
     multiple = math.lcm(shards, 1 if decoding.span_arrangement == "stride1" else model.span_length)
     bucket = frame_bucket(num_decoded, usual, multiple)
-    dtype = compute_dtype(loaded.config)
+    dtype = compute_dtype(loaded.config, platform)
+    savings = execution.savings or decode.default_savings(platform)
     kernels = attention.choose_kernels(
         execution.kernels, platform, model, bucket // shards, dtype, split=shards > 1
     )
     # (a bucket that is full by chance shares its program with shorter clips)
     exact = bucket == num_decoded == usual
     any_text = bool(text.mask_BS.any())
-    null_text = execution.savings.null_text and model.null_text_adds_nothing
+    null_text = savings.null_text and model.null_text_adds_nothing
     if not any_text and mesh is None and null_text:
         text = Text(*(x[:0] for x in text))
     batch = len(sample_B)
@@ -417,7 +423,7 @@ def magnet_arguments(
         guided=decode.guided_steps(decoding, any_text),
         dtype=dtype,
         audio_frames=num_frames if exact else None,
-        savings=execution.savings,
+        savings=savings,
         platform=platform,
         mesh=mesh,
         on_step=on_step,
@@ -555,7 +561,12 @@ def _audio(
 ) -> jax.Array:
     """`seanet.decode` as the platform likes it; [B, C, T * hop]."""
     run = functools.partial(
-        seanet.decode, params, config=config, length=length, lstm_rows=LSTM_ROWS[platform]
+        seanet.decode,
+        params,
+        config=config,
+        length=length,
+        lstm_rows=LSTM_ROWS[platform],
+        piece=AUDIO_PIECE,
     )
     if platform != "cpu":
         return run(codes_BKT)

@@ -39,6 +39,7 @@ def decode(
     config: SeanetConfig,
     length: jax.Array | int | None = None,
     lstm_rows: int = 1,
+    piece: int | None = None,
 ) -> jax.Array:
     """Audio [B, C, T * hop] (float32) of codes [B, K, T]; pure, and made to be jitted.
 
@@ -51,6 +52,9 @@ def decode(
         the codes beyond are. None: all T.
       lstm_rows: the LSTM runs on a multiple of so many rows, the batch filled up with zeros. More
         than 1 changes no number; matrix units, such as a TPU's, may want 8 rows.
+      piece: frames whose samples are computed at once, with the few around them that they depend
+        on; what is not yet samples then takes the memory of a piece, not of a clip. None: all T,
+        as are those of codecs that norm over the whole clip.
 
     Raises:
       ValueError: a wrong shape, or codes that are no integers.
@@ -63,6 +67,43 @@ def decode(
     x_BTC = _masked(_look_up(params["codebooks"], codes_BKT), length)
     x_BTC = _convolve(x_BTC, params["first"], config, length)
     x_BTC = _masked(_lstm(x_BTC, params["lstm"], lstm_rows), length)
+    frames, around = x_BTC.shape[1], reach(config)
+    window = 2 * around + (piece or frames)
+    if window >= frames or config.norm_type == "time_group_norm":
+        return jnp.swapaxes(_samples(params, x_BTC, config, length), 1, 2)
+
+    def samples_of(start: jax.Array) -> jax.Array:
+        # A window that meets an end of the clip ends there, and pads as the whole clip would.
+        first = jnp.clip(start - around, 0, frames - window)
+        x_BWC = jax.lax.dynamic_slice_in_dim(x_BTC, first, window, axis=1)
+        y_BNC = _samples(params, x_BWC, config, None if length is None else length - first)
+        own = (start - first) * config.hop
+        return jax.lax.dynamic_slice_in_dim(y_BNC, own, piece * config.hop, axis=1)
+
+    # The last piece begins early enough to be a whole one.
+    count = -(-frames // piece)
+    starts = jnp.minimum(jnp.arange(count) * piece, frames - piece)
+    y_PBNC = jax.lax.map(samples_of, starts)
+    rest = (frames - (count - 1) * piece) * config.hop
+    y_BCPN = jnp.transpose(y_PBNC, (1, 3, 0, 2))
+    before_BCN = y_BCPN[:, :, :-1].reshape(*y_BCPN.shape[:2], -1)
+    return jnp.concatenate([before_BCN, y_BCPN[:, :, -1, -rest:]], axis=-1)
+
+
+def reach(config: SeanetConfig) -> int:
+    """Frames behind the LSTM, to each side, on which a frame's samples can depend; at most."""
+    rows = config.last_kernel_size - 1
+    for ratio in reversed(config.upsampling_ratios):
+        dilations = sum(config.dilation_growth_rate**i for i in range(config.num_residual_layers))
+        rows += (config.residual_kernel_size - 1) * dilations
+        rows = -(-rows // ratio) + 1
+    return rows
+
+
+def _samples(
+    params: Params, x_BTC: jax.Array, config: SeanetConfig, length: jax.Array | int | None
+) -> jax.Array:
+    """What follows the LSTM: [B,T,C] -> samples [B,T*hop,C]."""
     for ratio, stage in zip(config.upsampling_ratios, params["stages"], strict=True):
         x_BTC = _upsample(jax.nn.elu(x_BTC), stage["upsample"], ratio, config, length)
         length = None if length is None else length * ratio
@@ -71,7 +112,7 @@ def decode(
     x_BTC = _convolve(jax.nn.elu(x_BTC), params["last"], config, length)
     if config.normalize:
         x_BTC = x_BTC * NOMINAL_RMS
-    return jnp.swapaxes(x_BTC, 1, 2)
+    return x_BTC
 
 
 def _look_up(codebooks_KVE: jax.Array, codes_BKT: jax.Array) -> jax.Array:
@@ -214,24 +255,25 @@ def _lstm(x_BTC: jax.Array, layers: Params, multiple: int) -> jax.Array:
     Running a layer one step behind the other in one scan would read its input weights at every
     step, where here they are part of one large product.
     """
-    batch = x_BTC.shape[0]
-    y_BTC = jnp.pad(x_BTC, ((0, -batch % multiple), (0, 0), (0, 0)))
-    y_TCB = jnp.transpose(y_BTC, (1, 2, 0))
+    y_TCB = jnp.transpose(x_BTC, (1, 2, 0))
+    more = ((0, 0), (0, -x_BTC.shape[0] % multiple))
 
     def layer(y_TCB: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         gates_TGB = jnp.einsum("GC,TCB->TGB", weights["input"], y_TCB, precision=_PRECISION)
         gates_TGB = gates_TGB + weights["bias"][None, :, None]
+        batch = y_TCB.shape[2]
 
         def step(state: tuple[jax.Array, jax.Array], gates_GB: jax.Array) -> tuple:
             hidden_CB, cell_CB = state
+            gates_GB = jnp.pad(gates_GB, more)  # here, as gates of all steps are large
             gates_GB += jnp.einsum("GC,CB->GB", weights["hidden"], hidden_CB, precision=_PRECISION)
             write, keep, value, read = jnp.split(gates_GB, 4)
             cell_CB = jax.nn.sigmoid(keep) * cell_CB + jax.nn.sigmoid(write) * jnp.tanh(value)
             hidden_CB = jax.nn.sigmoid(read) * jnp.tanh(cell_CB)
-            return (hidden_CB, cell_CB), hidden_CB
+            return (hidden_CB, cell_CB), hidden_CB[:, :batch]
 
-        start = jnp.zeros_like(y_TCB[0])
+        start = jnp.pad(jnp.zeros_like(y_TCB[0]), more)
         return jax.lax.scan(step, (start, start), gates_TGB)[1], None
 
     y_TCB, _ = jax.lax.scan(layer, y_TCB, layers)
-    return x_BTC + jnp.transpose(y_TCB, (2, 0, 1))[:batch]
+    return x_BTC + jnp.transpose(y_TCB, (2, 0, 1))

@@ -200,15 +200,16 @@ class Block(nnx.Module):
         attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
         x_BTD = x_BTD + self.self.merge(checkpoint_name(attended, ATTENDED))
         # Without text, cross-attention would add exact zeros, unless it has biases.
-        with_text, without = jnp.split(x_BTD, [text.mask_BS.shape[0]])
-        if len(without) and self.cross.biased:
-            raise ValueError(f"{len(without)} rows have no row of text, not even an empty one")
-        if len(with_text):
-            query_BTNH = self.cross.heads("query", self.norm_cross(with_text))
+        num_texts = text.mask_BS.shape[0]
+        num_without = x_BTD.shape[0] - num_texts
+        if num_without and self.cross.biased:
+            raise ValueError(f"{num_without} rows have no row of text, not even an empty one")
+        if num_texts:
+            query_BTNH = self.cross.heads("query", self.norm_cross(x_BTD[:num_texts]))
             zero_11NH = self.cross.of_zeros(x_BTD.dtype)
             attended = cross_attention(query_BTNH, *text, zero_11NH)
-            with_text = with_text + self.cross.merge(checkpoint_name(attended, ATTENDED))
-            x_BTD = jnp.concatenate([with_text, without]) if len(without) else with_text
+            added_BTD = self.cross.merge(checkpoint_name(attended, ATTENDED))
+            x_BTD = x_BTD + jnp.pad(added_BTD, ((0, num_without), (0, 0), (0, 0)))
         return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
 
 

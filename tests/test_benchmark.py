@@ -5,6 +5,7 @@ import json
 import shlex
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import tiny
 from conftest import GOLDEN
 
 from launch.benchmark import __main__ as command
-from launch.benchmark import decoding, loading, models, peaks, training
+from launch.benchmark import decoding, loading, models, peaks, savings, training
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from magnet_jax import convert, flops, t5, train
 from magnet_jax.audiocraft import read_file
@@ -169,17 +170,44 @@ def test_decoding_is_measured_against_the_peer_and_another_command(run, tmp_path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_model_with_random_weights(monkeypatch, capsys, no_peaks):
-    small = {"width": 16, "num_layers": 2, "num_heads": 2}
-    monkeypatch.setitem(models.random_checkpoint.SIZES, "small", small)
+@pytest.fixture
+def small(monkeypatch):
+    """Makes the small model, its text encoder and its codec tiny."""
+    sizes = {"width": 16, "num_layers": 2, "num_heads": 2}
+    monkeypatch.setitem(models.random_checkpoint.SIZES, "small", sizes)
     monkeypatch.setitem(models.random_checkpoint.CODEC_SETTINGS, "num_filters", 4)
-    small = dataclasses.replace(t5.PUBLISHED["t5-base"], num_layers=1)
-    monkeypatch.setitem(t5.PUBLISHED, "t5-base", small)
+    text_encoder = dataclasses.replace(t5.PUBLISHED["t5-base"], num_layers=1)
+    monkeypatch.setitem(t5.PUBLISHED, "t5-base", text_encoder)
+
+
+def test_a_model_with_random_weights(small, capsys, no_peaks):
     command.main(
         ["decode", "--model", "small", "--seconds", "0.2", "--batch-sizes", "1", "--repeats", "1",
          "--steps", "1", "1", "1", "1", "--no-parts"]
     )  # fmt: skip
     assert "random weights" in capsys.readouterr().out
+
+
+def test_savings_are_measured(small, capsys, monkeypatch):
+    monkeypatch.setattr(savings, "NAMES", ("last_window",))
+    sizes = ["--seconds", "0.2", "--steps", "1", "1", "1", "1", "--repeats", "1"]
+    command.main(["savings", *sizes])
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split("  ")[0] for line in lines] == ["all", "without last_window"]
+    assert all(float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_compiling_is_measured_with_a_cache_alone(monkeypatch):
+    """(Writing programs to it can crash in XLA, so that no test goes further.)"""
+    with pytest.raises(UserError, match="--seconds must be positive"):
+        command.main(["compile", "--seconds", "0"])
+    enabled = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        with pytest.raises(UserError, match="JAX_ENABLE_COMPILATION_CACHE is off"):
+            command.main(["compile"])
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
 
 
 @pytest.mark.parametrize(

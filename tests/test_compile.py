@@ -1,5 +1,6 @@
 """Compiling ahead of time: for the CPU always, for TPUs and GPUs where a compiler is installed."""
 
+import dataclasses
 import importlib.util
 import json
 
@@ -12,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from launch import plan as launch_plan
 from launch.compile import __main__ as launch_compile
 from launch.make_random_checkpoint import SIZES
-from magnet_jax import flops, hlo, targets, transformer
+from magnet_jax import flops, hlo, t5, targets, transformer
 from magnet_jax.config import ModelConfig
 from magnet_jax.errors import UserError
 
@@ -40,14 +41,24 @@ needs_cuda = pytest.mark.skipif(
 
 @pytest.fixture
 def tiny(monkeypatch):
+    """Makes the small model tiny, and its text encoder one layer."""
     monkeypatch.setitem(SIZES, "small", TINY)
+    base = t5.PUBLISHED["t5-base"]
+    text_encoder = dataclasses.replace(base, num_layers=1, d_ff=8, num_heads=1, vocab_size=10)
+    monkeypatch.setitem(t5.PUBLISHED, "t5-base", text_encoder)
     return ModelConfig(**TINY)
 
 
 def compile_decode(tmp_path, topology: str, *more: str, steps: tuple[int, ...] = STEPS) -> dict:
     file = tmp_path / "costs.json"
-    sizes = ["--seconds", "1", "--text-tokens", "8", "--steps", *map(str, steps)]
+    sizes = ["--seconds", "1", "--text-tokens", "8", "--no-codec", "--steps", *map(str, steps)]
     launch_compile.main(["decode", "--topology", topology, "--json", str(file), *sizes, *more])
+    return json.loads(file.read_text())
+
+
+def compile_full_size(tmp_path, topology: str, *more: str) -> dict:
+    file = tmp_path / "costs.json"
+    launch_compile.main(["decode", "--topology", topology, "--json", str(file), *more])
     return json.loads(file.read_text())
 
 
@@ -65,12 +76,22 @@ def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
     found = compile_decode(tmp_path, "cpu:1", steps=steps)
     check_flops(found, tiny, steps)
     assert found["dtype"] == "float32" and found["num_devices"] == 1
-    params = jax.eval_shape(lambda key: transformer.init_params(tiny, key), jax.random.key(0))
-    size = 4 * transformer.count_params(params)
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda key: transformer.init_params(tiny, key), key)
+    text_params = jax.eval_shape(lambda key: t5.init(t5.PUBLISHED["t5-base"], key), key)
+    size = 4 * (transformer.count_params(params) + transformer.count_params(text_params))
     assert size <= found["argument_bytes"] < size + 2**16
     assert found["temp_bytes"] > 0 and found["cycles"] is None
     shown = capsys.readouterr().out
     assert "times the least" in shown and "no estimate for this hardware" in shown
+
+
+def test_the_program_ends_in_samples(tiny, tmp_path):
+    """As sampling has it, and without holding the whole clip in all channels."""
+    found = compile_full_size(tmp_path, "cpu:1", "--seconds", "5", "--steps", *"1111")
+    samples = 5 * 32_000 * 4
+    assert samples <= found["output_bytes"] < 1.1 * samples
+    assert found["temp_bytes"] < 1.5 * 64 * samples  # all at once: 64 channels, more than once
 
 
 @pytest.mark.parametrize(
@@ -79,7 +100,9 @@ def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; there are v5e:1x1"),
         (["--topology", "v5e:0x2"], "unknown topology"),
         (["--topology", "h100:0"], "unknown topology"),
-        (["--topology", "cpu:1", "--steps", "3", "2"], "--steps needs 4 numbers"),
+        (["--topology", "cpu:1", "--steps", "3", "2"], "one number a codebook: 4, not 2"),
+        (["--topology", "cpu:1", "--steps", *"1111", "--preset", "draft"], "either --steps or"),
+        (["--topology", "cpu:1", "--also", "null_text", "--without", "null_text"], "both by"),
         (["--topology", "cpu:1", "--batch", "0"], "must be positive"),
         (["--topology", "cpu:1", "--seconds", "nan"], "must be positive"),
         (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; there are 1"),
@@ -161,8 +184,36 @@ def test_decoding_for_a_mesh_of_tpus(tiny, tmp_path):
     assert found["flops_a_clip"] >= found["floor_flops_a_clip"]
 
 
+@needs_libtpu
+def test_10_s_of_the_small_model_for_a_tpu(tmp_path):
+    """Within the budget, all of it: text encoder, decoding and codec."""
+    found = compile_full_size(tmp_path, "v5e:2x2")
+    assert found["flops_a_clip"] < 33e12 < 0.85 * found["reference_flops_a_clip"]
+    assert found["temp_bytes"] < 64e6
+    assert found["unknown_loops"] == []
+
+
+@needs_libtpu
+@pytest.mark.parametrize("full", ["slices", "splash"])
+def test_30_s_of_the_small_model_for_a_tpu(tmp_path, full):
+    found = compile_full_size(
+        tmp_path, "v5e:2x2", "--seconds", "30", "--preset", "paper-30s", "--kernels.full", full
+    )
+    assert found["flops_a_clip"] < 200e12
+    assert found["square_arrays"] == []
+    assert (found["uncounted"] != {}) == (full == "splash")
+
+
 @needs_cuda
-def test_decoding_for_a_gpu_uses_fused_attention(monkeypatch, tmp_path):
+def test_30_s_of_the_small_model_for_a_gpu(tmp_path):
+    found = compile_full_size(tmp_path, "h100:1", "--seconds", "30", "--preset", "paper-30s")
+    assert found["flops_a_clip"] < 200e12
+    assert found["square_arrays"] == []
+    assert any("__cudnn$fmha" in name for name in found["fused_attention"])
+
+
+@needs_cuda
+def test_decoding_for_a_gpu_uses_fused_attention(tiny, monkeypatch, tmp_path):
     sizes = {"width": 256, "num_layers": 2, "num_heads": 4}  # smaller products find no tiles
     monkeypatch.setitem(SIZES, "small", sizes)
     found = compile_decode(tmp_path, "h100:1")

@@ -136,6 +136,34 @@ def test_a_length_means_cutting(pair):
         assert wav_BCN.shape[2] == FRAMES * codec.hop and not wav_BCN[..., samples:].any()
 
 
+def test_pieces_change_nothing(pair):
+    """At any length, to the sample: also where the last piece is not a whole one."""
+    _, decoder, decode = pair
+    frames = 2 * FRAMES + 3
+    codes_BKT = random_codes(decoder.spec, batch=2, frames=frames)
+    pieces = jax.jit(functools.partial(seanet.decode, config=decoder.config, piece=5))
+    for length in (frames, 16, 6, 1):
+        whole = np.asarray(decode(codes_BKT, length=jnp.int32(length)))
+        assert_close(pieces(decoder.params, codes_BKT, length=jnp.int32(length)), whole)
+
+
+def test_samples_hang_on_frames_within_reach(pair):
+    _, decoder, _ = pair
+    if decoder.config.norm_type == "time_group_norm":
+        return  # on all of them
+    frames, at = 2 * FRAMES + 1, FRAMES
+    width = decoder.params["first"]["bias"].shape[0]
+    x_BTC = jax.random.normal(jax.random.key(0), (1, frames, width))
+
+    def own(x_BTC):
+        samples = seanet._samples(decoder.params, x_BTC, decoder.config, None)
+        return samples[:, at * decoder.config.hop : (at + 1) * decoder.config.hop].sum()
+
+    felt = np.flatnonzero(np.abs(jax.jit(jax.grad(own))(x_BTC)).max((0, 2)))
+    reach = seanet.reach(decoder.config)
+    assert felt[0] < at <= felt[-1] and at - felt[0] <= reach and felt[-1] - at <= reach
+
+
 def test_one_program_serves_every_length(sources):
     decoder, traces = load_decoder(sources["causal"]), []
 
@@ -172,9 +200,10 @@ def test_a_clip_of_music():
     codec, decoder = load_codec("embedded"), load_decoder("embedded")
     wav, rate = soundfile.read(ASSETS / "clips" / "02_bach.flac", dtype="float32")
     codes_BKT = codec.encode(soxr.resample(wav, rate, 16000)[None, None, :32000])
-    decode = jax.jit(functools.partial(seanet.decode, config=decoder.config))
-    wav_BCN = decode(decoder.params, codes_BKT)
-    np.testing.assert_allclose(wav_BCN, codec.decode(codes_BKT), atol=1e-5)
+    for piece in (None, 32):
+        decode = jax.jit(functools.partial(seanet.decode, config=decoder.config, piece=piece))
+        wav_BCN = decode(decoder.params, codes_BKT)
+        np.testing.assert_allclose(wav_BCN, codec.decode(codes_BKT), atol=1e-5)
 
 
 def test_the_references_waveform(sources):

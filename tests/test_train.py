@@ -39,6 +39,7 @@ from magnet_jax import (
 from magnet_jax.config import (
     ASSETS,
     DataConfig,
+    LoraConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
@@ -449,21 +450,44 @@ def test_data_set_and_records_go_together(tokens):
 # --- memory, and what cannot be -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "attention", "full"])
+def compiled_memory(config: RunConfig, sizes: tuple[int, int, int], clips: int):
+    """Bytes on a device that a step's arguments and its temporaries take, and those planned."""
+    t5_config, _, _ = t5.load("embedded")
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
+    mesh = sharding.make_mesh(mesh_config, devices)
+    static = steps.static(config, t5_config, np.dtype("float32"), 500, mesh)
+    found = steps.lower(static, clips, 500, 64, 0).compile().memory_analysis()
+    planned = plan.memory(static, 500, 64, None)
+    return found.argument_size_in_bytes, found.temp_size_in_bytes, planned
+
+
+MIDDLING = ModelConfig(codebook_size=512, width=256, num_heads=4, num_layers=6, text_width=128)
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "attention", "full", "lora"])
 def test_planned_memory_is_near_what_the_compiler_takes(remat):
     """Of a step wide enough for activations to count; never far below, or a run would not fit."""
-    model = ModelConfig(codebook_size=512, width=256, num_heads=4, num_layers=6, text_width=128)
-    config = RunConfig(model=model, remat=remat, data=DataConfig(segment_seconds=10.0))
-    t5_config, t5_params, _ = t5.load("embedded")
-    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
-    static = steps.static(config, t5_config, np.dtype("float32"), 500, mesh)
-    clips = 4
-    compiled = steps.lower(static, clips, 500, 64, 0).compile()
-    found = compiled.memory_analysis()
-    taken = found.argument_size_in_bytes + found.temp_size_in_bytes
-    planned = plan.memory(static, 500, 64, None).total(clips)
-    print(f"{remat}: planned {planned / 1e6:.0f} MB, compiled {taken / 1e6:.0f} MB")
-    assert 0.8 < planned / taken < 2.0
+    change = {"lora": LoraConfig(rank=8)} if remat == "lora" else {"remat": remat}
+    config = RunConfig(model=MIDDLING, data=DataConfig(segment_seconds=10.0), **change)
+    arguments, temporaries, planned = compiled_memory(config, (1, 1, 1), 4)
+    taken, total = arguments + temporaries, planned.total(4)
+    print(f"{remat}: planned {total / 1e6:.0f} MB, compiled {taken / 1e6:.0f} MB")
+    assert 0.8 < total / taken < 2.0
+
+
+def test_memory_of_a_device_falls_with_fsdp():
+    config = RunConfig(model=MIDDLING, data=DataConfig(segment_seconds=10.0))
+    whole, temporaries, planned = compiled_memory(config, (8, 1, 1), 8)
+    share, temporaries_split, planned_split = compiled_memory(config, (1, 8, 1), 8)
+    print(f"state {whole / 1e6:.1f} -> {share / 1e6:.1f} MB, temporaries "
+          f"{temporaries / 1e6:.0f} -> {temporaries_split / 1e6:.0f} MB")  # fmt: skip
+    # All of the state is split; tokens and texts are there beside it.
+    assert planned.state <= whole < planned.state + planned.frozen + 1e6
+    assert planned_split.state == pytest.approx(planned.state / 8, rel=0.01)
+    assert planned_split.state <= share < planned_split.state + planned_split.frozen + 1e6
+    # Gradients are split too; what is gathered for a layer is less than that.
+    assert temporaries_split < temporaries
 
 
 def test_what_does_not_fit_is_refused_with_what_would_help():

@@ -1,8 +1,9 @@
-"""The decoding of a batch of clips, for chips that are not there."""
+"""The program from texts to audio, for chips that are not there."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,18 +14,40 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.compile import report
-from launch.make_random_checkpoint import SIZES
-from magnet_jax import attention, decode, flops, hlo, sampling, targets, transformer
-from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig, SamplingMeshConfig
+from launch.make_random_checkpoint import CODEC_SETTINGS, SIZES
+from magnet_jax import (
+    codec,
+    convert_codec,
+    decode,
+    flops,
+    hlo,
+    pretrained,
+    sampling,
+    t5,
+    targets,
+    transformer,
+)
+from magnet_jax.config import (
+    CodecSpec,
+    DataConfig,
+    DecodeConfig,
+    KernelConfig,
+    ModelConfig,
+    Preset,
+    RunConfig,
+    SamplingMeshConfig,
+    preset_steps,
+)
+from magnet_jax.convert_codec import SeanetConfig
 from magnet_jax.errors import UserError
 
-Saving = Literal["null_text", "last_guidance", "last_window", "masked_head"]
+Saving = Literal[tuple(field.name for field in dataclasses.fields(decode.Savings))]
 FRAME_RATE = 50  # frames a second of the published codec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decode:
-    """The program that decodes a batch of clips from the text encoder's states."""
+    """The program that turns the tokens of a batch of texts into audio."""
 
     topology: str
     """What to compile for: v5e:2x2, v5p:2x2x1, v6e:4x8, h100:8, cpu:1, ..."""
@@ -36,15 +59,21 @@ class Decode:
     """Clips at once."""
     text_tokens: int = 64
     """Positions that cross-attention sees."""
-    steps: tuple[int, ...] = DecodeConfig().steps
+    preset: Preset | None = None
+    """Decoding steps by name: paper (the default), paper-30s, balanced or draft."""
+    steps: tuple[int, ...] | None = None
     """Decoding steps of each codebook."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of matrix products and their weights; auto is float32 on a CPU, else bfloat16."""
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """The topology's first devices are used, one by default."""
     kernels: KernelConfig = KernelConfig()
+    codec: bool = True
+    """The program ends in samples; --no-codec: in tokens, for PyTorch to decode."""
     without: tuple[Saving, ...] = ()
     """Savings to do without, to see what they are worth."""
+    also: tuple[Saving, ...] = ()
+    """Savings to make although they do not pay on the platform."""
     json: Path | None = None
     """File for everything that was found out, costs of one device and of a clip."""
 
@@ -52,65 +81,92 @@ class Decode:
 # --- the program ---
 
 
-def decode_frames(args: Decode, model: ModelConfig) -> int:
-    """Frames decoded for a clip: whole spans, and as many on every device."""
-    multiple = math.lcm(model.span_length, args.mesh.frames)
-    return math.ceil(args.seconds * FRAME_RATE / multiple) * multiple
+def lower_decode(
+    args: Decode, target: targets.Target, mesh: Mesh
+) -> tuple[jax.stages.Lowered, sampling.MagnetProgram, int]:
+    """The program of `sampling.generate`, traced with shapes in place of arrays.
 
-
-def lower_decode(args: Decode, model: ModelConfig, mesh: Mesh, platform: str) -> jax.stages.Lowered:
-    """The decoding program, traced with shapes in place of arrays."""
-    config = DecodeConfig(steps=args.steps)
-    frames, dtype = decode_frames(args, model), _dtype(args, platform)
-    choice, limit = decode.choice_of(config.greedy, config.top_k, config.top_p)
-    static = dict(
-        config=model,
-        kernels=attention.choose_kernels(
-            args.kernels,
-            platform,
-            model,
-            frames // mesh.shape["frames"],
-            dtype,
-            split=mesh.shape["frames"] > 1,
+    Also what it is made for, and the frames that are decoded.
+    """
+    loaded, decoder = _published(args, target.platform)
+    model = loaded.config.model
+    arrays, made_for = sampling.magnet_arguments(
+        loaded,
+        sampling.Text(
+            np.zeros((args.batch, args.text_tokens), np.int32),
+            np.ones((args.batch, args.text_tokens), bool),
+            np.zeros(args.batch, np.int32),
         ),
-        choice=choice,
-        span_score=config.span_score,
-        guided=decode.guided_steps(config, True),
-        dtype=dtype,
-        savings=decode.Savings(**dict.fromkeys(args.without, False)),
-    )
-    static |= {f"{a}_axis": a if mesh.shape[a] > 1 else None for a in ("guidance", "frames")}
-
-    def rounded_params(key: jax.Array) -> dict:
-        return decode.round_weights(transformer.init_params(model, key), dtype)
-
-    rows, whole = P("data"), P()
-    arguments = (
-        (whole, jax.eval_shape(rounded_params, jax.random.key(0))),
-        (rows, jax.ShapeDtypeStruct((args.batch, args.text_tokens, model.text_width), dtype)),
-        (rows, jax.ShapeDtypeStruct((args.batch, args.text_tokens), jnp.bool_)),
-        (rows, jax.ShapeDtypeStruct((args.batch,), jnp.int32)),
-        (rows, jax.eval_shape(decode.sample_keys, 0, np.arange(args.batch))),
-        (rows, jax.ShapeDtypeStruct((args.batch, model.num_codebooks, frames), jnp.int32)),
-        (whole, np.int32(0)),
-        (
-            whole,
-            decode.make_schedule(
-                config, num_frames=frames, num_prompt=0, span_length=model.span_length
+        np.arange(args.batch),
+        0,
+        np.zeros((args.batch, model.num_codebooks, 0), np.int32),
+        round(args.seconds * FRAME_RATE),
+        loaded.config.decode,
+        decoder and decoder.config,
+        decoder and decoder.params,
+        sampling.Execution(
+            kernels=args.kernels,
+            mesh=args.mesh,
+            savings=dataclasses.replace(
+                decode.default_savings(target.platform),
+                **dict.fromkeys(args.also, True),
+                **dict.fromkeys(args.without, False),
             ),
         ),
-        (whole, np.float32(limit)),
+        None,
+        platform=target.platform,
+        mesh=mesh if mesh.size > 1 else None,
     )
-    program = functools.partial(decode.generate, **static)
-    if mesh.size > 1:
-        program = jax.shard_map(
-            program,
-            mesh=mesh,
-            in_specs=tuple(spec for spec, _ in arguments),
-            out_specs=decode.Decoded(rows, P(None, "data")),
-            check_vma=False,
-        )
-    return jax.jit(program).lower(*(_shapes(tree, mesh, spec) for spec, tree in arguments))
+    shapes = [
+        _shapes(tree, mesh, spec) for tree, spec in zip(arrays, sampling.MAGNET_SPECS, strict=True)
+    ]
+    frames = arrays[5].shape[-1]
+    return sampling.magnet_program.lower(*shapes, made_for=made_for), made_for, frames
+
+
+def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.Decoder | None]:
+    """A model of a published size and its codec's decoder, with shapes for parameters."""
+    model = ModelConfig(**SIZES[args.model])
+    config = RunConfig(
+        model=model,
+        data=DataConfig(segment_seconds=args.seconds),
+        decode=DecodeConfig(steps=args.steps or preset_steps(args.preset or "paper", 4)),
+        compute_dtype=args.dtype,
+    )
+    dtype = sampling.compute_dtype(config, platform)
+    t5_config = t5.PUBLISHED["t5-base"]
+
+    def rounded(init: Callable[[jax.Array], dict]) -> dict:
+        return jax.eval_shape(lambda key: decode.round_weights(init(key), dtype), jax.random.key(0))
+
+    spec = CodecSpec(
+        source="facebook/encodec_32khz",
+        sha256="",
+        sample_rate=CODEC_SETTINGS["sampling_rate"],
+        channels=1,
+        frame_rate=float(FRAME_RATE),
+        num_codebooks=model.num_codebooks,
+        codebook_size=model.codebook_size,
+    )
+    loaded = pretrained.Loaded(
+        config=config,
+        codec=spec,
+        codec_source=spec.source,
+        params={"lm": rounded(functools.partial(transformer.init_params, model))},
+        t5_config=t5_config,
+        t5_params=rounded(functools.partial(t5.init, t5_config)),
+        tokenizer=None,
+        step=0,
+        lineage={},
+    )
+    if not args.codec:
+        return loaded, None
+    fields = {field.name for field in dataclasses.fields(SeanetConfig)}
+    seanet = SeanetConfig(**{k: v for k, v in CODEC_SETTINGS.items() if k in fields})
+    layout = convert_codec.codec_layout(CODEC_SETTINGS, model.num_codebooks)
+    ones = {name: np.broadcast_to(np.float32(1), shape) for name, _, shape in layout}
+    params = convert_codec.decoder_params(ones, seanet, model.num_codebooks)
+    return loaded, codec.Decoder(spec, seanet, params)
 
 
 def _shapes(tree: Any, mesh: Mesh, spec: P) -> Any:
@@ -121,45 +177,42 @@ def _shapes(tree: Any, mesh: Mesh, spec: P) -> Any:
     )
 
 
-def _dtype(args: Decode, platform: str) -> jnp.dtype:
-    automatic = "float32" if platform == "cpu" else "bfloat16"
-    return jnp.dtype(automatic if args.dtype == "auto" else args.dtype)
-
-
 def decode_costs(args: Decode) -> dict[str, Any]:
     """Compiles the decoding program and compares it with the least and with the reference."""
     if not 0 < args.seconds <= 600 or args.batch < 1 or args.text_tokens < 1:
         raise UserError("--seconds (at most 600), --batch and --text-tokens must be positive")
     report.check_file("--json", args.json)
-    model = ModelConfig(**SIZES[args.model])
-    if len(args.steps) != model.num_codebooks:
-        raise UserError(f"--steps needs {model.num_codebooks} numbers, one a codebook")
+    if args.steps and args.preset:
+        raise UserError("give either --steps or --preset")
+    if set(args.also) & set(args.without):
+        raise UserError("a saving is named both by --also and by --without")
     target = targets.load(args.topology)
     mesh = sampling.make_mesh(args.mesh, target.devices)
     if args.batch % mesh.shape["data"]:
         raise UserError(f"--batch {args.batch} does not divide by mesh.data {mesh.shape['data']}")
-    frames = decode_frames(args, model)
-    found = report.compiled_costs(lower_decode(args, model, mesh, target.platform), target)
+    lowered, made_for, frames = lower_decode(args, target, mesh)
+    found = report.compiled_costs(lowered, target)
     text = found.pop("text")
     if not found["readable"]:
         raise UserError(f"{args.topology}: this release of JAX does not read what was compiled")
     # A fused program has no scores; one that is not has them, for T frames or T padded to tiles.
     scores = hlo.square_arrays(text, frames, at_most=math.ceil(frames / 512) * 512)
+    model, steps = made_for.model, args.steps or preset_steps(args.preset or "paper", 4)
+    floor = flops.floor_flops(model, frames, args.text_tokens, steps)
     # The reference leaves out a last, partial span.
     whole_spans = int(args.seconds * FRAME_RATE) // model.span_length * model.span_length
-    floor = flops.floor_flops(model, frames, args.text_tokens, args.steps)
     seconds = found["estimated_seconds"]
     return {
         "program": "decode",
         "arguments": dataclasses.asdict(args) | {"json": None},
-        "dtype": _dtype(args, target.platform).name,
+        "dtype": made_for.dtype.name,
         "num_devices": mesh.size,
         "frames": frames,
         **found,
         "flops_a_clip": found["flops"] * mesh.size / args.batch,
         "floor_flops_a_clip": floor,
         "reference_flops_a_clip": flops.reference_flops(
-            model, whole_spans, args.text_tokens, args.steps
+            model, whole_spans, args.text_tokens, steps
         ),
         "estimated_seconds_a_clip": seconds and seconds / args.batch,
         "estimated_mfu": report.share_of_peak(args.batch * floor, seconds, target, mesh.size),
