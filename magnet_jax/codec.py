@@ -84,16 +84,19 @@ class _Weights(NamedTuple):
 class Codec:
     """A loaded EnCodec; make one with `load_codec`.
 
-    `spec` says what it is, `hop` is the number of audio samples in a token frame.
+    `spec` says what it is, `config` what is computed, `hop` is the number of audio samples in a
+    token frame, `encoder` the PyTorch module from audio to the latent that is quantized.
     """
 
-    def __init__(self, spec: CodecSpec, model: Any, quantizer: Any, normalize: bool, device: str):
+    def __init__(
+        self, spec: CodecSpec, config: SeanetConfig, model: Any, quantizer: Any, device: str
+    ):
         self.spec = spec
-        self.hop = round(spec.sample_rate / spec.frame_rate)
-        self._encoder = model.encoder.to(device).eval()
+        self.config = config
+        self.hop = config.hop
+        self.encoder = model.encoder.to(device).eval()
         self._decoder = model.decoder.to(device).eval()
         self._quantizer = quantizer.to(device).eval()
-        self._normalize = normalize
         self._device = device
 
     def encode(self, wav_BCN: np.ndarray) -> np.ndarray:
@@ -112,9 +115,9 @@ class Codec:
             raise ValueError(f"wav_BCN {wav_BCN.shape}: expected [B, {self.spec.channels}, N]")
         with torch.inference_mode(), _exact(torch):
             wav = torch.from_numpy(np.ascontiguousarray(wav_BCN, np.float32)).to(self._device)
-            if self._normalize:
+            if self.config.normalize:
                 wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
-            codes_KBT = self._quantizer.encode(self._encoder(wav))
+            codes_KBT = self._quantizer.encode(self.encoder(wav))
             return codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
 
     def decode(self, codes_BKT: np.ndarray) -> np.ndarray:
@@ -127,7 +130,7 @@ class Codec:
         with torch.inference_mode(), _exact(torch):
             codes = torch.from_numpy(codes_BKT.astype(np.int64)).to(self._device)
             wav = self._decoder(self._quantizer.decode(codes.transpose(0, 1)))
-            if self._normalize:
+            if self.config.normalize:
                 wav = wav * NOMINAL_RMS
             return wav.float().cpu().numpy()
 
@@ -149,7 +152,7 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
     spec, weights = _read(source, num_codebooks)
     model = _torch_model(torch, weights)
     model["quantizer"].layers = model["quantizer"].layers[: spec.num_codebooks]
-    return Codec(spec, model, model["quantizer"], weights.config.normalize, device)
+    return Codec(spec, weights.config, model, model["quantizer"], device)
 
 
 def read_spec(source: str, num_codebooks: int | None = None) -> CodecSpec:

@@ -1,9 +1,9 @@
-"""Files that others wrote, read with a line for whatever is wrong; folders written whole or not."""
+"""Files of others, read with a line for whatever is wrong; files and folders, written whole."""
 
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,35 @@ def replacing(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_new_file(option: str, path: Path | None, suffixes: Sequence[str]) -> None:
+    """Raises `UserError`, which names the option, for a path that no such file can have."""
+    if path is None:
+        return
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+
+
+@contextlib.contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to, in the same folder, which takes the name `path` at the end.
+
+    Makes the folder. A file that is replaced stays whole until then. Raises `UserError` where
+    something cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _beside(folder: Path, kind: str) -> Path:

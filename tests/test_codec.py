@@ -169,7 +169,7 @@ def test_encodec_48khz_needs_no_scales(encodec_files):
     np.testing.assert_array_equal(codec.encode(wav_BCN / 8), codes_BKT)
     wav = codec.decode(codes_BKT)
     assert wav.shape == (1, 2, 72000)
-    codec._normalize = False
+    codec.config = dataclasses.replace(codec.config, normalize=False)
     np.testing.assert_allclose(wav, codec.decode(codes_BKT) * NOMINAL_RMS, rtol=1e-6)
 
 
