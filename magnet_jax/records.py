@@ -47,6 +47,18 @@ class Shard:
     file_bytes: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Totals:
+    """What a data set holds."""
+
+    records: dict[str, int]
+    """By split."""
+    files: dict[str, int]
+    """Bytes of each record file."""
+    about: dict[str, Any]
+    """What `finalise` was given for people: of tokenization.job hours, audio_files, rejected."""
+
+
 def features(num_codebooks: int) -> tfds.features.FeaturesDict:
     """The types of a record's fields.
 
@@ -122,6 +134,17 @@ def has_split(directory: str | Path, split: str) -> bool:
     """Whether a data set has any record in that split; raises as `read_codec_spec` does."""
     _read_metadata(directory)
     return split in _builder(Path(directory)).info.splits
+
+
+def read_totals(directory: str | Path) -> Totals:
+    """What a data set holds, without reading its records; raises as `read_codec_spec` does."""
+    metadata = _read_metadata(directory)
+    splits = _builder(Path(directory)).info.splits
+    return Totals(
+        records={name: info.num_examples for name, info in splits.items()},
+        files=metadata["files"],
+        about=metadata["about"],
+    )
 
 
 def digest(directory: str | Path) -> str:
