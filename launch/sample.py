@@ -106,7 +106,6 @@ def sample(args: Args) -> list[Path]:
         raise UserError("--seed must lie between 0 and 2147483647")
     if args.unconditional < 0:
         raise UserError("--unconditional must not be negative")
-    args.out.mkdir(parents=True, exist_ok=True)
     from magnet_jax import audio, pretrained, programs, records, sampling  # JAX is slow to load
 
     programs.keep_on_disk()
@@ -134,6 +133,7 @@ def sample(args: Args) -> list[Path]:
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)
+    args.out.mkdir(parents=True, exist_ok=True)
     written = []
     for first in range(0, len(texts), args.batch_size):
         # A last, smaller batch is filled up: few shapes, few programs.

@@ -499,6 +499,7 @@ class _Tally:
     places: Counter = dataclasses.field(default_factory=Counter)  # in the program, by kind
     runs: Counter = dataclasses.field(default_factory=Counter)  # in a run of it
     bytes: Counter = dataclasses.field(default_factory=Counter)  # moved in a run
+    beside: Counter = dataclasses.field(default_factory=Counter)  # what runs meanwhile
     fused_attention: Counter = dataclasses.field(default_factory=Counter)
     uncounted: Counter = dataclasses.field(default_factory=Counter)
     unknown_loops: list[str] = dataclasses.field(default_factory=list)
@@ -507,7 +508,9 @@ class _Tally:
         self.flops += times * other.flops
         self.cycles += times * other.cycles
         self.places += other.places
-        for own, others in ((self.runs, other.runs), (self.bytes, other.bytes)):
+        for own, others in (
+            (self.runs, other.runs), (self.bytes, other.bytes), (self.beside, other.beside)
+        ):  # fmt: skip
             own.update({kind: times * count for kind, count in others.items()})
         self.fused_attention += other.fused_attention
         self.uncounted += other.uncounted
@@ -531,9 +534,33 @@ def _walk(program: Program, computation: Computation, known: Environment, *, fus
       fused: within a fusion, where nothing is copied and cycles are the fusion's.
     """
     tally = _Tally()
+    begun: dict[str, int] = {}  # asynchronous collectives, and the operations before them
     for instruction in computation.instructions.values():
+        if not fused and (ended := _ends(instruction)) in begun:
+            flops = tally.flops - begun.pop(ended)
+            tally.beside.update(runs=1, with_products=int(flops > 0), flops=flops)
         _count(program, computation, instruction, known, tally, fused=fused)
+        if not fused and _is_begun(program, instruction):
+            begun[instruction.name] = tally.flops
     return tally
+
+
+def _is_begun(program: Program, instruction: Instruction) -> bool:
+    """Whether a collective begins here that ends at another instruction."""
+    if instruction.opcode == "async-start":  # of a GPU: reduce-scatter and others
+        inner = program.computations[instruction.attribute("calls")]
+        return any(one.opcode in COLLECTIVES for one in inner.instructions.values())
+    if instruction.opcode == "fusion":  # of a TPU
+        return instruction.name.startswith("async-collective-start")
+    opcode = instruction.opcode
+    return opcode.endswith("-start") and opcode.removesuffix("-start") in COLLECTIVES
+
+
+def _ends(instruction: Instruction) -> str | None:
+    """The name of what began the asynchronous work that ends here."""
+    if instruction.opcode == "fusion" and instruction.name.startswith("async-collective-done"):
+        return instruction.name.replace("done", "start")
+    return instruction.operands[0] if instruction.opcode.endswith("-done") else None
 
 
 def _count(
@@ -662,6 +689,12 @@ class Work:
     collective_runs: dict[str, int]
     collective_bytes: dict[str, int]
     """The larger of what goes in and what comes out of each, on one device."""
+    async_collective_runs: int
+    """Collectives that begin at one instruction and end at another."""
+    overlapping_collective_runs: int
+    """Those of them with matrix products between."""
+    overlapping_flops: int
+    """Of those products."""
     fused_attention: tuple[str, ...]
     """Target and name of the calls that are fused attention."""
     unknown_loops: tuple[str, ...]
@@ -704,6 +737,9 @@ def work(text: str) -> Work:
         collective_places=collectives(tally.places),
         collective_runs=collectives(tally.runs),
         collective_bytes=collectives(tally.bytes),
+        async_collective_runs=tally.beside["runs"],
+        overlapping_collective_runs=tally.beside["with_products"],
+        overlapping_flops=tally.beside["flops"],
         fused_attention=tuple(sorted(tally.fused_attention)),
         unknown_loops=tuple(tally.unknown_loops),
         uncounted=dict(sorted(tally.uncounted.items())),

@@ -324,6 +324,10 @@ def train(config: RunConfig) -> None:
             f"stopped and saved at step {step}; the same command goes on from there"
         )
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
+    distributed.say_first(
+        f"done, saved at step {step}; to hear it: python -m launch.sample --checkpoint "
+        f'{config.out} --prompt "TEXT" --out wavs'
+    )
 
 
 def _restored(

@@ -43,6 +43,16 @@ def test_kernels_equal_plain_attention(kernel, num_frames, context):
     assert_equal_where_frames_exist(found, expected, num_frames)
 
 
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+@pytest.mark.parametrize("length", [500, [500, 341]])
+def test_cudnn_equals_plain_attention(length):
+    qkv = tuple(heads(i, 2, 500, 4, 64).astype(jnp.bfloat16) for i in range(3))
+    found = attention.self_attention(*qkv, context=None, kernel="cudnn", length=jnp.asarray(length))
+    exact = tuple(x.astype(jnp.float32) for x in qkv)
+    expected = plain_attention(*exact, None, length)
+    assert_equal_where_frames_exist(found.astype(jnp.float32), expected, length, atol=2e-2)
+
+
 @pytest.mark.parametrize("kernel", ["dense", "slices", "blocks"])
 @pytest.mark.parametrize("context", [None, 5])
 @pytest.mark.parametrize("length", [50, [70, 41]])

@@ -337,6 +337,38 @@ def test_a_collective_that_runs_beside_fusions_is_counted_once():
     assert found.collective_runs == {"all-gather": 1} and found.uncounted == {}
 
 
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_products_between_the_ends_of_a_collective(platform):
+    """One gather has a product beside it, another has none."""
+    start, done = {
+        "gpu": (
+            "%{0}-start = (f32[8]{{0}}, f32[32]{{0}}) all-gather-start(%a), dimensions={{0}}",
+            "%{0}-done = f32[32]{{0}} all-gather-done(%{0}-start)",
+        ),
+        "tpu": (
+            "%async-collective-start.{0} = f32[8]{{0}} fusion(%a), kind=kCustom, calls=%gather",
+            "%async-collective-done.{0} = f32[32]{{0}} fusion(%a), kind=kCustom, calls=%nothing",
+        ),
+    }[platform]
+    gather = (
+        "%gather (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}\n\n"
+        "%nothing (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}\n\n"
+    )
+    text = entry(
+        "%a = f32[8]{0} parameter(0)",
+        "%m = f32[4,4]{1,0} parameter(1)",
+        start.format(1),
+        "%p = f32[4,4]{1,0} dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+        done.format(1),
+        start.format(2),
+        done.format(2),
+        "ROOT %q = f32[4,4]{1,0} dot(%p, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
+    )
+    found = hlo.work(text.replace("ENTRY", gather + "ENTRY"))
+    assert (found.async_collective_runs, found.overlapping_collective_runs) == (2, 1)
+    assert found.overlapping_flops == 2 * 4**3 == found.flops / 2
+
+
 def test_what_is_not_a_module_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("module @jit_f {\n}\n")

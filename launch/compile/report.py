@@ -107,6 +107,11 @@ def cost_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
                 ]
             ),
         ),
+        (
+            "beside products",
+            f"{found['overlapping_collective_runs']} of {found['async_collective_runs']} "
+            f"asynchronous collectives, {size(found['overlapping_flops'], 'FLOP')}",
+        ),
         ("attention", f"fused: {listed(found['fused_attention'])}"),
         (
             "largest arrays",

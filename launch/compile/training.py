@@ -108,7 +108,7 @@ def costs(args: Train) -> dict[str, Any]:
     clips, text_tokens = config.data.batch_size, config.text.max_tokens
     lowered = steps.lower(static, clips, frames, text_tokens, args.stage)
     found = report.compiled_costs(lowered, target)
-    text = found.pop("text")
+    found.pop("text")
     at_once = clips // sharding.num_rows(static.mesh) // static.num_parts
     operations = clips * flops.training_flops(config.model, frames, text_tokens)
     seconds, memory = found["estimated_seconds"], planned.device
@@ -128,7 +128,6 @@ def costs(args: Train) -> dict[str, Any]:
         "model_flops": operations,
         "step_seconds": seconds,
         "mfu": report.share_of_peak(operations, seconds, target, static.mesh.size),
-        "overlapping_collectives": text.count("-start("),
     }
 
 
