@@ -85,7 +85,7 @@ class Codec:
     """A loaded EnCodec; make one with `load_codec`.
 
     `spec` says what it is, `config` what is computed, `hop` is the number of audio samples in a
-    token frame, `encoder` the PyTorch module from audio to the latent that is quantized.
+    token frame, `encoder` the PyTorch module from audio to the latent that `quantizer` takes.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class Codec:
         self.hop = config.hop
         self.encoder = model.encoder.to(device).eval()
         self._decoder = model.decoder.to(device).eval()
-        self._quantizer = quantizer.to(device).eval()
-        self._device = device
+        self.quantizer = quantizer.to(device).eval()
+        self.device = device
 
     def encode(self, wav_BCN: np.ndarray) -> np.ndarray:
         """Codes [B, K, ceil(N / hop)] (int16) of audio [B, C, N] (float32 in [-1, 1]).
@@ -113,11 +113,11 @@ class Codec:
         torch = import_torch()
         if wav_BCN.ndim != 3 or wav_BCN.shape[1] != self.spec.channels or wav_BCN.shape[2] < 1:
             raise ValueError(f"wav_BCN {wav_BCN.shape}: expected [B, {self.spec.channels}, N]")
-        with torch.inference_mode(), _exact(torch):
-            wav = torch.from_numpy(np.ascontiguousarray(wav_BCN, np.float32)).to(self._device)
+        with torch.inference_mode(), exactly(torch):
+            wav = torch.from_numpy(np.ascontiguousarray(wav_BCN, np.float32)).to(self.device)
             if self.config.normalize:
                 wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
-            codes_KBT = self._quantizer.encode(self.encoder(wav))
+            codes_KBT = self.quantizer.encode(self.encoder(wav))
             return codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
 
     def decode(self, codes_BKT: np.ndarray) -> np.ndarray:
@@ -127,9 +127,9 @@ class Codec:
         """
         torch = import_torch()
         codes_BKT = check_codes(codes_BKT, self.spec)
-        with torch.inference_mode(), _exact(torch):
-            codes = torch.from_numpy(codes_BKT.astype(np.int64)).to(self._device)
-            wav = self._decoder(self._quantizer.decode(codes.transpose(0, 1)))
+        with torch.inference_mode(), exactly(torch):
+            codes = torch.from_numpy(codes_BKT.astype(np.int64)).to(self.device)
+            wav = self._decoder(self.quantizer.decode(codes.transpose(0, 1)))
             if self.config.normalize:
                 wav = wav * NOMINAL_RMS
             return wav.float().cpu().numpy()
@@ -258,7 +258,7 @@ def check_same_codec(found: CodecSpec, expected: CodecSpec, where: str) -> None:
             raise UserError(f"{where}: its codec has {name} {a}, but {b} is wanted")
 
 
-def _exact(torch: Any) -> Any:
+def exactly(torch: Any) -> Any:
     """On GPUs: the same codes every time, and no shortened floats."""
     return torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False

@@ -1,0 +1,301 @@
+"""Tracks of any length to tokens: windows of many tracks in a batch, the same as track by track.
+
+What the encoder's convolutions make of a frame hangs on a few frames to each side
+(`receptive_field`), so a window that overlaps its neighbours by those gives the frames between
+exactly. The LSTM behind them hangs on all that came before: its state goes along from window to
+window. Each row of a batch is another track, and when one ends the next takes its row.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from magnet_jax.codec import Codec, exactly
+from magnet_jax.receptive_field import convolution_frames
+from magnet_jax.torch_env import import_torch
+
+MOST_SHORT = 64  # tracks shorter than a window that wait for others of their length
+
+
+class Source(NamedTuple):
+    """A track to encode: anything that names it, and its audio in blocks [C, n] (float32)."""
+
+    key: Any
+    blocks: Iterable[np.ndarray]
+
+
+class Encoded(NamedTuple):
+    """What became of a track."""
+
+    key: Any
+    codes_KT: np.ndarray | None
+    """int16; None where reading failed, or there was nothing to read."""
+    samples: int
+    """Of the audio, without the zeros that fill up the last frame."""
+    error: Exception | None
+
+
+def encode(
+    codec: Codec,
+    sources: Iterable[Source],
+    *,
+    window_frames: int,
+    batch_size: int,
+    rejected: type[Exception],
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Iterator[Encoded]:
+    """Encodes each track as a whole, its last frame filled up with zeros, in the sources' order.
+
+    The result is a function of the sources and settings alone. Memory goes with `batch_size` times
+    `window_frames` and with the tokens, not with the length of the audio. While a batch is encoded
+    the next windows are read.
+
+    Args:
+      codec: with weight norm, as `receptive_field.convolutions` wants it.
+      sources: tracks; one is begun when a row is free for it.
+      window_frames: frames a window, overlap included.
+      batch_size: tracks at once.
+      rejected: what reading a source may raise to have that track, and only that, left out.
+      precision: of the convolutions.
+
+    Raises:
+      UserError: a codec that norms over the whole clip.
+      ValueError: windows that are all overlap.
+    """
+    encoder = _Encoder(codec, window_frames, precision)
+    unfinished: deque[_Track] = deque()
+    short: dict[int, list[_Track]] = {}  # by frames: all of a batch are of one length
+    following = iter(sources)
+    rows: list[_Track | None] = [None] * batch_size
+
+    def finished() -> Iterator[Encoded]:
+        while unfinished and unfinished[0].done:
+            yield unfinished.popleft().encoded()
+
+    with ThreadPoolExecutor(batch_size, "reader") as readers:
+
+        def next_track() -> _Track | None:
+            source = next(following, None)
+            if source is None:
+                return None
+            track = _Track(source, encoder, rejected)
+            track.reading = readers.submit(track.read)
+            unfinished.append(track)
+            return track
+
+        while True:
+            for row in range(batch_size):
+                while (track := rows[row] or next_track()) is not None:
+                    track.reading.result()
+                    if not track.done and not track.is_short:
+                        rows[row] = track
+                        break
+                    rows[row] = None
+                    if not track.done:
+                        group = short.setdefault(track.whole_frames, [])
+                        group.append(track)
+                        if len(group) == batch_size:
+                            encoder.encode_whole(short.pop(track.whole_frames))
+                        elif sum(map(len, short.values())) > MOST_SHORT:
+                            encoder.encode_whole(short.pop(max(short, key=lambda t: len(short[t]))))
+            tracks = [track for track in rows if track is not None]
+            if not tracks:
+                break
+            windows = [track.next_window() for track in tracks]
+            for track in tracks:
+                track.reading = readers.submit(track.read)
+            encoder.encode_windows(tracks, windows)
+            yield from finished()
+        for frames in sorted(short):
+            encoder.encode_whole(short[frames])
+        yield from finished()
+
+
+class _Window(NamedTuple):
+    wav_CN: np.ndarray
+    skip: int  # frames before the first new one
+    new: int  # frames that no window before gave
+    is_first: bool
+    is_last: bool
+
+
+class _Track:
+    """A track on its way: the samples at hand, the LSTM's state, the tokens so far."""
+
+    def __init__(self, source: Source, encoder: "_Encoder", rejected: type[Exception]):
+        self.key, self._blocks, self._encoder, self._rejected = (
+            source.key, iter(source.blocks), encoder, rejected,
+        )  # fmt: skip
+        self.reading: Future | None = None
+        self.samples = 0
+        self.whole_frames: int | None = None  # known when all is read
+        self.error: Exception | None = None
+        self.encoded_whole = False
+        self.state: Any = None  # of the LSTM
+        self.tail_FT: Any = None  # what the last convolution still needs of the LSTM's frames
+        self.codes: list[np.ndarray] = []
+        self._held: list[np.ndarray] = []
+        self._first = 0  # frame of the first sample held
+        self._frames = 0  # given by windows
+        self._wanted = 0  # frames up to which the next window reaches
+
+    @property
+    def done(self) -> bool:
+        return self.encoded_whole or self.error is not None or self.whole_frames == 0
+
+    @property
+    def is_short(self) -> bool:
+        return self.whole_frames is not None and self.whole_frames < self._encoder.window
+
+    def read(self) -> None:
+        """Reads what the next window wants; errors of the kind that rejects are kept."""
+        encoder, hop = self._encoder, self._encoder.hop
+        if self.done or self.whole_frames is not None:
+            return
+        self._wanted += encoder.step
+        try:
+            wanted = max(self._wanted + encoder.right, encoder.window) * hop
+            while self.samples < wanted:
+                block_CN = next(self._blocks, None)
+                if block_CN is None:
+                    break
+                self._held.append(block_CN)
+                self.samples += block_CN.shape[1]
+            else:
+                return
+        except self._rejected as error:
+            self.error, self._held = error, []
+            return
+        self.whole_frames = -(-self.samples // hop)
+        if self.samples == 0:
+            return
+        missing = self.whole_frames * hop - self.samples
+        self._held.append(np.zeros((self._held[0].shape[0], missing), np.float32))
+
+    def all_held(self) -> np.ndarray:
+        return np.concatenate(self._held, axis=1)
+
+    def next_window(self) -> _Window:
+        """The window that begins with the next frames; drops samples that no other needs."""
+        encoder, hop = self._encoder, self._encoder.hop
+        start = max(self._frames - encoder.left, 0)
+        whole = self.whole_frames
+        if whole is not None:  # the end of the track is the end of its window
+            start = min(start, whole - encoder.window)
+        is_last = whole is not None and whole - self._frames <= encoder.step
+        new = whole - self._frames if is_last else encoder.step
+        held_CN = self.all_held()
+        from_ = (start - self._first) * hop
+        wav_CN = held_CN[:, from_ : from_ + encoder.window * hop]
+        window = _Window(wav_CN, self._frames - start, new, self._frames == 0, is_last)
+        self._frames += new
+        # The last window may begin a whole window before the end.
+        keep = max(start, self._first)
+        self._held, self._first = [held_CN[:, (keep - self._first) * hop :]], keep
+        return window
+
+    def encoded(self) -> Encoded:
+        if self.error or not self.codes:
+            return Encoded(self.key, None, self.samples, self.error)
+        return Encoded(self.key, np.concatenate(self.codes, axis=1), self.samples, self.error)
+
+
+class _Encoder:
+    """The encoder in three parts: convolutions, LSTM, then the last convolution and codebooks."""
+
+    def __init__(self, codec: Codec, window_frames: int, precision: str):
+        from transformers.models.encodec.modeling_encodec import EncodecLSTM
+
+        self._torch = import_torch()
+        self._codec, self._precision = codec, precision
+        self.hop, self.window = codec.hop, window_frames
+        self.left, self.right = convolution_frames(codec.config)
+        self.step = window_frames - self.left - self.right
+        if self.step < 1:
+            raise ValueError(
+                f"windows of {window_frames} frames overlap by {self.left + self.right}"
+            )
+        layers = list(codec.encoder.layers)
+        (place,) = [i for i, layer in enumerate(layers) if isinstance(layer, EncodecLSTM)]
+        self._front = self._torch.nn.Sequential(*layers[:place])
+        self._lstm, (self._activation, last) = layers[place].lstm, layers[place + 1 :]
+        self._last = last.conv
+        total = self._last.kernel_size[0] - 1
+        # Frames that the last convolution needs of those after, and before.
+        self._after = 0 if codec.config.use_causal_conv else total // 2
+        self._before = total - self._after
+
+    def encode_whole(self, tracks: list[_Track]) -> None:
+        """Tracks of one length, all at once."""
+        codes_BKT = self._codec.encode(np.stack([track.all_held() for track in tracks]))
+        for track, codes_KT in zip(tracks, codes_BKT):
+            track.codes, track.encoded_whole = [codes_KT], True
+
+    def encode_windows(self, tracks: list[_Track], windows: list[_Window]) -> None:
+        """A window of each track; what cannot be known yet comes with the next."""
+        torch = self._torch
+        with torch.inference_mode(), exactly(torch):
+            x_BFT = self._features(np.stack([window.wav_CN for window in windows]))
+            new_BFT = x_BFT.new_zeros(*x_BFT.shape[:2], self.step)
+            for row, window in enumerate(windows):
+                new_BFT[row, :, : window.new] = x_BFT[row, :, window.skip :][:, : window.new]
+            y_BFT = self._recurrent(tracks, windows, new_BFT)
+            codes_KBT = self._codec.quantizer.encode(
+                self._last(self._padded(tracks, windows, y_BFT))
+            )
+            codes_BKT = codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
+        for track, window, codes_KT in zip(tracks, windows, codes_BKT):
+            # Column j is frame j - after, counted from the window's first new one.
+            first = self._after if window.is_first else 0
+            end = window.new + (self._after if window.is_last else 0)
+            track.codes.append(codes_KT[:, first:end])
+            track.encoded_whole = window.is_last
+
+    def _features(self, wav_BCN: np.ndarray) -> Any:
+        torch, device = self._torch, self._codec.device
+        wav = torch.from_numpy(np.ascontiguousarray(wav_BCN)).to(device)
+        enabled = self._precision == "bfloat16"
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled):
+            return self._front(wav).float()
+
+    def _recurrent(self, tracks: list[_Track], windows: list[_Window], x_BFT: Any) -> Any:
+        torch = self._torch
+        layers, width = self._lstm.num_layers, self._lstm.hidden_size
+        zeros = x_BFT.new_zeros(layers, width)
+        states = [track.state or (zeros, zeros) for track in tracks]
+        state = tuple(torch.stack([s[i] for s in states], dim=1) for i in range(2))
+        x_TBF = x_BFT.permute(2, 0, 1).contiguous()
+        y_TBF, (hidden, cell) = self._lstm(x_TBF, state)
+        for row, track in enumerate(tracks):
+            track.state = None if windows[row].is_last else (hidden[:, row], cell[:, row])
+        return self._activation((y_TBF + x_TBF).permute(1, 2, 0))
+
+    def _padded(self, tracks: list[_Track], windows: list[_Window], y_BFT: Any) -> Any:
+        """The last convolution's input: frames kept of the window before, new ones, and ends."""
+        before, after = self._before, self._after
+        width = before + after
+        x_BFT = y_BFT.new_zeros(*y_BFT.shape[:2], width + self.step + after)
+        x_BFT[..., width : width + self.step] = y_BFT
+        for row, (track, window) in enumerate(zip(tracks, windows)):
+            x_FT, end = x_BFT[row], width + window.new
+            if track.tail_FT is not None:
+                x_FT[:, :width] = track.tail_FT
+            if window.is_last:
+                x_FT[:, end:] = 0
+                x_FT[:, end : end + after] = self._beyond(x_FT[:, :end].flip(1), after).flip(1)
+            if window.is_first:
+                x_FT[:, after:width] = self._beyond(x_FT[:, width:end], before)
+            track.tail_FT = None if window.is_last else x_FT[:, end - width : end].clone()
+        return x_BFT
+
+    def _beyond(self, x_FT: Any, count: int) -> Any:
+        """So many frames before the first, as the codec pads."""
+        mode = self._codec.config.pad_mode
+        if mode == "constant" or count == 0:
+            return x_FT.new_zeros(x_FT.shape[0], count)
+        if mode == "replicate":
+            return x_FT[:, :1].expand(-1, count)
+        return x_FT[:, 1 : count + 1].flip(1)
