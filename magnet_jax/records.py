@@ -63,8 +63,8 @@ def features(num_codebooks: int) -> tfds.features.FeaturesDict:
     """The types of a record's fields.
 
     codes int16 [K, T]; caption: the description; info: JSON object of the other metadata; track_id:
-    path of the track without suffix; source_path: path of its file below the audio folder; start,
-    duration: seconds into the track, and of the record.
+    path of the track without suffix, or its name in a table; source_path: path of its file below
+    the source's folder; start, duration: seconds into that file, and of the record.
     """
     return tfds.features.FeaturesDict(
         {

@@ -1,29 +1,35 @@
-"""Audio intake: which files a folder holds, and one of them as samples, or why not."""
+"""Audio intake: one track as samples, or why not.
 
-import hashlib
-import json
+`decode` is meant for a process of its own (tokenization/decoder.py): libraries that read other
+people's files crash and hang.
+"""
+
+import io
 import math
 import os
 import re
-import stat
-from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
+from itertools import chain
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 
-from magnet_jax.errors import UserError
-
-# Files with these suffixes count as audio: soundfile's formats, less header-less samples, and the
-# other names that those formats go by.
+# Files with these suffixes count as audio: soundfile's formats, less header-less samples, the
+# other names that those formats go by, and what FFmpeg reads.
 SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats()) - {".raw"} | {
     ".8svx", ".aif", ".aifc", ".iff", ".mat", ".mp2", ".nist", ".oga", ".opus", ".sf", ".snd",
     ".sph", ".wave",
+    ".3gp", ".aac", ".ac3", ".ape", ".m4a", ".m4b", ".mka", ".mkv", ".mov", ".mp4", ".tta", ".webm",
+    ".wma", ".wv",
 }  # fmt: skip
 SILENCE_DBFS = -60.0
 LARGEST_PEAK = 8.0  # full scale is 1; samples of +-32768 are no float audio
+CLIPPED = 1e-3  # a track of which a larger share is clipped counts as clipped
 
 _BLOCK = 2**17  # frames read at once
 # Compressed formats may miss their header's length by a few of their own frames.
@@ -44,47 +50,16 @@ _CUT_OFF = [
 _CUT_OFF_SOMEWHERE = "Seems to be a truncated file."  # VOC
 _UNKNOWN_LENGTH = 2**31 - 2**16  # streamed files promise about 2**31 or 2**32 bytes
 _LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
-_SAMPLED = 2**16  # bytes of either end of a file that its fingerprint is made of
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reject:
-    """A file that is left out: its path below the audio folder, and why."""
-
-    path: str
-    reason: str
-    """One of a few fixed phrases, to be counted."""
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Track:
-    """A captioned audio file that has not been opened yet."""
-
-    path: str
-    """Below the audio folder."""
-    track_id: str
-    """The path without suffix."""
-    caption: str
-    info: str
-    """JSON object of the sidecar's other fields, less those that are null."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a folder of audio holds, in a fixed order."""
-
-    tracks: tuple[Track, ...]
-    rejects: tuple[Reject, ...]
-    """Audio files that need not be opened to be refused."""
-    ignored: dict[str, int]
-    """Number of files that are no audio, by suffix."""
-    fingerprint: str
-    """Changes with the name, size, first or last 64 KiB of any audio file, and with any caption."""
+# What FFmpeg may take a file for: no playlists and no pictures, which lead to other files.
+_FFMPEG_FORMATS = (
+    "aac,ac3,aiff,amr,ape,asf,caf,eac3,flac,flv,loas,matroska,mov,mp3,mpeg,mpegts,ogg,tta,wav,wv"
+)
+_FFMPEG_TIMED = ("mov", "matroska", "asf")  # their headers note how long the sound is
+_SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
 
 
 class RejectedError(Exception):
-    """Raised by `read_audio`, with a `Reject`'s reason and detail."""
+    """A track that is left out, with a `Reject`'s reason and detail."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -92,171 +67,377 @@ class RejectedError(Exception):
         self.detail = detail
 
 
-def scan(folder: Path) -> Manifest:
-    """Lists the audio below a folder, with the captions of the .json file beside each.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reject:
+    """A track that is left out: its path as the source names it, and why."""
 
-    Names that begin with a dot are passed over. Links that lead out of the folder are rejected,
-    and linked folders are not entered. Of files that differ in their suffix only, the first counts.
-    A captioned file of another suffix is taken for audio that cannot be read, and rejected.
-    Raises `UserError` if the folder or one in it cannot be listed, or holds no audio.
+    path: str
+    reason: str
+    """One of a few fixed phrases, to be counted."""
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileBytes:
+    """A file, or a range of its bytes: a member of a tar."""
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+    """None is the whole file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RowBytes:
+    """Audio within a table: a row of a Parquet file or an Arrow stream."""
+
+    path: str
+    column: str
+    """Of bytes, or of structs with 'bytes', as the `datasets` library has them."""
+    row: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Track:
+    """Captioned audio that has not been opened yet: a file or a part of one."""
+
+    path: str
+    """Below the source's root, for people and records."""
+    track_id: str
+    """Unlike that of any other track of the source; by default the path without suffix."""
+    place: FileBytes | RowBytes
+    caption: str
+    info: str
+    """JSON object of the other fields that go with it, less those that are null."""
+    start: float = 0.0
+    """Seconds into the file."""
+    duration: float | None = None
+    """Seconds; None is up to the end of the file."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Intake:
+    """What is asked of a track."""
+
+    sample_rate: int | None
+    """To resample to (soxr, VHQ); None leaves it as it is."""
+    channels: int
+    min_seconds: float = 1.0
+    """Shorter tracks are rejected."""
+    max_clipped: float = 1.0
+    """Tracks of which a larger share is clipped are rejected, see `Facts`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """What was found out about a track; None is what its header does not say."""
+
+    format: str
+    sample_rate: int
+    channels: int
+    seconds: float | None
+    level: float | None = None
+    """Root mean square in dBFS, of the mix, around its mean: a constant offset is no sound."""
+    clipped: float | None = None
+    """Share of samples at full scale that come after two others at full scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A file whose header has been read."""
+
+    format: str
+    sample_rate: int
+    channels: int
+    full_scale: float
+    frames: int | None
+    """Of the whole file by its header."""
+    loss: str | None
+    """What is missing of the whole file by its header."""
+    read: Callable[[int, int | None], Iterator[np.ndarray]]
+    """Frames to pass over and at most to read (None: all) -> blocks [n, channels], float32."""
+
+
+def read_header(track: Track) -> Facts:
+    """What the header says, without reading the sound; raises as `decode` does."""
+    with _opened(track) as opened:
+        if opened.loss and not _is_part(track):
+            raise RejectedError("cut off", opened.loss)
+        seconds = track.duration
+        if seconds is None and opened.frames is not None:
+            seconds = opened.frames / opened.sample_rate - track.start
+        return Facts(
+            format=opened.format,
+            sample_rate=opened.sample_rate,
+            channels=opened.channels,
+            seconds=seconds,
+        )
+
+
+def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
+    """Yields the samples in blocks [n, C] (float32), mixed and resampled; returns its `Facts`.
+
+    However long the track is, a few blocks are in memory. Raises `RejectedError` as soon as the
+    track is known not to be fit, which may be after its last block, and FileNotFoundError.
     """
-    if not folder.is_dir():
-        raise UserError(f"audio folder {folder}: no such folder")
-    folder = folder.resolve()
-    tracks, rejects, others, seen = [], [], [], set()
-    digest = hashlib.sha256()
-    for path in _files(folder):
-        if path.suffix.lower() not in SUFFIXES and not path.is_dir():
-            others.append(path)
-            continue
-        name, shown, track_id = _names(path, folder)
-        try:
-            if shown != name:
-                raise RejectedError("bad name", "the file name is not UTF-8")
-            try:
-                if not path.resolve().is_relative_to(folder):
-                    raise RejectedError("outside the folder", "a link out of the folder")
-                digest.update(f"{name}\n".encode() + _fingerprint(path))
-            except (FileNotFoundError, RuntimeError):  # (RuntimeError: links in a circle)
-                raise RejectedError("unreadable", "a link to nothing") from None
-            except OSError as error:
-                raise RejectedError("unreadable", str(error.strerror)) from None
-            if track_id in seen:
-                raise RejectedError("duplicate", "another file has this name but for its suffix")
-            seen.add(track_id)
-            caption, info = _read_caption(path.with_suffix(".json"), folder, digest)
-            tracks.append(Track(path=name, track_id=track_id, caption=caption, info=info))
-        except RejectedError as error:
-            rejects.append(Reject(path=shown, reason=error.reason, detail=error.detail))
-            digest.update(f"{shown}\n{error.reason}\n".encode())
-    ignored: Counter[str] = Counter()
-    for path in others:
-        suffix = path.suffix.lower()
-        if suffix == ".json":
-            continue
-        _, shown, track_id = _names(path, folder)
-        if track_id in seen or not _has_caption(path, folder):
-            ignored[suffix or "none"] += 1
-            continue
-        seen.add(track_id)
-        rejects.append(Reject(path=shown, reason="unknown format", detail=suffix or "no suffix"))
-        digest.update(f"{shown}\nunknown format\n".encode())
-    if not tracks and not rejects:
-        raise UserError(f"audio folder {folder}: no audio in it ({describe_ignored(ignored)})")
-    return Manifest(
-        tracks=tuple(tracks),
-        rejects=tuple(rejects),
-        ignored=dict(ignored),
-        fingerprint=digest.hexdigest(),
+    with _opened(track) as opened:
+        rate = opened.sample_rate
+        if opened.loss and not _is_part(track):
+            raise RejectedError("cut off", opened.loss)
+        resampler = None
+        if intake.sample_rate not in (None, rate):
+            resampler = soxr.ResampleStream(
+                rate, intake.sample_rate, intake.channels, dtype="float32", quality="VHQ"
+            )
+        count, clipped, total, square = 0, 0, np.zeros(intake.channels), 0.0
+        # of the last two frames: whether they are at full scale
+        before = np.zeros((2, opened.channels), bool)
+        wanted = None if track.duration is None else round(track.duration * rate)
+        for block in opened.read(round(track.start * rate), wanted):
+            if not np.isfinite(block).all():
+                raise RejectedError("not finite", "holds NaN or infinite samples")
+            size = np.abs(block)
+            if (peak := size.max()) > LARGEST_PEAK:
+                raise RejectedError("too loud", f"a peak of {peak:.0f} where full scale is 1")
+            full = np.concatenate([before, size >= opened.full_scale])
+            clipped += np.count_nonzero(full[:-2] & full[1:-1] & full[2:])
+            before = full[-2:]
+            count += len(block)
+            block = mix(block, intake.channels)
+            total += block.sum(0, dtype=np.float64)
+            square += np.square(block, dtype=np.float64).sum()
+            if resampler:
+                block = resampler.resample_chunk(block)
+            if len(block):
+                yield block
+        _check_length(track, opened, count)
+        seconds = count / rate
+        if seconds < intake.min_seconds:
+            raise RejectedError("too short", f"{seconds:.3f} s")
+        variance = max(0.0, square / (count * intake.channels) - np.mean(np.square(total / count)))
+        level = 10 * math.log10(variance + 1e-20)
+        if level < SILENCE_DBFS:
+            raise RejectedError("silent", f"{level:.0f} dBFS")
+        share = int(clipped) / (count * opened.channels)
+        if share > intake.max_clipped:
+            raise RejectedError("clipped", f"{share:.2%} of its samples")
+    if resampler:
+        rest = resampler.resample_chunk(np.zeros((0, intake.channels), np.float32), last=True)
+        if len(rest):
+            yield rest
+    return Facts(
+        format=opened.format,
+        sample_rate=rate,
+        channels=opened.channels,
+        seconds=seconds,
+        level=level,
+        clipped=share,
     )
 
 
-def describe_ignored(ignored: dict[str, int]) -> str:
-    """For people: what kinds of other files there were."""
-    if not ignored:
-        return "no other files"
-    kinds = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
-    return f"{sum(ignored.values())} other files: " + ", ".join(f"{n} {s}" for s, n in kinds)
+def mix(block: np.ndarray, channels: int) -> np.ndarray:
+    """[n, any] to [n, channels], as AudioCraft's `convert_audio_channels`.
 
-
-def read_audio(path: Path, sample_rate: int, channels: int, min_seconds: float) -> np.ndarray:
-    """Samples [C, N] (float32) of an audio file, mixed to `channels` and resampled (soxr, VHQ).
-
-    Stereo becomes mono as the mean of both, mono becomes stereo twice the same. Raises
-    `RejectedError` for files that are not fit, `UserError` if the file is gone.
+    To mono the mean of all, from mono the same in each, otherwise the first ones. Raises
+    `RejectedError` for too few.
     """
-    try:
-        if path.stat().st_size == 0:
-            raise RejectedError("empty", "a file of 0 bytes")
-    except FileNotFoundError:
-        raise UserError(f"{path}: vanished while the job ran; run the job again") from None
-    except OSError as error:
-        raise RejectedError("unreadable", str(error.strerror)) from None
-    blocks, resampler, count = [], None, 0
-    total, square = np.zeros(channels), 0.0
-    try:
-        with soundfile.SoundFile(path) as file:
-            rate, promised = file.samplerate, file.frames
-            if file.channels > 2:
-                raise RejectedError("too many channels", f"{file.channels} channels, 2 at most")
-            if loss := _cut_off(path, file):
-                raise RejectedError("cut off", loss)
-            if rate != sample_rate:
-                resampler = soxr.ResampleStream(
-                    rate, sample_rate, channels, dtype="float32", quality="VHQ"
-                )
-            while len(block := file.read(_BLOCK, dtype="float32", always_2d=True)):
-                if not np.isfinite(block).all():
-                    raise RejectedError("not finite", "holds NaN or infinite samples")
-                if (peak := np.abs(block).max()) > LARGEST_PEAK:
-                    raise RejectedError("too loud", f"a peak of {peak:.0f} where full scale is 1")
-                count += len(block)
-                if channels == 1:
-                    block = block.mean(1, keepdims=True)
-                elif block.shape[1] == 1:
-                    block = np.repeat(block, 2, axis=1)
-                total += block.sum(0, dtype=np.float64)
-                square += np.square(block, dtype=np.float64).sum()
-                blocks.append(resampler.resample_chunk(block) if resampler else block)
-    except (soundfile.SoundFileError, OSError, ValueError, RuntimeError) as error:
-        detail = getattr(error, "error_string", None) or str(error)
-        # (messages may hold the whole path, which differs between machines)
-        raise RejectedError("unreadable", detail.replace(str(path), path.name)) from None
+    if block.shape[1] == channels:
+        return block
+    if channels == 1:
+        return block.mean(1, keepdims=True)
+    if block.shape[1] == 1:
+        return np.repeat(block, channels, axis=1)
+    if block.shape[1] > channels:
+        return np.ascontiguousarray(block[:, :channels])
+    raise RejectedError("too few channels", f"{block.shape[1]} channels where 1 or {channels} go")
+
+
+def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
+    """The bytes of a track's file, to read and seek in. Raises `RejectedError` and OSError."""
+    if isinstance(place, RowBytes):
+        return io.BytesIO(_row_bytes(place))
+    if place.size is None:
+        return open(place.path, "rb")  # noqa: SIM115, PTH123
+    return io.BufferedReader(_Range(place.path, place.offset, place.size), _BLOCK)
+
+
+def _is_part(track: Track) -> bool:
+    return track.start > 0 or track.duration is not None
+
+
+def _check_length(track: Track, opened: _Opened, count: int) -> None:
+    """Raises `RejectedError` if there is no sound, or less than was promised."""
+    rate = opened.sample_rate
     if count == 0:
+        if _is_part(track):
+            raise RejectedError("outside the file", f"the file ends before {track.start:g} s")
         raise RejectedError("empty", "no samples")
-    if promised < 2**62 and promised - count > _MISSING_SECONDS * rate:
-        raise RejectedError("cut off", f"{count} samples where the header says {promised}")
-    if count < min_seconds * rate:
-        raise RejectedError("too short", f"{count / rate:.3f} s")
-    # A constant offset is no sound, so this is the level around each channel's mean.
-    variance = max(0.0, square / (count * channels) - np.mean(np.square(total / count)))
-    level = 10 * math.log10(variance + 1e-20)
-    if level < SILENCE_DBFS:
-        raise RejectedError("silent", f"{level:.0f} dBFS")
-    if resampler:
-        blocks.append(resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True))
-    return np.ascontiguousarray(np.concatenate(blocks).T)
+    if track.duration is not None:
+        if track.duration - count / rate > _MISSING_SECONDS:
+            detail = f"{count / rate:.2f} s from {track.start:g} s on, of {track.duration:g}"
+            raise RejectedError("cut off", detail)
+    elif opened.frames is not None:
+        begin = round(track.start * rate)
+        if opened.frames - begin - count > _MISSING_SECONDS * rate:
+            detail = f"{count} samples where the header says {opened.frames - begin}"
+            raise RejectedError("cut off", detail)
 
 
-def _files(folder: Path) -> list[Path]:
-    """All files below a folder and linked folders in it that lead out, sorted, dot names not."""
-
-    def fail(error: OSError) -> None:
-        # (its tracks would be missing without a word)
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})")
-
-    found = []
-    for here, folders, files in os.walk(folder, onerror=fail):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [Path(here, name) for name in folders if Path(here, name).is_symlink()]
-        # (linked folders that stay inside are met where they really are)
-        found += [path for path in links if not path.resolve().is_relative_to(folder)]
-        found += [Path(here, name) for name in files if not name.startswith(".")]
-    return sorted(found, key=lambda path: os.fsencode(path.relative_to(folder).as_posix()))
-
-
-def _names(path: Path, folder: Path) -> tuple[str, str, str]:
-    """A file's path below the folder, the same in valid UTF-8, and without its suffix."""
-    below = path.relative_to(folder)
-    name = below.as_posix()
-    shown = name.encode(errors="backslashreplace").decode()
-    return name, shown, below.with_suffix("").as_posix()
-
-
-def _fingerprint(path: Path) -> bytes:
-    """Of a file's size and both of its ends; a copy has the same, whatever its time."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # (opening a pipe would wait for ever)
-        raise RejectedError("unreadable", "not a regular file")
-    digest = hashlib.sha256(f"{status.st_size}\n".encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_SAMPLED))
-        file.seek(max(0, status.st_size - _SAMPLED))
-        digest.update(file.read(_SAMPLED))
-    return digest.digest()
+@contextmanager
+def _opened(track: Track) -> Iterator[_Opened]:
+    """Opens a track's file with libsndfile, or with FFmpeg if that does not know it."""
+    with ExitStack() as stack:
+        try:
+            with open_bytes(track.place) as file:
+                if file.seek(0, os.SEEK_END) == 0:
+                    raise RejectedError("empty", "a file of 0 bytes")
+            try:
+                opened = stack.enter_context(_open_sndfile(track))
+            except soundfile.LibsndfileError as unknown:
+                refusal = unknown.error_string.rstrip(".")
+                opened = stack.enter_context(_open_ffmpeg(track, refusal))
+            yield opened
+        except FileNotFoundError:
+            raise
+        except (soundfile.SoundFileError, OSError, ValueError, RuntimeError) as error:
+            detail = getattr(error, "error_string", None) or getattr(error, "strerror", None)
+            # (messages may hold the whole path, which differs between machines)
+            name = os.path.basename(track.place.path)
+            detail = (detail or str(error)).replace(track.place.path, name)
+            raise RejectedError("unreadable", detail) from None
 
 
-def _cut_off(path: Path, file: soundfile.SoundFile) -> str | None:
+@contextmanager
+def _open_sndfile(track: Track) -> Iterator[_Opened]:
+    place = track.place
+    with ExitStack() as stack:
+        # (a name helps libsndfile to tell a few old formats)
+        if isinstance(place, FileBytes) and place.size is None:
+            source = place.path
+        else:
+            source = stack.enter_context(open_bytes(place))
+        file = stack.enter_context(soundfile.SoundFile(source))
+
+        def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+            if skip:
+                if skip >= file.frames:
+                    return
+                file.seek(skip)
+            left = wanted
+            while left is None or left > 0:
+                size = _BLOCK if left is None else min(left, _BLOCK)
+                block = file.read(size, dtype="float32", always_2d=True)
+                if not len(block):
+                    return
+                left = None if left is None else left - len(block)
+                yield block
+
+        coarse = file.subtype in ("PCM_S8", "PCM_U8")
+        yield _Opened(
+            format=file.format if file.format in ("MP3", "FLAC") else _format_name(file),
+            sample_rate=file.samplerate,
+            channels=file.channels,
+            full_scale=0.99 if coarse else 0.9999,  # 127/128, and 32767/32768
+            frames=file.frames if file.frames < 2**62 else None,
+            loss=_cut_off(track, file),
+            read=read,
+        )
+
+
+def _format_name(file: soundfile.SoundFile) -> str:
+    subtype = file.subtype.removeprefix("PCM_").lower()
+    return f"{file.format} {subtype} bit" if subtype.isdigit() else f"{file.format} {subtype}"
+
+
+@contextmanager
+def _open_ffmpeg(track: Track, refusal: str) -> Iterator[_Opened]:
+    """What `refusal` says is why libsndfile did not take the file."""
+    import av
+
+    # (a file of another format that is renamed must lead nowhere)
+    options = {"format_whitelist": _FFMPEG_FORMATS, "protocol_whitelist": ""}
+    try:
+        with (
+            open_bytes(track.place) as file,
+            av.open(file, options=options, metadata_errors="replace") as container,
+        ):
+            if not container.streams.audio:
+                raise RejectedError("unreadable", "no sound in it")
+            stream = container.streams.audio[0]
+            frames = container.decode(stream)
+            # (a header may name another rate than the sound has, as that of HE-AAC does)
+            first = next(frames, None)
+            if first is None:
+                raise RejectedError("empty", "no samples")
+            rate = first.sample_rate
+
+            def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+                if skip <= _SEEK_AHEAD * rate:
+                    return _float_blocks(chain([first], frames), 0, skip, wanted)
+                container.seek(int((skip / rate - _SEEK_AHEAD) * av.time_base))
+                after = container.decode(stream)
+                landed = next(after, None)
+                if landed is None:
+                    return iter(())
+                time = landed.time - float((stream.start_time or 0) * stream.time_base)
+                return _float_blocks(chain([landed], after), round(time * rate), skip, wanted)
+
+            container_name = container.format.name.split(",")[0]
+            seconds = _ffmpeg_seconds(container, stream)
+            yield _Opened(
+                format=f"{stream.codec_context.name} in {container_name}",
+                sample_rate=rate,
+                channels=first.layout.nb_channels,
+                full_scale=0.9999,
+                frames=None if seconds is None else round(seconds * rate),
+                loss=None,
+                read=read,
+            )
+    except av.FFmpegError as error:
+        raise RejectedError("unreadable", f"{refusal}; FFmpeg: {error.strerror}") from None
+
+
+def _ffmpeg_seconds(container: Any, stream: Any) -> float | None:
+    """How long the sound is by the header, where it notes that; elsewhere FFmpeg guesses."""
+    import av
+
+    if container.format.name.split(",")[0] not in _FFMPEG_TIMED:
+        return None
+    if stream.duration is not None:
+        return float(stream.duration * stream.time_base)
+    cover = av.stream.Disposition.attached_pic
+    if all(video.disposition & cover for video in container.streams.video):
+        return None if container.duration is None else container.duration / av.time_base
+    return None  # that of the picture may be another
+
+
+def _float_blocks(
+    frames: Iterable[Any], position: int, skip: int, wanted: int | None
+) -> Iterator[np.ndarray]:
+    """Blocks [n, channels] of FFmpeg's frames, of which the first begins at `position`."""
+    import av
+
+    to_float = av.AudioResampler(format="fltp")
+    blocks, held, left = [], 0, wanted
+    for frame in frames:
+        for part in to_float.resample(frame):
+            samples = part.to_ndarray().T
+            drop = min(max(0, skip - position), len(samples))
+            position += len(samples)
+            samples = samples[drop:] if left is None else samples[drop : drop + left]
+            left = None if left is None else left - len(samples)
+            blocks.append(samples)
+            held += len(samples)
+        if held >= _BLOCK:
+            yield np.concatenate(blocks)
+            blocks, held = [], 0
+        if left == 0:
+            break
+    if held:
+        yield np.concatenate(blocks)
+
+
+def _cut_off(track: Track, file: soundfile.SoundFile) -> str | None:
     """What is missing of an open file by its headers, or None; not all formats can tell."""
     log = file.extra_info
     for pattern in _CUT_OFF:
@@ -269,8 +450,8 @@ def _cut_off(path: Path, file: soundfile.SoundFile) -> str | None:
     if _CUT_OFF_SOMEWHERE in log:
         return "shorter than its header says"
     if file.format == "OGG":
-        size = path.stat().st_size
-        with path.open("rb") as raw:
+        with open_bytes(track.place) as raw:
+            size = raw.seek(0, os.SEEK_END)
             raw.seek(max(0, size - _LARGEST_OGG_PAGE))
             end = raw.read()
         page = end[max(0, end.rfind(b"OggS\0")) :]
@@ -283,38 +464,79 @@ def _cut_off(path: Path, file: soundfile.SoundFile) -> str | None:
     return None
 
 
-def _has_caption(path: Path, folder: Path) -> bool:
-    try:
-        _read_caption(path.with_suffix(".json"), folder, hashlib.sha256())
-    except RejectedError:
-        return False
-    return True
+class _Range(io.RawIOBase):
+    """A range of a file's bytes as a file."""
+
+    def __init__(self, path: str, offset: int, size: int):
+        self._file = os.open(path, os.O_RDONLY)
+        self._offset, self._size, self._position = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), max(0, self._size - self._position))
+        data = os.pread(self._file, wanted, self._offset + self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            os.close(self._file)
+        super().close()
 
 
-def _read_caption(path: Path, folder: Path, digest: "hashlib._Hash") -> tuple[str, str]:
-    """(caption, info) of a sidecar file; its bytes go into the digest."""
-    try:
-        if not path.resolve().is_relative_to(folder):
-            raise RejectedError("outside the folder", "its caption is a link out of the folder")
-        content = path.read_bytes()
-        digest.update(hashlib.sha256(content).digest())
-        fields = json.loads(content)
-    except FileNotFoundError:
-        raise RejectedError("no caption", f"no {path.name} beside it") from None
-    except OSError as error:
-        raise RejectedError("no caption", f"{path.name}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise RejectedError("no caption", f"{path.name} is not valid JSON") from None
-    caption = fields.get("description") if isinstance(fields, dict) else None
-    if not isinstance(caption, str) or not caption.strip():
-        raise RejectedError("no caption", f"{path.name} has no text under 'description'")
-    rest = {k: v for k, v in fields.items() if k != "description" and v is not None}
-    try:
-        caption.encode()
-        json.dumps(rest, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        raise RejectedError("no caption", f"{path.name} holds half a character (\\ud8..)") from None
-    except (ValueError, RecursionError):
-        detail = f"{path.name} holds NaN or infinity, or is nested too deeply"
-        raise RejectedError("no caption", detail) from None
-    return caption.strip(), json.dumps(rest, sort_keys=True)
+def _row_bytes(place: RowBytes) -> bytes:
+    if place.path.endswith(".parquet"):
+        group, first = _row_group(place.path, place.row)
+        column = _parquet_column(place.path, place.column, group)
+    else:
+        first, column = 0, _arrow_column(place.path, place.column)
+    value = column[place.row - first].as_py()
+    data = value["bytes"] if isinstance(value, dict) else value
+    if data is None:
+        raise RejectedError("empty", "a row without audio")
+    return data
+
+
+def _row_group(path: str, row: int) -> tuple[int, int]:
+    """The row group of a Parquet file that holds a row, and the first row of the group."""
+    first = 0
+    for group, rows in enumerate(_row_groups(path)):
+        if row < first + rows:
+            return group, first
+        first += rows
+    raise RejectedError("unreadable", f"the table has no row {row}")
+
+
+# Tracks are read in the order of their rows, so that what is in hand serves the next one too.
+@lru_cache(maxsize=2)
+def _row_groups(path: str) -> list[int]:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+@lru_cache(maxsize=1)
+def _parquet_column(path: str, column: str, group: int) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[column]).column(column)
+
+
+@lru_cache(maxsize=2)
+def _arrow_column(path: str, column: str) -> Any:
+    import pyarrow as pa
+
+    return pa.ipc.open_stream(pa.memory_map(path)).read_all().column(column)

@@ -1,9 +1,9 @@
-"""Tokenizes a folder of audio: python -m tokenization.job --audio DIR --out DIR.
+"""Tokenizes audio with its captions: python -m tokenization.job --audio SOURCE --out DIR.
 
-The tracks of each split are cut into shards, in the order of their names. A shard is one unit of
-work and a function of the manifest alone; the small .json file that is written when its records
-are on disk marks it as done. Killed at any moment and run again, the job goes on with the next
-shard and ends with the same bytes.
+The tracks of each split are cut into shards, in the order that their source has them. A shard is
+one unit of work and a function of the manifest alone; the small .json file that is written when its
+records are on disk marks it as done. Killed at any moment and run again, the job goes on with the
+next shard and ends with the same bytes.
 
     DIR/job.json        what this folder was begun with; another job there is refused
     DIR/units/          finished shards until the end, then their .json files only
@@ -17,8 +17,8 @@ import json
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,26 +32,19 @@ from magnet_jax import records
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError, reported
-from tokenization.audio import (
-    Manifest,
-    Reject,
-    RejectedError,
-    Track,
-    describe_ignored,
-    read_audio,
-    scan,
-)
+from tokenization.audio import CLIPPED, Facts, Intake, Reject, RejectedError, Track
+from tokenization.decoder import read_audio, readers
+from tokenization.listing import Source
+from tokenization.sources import Manifest, describe_ignored, scan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """Turns a folder of audio with captions into a data set of EnCodec tokens.
+class Job(Source):
+    """Turns audio with captions into a data set of EnCodec tokens.
 
     Run the same command again to go on after an interruption.
     """
 
-    audio: Path
-    """Folder of audio; beside each song.flac a song.json with at least a "description"."""
     out: Path
     """Folder of the data set."""
     codec: str = EMBEDDED
@@ -65,6 +58,8 @@ class Job:
     """Share of the tracks, chosen by a hash of their names, that is kept for validation."""
     min_seconds: float = 1.0
     """Reject shorter tracks."""
+    max_clipped: float = 1.0
+    """Reject tracks of which a larger share is clipped, that is in runs at full scale."""
     max_record_seconds: float = 120.0
     """Cut longer tracks into records of equal length; at most 120."""
     tracks_per_shard: int = 128
@@ -72,7 +67,9 @@ class Job:
     batch_size: int = 8
     """Records of equal length encoded at once; never more audio than one longest record has."""
     readers: int = 2
-    """Threads that read and resample audio ahead of the codec."""
+    """Processes that decode and resample audio ahead of the codec."""
+    decode_timeout: float = 60.0
+    """Reject a file that its decoder makes no progress with for so many seconds."""
     device: str = "cpu"
     """Torch device of the codec: cpu, cuda, cuda:1, ...; one kind for the whole folder."""
 
@@ -99,12 +96,14 @@ class _Done:
     shard: records.Shard
     seconds: float
     rejects: list[Reject]
+    clipped: int
+    """Tracks of which more than a thousandth is clipped."""
 
 
 def run(job: Job) -> str:
     """Runs a job to its end and returns the summary; raises `UserError` as the class says."""
     _check(job)
-    manifest = scan(job.audio)
+    manifest = scan(job)
     units = _plan(job, manifest)
     with _writing(job.out):
         _check_out(job)  # before anything is written there
@@ -140,6 +139,8 @@ def _check(job: Job) -> None:
         "max_reject_ratio": (0, 1),
         "validation_percent": (0, 99),
         "min_seconds": (0.1, 120),
+        "max_clipped": (0, 1),
+        "decode_timeout": (1, 10**5),
         "max_record_seconds": (1, 120),
         "tracks_per_shard": (1, 10**6),
         "batch_size": (1, 10**4),
@@ -183,7 +184,10 @@ def _locked(out: Path) -> Iterator[None]:
 
 def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
-    settings = ("validation_percent", "min_seconds", "max_record_seconds", "tracks_per_shard")
+    settings = (
+        "validation_percent", "min_seconds", "max_clipped", "max_record_seconds",
+        "tracks_per_shard",
+    )  # fmt: skip
     # (a codec is its weights, not its path; batch_size, readers, a device's number only change the
     # speed, but its kind rounds in its own way)
     begun = {
@@ -241,17 +245,20 @@ def _work(job: Job, manifest: Manifest, codec: Codec, units: Sequence[_Unit]) ->
     rejects = list(manifest.rejects)  # captions alone can already decide
     rejects += [r for done, ok in zip(found, finished) if ok for r in done.rejects]
     _check_rejects(job, manifest, rejects, final=False)
-    with tqdm(
-        total=sum(len(unit.tracks) for unit in units),
-        initial=files,
-        desc="tokenizing",
-        unit="file",
-        smoothing=0.1,
-    ) as bar:
+    with (
+        readers(job.readers, job.decode_timeout) as submit,
+        tqdm(
+            total=sum(len(unit.tracks) for unit in units),
+            initial=files,
+            desc="tokenizing",
+            unit="file",
+            smoothing=0.1,
+        ) as bar,
+    ):
         progress = _Progress(bar, seconds)
         for i, unit in enumerate(units):
             if not finished[i]:
-                found[i] = _make_shard(job, codec, unit, progress)
+                found[i] = _make_shard(job, codec, unit, progress, submit)
                 rejects += found[i].rejects
                 _check_rejects(job, manifest, rejects, final=False)
     return found
@@ -286,6 +293,7 @@ def _read_done(out: Path, unit: _Unit) -> _Done | None:
             shard=records.Shard(path=unit.record_path(out), **values["shard"]),
             seconds=float(values["seconds"]),
             rejects=[Reject(**reject) for reject in values["rejects"]],
+            clipped=int(values["clipped"]),
         )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
@@ -316,19 +324,39 @@ def _finished(out: Path, units: Sequence[_Unit], found: Sequence[_Done | None]) 
     ]
 
 
-def _make_shard(job: Job, codec: Codec, unit: _Unit, progress: _Progress) -> _Done:
+def _make_shard(
+    job: Job, codec: Codec, unit: _Unit, progress: _Progress, submit: Callable[..., Future]
+) -> _Done:
     rejects: list[Reject] = []
-    seconds = 0.0
+    seconds, clipped = 0.0, 0
+
+    def tracks() -> Iterator[tuple[Track, np.ndarray]]:
+        nonlocal clipped
+        intake = Intake(
+            sample_rate=codec.spec.sample_rate,
+            channels=codec.spec.channels,
+            min_seconds=job.min_seconds,
+            max_clipped=job.max_clipped,
+        )
+        for track, future in _read_ahead(job, intake, unit.tracks, submit):
+            try:
+                wav_CN, facts = future.result()
+            except RejectedError as error:
+                rejects.append(Reject(path=track.path, reason=error.reason, detail=error.detail))
+                progress.add(1, 0.0)
+            else:
+                clipped += facts.clipped > CLIPPED
+                yield track, wav_CN
 
     def examples() -> Iterator[dict[str, Any]]:
         nonlocal seconds
-        for example in _examples(job, codec, unit.tracks, rejects, progress):
+        for example in _examples(job, codec, tracks(), progress):
             seconds += example["duration"]
             yield example
 
     path = unit.record_path(job.out)
     shard = records.write_shard(path, codec.spec.num_codebooks, examples())
-    done = _Done(shard=shard, seconds=seconds, rejects=rejects)
+    done = _Done(shard=shard, seconds=seconds, rejects=rejects, clipped=clipped)
     values = asdict(done)
     del values["shard"]["path"]
     records.write_text(unit.done_path(job.out), json.dumps(values) + "\n")
@@ -336,9 +364,9 @@ def _make_shard(job: Job, codec: Codec, unit: _Unit, progress: _Progress) -> _Do
 
 
 def _examples(
-    job: Job, codec: Codec, tracks: Sequence[Track], rejects: list[Reject], progress: _Progress
+    job: Job, codec: Codec, tracks: Iterable[tuple[Track, np.ndarray]], progress: _Progress
 ) -> Iterator[dict[str, Any]]:
-    """The records of these tracks, in order; files that are not fit go to `rejects`.
+    """The records of these tracks with their audio [C, N], in order.
 
     Only neighbours of equal length are stacked, so that nothing is padded and a record's tokens
     are those of encoding it alone.
@@ -353,11 +381,7 @@ def _examples(
             yield {"codes": codes_KT, **example}
         batch.clear()
 
-    for track, wav_CN in _read_ahead(job, codec.spec, tracks):
-        if isinstance(wav_CN, RejectedError):
-            rejects.append(Reject(path=track.path, reason=wav_CN.reason, detail=wav_CN.detail))
-            progress.add(1, 0.0)
-            continue
+    for track, wav_CN in tracks:
         start = 0
         for piece_CN in cut(wav_CN, hop, max_frames):
             length = piece_CN.shape[1]
@@ -372,7 +396,7 @@ def _examples(
                 "info": track.info,
                 "track_id": track.track_id,
                 "source_path": track.path,
-                "start": start / rate,
+                "start": track.start + start / rate,
                 "duration": length / rate,
             }
             batch.append((example, piece_CN))
@@ -383,26 +407,15 @@ def _examples(
 
 
 def _read_ahead(
-    job: Job, spec: CodecSpec, tracks: Sequence[Track]
-) -> Iterator[tuple[Track, np.ndarray | RejectedError]]:
-    """Each track with its audio [C, N], or with why not, in order; a few are read in advance."""
-
-    def read(track: Track) -> np.ndarray | RejectedError:
-        try:
-            path = job.audio.resolve() / track.path
-            return read_audio(path, spec.sample_rate, spec.channels, job.min_seconds)
-        except RejectedError as error:
-            return error
-
-    with ThreadPoolExecutor(job.readers) as pool:
-        waiting: deque = deque()
-        for track in tracks:
-            waiting.append((track, pool.submit(read, track)))
-            if len(waiting) > job.readers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for track, future in waiting:
-            yield track, future.result()
+    job: Job, intake: Intake, tracks: Sequence[Track], submit: Callable[..., Future]
+) -> Iterator[tuple[Track, "Future[tuple[np.ndarray, Facts]]"]]:
+    """Each track with what becomes its audio, in order; a few are read in advance."""
+    waiting: deque = deque()
+    for track in tracks:
+        waiting.append((track, submit(read_audio, track, intake)))
+        if len(waiting) > job.readers:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _check_rejects(job: Job, manifest: Manifest, rejects: Sequence[Reject], *, final: bool) -> None:
@@ -451,7 +464,13 @@ def _finish(
         )
     seconds = sum(d.seconds for d in done)
     total = len(manifest.tracks) + len(manifest.rejects)
-    about = {"hours": seconds / 3600, "audio_files": total, "rejected": len(rejects)}
+    clipped = sum(d.clipped for d in done)
+    about = {
+        "hours": seconds / 3600,
+        "audio_files": total,
+        "rejected": len(rejects),
+        "clipped": clipped,
+    }
     records.finalise(job.out, shards, spec, about)
     for stale in (job.out / "units").glob(".*.tmp"):
         stale.unlink()
@@ -460,7 +479,7 @@ def _finish(
         rejected += f" ({_reasons(rejects)}; see {job.out / 'rejects.jsonl'})"
     return (
         f"{sum(counts.values())} records ({counts['train']} train, {counts['validation']} "
-        f"validation), {seconds / 3600:.3f} h of audio; {rejected}; ignored "
+        f"validation), {seconds / 3600:.3f} h of audio; {rejected}; {clipped} clipped; ignored "
         f"{describe_ignored(manifest.ignored)}\n"
         f'open it with tfds.builder_from_directory("{job.out}")'
     )

@@ -1,0 +1,256 @@
+"""Decoding in a process of its own: a file that crashes or hangs its library is a reject.
+
+`open_audio` gives a track block by block, `read_audio` whole. Each reader has one `Decoder`, a
+process that lives until a file kills it, or is killed for it; the next file gets a new one.
+
+python -m tokenization.decoder FD is that process; it talks over the connection FD.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from magnet_jax.errors import UserError
+from tokenization import audio
+from tokenization.audio import Facts, Intake, RejectedError, Track
+
+PROGRAM = ("-m", "tokenization.decoder")
+
+_START_SECONDS = 300.0  # for Python and its imports, on a machine that is busy with other things
+
+
+class Stream:
+    """A track being read: iterate once, over blocks [C, n] (float32); then `facts` are known.
+
+    Iterating raises `RejectedError` as soon as the track is known not to be fit, which may be
+    after blocks of it, and `UserError` if the file is gone.
+    """
+
+    def __init__(self, answers: Iterator[Any]):
+        self.facts: Facts | None = None
+        self._answers = answers
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for answer in self._answers:
+            if isinstance(answer, Facts):
+                self.facts = answer
+            elif answer is not None:
+                yield answer.T
+
+
+class Decoder:
+    """A process that decodes one track at a time; started when it is needed.
+
+    timeout: seconds without progress after which it is killed.
+    """
+
+    def __init__(self, timeout: float):
+        self._timeout = timeout
+        self._process: subprocess.Popen | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process; the decoder may be used again."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._connection.close()
+            self._process = self._connection = None
+
+    def kill(self) -> None:
+        """Ends what another thread waits for, as a crash would."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def ask(self, kind: str, *arguments: Any) -> Iterator[Any]:
+        """What the process answers: `serve` says what there is to ask."""
+        if self._process is None:
+            self._start()
+        finished = False
+        try:
+            self._connection.send((kind, *arguments))
+            while True:
+                what, value = self._answer()
+                if what == "more":
+                    yield value
+                    continue
+                finished = True
+                if what == "done":
+                    yield value
+                    return
+                if what == "rejected":
+                    raise RejectedError(*value)
+                if what == "gone":
+                    raise UserError(f"{value}: vanished while the job ran; run the job again")
+                raise RuntimeError(f"the decoder failed:\n{value}")
+        finally:
+            # Whoever stopped reading before the end leaves blocks behind.
+            if not finished:
+                self.close()
+
+    def _answer(self) -> tuple[str, Any]:
+        try:
+            if self._connection.poll(self._timeout):
+                return self._connection.recv()
+        except (EOFError, OSError):
+            status = self._process.wait()
+            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            raise RejectedError("decoder crashed", how) from None
+        detail = f"no progress within {self._timeout:g} s"
+        raise RejectedError("decoder hung", detail)
+
+    def _start(self) -> None:
+        ours, theirs = Pipe()
+        # (as multiprocessing does, so that it finds what this process found)
+        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        self._process = subprocess.Popen(
+            [sys.executable, *PROGRAM, str(theirs.fileno())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the parent to see
+        )
+        theirs.close()
+        self._connection = ours
+        try:
+            ready = ours.poll(_START_SECONDS) and ours.recv()
+        except (EOFError, OSError):
+            ready = False
+        if not ready:
+            self.close()
+            raise UserError("the process that decodes audio did not start; its message is above")
+
+
+def open_audio(track: Track, intake: Intake, decoder: Decoder) -> Stream:
+    """A track in blocks, mixed and resampled; a few of them are in memory, however long it is."""
+    return Stream(decoder.ask("decode", track, intake))
+
+
+def read_audio(track: Track, intake: Intake, decoder: Decoder) -> tuple[np.ndarray, Facts]:
+    """A whole track, [C, N] (float32), and its facts; raises as `Stream` does."""
+    stream = open_audio(track, intake, decoder)
+    wav_CN = np.concatenate(list(stream), axis=1)
+    return wav_CN, stream.facts
+
+
+def measure(track: Track, intake: Intake, decoder: Decoder) -> Facts:
+    """The facts of a track that is decoded for them alone; raises as `Stream` does."""
+    *_, facts = decoder.ask("measure", track, intake)
+    return facts
+
+
+def read_header(track: Track, decoder: Decoder) -> Facts:
+    """The facts that a header tells; raises as `Stream` does."""
+    *_, facts = decoder.ask("read_header", track)
+    return facts
+
+
+@contextlib.contextmanager
+def readers(count: int, timeout: float) -> Iterator[Callable[..., Future]]:
+    """Threads with a decoder each: submit(function, *arguments) calls it with one more, the last.
+
+    What has not begun when this ends is dropped.
+    """
+    decoders = [Decoder(timeout) for _ in range(count)]
+    idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
+    for decoder in decoders:
+        idle.put(decoder)
+
+    def call(function: Callable, *arguments: Any) -> Any:
+        decoder = idle.get()
+        try:
+            return function(*arguments, decoder)
+        finally:
+            idle.put(decoder)
+
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield lambda function, *arguments: pool.submit(call, function, *arguments)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for decoder in decoders:
+            decoder.kill()  # its reader need not come to the end of a long track
+        pool.shutdown()
+        for decoder in decoders:
+            decoder.close()
+
+
+# --- the process itself -------------------------------------------------------------------------
+
+
+def serve(connection: Connection, decode: Callable = audio.decode) -> None:
+    """Answers until the connection ends.
+
+    ("decode", track, intake) -> ("more", block) ..., ("done", facts)
+    ("measure", track, intake) -> ("more", None) ..., ("done", facts)
+    ("read_header", track) -> ("done", facts)
+    or in the end ("rejected", (reason, detail)), ("gone", path) or ("failed", traceback).
+    """
+    connection.send("ready")
+    while True:
+        try:
+            kind, track, *arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            if kind == "read_header":
+                facts = audio.read_header(track)
+            else:
+                facts = _send_blocks(connection, decode(track, *arguments), kind == "decode")
+            answer = ("done", facts)
+        except RejectedError as error:
+            answer = ("rejected", (error.reason, error.detail))
+        except FileNotFoundError:
+            answer = ("gone", track.place.path)
+        except MemoryError:
+            answer = ("rejected", ("unreadable", "asks for more memory than there is"))
+        except Exception:
+            answer = ("failed", traceback.format_exc())
+        connection.send(answer)
+
+
+def _send_blocks(connection: Connection, blocks: Iterator[np.ndarray], samples: bool) -> Facts:
+    while True:
+        try:
+            block = next(blocks)
+        except StopIteration as end:
+            return end.value
+        connection.send(("more", block if samples else None))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # until the parent is gone, however it went
+    os._exit(1)
+
+
+def main(decode: Callable = audio.decode) -> None:
+    """Serves the connection whose file descriptor is the last argument."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # What the libraries have to say about a file's damage goes nowhere.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    serve(Connection(int(sys.argv[-1])), decode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""What all kinds of sources share: settings, paths that stay inside, captions, fingerprints.
+
+There may be millions of paths: they are strings, which take a fraction of the time and memory.
+"""
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenization.audio import RejectedError, Track
+
+# Where captions and paths are looked for unless the user names the place.
+CAPTION_NAMES = ("description", "caption", "text")
+PATH_NAMES = ("path", "file_name", "filename", "file", "audio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What the columns of a table are called."""
+
+    path: str | None = None
+    """Audio file (default: path, file_name, filename, file or audio), or a pattern of columns such
+    as '{id}.wav', or embedded audio."""
+    caption: tuple[str, ...] = ()
+    """Caption, or several (default: description, caption or text); also a field of .json files."""
+    start: str | None = None
+    """Where in its file the track begins, in seconds."""
+    duration: str | None = None
+    """How long the track is, in seconds; by default it goes on to the end of the file."""
+    end: str | None = None
+    """Where in its file the track ends, in seconds; stands in for duration."""
+    id: str | None = None
+    """Name of the track, unlike all others (default: its path without suffix)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where captioned audio is, see docs/data.md."""
+
+    audio: Path
+    """Folder of audio with song.json or song.txt beside each song.flac; AudioCraft manifest
+    (data.jsonl[.gz]) or its folder; table (.csv, .tsv, .parquet, folder of .parquet files);
+    webdataset (.tar or folder of tars); folder of a data set saved by the `datasets` library."""
+    root: Path | None = None
+    """Folder that the paths in a manifest or table are below; by default the one it lies in."""
+    metadata: Path | None = None
+    """Folder of further song.json files, by name alone, for audio that has none beside it."""
+    recipe: Literal["musiccaps", "audiocaps", "clotho"] | None = None
+    """Columns and file names of a public table."""
+    columns: Columns = Columns()
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """What tells one file from another without reading it."""
+
+    size: int
+    digest: bytes
+    """Of the size and both ends."""
+    whole: bool
+    """Whether the two ends are all there is."""
+
+
+# A track with what tells its audio from others', where that is cheap to know. Called in threads.
+Make = Callable[[], tuple[Track, Ends | None]]
+Task = tuple[str, Make]  # with the path, for rejects
+
+
+def refuse(reason: str, detail: str) -> Make:
+    def make() -> tuple[Track, Ends | None]:
+        raise RejectedError(reason, detail)
+
+    return make
+
+
+# --- paths and bytes ---
+
+
+def split(name: str) -> tuple[str, str]:
+    stem, suffix = os.path.splitext(name)
+    return stem, suffix.lower()
+
+
+class Root:
+    """A folder that nothing is read outside of."""
+
+    def __init__(self, folder: Path):
+        self.given = os.path.abspath(folder)  # noqa: PTH100
+        self.real = os.path.realpath(folder)
+        self._folders: dict[str, str] = {}  # resolving each path in full would take long
+
+    def resolve(self, path: str) -> str:
+        """The real path of what `path` names, relative to the folder unless it is absolute.
+
+        Raises `RejectedError` if that is outside.
+        """
+        try:
+            above, name = os.path.split(os.path.join(self.real, path))
+            if above not in self._folders:
+                self._folders[above] = os.path.realpath(above)
+            real = os.path.join(self._folders[above], name)
+            if os.path.islink(real):
+                real = os.path.realpath(real)
+        except ValueError:
+            raise RejectedError("bad name", "no file can have this name") from None
+        if name == ".." or not is_below(real, self.real):
+            up = os.path.isabs(path) or ".." in path.split("/")
+            detail = "not below it; --root can name another" if up else "a link out of the folder"
+            raise RejectedError("outside the folder", detail)
+        return real
+
+    def relative(self, path: str) -> str:
+        """The path below the folder, by name, of a path that may be absolute."""
+        whole = os.path.normpath(os.path.join(self.given, path))
+        for root in (self.given, self.real):
+            if is_below(whole, root):
+                return os.path.relpath(whole, root)
+        return os.path.relpath(self.resolve(path), self.real)
+
+
+def is_below(path: str, root: str) -> bool:
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def printable(path: str) -> str:
+    """A path in valid UTF-8."""
+    return path.encode(errors="backslashreplace").decode()
+
+
+def check_name(path: str) -> None:
+    if printable(path) != path:
+        raise RejectedError("bad name", "the file name is not UTF-8")
+
+
+def file_ends(path: str) -> Ends:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # (opening a pipe would wait for ever)
+        raise RejectedError("unreadable", "not a regular file")
+    return range_ends(path, 0, status.st_size)
+
+
+def range_ends(path: str, offset: int, size: int) -> Ends:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return _ends(size, lambda at, count: os.pread(handle, count, offset + at))
+    finally:
+        os.close(handle)
+
+
+def _ends(size: int, read: Callable[[int, int], bytes]) -> Ends:
+    """read(position, bytes)."""
+    # At most a thirtieth of a file is read, or a block of the disk.
+    sampled = max(2**12, min(2**16, size // 64))
+    digest = hashlib.sha256(f"{size}\n".encode())
+    digest.update(read(0, min(size, sampled)))
+    if size > sampled:
+        begin = max(sampled, size - sampled)
+        digest.update(read(begin, size - begin))
+    return Ends(size=size, digest=digest.digest(), whole=size <= 2 * sampled)
+
+
+def buffer_ends(buffer: Any) -> Ends:
+    view = memoryview(buffer)
+    return _ends(len(view), lambda at, count: view[at : at + count])
+
+
+# --- captions ---
+
+
+def caption_and_info(
+    captions: Iterable[Any], rest: Mapping[str, Any], where: str
+) -> tuple[str, str]:
+    """The first caption, and the JSON of everything else; `where` is for rejects."""
+    texts = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise RejectedError("no caption", f"no text in {where}")
+    info = {name: value for name, value in rest.items() if value is not None}
+    if len(texts) > 1:
+        info["captions"] = texts[1:]
+    try:
+        texts[0].encode()
+        # (tables may hold times and the like)
+        content = json.dumps(info, sort_keys=True, allow_nan=False, default=str)
+        json.dumps(info, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise RejectedError("no caption", f"{where} is not valid Unicode") from None
+    except (ValueError, RecursionError):
+        detail = f"{where} holds NaN or infinity, or is nested too deeply"
+        raise RejectedError("no caption", detail) from None
+    return texts[0], content
+
+
+def read_json(content: bytes, name: str, columns: Columns) -> tuple[str, str]:
+    """(caption, info) of the .json file `name`, AudioCraft's music or sound metadata among them."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError):
+        raise RejectedError("no caption", f"{name} is not valid JSON") from None
+    if not isinstance(fields, dict):
+        raise RejectedError("no caption", f"{name} is not a JSON object")
+    wanted = columns.caption or [n for n in CAPTION_NAMES if _has_text(fields.get(n))][:1]
+    values = [fields.pop(n, None) for n in wanted]
+    captions = [text for v in values for text in (v if isinstance(v, list) else [v])]
+    names = " or ".join(f"'{n}'" for n in columns.caption or CAPTION_NAMES)
+    return caption_and_info(captions, fields, f"{name} under {names}")
+
+
+def _has_text(value: Any) -> bool:
+    """Whether there is a caption, or a list of them as sounds of AudioCraft may have."""
+    texts = value if isinstance(value, list) else [value]
+    return any(isinstance(text, str) and text.strip() for text in texts)
+
+
+def read_text(content: bytes, name: str) -> tuple[str, str]:
+    try:
+        return caption_and_info([content.decode("utf-8-sig")], {}, name)
+    except UnicodeDecodeError:
+        raise RejectedError("no caption", f"{name} is not UTF-8") from None
+
+
+def read_sidecar(source: Source, root: Root, stem: str) -> tuple[str, str]:
+    """(caption, info) of the .json or else .txt file beside audio; raises if there is none."""
+    for suffix in (".json", ".txt"):
+        name = os.path.basename(stem) + suffix
+        try:
+            content = Path(root.resolve(stem + suffix)).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RejectedError("no caption", f"{name}: {error.strerror}") from None
+        except RejectedError:
+            detail = "its caption is a link out of the folder"
+            raise RejectedError("outside the folder", detail) from None
+        if suffix == ".json":
+            return read_json(content, name, source.columns)
+        return read_text(content, name)
+    name = os.path.basename(stem)
+    if source.metadata is not None:
+        path = source.metadata / f"{name}.json"
+        if path.exists():
+            return read_json(path.read_bytes(), path.name, source.columns)
+    raise RejectedError("no caption", f"no {name}.json or {name}.txt beside it")

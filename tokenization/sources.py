@@ -1,0 +1,451 @@
+"""Who is there: the tracks of a folder, manifest, table, tar or saved data set, in a fixed order.
+
+`scan` decodes nothing. Of every file it takes the size and both ends, of captions all.
+"""
+
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import tarfile
+import zipfile
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from magnet_jax.errors import UserError
+from tokenization import tables
+from tokenization.audio import (
+    SUFFIXES,
+    FileBytes,
+    Reject,
+    RejectedError,
+    RowBytes,
+    Track,
+    open_bytes,
+)
+from tokenization.listing import (
+    Ends,
+    Make,
+    Root,
+    Source,
+    Task,
+    check_name,
+    file_ends,
+    is_below,
+    printable,
+    range_ends,
+    read_json,
+    read_sidecar,
+    read_text,
+    refuse,
+    split,
+)
+
+_MANIFESTS = ("data.jsonl", "data.jsonl.gz", "data.jsons", "data.jsons.gz")
+_THREADS = 16  # mostly waiting for the disk or the network
+_TASKS_AT_ONCE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a source holds, in a fixed order."""
+
+    tracks: tuple[Track, ...]
+    rejects: tuple[Reject, ...]
+    """Tracks that need not be opened to be refused."""
+    ignored: dict[str, int]
+    """Number of files that are no audio, by suffix."""
+    fingerprint: str
+    """Changes with the path, size, first or last bytes of any audio, and with any caption."""
+
+
+class _IgnoredError(Exception):
+    """Raised by a task whose file is no track, and nobody's mistake."""
+
+
+def scan(source: Source) -> Manifest:
+    """Lists the tracks of a source with their captions.
+
+    Audio with the same bytes as an earlier track is rejected. In folders, names that begin with a
+    dot are passed over, links that lead out are rejected, linked folders are not entered, of files
+    that differ in their suffix only the first counts, and a captioned file of another suffix is
+    rejected as audio that cannot be read. Rows of one clip become one track of several captions.
+    Raises `UserError` if the source cannot be read, or holds no audio.
+    """
+    ignored: Counter[str] = Counter()
+    digest = hashlib.sha256()
+    tracks: list[Track] = []
+    ends: list[Ends | None] = []
+    rejects: list[Reject] = []
+    names: set[str] = set()
+    clips: dict[tuple, int] = {}  # in `tracks`
+    tasks = _tasks(source, ignored, digest)
+    with tqdm(_in_order(tasks), desc="scanning", unit="file", delay=2, leave=False) as bar:
+        for path, result in bar:
+            if isinstance(result, _IgnoredError):
+                ignored[result.args[0]] += 1
+                continue
+            if not isinstance(result, RejectedError):
+                track, its_ends = result
+                digest.update(_described_track(track, its_ends))
+                clip = (track.path, track.start, track.duration)
+                if clip in clips:
+                    tracks[clips[clip]] = _with_caption(tracks[clips[clip]], track.caption)
+                    continue
+                if track.track_id not in names:
+                    names.add(track.track_id)
+                    clips[clip] = len(tracks)
+                    tracks.append(track)
+                    ends.append(its_ends)
+                    continue
+                result = RejectedError("duplicate", "another track has this name")
+            rejects.append(Reject(path=path, reason=result.reason, detail=result.detail))
+            digest.update(f"{path}\n{result.reason}\n".encode())
+    if not tracks and not rejects:
+        raise UserError(f"audio {source.audio}: no audio in it ({describe_ignored(ignored)})")
+    del names, clips
+    copies = _copies(tracks, ends)
+    rejects += [
+        Reject(
+            path=tracks[i].path,
+            reason="duplicate",
+            detail=f"the same bytes as {tracks[first].path}",
+        )
+        for i, first in copies.items()
+    ]
+    return Manifest(
+        tracks=tuple(track for i, track in enumerate(tracks) if i not in copies),
+        rejects=tuple(rejects),
+        ignored=dict(ignored),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def describe_ignored(ignored: Mapping[str, int]) -> str:
+    """For people: what kinds of other files there were."""
+    if not ignored:
+        return "no other files"
+    kinds = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
+    return f"{sum(ignored.values())} other files: " + ", ".join(f"{n} {s}" for s, n in kinds)
+
+
+def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> Iterator[Task]:
+    """Finds out what kind of source it is."""
+    audio = source.audio
+    for option, folder in (("--root", source.root), ("--metadata", source.metadata)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{option} {folder}: no such folder")
+    if not audio.exists():
+        raise UserError(f"audio {audio}: no such file or folder")
+    if audio.is_dir():
+        names = sorted(p.name for p in audio.iterdir() if not p.name.startswith("."))
+        suffixes = {Path(name).suffix.lower() for name in names}
+        manifests = [name for name in _MANIFESTS if name in names]
+        if manifests:
+            return _manifest_tasks(source, audio / manifests[0])
+        if "dataset_dict.json" in names:
+            splits = ", ".join(str(audio / p.name) for p in sorted(audio.iterdir()) if p.is_dir())
+            raise UserError(f"audio {audio}: several splits; name one of {splits}")
+        if "state.json" in names and "dataset_info.json" in names:
+            return tables.arrow_tasks(source, tables.saved_files(audio))
+        if not suffixes & SUFFIXES:
+            for suffix, read in ((".tar", _tar_tasks), (".parquet", tables.parquet_tasks)):
+                files = [audio / name for name in names if name.lower().endswith(suffix)]
+                if files:
+                    return read(source, files, digest)
+        return _folder_tasks(source, Root(audio), ignored)
+    name = audio.name.lower()
+    if name.endswith((".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")):
+        return _manifest_tasks(source, audio)
+    if name.endswith((".csv", ".tsv")):
+        return tables.csv_tasks(source, audio)
+    if name.endswith(".parquet"):
+        return tables.parquet_tasks(source, [audio], digest)
+    if name.endswith(".tar"):
+        return _tar_tasks(source, [audio], digest)
+    if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
+        raise UserError(f"audio {audio}: a compressed tar cannot be read in parts; unpack it once")
+    raise UserError(f"audio {audio}: neither a folder nor a .jsonl, .csv, .tsv, .parquet or .tar")
+
+
+def _in_order(tasks: Iterator[Task]) -> Iterator[tuple[str, Any]]:
+    """(path, what the task returned or why it refused) of each; many are done at once."""
+
+    def run(some: list[Task]) -> list[tuple[str, Any]]:
+        return [(path, _result(make)) for path, make in some]
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting: deque = deque()
+        while some := list(islice(tasks, _TASKS_AT_ONCE)):
+            waiting.append(pool.submit(run, some))
+            if len(waiting) > 4 * _THREADS:
+                yield from waiting.popleft().result()
+        for future in waiting:
+            yield from future.result()
+
+
+def _result(make: Make) -> tuple[Track, Ends | None] | Exception:
+    try:
+        return make()
+    except (RejectedError, _IgnoredError) as error:
+        return error
+    except OSError as error:
+        return RejectedError("unreadable", error.strerror or str(error))
+
+
+def _described_track(track: Track, ends: Ends | None) -> bytes:
+    parts = (track.path, track.track_id, track.start, track.duration, track.caption, track.info)
+    return repr((parts, ends and ends.digest)).encode()
+
+
+def _copies(tracks: list[Track], ends: list[Ends | None]) -> dict[int, int]:
+    """The tracks whose audio is that of an earlier one, and of which."""
+    first: dict[Any, int] = {}
+    alike: dict[int, list[int]] = {}
+    for i, (track, its_ends) in enumerate(zip(tracks, ends)):
+        if its_ends is not None:
+            key = (its_ends.digest, track.start, track.duration)
+            if key in first:
+                alike.setdefault(first[key], []).append(i)
+            else:
+                first[key] = i
+    del first
+    # What is alike in size and at both ends is read in full, but for parts of one and the same.
+    doubtful = {
+        tracks[i].place
+        for one, others in alike.items()
+        if not ends[one].whole
+        for i in (one, *others)
+    }
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = dict(zip(doubtful, pool.map(_hash, doubtful)))
+    copies = {}
+    for one, others in alike.items():
+        known: dict[Any, int] = {}
+        for i in (one, *others):
+            earlier = known.setdefault(hashes.get(tracks[i].place), i)
+            if earlier != i:
+                copies[i] = earlier
+    return copies
+
+
+def _hash(place: FileBytes | RowBytes) -> bytes:
+    """Of all bytes; of a file that cannot be read, something that no other has."""
+    try:
+        with open_bytes(place) as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError:
+        return repr(place).encode()
+
+
+def _with_caption(track: Track, caption: str) -> Track:
+    info = json.loads(track.info)
+    texts = info.get("captions", [])
+    if caption in (track.caption, *texts):
+        return track
+    info["captions"] = [*texts, caption]
+    return replace(track, info=json.dumps(info, sort_keys=True))
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def _folder_tasks(
+    source: Source, root: Root, ignored: Counter[str], below: str = ""
+) -> Iterator[Task]:
+    """In the byte order of their paths; `below` is a path in the folder, with its slash."""
+    try:
+        with os.scandir(os.path.normpath(os.path.join(root.given, below))) as listed:
+            entries = [entry for entry in listed if not entry.name.startswith(".")]
+    except OSError as error:
+        # (its tracks would be missing without a word)
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+    folders = {entry.name for entry in entries if _is_folder(entry)}
+    entries.sort(key=lambda entry: os.fsencode(entry.name + "/" * (entry.name in folders)))
+    names = {entry.name for entry in entries}
+    stems = {stem for stem, suffix in map(split, names - folders) if suffix in SUFFIXES}
+    taken = set()
+    for entry in entries:
+        path = below + entry.name
+        if entry.name in folders:
+            if not entry.is_symlink():
+                yield from _folder_tasks(source, root, ignored, f"{path}/")
+            elif not is_below(os.path.realpath(entry.path), root.real):
+                # (linked folders that stay inside are met where they really are)
+                refusal = refuse("outside the folder", "a link out of the folder")
+                yield printable(path), refusal
+            continue
+        stem, suffix = split(entry.name)
+        captioned = f"{stem}.json" in names or f"{stem}.txt" in names
+        if suffix in SUFFIXES:
+            if stem in taken:
+                detail = "another file has this name but for its suffix"
+                yield printable(path), refuse("duplicate", detail)
+            else:
+                taken.add(stem)
+                yield printable(path), functools.partial(_folder_track, source, root, path)
+        elif suffix == ".json" or (suffix == ".txt" and stem in stems):
+            continue
+        elif suffix == ".txt" or stem in stems or not captioned:
+            ignored[suffix or "none"] += 1
+        else:
+            yield printable(path), functools.partial(_unknown_format, source, root, path, suffix)
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False
+
+
+def _folder_track(source: Source, root: Root, path: str) -> tuple[Track, Ends]:
+    check_name(path)
+    try:
+        real = root.resolve(path)
+        ends = file_ends(real)
+    except FileNotFoundError:
+        raise RejectedError("unreadable", "a link to nothing") from None
+    track_id = os.path.splitext(path)[0]
+    caption, info = read_sidecar(source, root, track_id)
+    track = Track(
+        path=path, track_id=track_id, place=FileBytes(path=real), caption=caption, info=info
+    )
+    return track, ends
+
+
+def _unknown_format(source: Source, root: Root, path: str, suffix: str) -> tuple[Track, Ends]:
+    try:
+        read_sidecar(source, root, os.path.splitext(path)[0])
+    except RejectedError:
+        raise _IgnoredError(suffix or "none") from None
+    raise RejectedError("unknown format", suffix or "no suffix")
+
+
+# --- AudioCraft's manifests ---------------------------------------------------------------------
+
+
+def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
+    root = Root(source.root or path.parent)
+    number = 0
+    with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+        try:
+            for line in file:
+                number += 1
+                if not line.strip():
+                    continue
+                meta = json.loads(line)
+                its_path, info_path = meta["path"], meta.get("info_path")
+                if not isinstance(its_path, str) or not isinstance(info_path, str | None):
+                    raise TypeError
+                make = functools.partial(_manifest_track, source, root, its_path, info_path)
+                yield printable(its_path), make
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise UserError(f"{path}: line {number} is not a JSON object with a 'path'") from None
+        except (EOFError, OSError) as error:
+            raise UserError(f"{path}: damaged after line {number} ({error})") from None
+
+
+def _manifest_track(
+    source: Source, root: Root, path: str, info_path: str | None
+) -> tuple[Track, Ends]:
+    check_name(path)
+    real = root.resolve(path)
+    below = root.relative(path)
+    try:
+        ends = file_ends(real)
+    except FileNotFoundError:
+        raise RejectedError("missing", "no such file") from None
+    track_id = os.path.splitext(below)[0]
+    if info_path is None:
+        caption, info = read_sidecar(source, root, track_id)
+    else:
+        content = _read_info(root, info_path)
+        caption, info = read_json(content, os.path.basename(info_path), source.columns)
+    track = Track(
+        path=below, track_id=track_id, place=FileBytes(path=real), caption=caption, info=info
+    )
+    return track, ends
+
+
+def _read_info(root: Root, info_path: str) -> bytes:
+    """The content of a file, or of one in a zip archive: 'some.zip:name/in/it.json'."""
+    archive, colon, name = info_path.partition(".zip:")
+    try:
+        if colon:
+            with zipfile.ZipFile(root.resolve(archive + ".zip")) as opened:
+                return opened.read(name.lstrip("/"))
+        return Path(root.resolve(info_path)).read_bytes()
+    except (OSError, KeyError, zipfile.BadZipFile):
+        raise RejectedError("no caption", f"{info_path} cannot be read") from None
+
+
+# --- tars ---------------------------------------------------------------------------------------
+
+
+def _tar_tasks(source: Source, paths: list[Path], _: "hashlib._Hash") -> Iterator[Task]:
+    """Webdataset: neighbours whose names are alike up to the first dot are one sample."""
+    for path in paths:
+        count = 0
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for key, members in itertools.groupby(filter(tarfile.TarInfo.isreg, tar), _key):
+                    members = list(members)
+                    count += len(members)
+                    yield from _sample_tasks(source, path, tar, key, members)
+        except tarfile.TarError:
+            yield printable(path.name), refuse("cut off", f"the tar is damaged after {count} files")
+
+
+def _key(member: tarfile.TarInfo) -> str:
+    folder, name = os.path.split(member.name)
+    return os.path.join(folder, name.partition(".")[0])
+
+
+def _sample_tasks(
+    source: Source, path: Path, tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo]
+) -> Iterator[Task]:
+    audio = [member for member in members if split(member.name)[1] in SUFFIXES]
+    captions = {
+        name: tar.extractfile(member).read()
+        for member in members
+        if (name := member.name[len(key) :]) in (".json", ".txt")
+    }
+    for i, member in enumerate(audio):
+        shown = printable(f"{path.name}/{member.name}")
+        if i > 0:
+            yield shown, refuse("duplicate", "another file has this name but for its suffix")
+        else:
+            yield shown, functools.partial(_tar_track, source, path, member, key, captions)
+
+
+def _tar_track(
+    source: Source, path: Path, member: tarfile.TarInfo, key: str, captions: dict[str, bytes]
+) -> tuple[Track, Ends]:
+    check_name(member.name)
+    place = FileBytes(path=os.path.realpath(path), offset=member.offset_data, size=member.size)
+    if os.stat(place.path).st_size < place.offset + member.size:
+        raise RejectedError("cut off", "the tar ends within it")
+    if ".json" in captions:
+        caption, info = read_json(captions[".json"], f"{key}.json", source.columns)
+    elif ".txt" in captions:
+        caption, info = read_text(captions[".txt"], f"{key}.txt")
+    else:
+        raise RejectedError("no caption", f"no {key}.json or {key}.txt beside it")
+    track = Track(
+        path=f"{path.name}/{member.name}",
+        track_id=f"{path.stem}/{key}",
+        place=place,
+        caption=caption,
+        info=info,
+    )
+    return track, range_ends(place.path, place.offset, member.size)
