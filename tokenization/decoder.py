@@ -128,7 +128,8 @@ class Decoder:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
-            env=os.environ | {"PYTHONPATH": path},
+            # (numpy's threads would have nothing to do)
+            env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,  # Ctrl-C is for the parent to see
         )
         theirs.close()

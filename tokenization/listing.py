@@ -97,17 +97,15 @@ class Root:
     def resolve(self, path: str) -> str:
         """The real path of what `path` names, relative to the folder unless it is absolute.
 
-        Raises `RejectedError` if that is outside.
+        Raises `RejectedError` if that is outside, or no name that records can hold.
         """
-        try:
-            above, name = os.path.split(os.path.join(self.real, path))
-            if above not in self._folders:
-                self._folders[above] = os.path.realpath(above)
-            real = os.path.join(self._folders[above], name)
-            if os.path.islink(real):
-                real = os.path.realpath(real)
-        except ValueError:
-            raise RejectedError("bad name", "no file can have this name") from None
+        check_name(path)
+        above, name = os.path.split(os.path.join(self.real, path))
+        if above not in self._folders:
+            self._folders[above] = os.path.realpath(above)
+        real = os.path.join(self._folders[above], name)
+        if os.path.islink(real):
+            real = os.path.realpath(real)
         if name == ".." or not is_below(real, self.real):
             up = os.path.isabs(path) or ".." in path.split("/")
             detail = "not below it; --root can name another" if up else "a link out of the folder"
@@ -135,6 +133,8 @@ def printable(path: str) -> str:
 def check_name(path: str) -> None:
     if printable(path) != path:
         raise RejectedError("bad name", "the file name is not UTF-8")
+    if "\0" in path:
+        raise RejectedError("bad name", "no file can have this name")
 
 
 def file_ends(path: str) -> Ends:

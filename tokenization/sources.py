@@ -309,7 +309,6 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _folder_track(source: Source, root: Root, path: str) -> tuple[Track, Ends]:
-    check_name(path)
     try:
         real = root.resolve(path)
         ends = file_ends(real)
@@ -358,7 +357,6 @@ def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
 def _manifest_track(
     source: Source, root: Root, path: str, info_path: str | None
 ) -> tuple[Track, Ends]:
-    check_name(path)
     real = root.resolve(path)
     below = root.relative(path)
     try:
@@ -403,7 +401,7 @@ def _tar_tasks(source: Source, paths: list[Path], _: "hashlib._Hash") -> Iterato
                     count += len(members)
                     yield from _sample_tasks(source, path, tar, key, members)
         except tarfile.TarError:
-            yield printable(path.name), refuse("cut off", f"the tar is damaged after {count} files")
+            yield printable(path.name), refuse("damaged tar", f"ends after {count} whole files")
 
 
 def _key(member: tarfile.TarInfo) -> str:
@@ -433,8 +431,6 @@ def _tar_track(
 ) -> tuple[Track, Ends]:
     check_name(member.name)
     place = FileBytes(path=os.path.realpath(path), offset=member.offset_data, size=member.size)
-    if os.stat(place.path).st_size < place.offset + member.size:
-        raise RejectedError("cut off", "the tar ends within it")
     if ".json" in captions:
         caption, info = read_json(captions[".json"], f"{key}.json", source.columns)
     elif ".txt" in captions:

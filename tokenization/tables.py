@@ -23,7 +23,6 @@ from tokenization.listing import (
     Task,
     buffer_ends,
     caption_and_info,
-    check_name,
     file_ends,
     printable,
     refuse,
@@ -194,7 +193,6 @@ def _row_task(table: _Table, row: Mapping[str, Any], where: str) -> Task:
 
 
 def _row_track(table: _Table, row: Mapping[str, Any], path: str, where: str) -> tuple[Track, Ends]:
-    check_name(path)
     real = table.root.resolve(path)
     below = table.root.relative(path)
     try:

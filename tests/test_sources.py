@@ -1,0 +1,572 @@
+"""Every kind of source: who is in it, and a data set made of it."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import tensorflow_datasets as tfds
+from sounds import RATE, put, tone
+
+from magnet_jax import records
+from magnet_jax.codec import load_codec
+from magnet_jax.errors import UserError
+from tokenization import job as job_module
+from tokenization.audio import Intake
+from tokenization.decoder import Decoder, read_audio
+from tokenization.job import Job, run
+from tokenization.listing import Columns, Source
+from tokenization.sources import scan
+
+NAMES = ("a", "b", "c")
+
+
+def wav_of(name):
+    return tone(1.2, frequency=300 + 100 * NAMES.index(name))
+
+
+def caption_of(name):
+    return f"a tone called {name}"
+
+
+def flac(name):
+    file = io.BytesIO()
+    soundfile.write(file, wav_of(name), RATE, format="FLAC")
+    return file.getvalue()
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def add_to_tar(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+# --- one source of each kind, with the tracks a, b, c -------------------------------------------
+
+
+def a_folder(folder):
+    for name in NAMES:
+        put(folder / "music" / f"{name}.flac", wav_of(name), caption=None)
+        (folder / "music" / f"{name}.txt").write_text(f"\ufeff{caption_of(name)}\n")
+    return Source(audio=folder / "music")
+
+
+def a_manifest(folder):
+    """As AudioCraft writes it: absolute paths, in a folder of its own."""
+    split = folder / "egs" / "train"
+    split.mkdir(parents=True)
+    lines = []
+    for name in NAMES:
+        path = put(folder / "music" / f"{name}.flac", wav_of(name), caption=caption_of(name))
+        meta = {"path": str(path), "duration": 1.2, "sample_rate": RATE, "amplitude": None,
+                "weight": None, "info_path": None}  # fmt: skip
+        lines.append(json.dumps(meta) + "\n")
+    (split / "data.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    return Source(audio=split, root=folder / "music")
+
+
+def a_csv(folder):
+    for name in NAMES:
+        put(folder / "clips" / f"{name}.flac", wav_of(name), caption=None)
+    rows = [{"clip": name, "words": caption_of(name), "bpm": 90} for name in NAMES]
+    table = write_csv(folder / "table.csv", rows)
+    return Source(audio=table, columns=Columns(path="clips/{clip}.flac", caption=("words",)))
+
+
+def a_parquet(folder):
+    """As the `datasets` library shards it."""
+    audio = [{"bytes": flac(name), "path": f"{name}.flac"} for name in NAMES]
+    captions = [caption_of(name) for name in NAMES]
+    table = pa.table({"audio": audio, "text": captions, "bpm": [90, None, 91]})
+    pq.write_table(table[:2], folder / "train-00000-of-00002.parquet", row_group_size=1)
+    pq.write_table(table[2:], folder / "train-00001-of-00002.parquet")
+    return Source(audio=folder)
+
+
+def a_webdataset(folder):
+    with tarfile.open(folder / "shard-0.tar", "w") as tar:
+        add_to_tar(tar, "x/a.flac", flac("a"))
+        add_to_tar(tar, "x/a.json", json.dumps({"caption": caption_of("a"), "bpm": 90}).encode())
+        add_to_tar(tar, "x/a.txt", b"the .json counts")
+        add_to_tar(tar, "x/b.txt", caption_of("b").encode())
+        add_to_tar(tar, "x/b.flac", flac("b"))
+    with tarfile.open(folder / "shard-1.tar", "w") as tar:
+        add_to_tar(tar, "c.flac", flac("c"))
+        add_to_tar(tar, "c.txt", caption_of("c").encode())
+    return Source(audio=folder)
+
+
+def a_saved_data_set(folder):
+    save_data_set(folder / "saved", NAMES, list(map(caption_of, NAMES)))
+    return Source(audio=folder / "saved")
+
+
+def save_data_set(folder, names, captions):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    sound = pa.array([{"bytes": flac(name)} for name in names], kind)
+    saved = datasets.Dataset(pa.table({"sound": sound, "caption": captions}))
+    saved.cast_column("sound", datasets.Audio(decode=False)).save_to_disk(folder)
+
+
+KINDS = [a_folder, a_manifest, a_csv, a_parquet, a_webdataset, a_saved_data_set]
+
+
+@pytest.fixture(scope="module")
+def one_codec():
+    codec = load_codec("embedded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_module, "load_codec", lambda source, device, count: codec)
+        yield codec
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with Decoder(60) as process:
+        yield process
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_data_set_of_each_kind_of_source(tmp_path, make, one_codec):
+    (tmp_path / "in").mkdir()
+    source = make(tmp_path / "in")
+    manifest = scan(source)
+    assert not manifest.rejects
+    assert [track.caption for track in manifest.tracks] == [caption_of(name) for name in NAMES]
+    assert len({track.track_id for track in manifest.tracks}) == 3
+    job = Job(**vars(source), out=tmp_path / "out", validation_percent=0)
+    assert "3 records (3 train" in run(job)
+    data = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert [example["caption"].decode() for example in data] == list(map(caption_of, NAMES))
+    for name, example in zip(NAMES, data):
+        expected = one_codec.encode(wav_of(name).T[None])[0]
+        # (as integers of 16 bit, which is what FLAC keeps)
+        assert np.mean(example["codes"] == expected) > 0.9
+    # another folder, another time: the same
+    shutil.copytree(tmp_path / "in", tmp_path / "elsewhere" / "in")
+    moved = make(tmp_path / "elsewhere" / "again") if make is a_manifest else None
+    if moved is None:
+        here = os.path.relpath(source.audio, tmp_path)
+        moved = Source(**vars(source) | {"audio": tmp_path / "elsewhere" / here})
+    assert scan(moved).fingerprint == manifest.fingerprint
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_the_json_file_counts_where_both_are(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption="of the json")
+    (tmp_path / "a.txt").write_text("of the txt")
+    put(tmp_path / "b.wav", tone(1.2), caption=None)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "notes.txt").write_text("nobody's")
+    manifest = scan(Source(audio=tmp_path))
+    assert [track.caption for track in manifest.tracks] == ["of the json"]
+    assert [(r.path, r.detail) for r in manifest.rejects] == [("b.wav", "b.txt is not UTF-8")]
+    assert manifest.ignored == {".txt": 1}
+
+
+def test_metadata_may_lie_in_a_folder_of_its_own(tmp_path):
+    put(tmp_path / "audio" / "deep" / "a.wav", tone(1.1), caption=None)
+    put(tmp_path / "audio" / "b.wav", tone(1.2), caption="beside it")
+    (tmp_path / "meta").mkdir()
+    for name in "ab":
+        sound = {"description": [f"sound {name}", "another"], "key": None}
+        (tmp_path / "meta" / f"{name}.json").write_text(json.dumps(sound))
+    manifest = scan(Source(audio=tmp_path / "audio", metadata=tmp_path / "meta"))
+    assert [track.caption for track in manifest.tracks] == ["beside it", "sound a"]
+    # the other descriptions of AudioCraft's sounds stay with the first
+    assert json.loads(manifest.tracks[1].info) == {"captions": ["another"]}
+    with pytest.raises(UserError, match="--metadata .*: no such folder"):
+        scan(Source(audio=tmp_path / "audio", metadata=tmp_path / "nothing"))
+
+
+def test_tracks_are_in_the_byte_order_of_their_paths(tmp_path):
+    names = ["a.wav", "a-b.wav", "a/z.wav", "a.d/b.wav", "ä.wav", "B.wav", "a/b/c.wav"]
+    for i, name in enumerate(names):
+        put(tmp_path / name, tone(1 + i / 100))
+    paths = [track.path for track in scan(Source(audio=tmp_path)).tracks]
+    assert paths == sorted(names, key=os.fsencode)
+
+
+def test_equal_bytes_are_found_and_the_first_counts(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = (rng.normal(size=40 * RATE) * 0.1).astype(np.float32)
+    other = noise.copy()
+    other[20 * RATE] += 0.25  # alike in size and at both ends
+    for name, wav in [("a", noise), ("b", other), ("c", noise), ("d", other), ("e", noise)]:
+        put(tmp_path / f"{name}.wav", wav, caption=f"called {name}")
+    put(tmp_path / "f.wav", tone(1.1))
+    shutil.copy(tmp_path / "f.wav", tmp_path / "g.wav")
+    (tmp_path / "g.txt").write_text("the same tone")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "f.wav")
+    (tmp_path / "link.txt").write_text("the same tone")
+    manifest = scan(Source(audio=tmp_path))
+    assert [track.path for track in manifest.tracks] == ["a.wav", "b.wav", "f.wav"]
+    assert {reject.path: reject.detail for reject in manifest.rejects} == {
+        "c.wav": "the same bytes as a.wav",
+        "d.wav": "the same bytes as b.wav",
+        "e.wav": "the same bytes as a.wav",
+        "g.wav": "the same bytes as f.wav",
+        "link.wav": "the same bytes as f.wav",
+    }
+    assert {reject.reason for reject in manifest.rejects} == {"duplicate"}
+
+
+# --- manifests ----------------------------------------------------------------------------------
+
+
+def test_paths_of_a_manifest_stay_below_its_root(tmp_path):
+    put(tmp_path / "music" / "a.wav", tone(1.1))
+    put(tmp_path / "secret.wav", tone(1.2))
+    (tmp_path / "music" / "link").symlink_to(tmp_path)
+    (tmp_path / "music" / "again").symlink_to(tmp_path / "music")
+    outside = [
+        "../secret.wav",
+        str(tmp_path / "secret.wav"),
+        "link/secret.wav",
+        "x/../../secret.wav",
+    ]
+    outside.append("again/../secret.wav")
+    paths = ["a.wav", "again/a.wav", *outside, "gone.wav", "a\0.wav", "\ud800.wav", "again"]
+    manifest = tmp_path / "music" / "data.jsonl"
+    manifest.write_text("".join(json.dumps({"path": path}) + "\n\n" for path in paths))
+    found = scan(Source(audio=manifest))
+    assert [track.path for track in found.tracks] == ["a.wav"]
+    reasons = {reject.path: reject.reason for reject in found.rejects}
+    assert {path: reasons.pop(path) for path in outside} == dict.fromkeys(
+        outside, "outside the folder"
+    )
+    assert reasons == {
+        "gone.wav": "missing",
+        "a\0.wav": "bad name",
+        "\\ud800.wav": "bad name",
+        "again": "unreadable",
+        "again/a.wav": "duplicate",
+    }
+    # from the root above, the others are there too
+    above = scan(Source(audio=manifest, root=tmp_path))
+    assert [track.path for track in above.tracks] == ["secret.wav"]
+
+
+def test_a_manifest_with_metadata_elsewhere(tmp_path):
+    for name in NAMES:
+        put(tmp_path / f"{name}.wav", wav_of(name), caption=None)
+    with zipfile.ZipFile(tmp_path / "info.zip", "w") as archive:
+        archive.writestr("music/a.json", json.dumps({"description": "zipped", "bpm": 90.5}))
+    (tmp_path / "b_info.json").write_text(json.dumps({"description": "elsewhere"}))
+    lines = [
+        {"path": "a.wav", "info_path": f"{tmp_path}/info.zip:/music/a.json"},
+        {"path": "b.wav", "info_path": "b_info.json"},
+        {"path": "c.wav", "info_path": "info.zip:/music/c.json"},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = scan(Source(audio=tmp_path))
+    assert [track.caption for track in found.tracks] == ["zipped", "elsewhere"]
+    assert json.loads(found.tracks[0].info) == {"bpm": 90.5}
+    assert [(r.path, r.reason) for r in found.rejects] == [("c.wav", "no caption")]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b'{"path": "a.wav"}\n{"pa', "line 2 is not a JSON object with a 'path'"),
+        (b"[1]\n", "line 1 is not a JSON object"),
+        (b'{"path": 3}\n', "line 1 is not a JSON object"),
+        (gzip.compress(b'{"path": "a.wav"}\n' * 9)[:-9], "line 1|damaged after line"),
+    ],
+)
+def test_a_damaged_manifest_is_an_error(tmp_path, content, match):
+    put(tmp_path / "a.wav", tone(1.1))
+    name = "data.jsonl.gz" if content[:1] == b"\x1f" else "data.jsonl"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: ({match})"):
+        scan(Source(audio=tmp_path / name))
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def test_parts_of_files(tmp_path, decoder):
+    wav = tone(30, 44100, channels=2)
+    put(tmp_path / "long.wav", wav, 44100, caption=None, subtype="FLOAT")
+    rows = [
+        {"file": "long.wav", "text": "the first", "from": "0", "to": "2", "id": "one"},
+        {"file": "long.wav", "text": "in the middle", "from": "10.5", "to": "12.25", "id": "two"},
+        {"file": "long.wav", "text": "to the end", "from": "28", "to": "", "id": "three"},
+        {"file": "long.wav", "text": "also the first", "from": "0", "to": "2", "id": "four"},
+        {"file": "long.wav", "text": "too far", "from": "29", "to": "31", "id": "five"},
+        {"file": "long.wav", "text": "beyond", "from": "31", "to": "32", "id": "six"},
+        {"file": "long.wav", "text": "backwards", "from": "3", "to": "2", "id": "seven"},
+        {"file": "long.wav", "text": "what", "from": "soon", "to": "2", "id": "eight"},
+        {"file": "", "text": "where", "from": "1", "to": "2", "id": "nine"},
+        {"file": "long.wav", "text": "whose name", "from": "5", "to": "7", "id": "one"},
+    ]
+    table = write_csv(tmp_path / "table.csv", rows)
+    columns = Columns(start="from", end="to", id="id")
+    found = scan(Source(audio=table, columns=columns))
+    assert [(t.track_id, t.start, t.duration) for t in found.tracks] == [
+        ("one", 0.0, 2.0),
+        ("two", 10.5, 1.75),
+        ("three", 28.0, None),
+        ("five", 29.0, 2.0),
+        ("six", 31.0, 1.0),
+    ]
+    # rows of one clip are one track
+    assert json.loads(found.tracks[0].info) == {"captions": ["also the first"]}
+    reasons = [(r.reason, r.detail) for r in found.rejects]
+    assert reasons[:3] == [
+        ("bad row", "it begins before the file, or ends before it begins"),
+        ("bad row", "its from is no number of seconds"),
+        ("bad row", "no path in it"),
+    ]
+    assert reasons[3] == ("duplicate", "another track has this name")
+
+    intake = Intake(sample_rate=None, channels=2)
+    for track, begin, end in zip(found.tracks, (0, 10.5, 28), (2, 12.25, 30)):
+        wav_CN, facts = read_audio(track, intake, decoder)
+        np.testing.assert_array_equal(wav_CN, wav[round(begin * 44100) : round(end * 44100)].T)
+        assert facts.seconds == pytest.approx(end - begin)
+    for track, reason in zip(found.tracks[3:], ("cut off", "outside the file")):
+        with pytest.raises(Exception, match=reason):
+            read_audio(track, intake, decoder)
+
+
+def test_records_of_parts_say_where_in_the_file_they_begin(tmp_path, one_codec):
+    put(tmp_path / "long.wav", tone(9), caption=None)
+    rows = [
+        {"path": "long.wav", "caption": "a", "at": 1.5, "for": 1.0},
+        {"path": "long.wav", "caption": "b", "at": 4.0, "for": 3.0},
+    ]
+    table = write_csv(tmp_path / "table.csv", rows)
+    columns = Columns(start="at", duration="for")
+    job = Job(audio=table, columns=columns, out=tmp_path / "out", validation_percent=0,
+              max_record_seconds=2)  # fmt: skip
+    run(job)
+    split = records.open_split(tmp_path / "out", "train")
+    found = [records.decode_example(example) for example in split]
+    assert [(r["track_id"], r["start"], r["duration"]) for r in found] == [
+        ("long@1.5", 1.5, 1.0),
+        ("long@4", 4.0, 1.5),
+        ("long@4", 5.5, 1.5),
+    ]
+
+
+def test_musiccaps(tmp_path):
+    """Columns as in the published file; clips as the common scripts call them."""
+    row = {
+        "ytid": "-0Gj8-vB1q4", "start_s": "30", "end_s": "40",
+        "audioset_positive_labels": "/m/0140xf", "aspect_list": "['low quality', 'drums']",
+        "caption": "The low quality recording features a ballad song.", "author_id": "4",
+        "is_balanced_subset": "False", "is_audioset_eval": "True",
+    }  # fmt: skip
+    rows = [row, row | {"ytid": "0I6_bHnHtHg"}, row | {"ytid": "gone_gone_g"}]
+    table = write_csv(tmp_path / "musiccaps-public.csv", rows)
+    put(tmp_path / "wavs" / "-0Gj8-vB1q4.wav", tone(1.1), caption=None)
+    put(tmp_path / "wavs" / "[0I6_bHnHtHg]-[30-40].flac", tone(1.2), caption=None)
+    found = scan(Source(audio=table, root=tmp_path / "wavs", recipe="musiccaps"))
+    assert [track.path for track in found.tracks] == [
+        "-0Gj8-vB1q4.wav",
+        "[0I6_bHnHtHg]-[30-40].flac",
+    ]
+    track = found.tracks[0]
+    assert track.caption.startswith("The low quality") and (track.start, track.duration) == (
+        0,
+        None,
+    )
+    assert json.loads(track.info)["keywords"] == ["low quality", "drums"]
+    assert [(r.path, r.reason) for r in found.rejects] == [("gone_gone_g", "missing")]
+
+
+def test_audiocaps(tmp_path):
+    rows = [
+        {"audiocap_id": i, "youtube_id": name, "start_time": 30, "caption": f"caption {i}"}
+        for i, name in enumerate(["r1nicOVtvkQ", "r1nicOVtvkQ", "ZVV2yKr4I8g", "4B3Ym23Z9v0"])
+    ]
+    table = write_csv(tmp_path / "test.csv", rows)
+    put(tmp_path / "Yr1nicOVtvkQ.wav", tone(1.1), caption=None)
+    put(tmp_path / "ZVV2yKr4I8g.mp3", tone(1.2), caption=None)
+    put(tmp_path / "sub" / "4B3Ym23Z9v0_30.wav", tone(1.3), caption=None)
+    found = scan(Source(audio=table, recipe="audiocaps"))
+    assert not found.rejects
+    assert [(track.path, track.caption) for track in found.tracks] == [
+        ("Yr1nicOVtvkQ.wav", "caption 0"),
+        ("ZVV2yKr4I8g.mp3", "caption 2"),
+        ("sub/4B3Ym23Z9v0_30.wav", "caption 3"),
+    ]
+    assert json.loads(found.tracks[0].info)["captions"] == ["caption 1"]
+
+
+def test_clotho(tmp_path):
+    row = {"file_name": "Distorted AM Radio noise.wav"}
+    row |= {f"caption_{i}": f"a radio, said {i} times" for i in range(1, 6)}
+    table = write_csv(tmp_path / "clotho_captions_development.csv", [row])
+    put(tmp_path / "development" / row["file_name"], tone(1.1), caption=None)
+    (track,) = scan(Source(audio=table, recipe="clotho")).tracks
+    assert track.caption == "a radio, said 1 times"
+    assert len(json.loads(track.info)["captions"]) == 4
+    with pytest.raises(UserError, match="no column of paths"):
+        scan(Source(audio=table, recipe="musiccaps"))
+
+
+def test_what_is_wrong_with_a_table_is_said_in_one_line(tmp_path):
+    table = write_csv(tmp_path / "a.csv", [{"name": "a.wav", "words": "b"}])
+    for columns, match in [
+        (Columns(), r"no column of captions; name one, --columns.caption \(it has name, words\)"),
+        (Columns(caption=("words",)), "no column of paths; name one, --columns.path"),
+        (Columns(caption=("words",), path="nam"), "no column 'nam' .it has name, words"),
+        (Columns(caption=("words",), path="{nam}.wav"), "no column 'nam'"),
+        (Columns(caption=("words",), path="name", start="at"), "no column 'at'"),
+        (Columns(caption=("words",), path="{name"), "--columns.path {name: "),
+    ]:
+        with pytest.raises(UserError, match=match):
+            scan(Source(audio=table, columns=columns))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not at all")
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        scan(Source(audio=tmp_path / "bad.parquet"))
+    (tmp_path / "song.zip").write_bytes(b"")
+    for name in ("song.zip", "songs.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match="neither a folder nor|unpack it once"):
+            scan(Source(audio=tmp_path / name))
+
+
+def test_text_in_a_table_that_is_not_utf8_is_a_reject(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    (tmp_path / "t.tsv").write_bytes(b"path\tcaption\na.wav\tcaf\xe9\ncaf\xe9.wav\tx\n")
+    found = scan(Source(audio=tmp_path / "t.tsv"))
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("a.wav", "no caption"),
+        ("caf\\udce9.wav", "bad name"),
+    ]
+
+
+def test_parquet_of_paths(tmp_path):
+    """Both plain paths and the column that `datasets` writes where audio is not embedded."""
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    paths = [f"{name}.flac" for name in NAMES]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"plain": pa.array(paths), "audio": pa.array([{"path": p} for p in paths], kind)}
+    for path, column in [("plain", "plain"), ("audio", "audio"), (None, "audio")]:
+        table = pa.table({column: columns[column], "caption": list(NAMES), "when": [1, 2, None]})
+        pq.write_table(table, tmp_path / "t.parquet")
+        found = scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path=path)))
+        assert [t.path for t in found.tracks] == paths and not found.rejects
+        assert [json.loads(t.info) for t in found.tracks] == [{"when": 1}, {"when": 2}, {}]
+
+
+# --- tars and saved data sets -------------------------------------------------------------------
+
+
+def test_a_damaged_tar_loses_what_is_damaged(tmp_path, decoder):
+    source = a_webdataset(tmp_path)
+    with tarfile.open(tmp_path / "shard-2.tar", "w") as tar:
+        add_to_tar(tar, "alone.flac", flac("a")[:-1])
+        add_to_tar(tar, "stems.mix.flac", flac("b")[:-1])
+        add_to_tar(tar, "stems.voice.flac", flac("c")[:-1])
+        add_to_tar(tar, "stems.txt", b"two parts of one song")
+        add_to_tar(tar, "last.txt", b"cut within its audio")
+        add_to_tar(tar, "last.flac", flac("c"))
+    with tarfile.open(tmp_path / "shard-2.tar") as tar:
+        end = tar.getmember("last.flac").offset_data + 100
+    os.truncate(tmp_path / "shard-2.tar", end)
+    (tmp_path / "shard-3.tar").write_bytes(b"no tar at all" * 100)
+    found = scan(source)
+    assert [t.track_id for t in found.tracks] == [
+        "shard-0/x/a", "shard-0/x/b", "shard-1/c", "shard-2/stems",
+    ]  # fmt: skip
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("shard-2.tar/alone.flac", "no caption"),
+        ("shard-2.tar/stems.voice.flac", "duplicate"),
+        ("shard-2.tar", "damaged tar"),
+        ("shard-3.tar", "damaged tar"),
+    ]
+    wav_CN, _ = read_audio(found.tracks[1], Intake(sample_rate=RATE, channels=1), decoder)
+    np.testing.assert_allclose(wav_CN, wav_of("b").T, atol=1e-4)
+
+
+def test_duplicates_within_tars_and_saved_data_sets(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, name in enumerate("aba"):
+            add_to_tar(tar, f"{i}.flac", flac(name))
+            add_to_tar(tar, f"{i}.txt", b"text")
+    rejects = scan(Source(audio=tmp_path / "a.tar")).rejects
+    assert [(r.path, r.detail) for r in rejects] == [
+        ("a.tar/2.flac", "the same bytes as a.tar/0.flac")
+    ]
+    save_data_set(tmp_path / "saved", "abca", list("abcd"))
+    (reject,) = scan(Source(audio=tmp_path / "saved")).rejects
+    assert reject.path.endswith(".arrow/3") and reject.detail.endswith(".arrow/0")
+
+
+def test_several_splits_must_be_chosen_from(tmp_path):
+    a_saved_data_set(tmp_path)
+    saved = datasets.load_from_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(UserError, match="several splits; name one of .*dict/test, .*dict/train"):
+        scan(Source(audio=tmp_path / "dict"))
+    assert len(scan(Source(audio=tmp_path / "dict" / "train")).tracks) == 3
+    for path in (tmp_path / "dict" / "train").glob("*.arrow"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged, not readable as a data set"):
+        scan(Source(audio=tmp_path / "dict" / "train"))
+
+
+# --- fingerprints -------------------------------------------------------------------------------
+
+
+def change_audio(path):
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_change_of_audio_or_caption_changes_the_fingerprint(tmp_path, make):
+    (tmp_path / "a").mkdir()
+    source = make(tmp_path / "a")
+    before = scan(source).fingerprint
+    touched = [path for path in sorted(Path(tmp_path / "a").rglob("*")) if path.is_file()]
+    changes = 0
+    for path in touched:
+        content = path.read_bytes()
+        if path.suffix == ".flac":
+            change_audio(path)
+        elif path.suffix in (".txt", ".json", ".csv") and b"called" in content:
+            path.write_bytes(content.replace(b"called a", b"named a").replace(b"called b", b"n b"))
+            if path.read_bytes() == content:
+                continue
+        elif path.suffix == ".tar" and b"called a" in content:
+            path.write_bytes(content.replace(b"called a", b"called A"))
+        elif path.suffix == ".parquet":
+            table = pq.read_table(path)
+            changed = table.set_column(1, "text", pa.array(["x"] * len(table)))
+            pq.write_table(changed, path)
+        elif path.suffix == ".arrow":
+            path.write_bytes(content.replace(b"called a", b"called A"))
+        else:
+            continue
+        changes += 1
+        assert scan(source).fingerprint != before, path
+        path.write_bytes(content)
+        assert scan(source).fingerprint == before, path
+    assert changes >= 1
