@@ -2,6 +2,7 @@
 
 import json
 
+import av
 import numpy as np
 import soundfile
 
@@ -30,3 +31,27 @@ def album(folder, count=8, seconds=1.1):
 
 def cut_file(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def put_with_ffmpeg(path, wav, rate, codec, caption="a tone", picture=False, **how):
+    """A file of a format that libsndfile does not write; mono."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", **how) as container:
+        stream = container.add_stream(codec, rate=rate, layout="mono")
+        stream.bit_rate = 128_000
+        if picture:
+            video = container.add_stream("mpeg4", rate=10, width=32, height=32)
+            image = np.zeros((32, 32, 3), np.uint8)
+            for _ in range(int(10 * len(wav) / rate) + 20):
+                container.mux(video.encode(av.VideoFrame.from_ndarray(image)))
+            container.mux(video.encode(None))
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wav.T), "fltp", "mono")
+        frame.sample_rate, frame.pts = rate, 0
+        convert = av.AudioResampler(
+            stream.codec_context.format, frame_size=stream.codec_context.frame_size or 1024
+        )
+        for part in (*convert.resample(frame), *convert.resample(None), None):
+            container.mux(stream.encode(part))
+    if caption is not None:
+        path.with_suffix(".json").write_text(json.dumps({"description": caption}))
+    return path

@@ -1,15 +1,22 @@
 """One file as samples, or why not; in a process that may die of it."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
-from sounds import RATE, put, tone
+import soundfile
+from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax.errors import UserError
 from tokenization import audio
+from tokenization import decoder as decoder_module
 from tokenization.audio import FileBytes, Intake, RejectedError, Track
-from tokenization.decoder import Decoder, read_audio
+from tokenization.decoder import Decoder, measure, open_audio, read_audio, read_header, readers
 from tokenization.listing import Source
 from tokenization.sources import scan
 
@@ -167,3 +174,246 @@ def test_a_file_that_vanishes_is_no_reject(tmp_path, sound):
         sound(tmp_path / "gone.wav")
     with pytest.raises(RejectedError):
         sound(put(tmp_path / "a.wav", tone(0.5)))
+
+
+# --- what libsndfile does not read --------------------------------------------------------------
+
+FFMPEG = [
+    ("m4a", "aac", {}),
+    ("mp4", "aac", {"picture": True}),
+    ("mov", "pcm_s16le", {}),
+    ("webm", "libopus", {}),
+    ("mka", "flac", {}),
+    ("wma", "wmav2", {}),
+    ("aac", "aac", {}),
+    ("wv", "wavpack", {}),
+]
+
+
+@pytest.mark.parametrize(("suffix", "codec", "how"), FFMPEG)
+def test_formats_of_ffmpeg(tmp_path, decoder, sound, suffix, codec, how):
+    wav = tone(6, 48000)
+    path = put_with_ffmpeg(tmp_path / f"a.{suffix}", wav, 48000, codec, **how)
+    (track,) = scan(Source(audio=tmp_path)).tracks
+    wav_CN, facts = read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+    assert facts.sample_rate == 48000 and codec.removeprefix("lib") in facts.format
+    assert facts.seconds == pytest.approx(6, abs=0.05)
+    # raw AAC begins with what its encoder put before, FFmpeg's WMA lacks its first frame
+    lag = {"aac": 1024, "wma": -2048}.get(suffix, 0)
+    size = 5 * 48000
+    error = wav_CN[0, 4096 + lag : 4096 + lag + size] - wav[4096 : 4096 + size, 0]
+    assert np.sqrt(np.mean(error**2)) < 0.01
+    if (seconds := read_header(track, decoder).seconds) is not None:
+        assert seconds == pytest.approx(6, abs=0.05)
+    # a part is that part; the times of some containers are whole milliseconds
+    part = sound(path, start=3.5, duration=1.0)[0]
+    whole = sound(path)[0]
+    shifts = [np.abs(part[100:-100] - whole[56000 + k + 100 :][:15800]).max() for k in range(-9, 9)]
+    assert part.shape == (RATE,) and min(shifts) < 0.01
+    # half of it
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(RejectedError) as caught:
+        sound(path)
+    # where the index comes last there is nothing to tell more from
+    no_index = suffix in ("m4a", "mp4", "mov")
+    assert caught.value.reason == ("unreadable" if no_index else "cut off")
+
+
+def test_a_cut_file_that_begins_with_its_index_is_cut_off(tmp_path, sound):
+    how = {"options": {"movflags": "faststart"}}
+    path = put_with_ffmpeg(tmp_path / "a.m4a", tone(6, 48000), 48000, "aac", **how)
+    cut_file(path)
+    with pytest.raises(RejectedError, match="cut off"):
+        sound(path)
+
+
+def test_odd_mp3_files_are_read(tmp_path, sound):
+    data = put(tmp_path / "a.mp3", tone(3, 44100), 44100).read_bytes()
+    expected = sound(tmp_path / "a.mp3")
+    # zeros before it; a tag of 16 KiB with nothing in it; the suffix of another format
+    tag = b"ID3\4\0\0\0\1\0\0" + bytes(2**14)
+    for name, content in [("b.mp3", bytes(5000) + data), ("c.mp3", tag + data), ("d.wav", data)]:
+        (tmp_path / name).write_bytes(content)
+        np.testing.assert_array_equal(sound(tmp_path / name), expected)
+
+
+def test_files_that_point_to_others_lead_nowhere(tmp_path, sound):
+    secret = put_with_ffmpeg(tmp_path / "secret.m4a", tone(3, 48000), 48000, "aac")
+    playlists = {
+        "hls": f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n{secret}\n#EXT-X-ENDLIST\n",
+        "concat": f"ffconcat version 1.0\nfile {secret}\n",
+        "sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nc=IN IP4 127.0.0.1\nm=audio 5004 RTP/AVP 0\n",
+        "text": "no sound at all",
+    }
+    for name, content in playlists.items():
+        path = tmp_path / f"{name}.m4a"
+        path.write_text(content)
+        with pytest.raises(RejectedError) as caught:
+            sound(path)
+        assert caught.value.reason == "unreadable"
+        assert "neither libsndfile nor FFmpeg reads it" in caught.value.detail
+    video = put_with_ffmpeg(tmp_path / "v.mp4", tone(1), RATE, "aac", picture=True)
+    assert sound(video).shape[1] >= RATE
+
+
+# --- channels, levels, clipping -----------------------------------------------------------------
+
+
+def test_channels_are_mixed_as_audiocraft_does(tmp_path, sound):
+    wav = np.hstack([tone(1.2, frequency=300 + 50 * i) for i in range(6)])
+    path = put(tmp_path / "a.wav", wav, subtype="FLOAT")
+    np.testing.assert_allclose(sound(path, 1), wav.mean(1)[None], atol=1e-6)
+    np.testing.assert_array_equal(sound(path, 2), wav[:, :2].T)
+    stereo = put(tmp_path / "b.wav", wav[:, :2], subtype="FLOAT")
+    with pytest.raises(RejectedError, match="too few channels"):
+        sound(stereo, 6)
+
+
+def test_clipping_is_measured_and_rejected_only_where_asked(tmp_path, decoder):
+    rng = np.random.default_rng(0)
+    clean = 0.2 * rng.normal(size=(3 * RATE, 2)).clip(-4, 4)
+    cases = {"clean": clean, "peaks": clean.copy(), "clipped": clean.copy()}
+    cases["peaks"][::100, 0] = 1.0  # alone
+    cases["clipped"][1000 : 1000 + 4800, 1] = 1.0  # a tenth of one channel, over several blocks
+    cases["clipped"][-4800:, 1] = -1.0
+    facts = {}
+    for name, wav in cases.items():
+        for suffix, subtype in [("wav", "PCM_16"), ("u8.wav", "PCM_U8"), ("flac", "PCM_24")]:
+            path = put(tmp_path / f"{name}.{suffix}", wav, subtype=subtype)
+            facts[name] = measure(a_track(path), Intake(sample_rate=RATE, channels=1), decoder)
+            expected = 2 * (4800 - 2) / (2 * 3 * RATE) if name == "clipped" else 0
+            assert facts[name].clipped == pytest.approx(expected, abs=1e-6), path
+    assert facts["clean"].clipped <= audio.CLIPPED < facts["clipped"].clipped
+    strict = Intake(sample_rate=RATE, channels=1, max_clipped=0.05)
+    with pytest.raises(RejectedError, match="clipped"):
+        measure(a_track(tmp_path / "clipped.wav"), strict, decoder)
+    measure(a_track(tmp_path / "peaks.wav"), strict, decoder)
+
+
+def test_clipping_does_not_depend_on_blocks(tmp_path, decoder, monkeypatch):
+    wav = tone(0.25)
+    wav[990:1003] = 1.0
+    path = put(tmp_path / "a.wav", wav, subtype="FLOAT")
+    intake = Intake(sample_rate=None, channels=1, min_seconds=0.1)
+    for block in (1, 7, 1000, 4000):
+        monkeypatch.setattr(audio, "_BLOCK", block)
+        blocks = audio.decode(a_track(path), intake)
+        with pytest.raises(StopIteration) as end:
+            while True:
+                next(blocks)
+        assert end.value.value.clipped == 11 / 4000
+
+
+def test_the_level_is_that_of_the_sound(tmp_path, decoder):
+    wav = 0.25 + 0.1 * np.sin(np.arange(2 * RATE) * 0.3)[:, None]
+    path = put(tmp_path / "a.wav", wav, subtype="FLOAT")
+    facts = measure(a_track(path), Intake(sample_rate=RATE, channels=2), decoder)
+    assert facts.level == pytest.approx(20 * np.log10(0.1 / 2**0.5), abs=0.01)
+    assert (facts.format, facts.channels, facts.seconds) == ("WAV float", 1, 2.0)
+
+
+# --- streaming, and decoders that die -----------------------------------------------------------
+
+
+def test_a_long_file_takes_little_memory(tmp_path):
+    """Twenty minutes of stereo are 420 MB as numbers."""
+    path = tmp_path / "long.wav"
+    minute = np.tile(tone(1, 44100, 2), (60, 1))
+    with soundfile.SoundFile(path, "w", 44100, 2, subtype="PCM_U8") as file:
+        for _ in range(20):
+            file.write(minute)
+    with Decoder(60) as process:
+        stream = open_audio(a_track(path), Intake(sample_rate=RATE, channels=2), process)
+        largest = total = 0
+        for block in stream:
+            assert block.shape[0] == 2 and block.dtype == np.float32
+            largest, total = max(largest, block.shape[1]), total + block.shape[1]
+        assert total == 20 * 60 * RATE and stream.facts.seconds == 1200
+        assert largest < 2**17
+        status = Path(f"/proc/{process._process.pid}/status").read_text()
+        (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
+        assert int(peak) < 200_000  # KiB
+
+
+@pytest.fixture
+def fragile(monkeypatch):
+    path = str(Path(__file__).with_name("stand_in_decoder.py"))
+    monkeypatch.setattr(decoder_module, "PROGRAM", (path,))
+    with Decoder(1.5) as process:
+        yield process
+
+
+INTAKE = Intake(sample_rate=RATE, channels=1)
+
+
+def test_a_decoder_that_dies_is_a_reject_and_another_takes_over(tmp_path, fragile):
+    good = a_track(put(tmp_path / "good.wav", tone(20)))
+    expected, _ = read_audio(good, INTAKE, fragile)
+    for name, reason, detail in [
+        ("abort", "decoder crashed", "SIGABRT"),
+        ("segfault", "decoder crashed", "SIGSEGV"),
+        ("exit", "decoder crashed", "exit status 3"),
+        ("hang", "decoder hung", "no progress within 1.5 s"),
+        ("late_hang", "decoder hung", "no progress within 1.5 s"),
+        ("memory", "unreadable", "asks for more memory than there is"),
+    ]:
+        bad = a_track(put(tmp_path / f"{name}.wav", tone(20)))
+        for read in (read_audio, measure):
+            began = time.monotonic()
+            with pytest.raises(RejectedError) as caught:
+                read(bad, INTAKE, fragile)
+            assert (caught.value.reason, caught.value.detail) == (reason, detail)
+            assert time.monotonic() - began < 30
+            if "hang" in name:
+                break
+        np.testing.assert_array_equal(read_audio(good, INTAKE, fragile)[0], expected)
+    # but bugs of ours are no fault of the file
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        read_audio(a_track(put(tmp_path / "bug.wav", tone(2))), INTAKE, fragile)
+
+
+def test_whoever_stops_reading_gets_the_next_track_all_the_same(tmp_path, decoder):
+    long, short = (a_track(put(tmp_path / f"{n}.wav", tone(n))) for n in (60, 2))
+    first = next(iter(open_audio(long, INTAKE, decoder)))
+    assert 0 < first.shape[1] < 60 * RATE
+    np.testing.assert_allclose(read_audio(short, INTAKE, decoder)[0], tone(2).T, atol=1e-4)
+
+
+def test_readers_share_the_work_and_end_at_once(tmp_path, fragile):
+    tracks = [a_track(put(tmp_path / f"{i}.wav", tone(1 + i / 10))) for i in range(6)]
+    tracks.insert(2, a_track(put(tmp_path / "abort.wav", tone(1))))
+    with readers(2, 60) as submit:
+        found = [submit(measure, track, INTAKE) for track in tracks]
+        lengths = [None if f.exception() else round(f.result().seconds, 3) for f in found]
+    assert lengths == [1.0, 1.1, None, 1.2, 1.3, 1.4, 1.5]
+    began = time.monotonic()
+    hanging = a_track(put(tmp_path / "hang.wav", tone(1)))
+    with pytest.raises(KeyboardInterrupt), readers(2, 60) as submit:
+        late = [submit(measure, hanging, INTAKE) for _ in range(5)]
+        time.sleep(2)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 30 and all(future.done() for future in late)
+
+
+def test_a_decoder_ends_with_its_parent(tmp_path):
+    program = (
+        "import time; from tokenization.decoder import Decoder; d = Decoder(60); d._start(); "
+        "print(d._process.pid, flush=True); time.sleep(1000)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    os.kill(child, 0)
+    parent.send_signal(signal.SIGKILL)
+    parent.communicate()
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(child, 0)
+            time.sleep(0.05)
+
+
+def test_a_decoder_that_cannot_start_is_an_error(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(decoder_module, "PROGRAM", ("-c", "import nothing_of_this_name"))
+    with Decoder(60) as process, pytest.raises(UserError, match="did not start"):
+        read_audio(a_track(put(tmp_path / "a.wav", tone(1))), INTAKE, process)
+    assert "No module named 'nothing_of_this_name'" in capfd.readouterr().err

@@ -293,9 +293,8 @@ def _opened(track: Track) -> Iterator[_Opened]:
                     raise RejectedError("empty", "a file of 0 bytes")
             try:
                 opened = stack.enter_context(_open_sndfile(track))
-            except soundfile.LibsndfileError as unknown:
-                refusal = unknown.error_string.rstrip(".")
-                opened = stack.enter_context(_open_ffmpeg(track, refusal))
+            except soundfile.LibsndfileError:
+                opened = stack.enter_context(_open_ffmpeg(track))
             yield opened
         except FileNotFoundError:
             raise
@@ -350,8 +349,7 @@ def _format_name(file: soundfile.SoundFile) -> str:
 
 
 @contextmanager
-def _open_ffmpeg(track: Track, refusal: str) -> Iterator[_Opened]:
-    """What `refusal` says is why libsndfile did not take the file."""
+def _open_ffmpeg(track: Track) -> Iterator[_Opened]:
     import av
 
     # (a file of another format that is renamed must lead nowhere)
@@ -369,18 +367,26 @@ def _open_ffmpeg(track: Track, refusal: str) -> Iterator[_Opened]:
             first = next(frames, None)
             if first is None:
                 raise RejectedError("empty", "no samples")
-            rate = first.sample_rate
+            rate, origin = first.sample_rate, first.time or 0.0
+
+            def blocks(frames: Iterable[Any], begin: int, skip: int, wanted: int | None) -> Any:
+                try:
+                    yield from _float_blocks(frames, begin, skip, wanted)
+                except av.FFmpegError as error:
+                    if file.tell() == file.seek(0, os.SEEK_END):
+                        raise RejectedError("cut off", "ends within a packet") from None
+                    raise RejectedError("unreadable", error.strerror) from None
 
             def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
                 if skip <= _SEEK_AHEAD * rate:
-                    return _float_blocks(chain([first], frames), 0, skip, wanted)
-                container.seek(int((skip / rate - _SEEK_AHEAD) * av.time_base))
+                    return blocks(chain([first], frames), 0, skip, wanted)
+                container.seek(int((origin + skip / rate - _SEEK_AHEAD) * av.time_base))
                 after = container.decode(stream)
                 landed = next(after, None)
                 if landed is None:
                     return iter(())
-                time = landed.time - float((stream.start_time or 0) * stream.time_base)
-                return _float_blocks(chain([landed], after), round(time * rate), skip, wanted)
+                begin = round((landed.time - origin) * rate)
+                return blocks(chain([landed], after), begin, skip, wanted)
 
             container_name = container.format.name.split(",")[0]
             seconds = _ffmpeg_seconds(container, stream)
@@ -394,7 +400,8 @@ def _open_ffmpeg(track: Track, refusal: str) -> Iterator[_Opened]:
                 read=read,
             )
     except av.FFmpegError as error:
-        raise RejectedError("unreadable", f"{refusal}; FFmpeg: {error.strerror}") from None
+        detail = f"neither libsndfile nor FFmpeg reads it ({error.strerror})"
+        raise RejectedError("unreadable", detail) from None
 
 
 def _ffmpeg_seconds(container: Any, stream: Any) -> float | None:

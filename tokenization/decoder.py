@@ -9,6 +9,7 @@ python -m tokenization.decoder FD is that process; it talks over the connection 
 import contextlib
 import os
 import queue
+import resource
 import signal
 import subprocess
 import sys
@@ -248,6 +249,7 @@ def _end_with_parent() -> None:
 def main(decode: Callable = audio.decode) -> None:
     """Serves the connection whose file descriptor is the last argument."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is noted well enough
     # What the libraries have to say about a file's damage goes nowhere.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     serve(Connection(int(sys.argv[-1])), decode)
