@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from sounds import RATE, album, cut_file, put, tone
+from sounds import RATE, album, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax import records
 from magnet_jax.codec import load_codec
@@ -144,7 +145,7 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
     # with a lower limit the command says why not, and keeps the list
     for ratio, message in [
         (0.9, "28 of 29 audio files rejected.*0.9: 8 no caption, 4 unreadable"),
-        (0.1, "16 of 29 audio files rejected so far.*0.1: 8 no caption, 3 outside"),  # at once
+        (0.1, "17 of 29 audio files rejected so far.*0.1: 8 no caption, 3 outside"),  # at once
     ]:
         strict = tmp_path / f"strict{ratio}"
         with pytest.raises(UserError, match=message):
@@ -154,6 +155,102 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
             records.read_codec_spec(strict)
     # nothing needs to be encoded again to let it pass
     assert run(Job(audio=folder, out=tmp_path / "strict0.9", max_reject_ratio=0.99))
+
+
+def messy_files(folder):
+    """200 files in five folders, of which forty are bad: {path: reason} of those."""
+    bad = {}
+
+    def sound(i, rate=RATE, channels=1, seconds=0.6):
+        return tone(seconds, rate, channels, frequency=150 + 3 * i)
+
+    for i in range(160):
+        path = folder / "good" / f"{i % 4}" / f"{i:03d}"
+        match i % 16:
+            case 0:
+                put(path.with_suffix(".wav"), sound(i, 192_000), 192_000)
+            case 1:
+                put(path.with_suffix(".wav"), sound(i, 8000), 8000, subtype="PCM_U8")
+            case 2:
+                put(path.with_suffix(".wav"), sound(i, RATE, 6))
+            case 3:
+                put_with_ffmpeg(path.with_suffix(".m4a"), sound(i, 48000), 48000, "aac")
+            case 4:
+                put_with_ffmpeg(path.with_suffix(".webm"), sound(i, 48000), 48000, "libopus")
+            case 5:
+                put(path.with_suffix(".MP3"), sound(i, 44100, 2), 44100, format="MP3")
+            case 6:
+                put(path.with_suffix(".flac"), sound(i), caption=None)
+                path.with_suffix(".txt").write_text("a tone")
+            case 7:  # a name that promises another format
+                put(path.with_suffix(".mp3"), sound(i), format="WAV")
+            case _:
+                put(path.with_suffix(".ogg"), sound(i))
+
+    def spoil(reason, name, change):
+        for i in range(len(bad), len(bad) + (4 if len(bad) < 16 else 3)):
+            wav = sound(200 + i, seconds=1.0 + i / 50)
+            path = put(folder / "bad" / f"{name} {i}.wav", wav)
+            bad[path.relative_to(folder).as_posix()] = reason
+            change(path, wav)
+
+    def not_finite(path, wav):
+        wav[700] = np.nan
+        put(path, wav, subtype="FLOAT")
+
+    def leave(path, wav):
+        path.rename(folder.parent / path.name)
+        path.symlink_to(folder.parent / path.name)
+
+    def loop(path, wav):
+        path.unlink()
+        path.symlink_to(path.name)
+
+    spoil("empty", "nothing in it", lambda path, wav: path.write_bytes(b""))
+    spoil("cut off", "truncated", lambda path, wav: cut_file(path))
+    spoil(
+        "unreadable", "a picture", lambda path, wav: path.write_bytes(b"\x89PNG" + bytes(len(wav)))
+    )
+    spoil("not finite", "NaN", not_finite)
+    spoil("silent", "silence", lambda path, wav: put(path, 1e-3 * wav))
+    spoil("no caption", "no bytes", lambda path, wav: path.with_suffix(".json").write_bytes(b""))
+    spoil(
+        "no caption",
+        "latin",
+        lambda path, wav: path.with_suffix(".json").write_bytes(
+            '{"description": "café"}'.encode("latin1")
+        ),
+    )
+    spoil("no caption", "alone", lambda path, wav: path.with_suffix(".json").unlink())
+    spoil("outside the folder", "leaves", leave)
+    spoil("unreadable", "loop", loop)
+    spoil("too short", "short", lambda path, wav: put(path, wav[:4800]))
+    spoil(
+        "duplicate", "twice", lambda path, wav: shutil.copy(folder / "bad" / "../first.wav", path)
+    )
+    return bad
+
+
+def test_a_messy_folder(tmp_path, monkeypatch, one_codec):
+    def encode(wav_BCN):  # (the sound itself does not matter here)
+        frames = -(-wav_BCN.shape[2] // one_codec.hop)
+        return np.zeros((len(wav_BCN), one_codec.spec.num_codebooks, frames), np.int16)
+
+    fast = SimpleNamespace(spec=one_codec.spec, hop=one_codec.hop, encode=encode)
+    monkeypatch.setattr(job_module, "load_codec", lambda *args: fast)
+    folder, out = tmp_path / "audio", tmp_path / "out"
+    put(folder / "first.wav", tone(2.0))
+    bad = messy_files(folder)
+    (folder / "first.wav").rename(folder / "bad" / "a first.wav")
+    (folder / "first.json").rename(folder / "bad" / "a first.json")
+    summary = run(Job(audio=folder, out=out, min_seconds=0.5, max_reject_ratio=0.25))
+    assert len(bad) == 40 and len(set(bad.values())) >= 9
+    lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {line["path"]: line["reason"] for line in lines} == bad
+    found = [r for split in records.SPLITS for r in read(out, split)]
+    assert len({r["track_id"] for r in found}) == len(found) == 161
+    assert all(0.55 < r["duration"] < 0.75 or r["track_id"] == "bad/a first" for r in found)
+    assert "40 of 201 files rejected" in summary
 
 
 # --- the whole job ------------------------------------------------------------------------------
