@@ -1,0 +1,239 @@
+"""What a source of audio holds, as a table, without encoding any of it.
+
+python -m tokenization.check SOURCE                     reads all of it
+python -m tokenization.check SOURCE --fast              headers only
+python -m tokenization.check SOURCE --json FILE --picture FILE.png
+
+What would be rejected is what tokenization.job rejects with the same settings.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from launch import cli
+from magnet_jax.errors import UserError, reported
+from tokenization import decoder
+from tokenization.audio import CLIPPED, SILENCE_DBFS, Facts, Intake, Reject, RejectedError, Track
+from tokenization.listing import Source
+from tokenization.sources import Manifest, describe_ignored, scan
+
+_MOST = 8  # kinds that a row names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Source):
+    """Tells what a source of audio holds, and what tokenization would reject."""
+
+    audio: tyro.conf.Positional[Path]
+    """Folder, manifest, table, tar or saved data set: what tokenization.job takes as --audio."""
+    fast: bool = False
+    """Read headers only: no levels, and less is found to be wrong."""
+    workers: int = 2
+    """Processes that read."""
+    json: Path | None = None
+    """File for all numbers, with every reject."""
+    picture: Path | None = None
+    """File for the distributions of duration and level, .png, .pdf or .svg."""
+    min_seconds: float = 1.0
+    """Shorter tracks count as rejected."""
+    decode_timeout: float = 60.0
+    """Seconds without progress after which a file counts as rejected."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What there is in a source."""
+
+    facts: list[Facts]
+    """Of the tracks that are fit, in their order."""
+    words: list[int]
+    """Words of their captions."""
+    rejects: list[Reject]
+    ignored: dict[str, int]
+    fast: bool
+
+
+def check(settings: Check) -> Found:
+    """Reads a source; raises `UserError` if it cannot be listed."""
+    for name, low, high in (("workers", 1, 256), ("decode_timeout", 1, 10**5)):
+        if not low <= getattr(settings, name) <= high:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} must lie between {low} and {high}")
+    for option, path in (("--json", settings.json), ("--picture", settings.picture)):
+        if path and not path.absolute().parent.is_dir():
+            raise UserError(f"{option} {path}: no such folder {path.absolute().parent}")
+    if settings.picture and settings.picture.suffix not in (".png", ".pdf", ".svg"):
+        raise UserError(f"--picture {settings.picture}: write .png, .pdf or .svg")
+    manifest = scan(settings)
+    found = Found(
+        facts=[], words=[], rejects=list(manifest.rejects), ignored=manifest.ignored,
+        fast=settings.fast,
+    )  # fmt: skip
+    for track, future in _read(settings, manifest):
+        try:
+            facts = future.result()
+            if facts.seconds is not None and facts.seconds < settings.min_seconds:
+                raise RejectedError("too short", f"{facts.seconds:.3f} s")
+        except RejectedError as error:
+            reject = Reject(path=track.path, reason=error.reason, detail=error.detail)
+            found.rejects.append(reject)
+        else:
+            found.facts.append(facts)
+            found.words.append(len(track.caption.split()))
+    return found
+
+
+def _read(settings: Check, manifest: Manifest) -> Iterator[tuple[Track, "Future[Facts]"]]:
+    """Each track with what becomes its facts, in order, with a progress bar."""
+    intake = Intake(sample_rate=None, channels=1, min_seconds=settings.min_seconds)
+    waiting: deque = deque()
+    with (
+        decoder.readers(settings.workers, settings.decode_timeout) as submit,
+        tqdm(total=len(manifest.tracks), desc="reading", unit="file", smoothing=0.1) as bar,
+    ):
+        for track in manifest.tracks:
+            if settings.fast:
+                waiting.append((track, submit(decoder.read_header, track)))
+            else:
+                waiting.append((track, submit(decoder.measure, track, intake)))
+            if len(waiting) > 4 * settings.workers:
+                yield waiting.popleft()
+                bar.update()
+        while waiting:
+            yield waiting.popleft()
+            bar.update()
+
+
+def summarise(found: Found) -> dict[str, Any]:
+    """The numbers of the table; None where nothing was read that tells."""
+    seconds = [f.seconds for f in found.facts if f.seconds is not None]
+    reasons = Counter(reject.reason for reject in found.rejects)
+    unread = None if found.fast else 0
+    return {
+        "files": len(found.facts) + len(found.rejects),
+        "fit": len(found.facts),
+        "hours": sum(seconds) / 3600,
+        "unknown_length": len(found.facts) - len(seconds),
+        "seconds": _spread(seconds),
+        "sample_rates": _counted(f.sample_rate for f in found.facts),
+        "channels": _counted(f.channels for f in found.facts),
+        "formats": _counted(f.format for f in found.facts),
+        "missing_captions": reasons["no caption"],
+        "caption_words": _spread(found.words),
+        "level": _spread([f.level for f in found.facts if f.level is not None]),
+        "silent": reasons["silent"] or unread,
+        "clipped": unread if found.fast else sum(f.clipped > CLIPPED for f in found.facts),
+        "truncated": reasons["cut off"],
+        "duplicates": reasons["duplicate"],
+        "rejected": len(found.rejects),
+        "reasons": dict(reasons.most_common()),
+        "ignored": found.ignored,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _counted(values: Iterator[Any]) -> dict[str, int]:
+    return {str(value): count for value, count in Counter(values).most_common()}
+
+
+def rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The table's names and values."""
+    unknown = summary["unknown_length"]
+    hours = f"{summary['hours']:.3g} h" + (f" and {unknown} of unknown length" if unknown else "")
+    fast = summary["clipped"] is None
+    not_read = "not read (--fast)"
+    return [
+        ("files", f"{summary['files']}: {summary['fit']} fit, {summary['rejected']} rejected"),
+        ("length", f"{hours}; a track {_described(summary['seconds'], '.1f', ' s')}"),
+        ("sample rates", _kinds(summary["sample_rates"], "{} Hz")),
+        ("channels", _kinds(summary["channels"])),
+        ("formats", _kinds(summary["formats"])),
+        ("captions", f"{_described(summary['caption_words'], 'g', ' words')}"),
+        ("no caption", str(summary["missing_captions"])),
+        ("level", not_read if fast else _described(summary["level"], ".1f", " dBFS (RMS)")),
+        ("silent", not_read if fast else f"{summary['silent']} (below {SILENCE_DBFS:g} dBFS)"),
+        (
+            "clipped",
+            not_read if fast else f"{summary['clipped']} (more than {CLIPPED:.1%} of the samples)",
+        ),
+        ("truncated", f"{summary['truncated']}" + (" by their headers" if fast else "")),
+        ("duplicates", str(summary["duplicates"])),
+        ("rejected", _kinds(summary["reasons"])),
+        ("other files", describe_ignored(summary["ignored"])),
+    ]
+
+
+def _described(spread: dict[str, float] | None, form: str, unit: str) -> str:
+    if spread is None:
+        return "none"
+    values = " / ".join(f"{value:{form}}" for value in spread.values())
+    return f"{values}{unit} (least / median / most)"
+
+
+def _kinds(counts: dict[str, int], form: str = "{}") -> str:
+    kinds = [f"{form.format(name)} x {count}" for name, count in counts.items()]
+    rest = sum(list(counts.values())[_MOST:])
+    return ", ".join(kinds[:_MOST] + ([f"others x {rest}"] if rest else [])) or "none"
+
+
+def draw(path: Path, found: Found) -> None:
+    """The distributions of duration and level."""
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    durations, levels = figure.subplots(1, 2)
+    seconds = [f.seconds for f in found.facts if f.seconds]
+    if seconds:
+        edges = np.geomspace(min(seconds) * 0.9, max(seconds) * 1.1, 40)
+        durations.hist(seconds, edges)
+        durations.set_xscale("log")
+        durations.xaxis.set_major_formatter("{x:g}")
+        durations.xaxis.set_minor_formatter("{x:g}" if edges[-1] < 10 * edges[0] else "")
+    durations.set(xlabel="duration (s)", ylabel="tracks", title=f"{sum(seconds) / 3600:.3g} h")
+    values = [f.level for f in found.facts if f.level is not None]
+    levels.hist(values, np.arange(SILENCE_DBFS, 3, 1.5))
+    clipped = sum((f.clipped or 0) > CLIPPED for f in found.facts)
+    title = "not read (--fast)" if found.fast else f"{clipped} of {len(values)} clipped"
+    levels.set(xlabel="level (dBFS, RMS)", ylabel="tracks", title=title)
+    figure.savefig(path, dpi=150)
+
+
+def run(settings: Check) -> str:
+    """Checks a source, writes the files that are asked for, and returns the table."""
+    found = check(settings)
+    summary = summarise(found)
+    if settings.json:
+        rejects = [dataclasses.asdict(reject) for reject in found.rejects]
+        settings.json.write_text(json.dumps(summary | {"rejects": rejects}, indent=2) + "\n")
+    if settings.picture:
+        draw(settings.picture, found)
+    table = rows(summary)
+    width = max(len(name) for name, _ in table)
+    return "\n".join(
+        [str(settings.audio), *(f"  {name:{width}}  {value}" for name, value in table)]
+    )
+
+
+def main() -> None:
+    with reported():
+        print(run(cli.parse(Check, prog="python -m tokenization.check")))
+
+
+if __name__ == "__main__":
+    main()
