@@ -200,6 +200,28 @@ def merged(count=4000, description="An Irish tune.", info=INFO, **probabilities)
     return [data.merge_text(description, info, rng, **probabilities) for _ in range(count)]
 
 
+def test_one_of_several_captions_is_drawn_at_each_visit(tokenizer):
+    config = dataclasses.replace(DataConfig(), merge_text_p=0.0, word_dropout=0.0)
+    layout = data.Layout(
+        frames=20, num_codebooks=4, frame_rate=50.0, tokenizer=tokenizer, max_tokens=32
+    )
+    example = {"codes_KT": np.zeros((4, 30), np.int16), "caption": "an old fiddle", "track_id": "a",
+               "start": 0.0, "duration": 0.6}  # fmt: skip
+
+    def ids(caption, info, seed):
+        rng = np.random.default_rng(seed)
+        row = example | {"caption": caption, "info": info}
+        drawn = data.random_example(row, rng, config=config, layout=layout)
+        return tuple(drawn["text_ids_BS"])
+
+    several = {"captions": ["a slow waltz", "", 3, "drums"]}
+    counts = collections.Counter(ids("an old fiddle", several, seed) for seed in range(600))
+    assert set(counts) == {ids(text, {}, 0) for text in ("an old fiddle", "a slow waltz", "drums")}
+    assert min(counts.values()) > 150
+    for nothing in ({"captions": "drums"}, {"captions": {"a": 1}}, {"captions": []}):
+        assert data.all_captions("an old fiddle", nothing) == ["an old fiddle"]
+
+
 def test_field_texts_take_the_known_fields_that_have_a_value():
     assert set(data.field_texts(INFO)) == FIELDS
     assert data.field_texts({"bpm": 92.5, "genre": "  ", "unknown": "x"}) == ["bpm: 92.5"]

@@ -188,7 +188,8 @@ def caption_and_info(
         texts[0].encode()
         # (tables may hold times and the like)
         content = json.dumps(info, sort_keys=True, allow_nan=False, default=str)
-        json.dumps(info, ensure_ascii=False, default=str).encode()
+        if "\\ud" in content:  # half a character, or an ordinary pair of halves
+            json.dumps(info, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise RejectedError("no caption", f"{where} is not valid Unicode") from None
     except (ValueError, RecursionError):
@@ -230,7 +231,8 @@ def read_sidecar(source: Source, root: Root, stem: str) -> tuple[str, str]:
     for suffix in (".json", ".txt"):
         name = os.path.basename(stem) + suffix
         try:
-            content = Path(root.resolve(stem + suffix)).read_bytes()
+            with open(root.resolve(stem + suffix), "rb") as file:
+                content = file.read()
         except FileNotFoundError:
             continue
         except OSError as error:
