@@ -379,6 +379,15 @@ def test_whoever_stops_reading_gets_the_next_track_all_the_same(tmp_path, decode
     np.testing.assert_allclose(read_audio(short, INTAKE, decoder)[0], tone(2).T, atol=1e-4)
 
 
+def test_a_decoder_that_is_ended_between_two_tracks_is_started_again(tmp_path, decoder):
+    track = a_track(put(tmp_path / "a.wav", tone(2)))
+    for _ in range(2):
+        assert measure(track, INTAKE, decoder).seconds == 2.0
+        os.kill(decoder._process.pid, signal.SIGKILL)
+        decoder._process.wait()
+    assert read_header(track, decoder).seconds == 2.0
+
+
 def test_readers_share_the_work_and_end_at_once(tmp_path, fragile):
     tracks = [a_track(put(tmp_path / f"{i}.wav", tone(1 + i / 10))) for i in range(6)]
     tracks.insert(2, a_track(put(tmp_path / "abort.wav", tone(1))))

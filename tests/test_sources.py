@@ -23,8 +23,8 @@ from magnet_jax import records
 from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError
 from tokenization import job as job_module
-from tokenization.audio import Intake
-from tokenization.decoder import Decoder, read_audio
+from tokenization.audio import Intake, RejectedError
+from tokenization.decoder import Decoder, read_audio, read_header
 from tokenization.job import Job, run
 from tokenization.listing import Columns, Source
 from tokenization.sources import scan
@@ -345,9 +345,12 @@ def test_parts_of_files(tmp_path, decoder):
         wav_CN, facts = read_audio(track, intake, decoder)
         np.testing.assert_array_equal(wav_CN, wav[round(begin * 44100) : round(end * 44100)].T)
         assert facts.seconds == pytest.approx(end - begin)
+    assert [read_header(track, decoder).seconds for track in found.tracks[:3]] == [2, 1.75, 2]
     for track, reason in zip(found.tracks[3:], ("cut off", "outside the file")):
-        with pytest.raises(Exception, match=reason):
+        with pytest.raises(RejectedError, match=reason):
             read_audio(track, intake, decoder)
+        with pytest.raises(RejectedError, match=reason):
+            read_header(track, decoder)
 
 
 def test_records_of_parts_say_where_in_the_file_they_begin(tmp_path, one_codec):

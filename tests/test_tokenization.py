@@ -18,6 +18,7 @@ from sounds import RATE, album, cut_file, put, put_with_ffmpeg, tone
 from magnet_jax import records
 from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError
+from tokenization import decoder as decoder_module
 from tokenization import job as job_module
 from tokenization.audio import Intake
 from tokenization.decoder import Decoder, read_audio
@@ -251,6 +252,22 @@ def test_a_messy_folder(tmp_path, monkeypatch, one_codec):
     assert len({r["track_id"] for r in found}) == len(found) == 161
     assert all(0.55 < r["duration"] < 0.75 or r["track_id"] == "bad/a first" for r in found)
     assert "40 of 201 files rejected" in summary
+
+
+def test_files_that_kill_their_decoder_do_not_kill_the_job(tmp_path, monkeypatch):
+    stand_in = Path(__file__).with_name("stand_in_decoder.py")
+    monkeypatch.setattr(decoder_module, "PROGRAM", (str(stand_in),))
+    folder, out = album(tmp_path / "audio", 6), tmp_path / "out"
+    expected = {}
+    for i, (name, reason) in enumerate([("abort", "crashed"), ("segfault", "crashed"),
+                                        ("hang", "hung"), ("late_hang", "hung")]):  # fmt: skip
+        put(folder / f"0{i}_{name}.wav", tone(20 + i))
+        expected[f"0{i}_{name}.wav"] = f"decoder {reason}"
+    job = Job(audio=folder, out=out, max_reject_ratio=0.5, validation_percent=0, decode_timeout=1.5)
+    assert "6 records" in run(job)
+    lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+    assert {line["path"]: line["reason"] for line in lines} == expected
+    assert len(read(out)) == 6
 
 
 # --- the whole job ------------------------------------------------------------------------------

@@ -1,1 +1,1 @@
-"""The offline job that turns a folder of audio into a data set of EnCodec tokens."""
+"""The offline job that turns captioned audio into a data set of EnCodec tokens."""

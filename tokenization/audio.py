@@ -163,12 +163,16 @@ def read_header(track: Track) -> Facts:
     with _opened(track) as opened:
         if opened.loss and not _is_part(track):
             raise RejectedError("cut off", opened.loss)
-        seconds = track.duration
-        if seconds is None and opened.frames is not None:
-            seconds = opened.frames / opened.sample_rate - track.start
+        seconds, rate = track.duration, opened.sample_rate
+        if opened.frames is not None:
+            count = max(0, opened.frames - round(track.start * rate))
+            if seconds is not None:
+                count = min(count, round(seconds * rate))
+            _check_length(track, opened, count)
+            seconds = count / rate
         return Facts(
             format=opened.format,
-            sample_rate=opened.sample_rate,
+            sample_rate=rate,
             channels=opened.channels,
             seconds=seconds,
         )
@@ -257,7 +261,7 @@ def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
     if isinstance(place, RowBytes):
         return io.BytesIO(_row_bytes(place))
     if place.size is None:
-        return open(place.path, "rb")  # noqa: SIM115, PTH123
+        return open(place.path, "rb")  # noqa: SIM115
     return io.BufferedReader(_Range(place.path, place.offset, place.size), _BLOCK)
 
 
@@ -432,9 +436,10 @@ def _float_blocks(
             drop = min(max(0, skip - position), len(samples))
             position += len(samples)
             samples = samples[drop:] if left is None else samples[drop : drop + left]
-            left = None if left is None else left - len(samples)
-            blocks.append(samples)
-            held += len(samples)
+            if len(samples):
+                blocks.append(samples)
+                held += len(samples)
+                left = None if left is None else left - len(samples)
         if held >= _BLOCK:
             yield np.concatenate(blocks)
             blocks, held = [], 0
@@ -474,6 +479,8 @@ def _cut_off(track: Track, file: soundfile.SoundFile) -> str | None:
 class _Range(io.RawIOBase):
     """A range of a file's bytes as a file."""
 
+    _file: int | None = None
+
     def __init__(self, path: str, offset: int, size: int):
         self._file = os.open(path, os.O_RDONLY)
         self._offset, self._size, self._position = offset, size, 0
@@ -497,8 +504,9 @@ class _Range(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        if not self.closed:
+        if self._file is not None:
             os.close(self._file)
+            self._file = None
         super().close()
 
 

@@ -85,11 +85,14 @@ class Decoder:
 
     def ask(self, kind: str, *arguments: Any) -> Iterator[Any]:
         """What the process answers: `serve` says what there is to ask."""
+        if self._process is not None and self._process.poll() is not None:
+            self.close()  # something ended it between two tracks
         if self._process is None:
             self._start()
         finished = False
         try:
-            self._connection.send((kind, *arguments))
+            with contextlib.suppress(BrokenPipeError):  # the answer will be that it has ended
+                self._connection.send((kind, *arguments))
             while True:
                 what, value = self._answer()
                 if what == "more":

@@ -90,7 +90,7 @@ class Root:
     """A folder that nothing is read outside of."""
 
     def __init__(self, folder: Path):
-        self.given = os.path.abspath(folder)  # noqa: PTH100
+        self.given = os.path.abspath(folder)
         self.real = os.path.realpath(folder)
         self._folders: dict[str, str] = {}  # resolving each path in full would take long
 

@@ -88,8 +88,12 @@ class _Table:
 
     def _by_name(self) -> dict[str, str]:
         """The audio below the root by its name, with and without suffix."""
+
+        def fail(error: OSError) -> None:
+            raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+
         files: dict[str, str] = {}
-        for folder, folders, names in os.walk(self.root.real):
+        for folder, folders, names in os.walk(self.root.real, onerror=fail):
             folders.sort()
             for name in sorted(names):
                 stem, suffix = split(name)
