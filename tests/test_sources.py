@@ -1,6 +1,7 @@
 """Every kind of source: who is in it, and a data set made of it."""
 
 import csv
+import dataclasses
 import gzip
 import io
 import json
@@ -262,6 +263,10 @@ def test_paths_of_a_manifest_stay_below_its_root(tmp_path):
         "again": "unreadable",
         "again/a.wav": "duplicate",
     }
+    with pytest.raises(UserError, match="none of its 1 files is there .* --root names the folder"):
+        manifest.write_text(json.dumps({"path": "music/a.wav"}))
+        scan(Source(audio=manifest))
+    manifest.write_text("".join(json.dumps({"path": path}) + "\n" for path in paths))
     # from the root above, the others are there too
     above = scan(Source(audio=manifest, root=tmp_path))
     assert [track.path for track in above.tracks] == ["secret.wav"]
@@ -475,6 +480,26 @@ def test_parquet_of_paths(tmp_path):
         found = scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path=path)))
         assert [t.path for t in found.tracks] == paths and not found.rejects
         assert [json.loads(t.info) for t in found.tracks] == [{"when": 1}, {"when": 2}, {}]
+
+
+def test_rows_of_parquet_are_read_in_any_order(tmp_path, decoder):
+    waves = [tone(1 + i / 100, frequency=200 + i) for i in range(30)]
+    audio = []
+    for wav in waves:
+        file = io.BytesIO()
+        soundfile.write(file, wav, RATE, format="WAV", subtype="FLOAT")
+        audio.append(file.getvalue())
+    table = pa.table({"sound": audio, "text": [f"number {i}" for i in range(30)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=13)
+    tracks = scan(Source(audio=tmp_path / "t.parquet")).tracks
+    assert [track.path for track in tracks] == [f"t.parquet/{i}" for i in range(30)]
+    order = [*range(30), 5, 29, 0, 12, 13, 26, 25, 14]
+    for i in order:
+        wav_CN, _ = read_audio(tracks[i], Intake(sample_rate=RATE, channels=1), decoder)
+        np.testing.assert_array_equal(wav_CN, waves[i].T)
+    beyond = dataclasses.replace(tracks[0], place=dataclasses.replace(tracks[0].place, row=30))
+    with pytest.raises(RejectedError, match="no row 30"):
+        read_audio(beyond, Intake(sample_rate=RATE, channels=1), decoder)
 
 
 # --- tars and saved data sets -------------------------------------------------------------------

@@ -8,11 +8,12 @@ import io
 import math
 import os
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -511,47 +512,50 @@ class _Range(io.RawIOBase):
 
 
 def _row_bytes(place: RowBytes) -> bytes:
-    if place.path.endswith(".parquet"):
-        group, first = _row_group(place.path, place.row)
-        column = _parquet_column(place.path, place.column, group)
-    else:
-        first, column = 0, _arrow_column(place.path, place.column)
-    value = column[place.row - first].as_py()
+    open_rows = _parquet_rows if place.path.endswith(".parquet") else _arrow_rows
+    value = open_rows(place.path, place.column)[place.row].as_py()
     data = value["bytes"] if isinstance(value, dict) else value
     if data is None:
         raise RejectedError("empty", "a row without audio")
     return data
 
 
-def _row_group(path: str, row: int) -> tuple[int, int]:
-    """The row group of a Parquet file that holds a row, and the first row of the group."""
-    first = 0
-    for group, rows in enumerate(_row_groups(path)):
-        if row < first + rows:
-            return group, first
-        first += rows
-    raise RejectedError("unreadable", f"the table has no row {row}")
-
-
-# Tracks are read in the order of their rows, so that what is in hand serves the next one too.
-@lru_cache(maxsize=2)
-def _row_groups(path: str) -> list[int]:
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-
-
+# Tracks are read in the order of their rows, so that what is open serves the next one too.
 @lru_cache(maxsize=1)
-def _parquet_column(path: str, column: str, group: int) -> Any:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[column]).column(column)
-
-
-@lru_cache(maxsize=2)
-def _arrow_column(path: str, column: str) -> Any:
+def _arrow_rows(path: str, column: str) -> Any:
     import pyarrow as pa
 
     return pa.ipc.open_stream(pa.memory_map(path)).read_all().column(column)
+
+
+@lru_cache(maxsize=1)
+def _parquet_rows(path: str, column: str) -> "_ParquetRows":
+    return _ParquetRows(path, column)
+
+
+class _ParquetRows:
+    """One column of a Parquet file. In rising order each is read once, a few are in memory."""
+
+    def __init__(self, path: str, column: str):
+        import pyarrow.parquet as pq
+
+        self._file = pq.ParquetFile(path, buffer_size=2**20)
+        self._column = column
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._ends = list(accumulate(sizes))
+        self._group = -1
+        self._first, self._values, self._batches = 0, (), iter(())
+
+    def __getitem__(self, row: int) -> Any:
+        group = bisect_right(self._ends, row)
+        if group == len(self._ends):
+            raise RejectedError("unreadable", f"the table has no row {row}")
+        if group != self._group or row < self._first:
+            self._group = group
+            self._first, self._values = self._ends[group - 1] if group else 0, ()
+            self._batches = self._file.iter_batches(4, row_groups=[group], columns=[self._column])
+        while row >= self._first + len(self._values):
+            self._first += len(self._values)
+            self._values = next(self._batches).column(self._column)
+        return self._values[row - self._first]

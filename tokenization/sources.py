@@ -112,6 +112,11 @@ def scan(source: Source) -> Manifest:
             digest.update(f"{path}\n{result.reason}\n".encode())
     if not tracks and not rejects:
         raise UserError(f"audio {source.audio}: no audio in it ({describe_ignored(ignored)})")
+    if not tracks and {reject.reason for reject in rejects} <= {"outside the folder", "missing"}:
+        raise UserError(
+            f"audio {source.audio}: none of its {len(rejects)} files is there "
+            f"({rejects[0].path}: {rejects[0].detail}); --root names the folder they are below"
+        )
     del names, clips
     copies = _copies(tracks, ends)
     rejects += [
@@ -147,19 +152,19 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if not audio.exists():
         raise UserError(f"audio {audio}: no such file or folder")
     if audio.is_dir():
-        names = sorted(p.name for p in audio.iterdir() if not p.name.startswith("."))
-        suffixes = {Path(name).suffix.lower() for name in names}
+        names = sorted(name for name in os.listdir(audio) if not name.startswith("."))
+        suffixes = {split(name)[1] for name in names}
         manifests = [name for name in _MANIFESTS if name in names]
         if manifests:
             return _manifest_tasks(source, audio / manifests[0])
         if "dataset_dict.json" in names:
-            splits = ", ".join(str(audio / p.name) for p in sorted(audio.iterdir()) if p.is_dir())
+            splits = ", ".join(str(audio / name) for name in names if (audio / name).is_dir())
             raise UserError(f"audio {audio}: several splits; name one of {splits}")
         if "state.json" in names and "dataset_info.json" in names:
             return tables.arrow_tasks(source, tables.saved_files(audio))
         if not suffixes & SUFFIXES:
             for suffix, read in ((".tar", _tar_tasks), (".parquet", tables.parquet_tasks)):
-                files = [audio / name for name in names if name.lower().endswith(suffix)]
+                files = [audio / name for name in names if split(name)[1] == suffix]
                 if files:
                     return read(source, files, digest)
         return _folder_tasks(source, Root(audio), ignored)
