@@ -304,6 +304,17 @@ def test_clipping_does_not_depend_on_blocks(tmp_path, decoder, monkeypatch):
         assert end.value.value.clipped == 11 / 4000
 
 
+@pytest.mark.parametrize("rate", [1, 999, 2**31 - 1])
+def test_odd_rates_come_of_damaged_headers(tmp_path, sound, rate):
+    path = put(tmp_path / "a.wav", tone(2))
+    data = bytearray(path.read_bytes())
+    data[24:28] = rate.to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(RejectedError) as caught:
+        sound(path)
+    assert (caught.value.reason, caught.value.detail) == ("odd sample rate", f"{rate} Hz")
+
+
 def test_the_level_is_that_of_the_sound(tmp_path, decoder):
     wav = 0.25 + 0.1 * np.sin(np.arange(2 * RATE) * 0.3)[:, None]
     path = put(tmp_path / "a.wav", wav, subtype="FLOAT")

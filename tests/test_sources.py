@@ -358,6 +358,23 @@ def test_parts_of_files(tmp_path, decoder):
             read_header(track, decoder)
 
 
+def test_parts_of_one_file_fall_to_one_split(tmp_path, one_codec):
+    rows = []
+    for i in range(6):
+        put(tmp_path / f"{i}.wav", tone(1.6, frequency=200 + 20 * i), caption=None)
+        rows += [{"path": f"{i}.wav", "caption": f"part {j}", "at": j / 2} for j in range(2)]
+    table = write_csv(tmp_path / "table.csv", rows)
+    columns = Columns(start="at")
+    run(Job(audio=table, columns=columns, out=tmp_path / "out", validation_percent=50))
+    files = {
+        split: [r["source_path"].decode() for r in records.open_split(tmp_path / "out", split)]
+        for split in records.SPLITS
+    }
+    assert len(files["train"]) + len(files["validation"]) == 12
+    assert files["train"] and files["validation"]
+    assert not set(files["train"]) & set(files["validation"])
+
+
 def test_records_of_parts_say_where_in_the_file_they_begin(tmp_path, one_codec):
     put(tmp_path / "long.wav", tone(9), caption=None)
     rows = [

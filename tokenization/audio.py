@@ -30,6 +30,7 @@ SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats(
 }  # fmt: skip
 SILENCE_DBFS = -60.0
 LARGEST_PEAK = 8.0  # full scale is 1; samples of +-32768 are no float audio
+LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # in Hz; what is beyond comes of damaged headers
 CLIPPED = 1e-3  # a track of which a larger share is clipped counts as clipped
 
 _BLOCK = 2**17  # frames read at once
@@ -300,6 +301,8 @@ def _opened(track: Track) -> Iterator[_Opened]:
                 opened = stack.enter_context(_open_sndfile(track))
             except soundfile.LibsndfileError:
                 opened = stack.enter_context(_open_ffmpeg(track))
+            if not LOWEST_RATE <= opened.sample_rate <= HIGHEST_RATE:
+                raise RejectedError("odd sample rate", f"{opened.sample_rate} Hz")
             yield opened
         except FileNotFoundError:
             raise

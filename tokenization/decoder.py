@@ -155,7 +155,7 @@ def open_audio(track: Track, intake: Intake, decoder: Decoder) -> Stream:
 def read_audio(track: Track, intake: Intake, decoder: Decoder) -> tuple[np.ndarray, Facts]:
     """A whole track, [C, N] (float32), and its facts; raises as `Stream` does."""
     stream = open_audio(track, intake, decoder)
-    wav_CN = np.concatenate(list(stream), axis=1)
+    wav_CN = np.ascontiguousarray(np.concatenate(list(stream), axis=1))
     return wav_CN, stream.facts
 
 

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -55,7 +56,7 @@ class Job(Source):
     max_reject_ratio: float = 0.1
     """End with an error if a larger share of the audio files is rejected."""
     validation_percent: float = 5.0
-    """Share of the tracks, chosen by a hash of their names, that is kept for validation."""
+    """Share of the tracks, chosen by a hash of their files' names, that is kept for validation."""
     min_seconds: float = 1.0
     """Reject shorter tracks."""
     max_clipped: float = 1.0
@@ -118,9 +119,9 @@ def run(job: Job) -> str:
             return _finish(job, manifest, codec.spec, units, done, rejects)
 
 
-def split_of(track_id: str, validation_percent: float) -> str:
-    """'train' or 'validation', by the track's name alone: adding tracks moves no other."""
-    draw = int.from_bytes(hashlib.sha256(track_id.encode()).digest()[:8], "big") / 2**64
+def split_of(name: str, validation_percent: float) -> str:
+    """'train' or 'validation', by a file's path without suffix: adding tracks moves no other."""
+    draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     return "validation" if 100 * draw < validation_percent else "train"
 
 
@@ -221,8 +222,11 @@ def _plan(job: Job, manifest: Manifest) -> list[_Unit]:
     """The shards to make; raises `UserError` if no track is left to train on."""
     units = []
     for split in records.SPLITS:
+        # (parts of one file stay together: validation is of music that training has not heard)
         tracks = [
-            t for t in manifest.tracks if split_of(t.track_id, job.validation_percent) == split
+            track
+            for track in manifest.tracks
+            if split_of(os.path.splitext(track.path)[0], job.validation_percent) == split
         ]
         for index, start in enumerate(range(0, len(tracks), job.tracks_per_shard)):
             part = tracks[start : start + job.tracks_per_shard]

@@ -11,6 +11,7 @@ import json
 import os
 import tarfile
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -355,7 +356,7 @@ def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
                 yield printable(its_path), make
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UserError(f"{path}: line {number} is not a JSON object with a 'path'") from None
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"{path}: damaged after line {number} ({error})") from None
 
 
@@ -388,7 +389,7 @@ def _read_info(root: Root, info_path: str) -> bytes:
             with zipfile.ZipFile(root.resolve(archive + ".zip")) as opened:
                 return opened.read(name.lstrip("/"))
         return Path(root.resolve(info_path)).read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile):
+    except (OSError, KeyError, zipfile.BadZipFile, zlib.error):
         raise RejectedError("no caption", f"{info_path} cannot be read") from None
 
 

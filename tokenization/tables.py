@@ -221,6 +221,7 @@ def _row_track(table: _Table, row: Mapping[str, Any], path: str, where: str) -> 
 
 
 def parquet_tasks(source: Source, paths: list[Path], digest: "hashlib._Hash") -> Iterator[Task]:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     for path in paths:
@@ -242,7 +243,7 @@ def parquet_tasks(source: Source, paths: list[Path], digest: "hashlib._Hash") ->
                                 values[column] = (values[column] or {}).get("path")
                             yield _row_task(table, values, f"{path.name}, row {row}")
                         row += 1
-        except (ValueError, OSError) as error:  # what pyarrow raises for damaged files
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as Parquet ({error})") from None
 
 
@@ -284,6 +285,7 @@ def arrow_tasks(source: Source, paths: list[Path]) -> Iterator[Task]:
             batches = pa.ipc.open_stream(pa.memory_map(os.fspath(path)))
             table, column, names = _arrow_table(source, path, batches.schema)
             for batch in batches:
+                batch.validate(full=True)  # damaged lengths would end this process
                 for i, values in enumerate(batch.select(names).to_pylist()):
                     value = batch.column(column)[i] if column else None
                     data = value["bytes"] if isinstance(value, pa.StructScalar) else value
@@ -295,7 +297,7 @@ def arrow_tasks(source: Source, paths: list[Path]) -> Iterator[Task]:
                             values[column] = (value.as_py() or {}).get("path")
                         yield _row_task(table, values, f"{path.name}, row {row}")
                     row += 1
-        except (ValueError, OSError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an Arrow stream ({error})") from None
 
 
