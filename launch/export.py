@@ -18,8 +18,8 @@ from magnet_jax.errors import reported
 class Args:
     """Exports a training run, or exports an export again."""
 
-    checkpoint: Path
-    """Folder of the training run, or of an earlier export or import."""
+    checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="MODEL")]
+    """Folder of the training run, or of an earlier export or import, on disk or gs://."""
     out: Path
     """Folder to write; it appears when everything in it is written and checked."""
     weights: Literal["ema", "raw"] | None = None
@@ -52,7 +52,7 @@ def main(args: Args) -> None:
         )
         print(f"wrote {args.out}: adapters of rank {config.lora.rank} for {lineage['base']}")
         return
-    export.prepare_out(args.out, args.checkpoint, args.overwrite)
+    export.prepare_out(args.out, Path(args.checkpoint), args.overwrite)
     loaded = pretrained.load(args.checkpoint, weights=args.weights, step=args.step)
     options = export.Options(
         license=args.license,

@@ -31,9 +31,9 @@ from magnet_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
-    checkpoint: Path
-    """Folder of a training run, of an exported or imported model, or of an AudioCraft checkpoint;
-    or a hub id."""
+    checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="MODEL")]
+    """Folder of a training run, of an exported or imported model, or of an AudioCraft checkpoint,
+    on disk or gs://; or a hub id."""
     out: Path
     """Folder for the WAV files; each gets a JSON file beside it with every setting."""
     prompt: Annotated[
@@ -185,7 +185,7 @@ def sample(args: Args) -> list[Path]:
 def parse(args: list[str]) -> Args:
     """Reads the command line; the defaults of how tokens are chosen come from the model."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--checkpoint", type=Path)
+    first.add_argument("--checkpoint")
     first.add_argument("--preset")
     found = first.parse_known_args(args)[0]
     defaults = DecodeConfig()

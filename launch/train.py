@@ -8,7 +8,6 @@ import dataclasses
 import importlib
 import pkgutil
 import sys
-from pathlib import Path
 
 import configs
 from configs import ablations
@@ -43,7 +42,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
     """
     from magnet_jax import checkpoint, pretrained
 
-    begun = bool(out) and checkpoint.has_begun(Path(out))
+    begun = bool(out) and checkpoint.has_begun(out)
     of = pretrained.read_settings(out if begun else source)
     return dataclasses.replace(
         config,

@@ -6,10 +6,14 @@ RUN/text/                    the text encoder as the run started with it, and it
 RUN/base.safetensors         the transformer that adapters are trained for
 RUN/checkpoints/STEP/        parameters, their average (ema), optimizer, data position
 RUN/tensorboard/, RUN/samples/
+
+RUN may be in a bucket (bucket.py): its checkpoints are written there, and all else in a local
+folder that stands for it, `run` below.
 """
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -19,10 +23,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from magnet_jax import convert, files, finetune, records, t5, transformer
+from magnet_jax import bucket, convert, files, finetune, records, t5, transformer
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
 
@@ -36,6 +41,8 @@ BASE = "base.safetensors"
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
              "tensorboard", "wandb", "samples", "profile", BASE, ".config.json.tmp",
              ".codec.json.tmp", f".{BASE}.tmp"}  # fmt: skip
+# What no run, sampling or export reads; nor are checkpoints fetched from a bucket.
+UNREAD = {"checkpoints", "tensorboard", "wandb", "samples", "profile"}
 
 
 def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -53,19 +60,33 @@ def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def has_begun(run: Path) -> bool:
+def _names(folder: str) -> set[str]:
+    """What lies in a folder or a bucket's; nothing where there is none."""
+    if bucket.is_url(folder):
+        return bucket.names(folder)
+    return {path.name for path in Path(folder).glob("*")}
+
+
+def has_begun(out: str) -> bool:
     """Whether a run's folder holds a checkpoint; until then its settings may still change."""
-    return (run / "config.json").exists() and any(
-        path.name.isdigit() for path in (run / "checkpoints").glob("*")
-    )
+    if "config.json" not in _names(out):
+        return False
+    steps = [name for name in _names(f"{out}/checkpoints") if name.isdigit()]
+    if bucket.is_url(out):  # where a folder cannot take its name when it is whole
+        whole = ocp.path.atomicity.COMMIT_SUCCESS_FILE
+        return any(whole in bucket.names(f"{out}/checkpoints/{step}") for step in steps)
+    return bool(steps)
 
 
-def prepare_run(config: RunConfig, codec: CodecSpec, text: tuple, base: dict | None = None) -> None:
+def prepare_run(
+    run: Path, config: RunConfig, codec: CodecSpec, text: tuple, base: dict | None = None
+) -> None:
     """Writes what a run's folder holds beside checkpoints, or checks that it belongs to this run.
 
     May be killed anywhere and called again.
 
     Args:
+      run: `config.out`, or what stands for it.
       config: the run's.
       codec: what its tokens mean; a copy of a codec's file or folder is kept.
       text: config, parameters and tokenizer of the text encoder.
@@ -74,24 +95,24 @@ def prepare_run(config: RunConfig, codec: CodecSpec, text: tuple, base: dict | N
     Raises:
       UserError: the folder holds another run, other tokens, or something else altogether.
     """
-    run = Path(config.out)
-    if has_begun(run):
+    out = config.out
+    if has_begun(out):
         if changes := changed_settings(from_json(RunConfig, run / "config.json"), config):
             raise UserError(
-                f"{run} holds a run with other settings: {'; '.join(changes)}; "
+                f"{out} holds a run with other settings: {'; '.join(changes)}; "
                 "give these values, or another --out"
             )
         known = from_json(CodecSpec, run / "codec.json")
         if known.sha256 != codec.sha256:
             raise UserError(
-                f"{config.data.path} was tokenized with {codec.source}, but the run {run} learns "
+                f"{config.data.path} was tokenized with {codec.source}, but the run {out} learns "
                 f"the tokens of {known.source}; tokenize again with that codec"
             )
     else:
         run.mkdir(parents=True, exist_ok=True)
-        if foreign := sorted({path.name for path in run.iterdir()} - OWN_NAMES):
+        if foreign := sorted(_names(out) - OWN_NAMES):
             raise UserError(
-                f"{run} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
+                f"{out} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
             )
         t5.save(run / "text", *text)
         if Path(codec.source).is_dir():
@@ -116,8 +137,19 @@ def read_base(run: Path) -> dict:
     return convert.unflatten(files.read_tensors(run / BASE))
 
 
+def _checkpoints(out: str | Path) -> epath.Path:
+    """Where a run's checkpoints lie, for Orbax."""
+    if bucket.is_url(out):
+        bucket.prepare()
+        return epath.Path(out) / "checkpoints"
+    return epath.Path(Path(out).absolute()) / "checkpoints"
+
+
 def open_manager(config: RunConfig) -> ocp.CheckpointManager:
-    """The run's checkpoints; saving is asynchronous and atomic."""
+    """The run's checkpoints; saving is asynchronous and atomic.
+
+    Raises `UserError` where they lie in a bucket that cannot be had.
+    """
     policies = ocp.checkpoint_managers
     kept = [policies.LatestN(config.keep_last)]
     if config.keep_every:
@@ -128,15 +160,14 @@ def open_manager(config: RunConfig) -> ocp.CheckpointManager:
         kept.append(policies.BestN(get_metric_fn=loss, reverse=True, n=config.keep_best))
         # Without these Orbax writes no metrics, and a resumed run has forgotten which was best.
         best = dict(best_fn=loss, best_mode="min")
-    return ocp.CheckpointManager(
-        (Path(config.out) / "checkpoints").absolute(),
-        options=ocp.CheckpointManagerOptions(
-            save_decision_policy=policies.FixedIntervalPolicy(config.save_every),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            cleanup_tmp_directories=True,
-            **best,
-        ),
+    options = ocp.CheckpointManagerOptions(
+        save_decision_policy=policies.FixedIntervalPolicy(config.save_every),
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        cleanup_tmp_directories=True,
+        **best,
     )
+    with bucket.explained(config.out) if bucket.is_url(config.out) else contextlib.nullcontext():
+        return ocp.CheckpointManager(_checkpoints(config.out), options=options)
 
 
 def save(
@@ -168,12 +199,17 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     """Turns what keeps a checkpoint from being written into one line; Orbax has many types."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        cause = " ".join(str(error).split())[:200]
+    except Exception as error:
+        if bucket.is_url(manager.directory):
+            cause, remedy = bucket.reason(error), ""
+        elif isinstance(error, OSError | ValueError | RuntimeError):
+            cause, remedy = " ".join(str(error).split())[:200], "make room or give access, and "
+        else:
+            raise
         steps = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
         raise UserError(
-            f"{manager.directory}: a checkpoint cannot be written ({cause}); whole ones are of "
-            f"steps: {steps}; make room or give access, and the same command goes on"
+            f"{manager.directory}: a checkpoint cannot be written: {cause}; whole ones are of "
+            f"steps: {steps}; {remedy}the same command goes on"
         ) from error
 
 
@@ -216,6 +252,8 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
     except (MemoryError, PermissionError, KeyboardInterrupt):
         raise
     except Exception as error:  # Orbax and its stores raise a great many types
+        if bucket.is_url(manager.directory):
+            bucket.names(os.fspath(manager.directory))  # out of reach is not damaged
         others = [str(other) for other in manager.all_steps() if other != step]
         remedy = f"; move that folder away to go on from step {others[-1]}" if others else ""
         raise UserError(
@@ -251,12 +289,17 @@ def codec_source(run: Path, codec: CodecSpec) -> str:
 
 
 def read_params(
-    run: Path, config: RunConfig, trained_t5: t5.T5Config | None, *, weights: str, step: int | None
+    out: str | Path,
+    config: RunConfig,
+    trained_t5: t5.T5Config | None,
+    *,
+    weights: str,
+    step: int | None,
 ) -> tuple[dict, int]:
     """A run's trained parameters for one device, and their step.
 
     Args:
-      run: its folder.
+      out: its folder, or that in a bucket.
       config: the run's.
       trained_t5: the text encoder's config where it was trained along.
       weights: 'ema' for the averaged parameters, 'raw' for the trained ones.
@@ -270,9 +313,8 @@ def read_params(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
         abstract_params(config.model, trained_t5, config.lora),
     )
-    checkpoints = run / "checkpoints"
-    if not checkpoints.is_dir():
-        raise UserError(f"{run}: the run has no checkpoint yet")
+    if "checkpoints" not in _names(os.fspath(out)):
+        raise UserError(f"{out}: the run has no checkpoint yet")
     alone = ocp.options.MultiprocessingOptions()
     if jax.process_count() > 1:  # each reads for itself
         me = jax.process_index()
@@ -280,12 +322,12 @@ def read_params(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
         )
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-    with ocp.CheckpointManager(checkpoints.absolute(), options=options) as manager:
+    with ocp.CheckpointManager(_checkpoints(out), options=options) as manager:
         steps = manager.all_steps()
         if not steps:
-            raise UserError(f"{run}: the run has no checkpoint yet")
+            raise UserError(f"{out}: the run has no checkpoint yet")
         step = max(steps) if step is None else step
         if step not in steps:
-            raise UserError(f"{run}: no checkpoint of step {step}; there are {sorted(steps)}")
+            raise UserError(f"{out}: no checkpoint of step {step}; there are {sorted(steps)}")
         item = {"ema": "ema", "raw": "params"}[weights]
         return restore(manager, step, **{item: shapes})[item], step

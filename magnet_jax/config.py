@@ -171,7 +171,7 @@ class DataConfig:
     """What a training batch is made of."""
 
     path: str = ""
-    """Folder that `python -m tokenization.job --out` wrote."""
+    """Folder that `python -m tokenization.job --out` wrote; every host may have its own copy."""
     segment_seconds: float = 30.0
     """Length of a training crop; shorter records are padded, the padding left out of the loss."""
     batch_size: int = 192
@@ -446,7 +446,8 @@ class RunConfig:
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     mesh: MeshConfig = MeshConfig()
     out: str = ""
-    """Folder of the run; the same command with the same folder resumes it."""
+    """Folder of the run, on a file system that all hosts see, or gs://BUCKET/FOLDER; the same
+    command with the same folder resumes it."""
     seed: int = 0
     """Seeds initialisation, data order, crops, masks and dropout."""
     steps: int = 1_000_000
@@ -463,7 +464,8 @@ class RunConfig:
     in parts, exactly. 0 is as many as fit."""
     kernels: KernelConfig = _added(KernelConfig())
     init_from: str = _added("")
-    """Begin with the parameters of this run, export or imported AudioCraft checkpoint."""
+    """Begin with the parameters of this run, export or imported AudioCraft checkpoint; a folder, or
+    its gs:// URL."""
     init_partial: bool = _added(False)
     """Let init_from match in part; what matches is listed, the rest is initialised."""
     lora: LoraConfig = _added(LoraConfig())

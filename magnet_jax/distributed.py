@@ -401,16 +401,23 @@ def broadcast_json(value: Any) -> Any:
 
 def first_does(what: Callable[[], None]) -> None:
     """Process 0 alone does it, and the others wait; where it fails all raise the `UserError`."""
-    problem = None
+    failure = problem = None
     if is_first():
         try:
             what()
         except UserError as error:
-            problem = str(error)
+            failure, problem = error, str(error)
         except OSError as error:  # a full disk, a folder of someone else's
             problem = f"{error.filename or 'cannot write'}: {error.strerror}"
     if (problem := broadcast_json(problem)) is not None:
-        raise UserError(problem)
+        raise failure or UserError(problem)
+
+
+def first_tells(what: Callable[[], Any]) -> Any:
+    """What it gives in process 0, as JSON gives it back; fails as `first_does` does."""
+    told = []
+    first_does(lambda: told.append(what()))
+    return broadcast_json(told[0] if told else None)
 
 
 def all_do(what: Callable[[], Any]) -> Any:

@@ -1,9 +1,11 @@
 """A model to sample from or to export, wherever it lies.
 
 `load` takes the folder of a training run, of an exported model, or of an AudioCraft checkpoint, and
-hub ids of the latter two. Of AudioCraft's it takes MAGNeT and the text-conditioned MusicGen.
+hub ids of the latter two; any folder may be in a bucket (gs://). Of AudioCraft's it takes MAGNeT
+and the text-conditioned MusicGen.
 """
 
+import functools
 import importlib.metadata
 import typing
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 from tokenizers import Tokenizer
 
-from magnet_jax import bundle, checkpoint, convert, finetune, hub, t5
+from magnet_jax import bucket, bundle, checkpoint, convert, finetune, hub, t5
 from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
@@ -61,7 +63,7 @@ def load(
     """Reads a model onto one device.
 
     Args:
-      source: folder of a run, an export or an AudioCraft checkpoint; or a hub id.
+      source: folder of a run, an export or an AudioCraft checkpoint, or its gs:// URL; or a hub id.
       weights: of a run: 'ema' for the averaged parameters (as does None), 'raw' for the last ones.
       step: of a run: the checkpoint; None is the newest.
       text_encoder: of an AudioCraft checkpoint: where its text encoder lies, if not where it says.
@@ -88,7 +90,7 @@ def load(
     if bundle.is_export(folder):
         loaded = _load_export(folder, weights, step)
     else:
-        loaded = _load_run(folder, weights or "ema", step)
+        loaded = _load_run(folder, source, weights or "ema", step)
     return loaded._replace(codec_source=codec or loaded.codec_source)
 
 
@@ -112,11 +114,11 @@ def load_decoder(
 
 
 def locate(source: Path | str) -> Path:
-    """The folder of a model; a hub id's is fetched.
+    """The folder of a model; a hub id's is fetched, and a bucket's, but for its checkpoints.
 
     Raises `UserError` where there is no model.
     """
-    folder = Path(source)
+    folder = _mirror(str(source)).folder if bucket.is_url(source) else Path(source)
     if folder.is_dir():
         if (folder / "config.json").exists() or (folder / LM_FILE).exists():
             return folder
@@ -138,6 +140,12 @@ def locate(source: Path | str) -> Path:
     if not bundle.is_export(folder) and not (folder / LM_FILE).exists():
         raise UserError(f"{source}: holds no AudioCraft checkpoint ({LM_FILE}) and no export")
     return folder
+
+
+@functools.cache
+def _mirror(url: str) -> bucket.Mirror:
+    """What a folder of a bucket tells of a model; fetched once, and here until the process ends."""
+    return bucket.Mirror(url, checkpoint.UNREAD | {"metrics.jsonl"})
 
 
 def is_audiocraft(folder: Path) -> bool:
@@ -191,12 +199,13 @@ def _exported_config(
     )
 
 
-def _load_run(run: Path, weights: str, step: int | None) -> Loaded:
+def _load_run(run: Path, out: Path | str, weights: str, step: int | None) -> Loaded:
+    """The model of a run; `run` is where the small files of its folder `out` are."""
     config = from_json(RunConfig, run / "config.json")
     codec = from_json(CodecSpec, run / "codec.json")
     t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
     trained = t5_config if config.text.finetune else None
-    params, step = checkpoint.read_params(run, config, trained, weights=weights, step=step)
+    params, step = checkpoint.read_params(out, config, trained, weights=weights, step=step)
     if config.lora.rank:
         base = checkpoint.read_base(run)
         params = {"lm": finetune.merge_adapters(base, params["lora"], config.lora)}
@@ -228,7 +237,9 @@ def _lineage(run: Path, config: RunConfig, weights: str, step: int) -> dict:
     }
 
 
-def read_adapters(run: Path, weights: str | None, step: int | None) -> tuple[dict, RunConfig, dict]:
+def read_adapters(
+    run: Path | str, weights: str | None, step: int | None
+) -> tuple[dict, RunConfig, dict]:
     """The adapters that a run trained, its config, and where they come from.
 
     Raises `UserError` for a run that trained none.
@@ -240,7 +251,7 @@ def read_adapters(run: Path, weights: str | None, step: int | None) -> tuple[dic
     if config is None or not config.lora.rank:
         raise UserError(f"{run}: no run that trained adapters (--lora.rank)")
     weights = weights or "ema"
-    params, step = checkpoint.read_params(folder, config, None, weights=weights, step=step)
+    params, step = checkpoint.read_params(run, config, None, weights=weights, step=step)
     lineage = _lineage(folder, config, weights, step) | {"base": Path(config.init_from).name}
     return params["lora"], config, lineage
 

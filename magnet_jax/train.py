@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from magnet_jax import (
     audio,
+    bucket,
     checkpoint,
     codec,
     data,
@@ -83,11 +84,14 @@ class Setup(NamedTuple):
     lm: dict | None  # transformer to begin with, or to train adapters for
     frames: int  # T of a batch
     static: Static
+    run: Path = Path()  # the run's folder
+    mirror: bucket.Mirror | None = None  # what brings `run` to a bucket, if it belongs there
 
 
-def _text_and_lm(config: RunConfig, spec: CodecSpec, begun: bool) -> tuple[tuple, dict | None]:
+def _text_and_lm(
+    config: RunConfig, run: Path, spec: CodecSpec, begun: bool
+) -> tuple[tuple, dict | None]:
     """The text encoder, its tokenizer, and the transformer that the run starts from."""
-    run = Path(config.out)
     if begun:
         base = checkpoint.read_base(run) if config.lora.rank else None
         return t5.load(str(run / "text")), base
@@ -124,15 +128,18 @@ def set_up(config: RunConfig) -> Setup:
     """
     if not config.out:
         raise UserError("no folder for the run: give --out DIR")
-    for name, path in (("out", config.out), ("data.path", config.data.path)):
-        if "://" in path:
-            raise UserError(f"--{name} {path}: a bucket must be mounted as a folder (gcsfuse)")
-    run = Path(config.out)
-    begun = distributed.broadcast_json(checkpoint.has_begun(run))
+    if bucket.is_url(config.data.path):
+        raise UserError(
+            f"--data.path {config.data.path}: records cannot be read from a bucket; copy them to "
+            f"every host (gcloud storage rsync -r {config.data.path} FOLDER) and give that folder"
+        )
+    mirror = distributed.all_do(lambda: open_mirror(config.out))
+    run = mirror.folder if mirror else Path(config.out)
+    begun = distributed.first_tells(lambda: checkpoint.has_begun(config.out))
 
     def check() -> Setup:
         spec = records.read_codec_spec(config.data.path)
-        text, lm = _text_and_lm(config, spec, begun)
+        text, lm = _text_and_lm(config, run, spec, begun)
         check_fit(config, spec, text[0])
         # Codebooks beyond the model's are neither learnt nor decoded.
         spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
@@ -143,7 +150,7 @@ def set_up(config: RunConfig) -> Setup:
         parts = plan.num_parts(static, config.data.batch_size, config.clips_per_device, planned)
         static = static._replace(num_parts=parts)
         t5_params = jax.tree.map(np.asarray, text[1])
-        return Setup(spec, text[0], t5_params, text[2], lm, frames, static)
+        return Setup(spec, text[0], t5_params, text[2], lm, frames, static, run, mirror)
 
     setup = distributed.all_do(check)
     # All must compute a batch in as many parts; devices may differ in what is free on them.
@@ -151,8 +158,29 @@ def set_up(config: RunConfig) -> Setup:
     setup = setup._replace(static=setup.static._replace(num_parts=parts))
     base = setup.lm if config.lora.rank else None
     text = (setup.t5_config, setup.t5_params, setup.tokenizer)
-    distributed.first_does(lambda: checkpoint.prepare_run(config, setup.spec, text, base))
+    distributed.first_does(lambda: checkpoint.prepare_run(run, config, setup.spec, text, base))
+    push(setup)
     return setup
+
+
+def open_mirror(out: str) -> bucket.Mirror | None:
+    """What stands for a run's folder in a bucket; None for one that is none.
+
+    Raises `UserError` where the bucket cannot be read or written.
+    """
+    if not bucket.is_url(out):
+        return None
+    bucket.check(out, f"checkpoints/.check-{jax.process_index()}")
+    return bucket.Mirror(out, checkpoint.UNREAD)
+
+
+def push(setup: Setup) -> None:
+    """Brings what the first process has written to the run's bucket, if it has one.
+
+    Raises `UserError`, in all processes, where the bucket cannot be written.
+    """
+    if setup.mirror:
+        distributed.first_does(setup.mirror.push)
 
 
 def to_devices(batch: dict, mesh: Mesh) -> dict:
@@ -226,11 +254,11 @@ def validate(
     return watch.validation_scalars(sums_S)
 
 
-def open_decoder(config: RunConfig, spec: CodecSpec) -> codec.Codec | None:
+def open_decoder(config: RunConfig, run: Path, spec: CodecSpec) -> codec.Codec | None:
     """The codec that makes sample audio, where samples are wanted."""
     if not (config.sample_every and config.sample_prompts):
         return None
-    source = checkpoint.codec_source(Path(config.out), spec)
+    source = checkpoint.codec_source(run, spec)
     decoder = codec.load_codec(source, num_codebooks=spec.num_codebooks)
     codec.check_same_codec(spec, decoder.spec, config.data.path)
     return decoder
@@ -258,7 +286,7 @@ def write_samples(
         decoding=config.decode,
         seed=config.seed,
     )
-    folder, wavs = Path(config.out) / "samples" / f"step_{step:07d}", []
+    folder, wavs = setup.run / "samples" / f"step_{step:07d}", []
     for i, wav_CN in enumerate(decoder.decode(generated.codes_BKT)):
         wav_CN, _ = audio.normalize_loudness(wav_CN, setup.spec.sample_rate, target_lufs=-14.0)
         wavs.append(folder / f"{i:02d}.wav")
@@ -319,6 +347,7 @@ def train(config: RunConfig) -> None:
     setup = set_up(config)  # until then there is nothing to save
     with catching_signals() as caught:
         step = _train(config, setup, caught)
+    push(setup)
     if step < config.steps:
         distributed.say_first(
             f"stopped and saved at step {step}; the same command goes on from there"
@@ -362,7 +391,9 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
     """`train`, until any process has caught something; the last step, saved."""
     static, first = setup.static, distributed.is_first()
     batches, held_out = distributed.all_do(lambda: open_data(config, setup))
-    decoder = distributed.all_do(lambda: open_decoder(config, setup.spec) if first else None)
+    decoder = distributed.all_do(
+        lambda: open_decoder(config, setup.run, setup.spec) if first else None
+    )
     sampled = bool(config.sample_every and config.sample_prompts)
     frozen = {"text": setup.t5_params, "lm": setup.lm}
     where = steps.frozen_shardings(static)[1]
@@ -394,8 +425,10 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
             distributed.say_first(f"{config.out} is complete: --steps {config.steps} are done")
         scalars = None
         if first:
-            scalars = stack.enter_context(contextlib.closing(watch.Scalars(config, step)))
-        profile = stack.enter_context(contextlib.closing(watch.Profile(config)))
+            scalars = stack.enter_context(
+                contextlib.closing(watch.Scalars(config, setup.run, step))
+            )
+        profile = stack.enter_context(contextlib.closing(watch.Profile(config, setup.run)))
         bar = stack.enter_context(
             tqdm(
                 total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1,
@@ -450,6 +483,9 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
                     f"step {step}: validation loss {values['validation/loss']:.4f}"
                 )
             if saving or last:
+                if scalars:
+                    scalars.flush()
+                push(setup)  # first: a checkpoint's run is whole up to its step
                 checkpoint.save(manager, step, state, position, loss)
                 saved = step
             if sampled and step % config.sample_every == 0 and not stopping:
@@ -457,6 +493,8 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
                 if decoder:
                     wavs = write_samples(config, setup, decoder, params, step)
                     scalars.log_audio(step, wavs, config.sample_prompts)
-                    tqdm.write(f"step {step}: samples in {wavs[0].parent}")
+                    tqdm.write(
+                        f"step {step}: samples in {config.out}/samples/{wavs[0].parent.name}"
+                    )
             window.started += time.perf_counter() - aside  # evaluation is not training time
     return step

@@ -20,15 +20,14 @@ from magnet_jax.steps import RATE_BINS, Static
 class Scalars:
     """Numbers over steps: TensorBoard, lines of JSON in RUN/metrics.jsonl, and W&B if asked for."""
 
-    def __init__(self, config: RunConfig, step: int):
-        """What was logged after `step`, by a process killed before it saved, is forgotten."""
-        run = Path(config.out)
+    def __init__(self, config: RunConfig, run: Path, step: int):
+        """What a process logged in `run` after `step`, killed before it saved, is forgotten."""
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in read_scalars(run) if line["step"] <= step]
             records.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-        self.wandb = _open_wandb(config) if config.wandb else None
+        self.wandb = _open_wandb(config, run) if config.wandb else None
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         values = {name: float(value) for name, value in values.items()}
@@ -46,20 +45,24 @@ class Scalars:
             audio = [wandb.Audio(str(w), caption=prompt) for w, prompt in zip(wavs, prompts)]
             self.wandb.log({"samples": audio}, step=step)
 
+    def flush(self) -> None:
+        """Writes what is still in memory to the run's folder."""
+        self.writer.flush()
+
     def close(self) -> None:
         self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
-def _open_wandb(config: RunConfig) -> Any:
+def _open_wandb(config: RunConfig, run: Path) -> Any:
     try:
         import wandb
     except ImportError:
         raise UserError(
             f"--wandb {config.wandb}: Weights & Biases is not installed: pip install wandb"
         ) from None
-    run = Path(config.out).resolve()
+    run = run.resolve()
     # The folder's name makes a resumed run go on in the same place.
     return wandb.init(
         project=config.wandb,
@@ -127,8 +130,8 @@ def validation_scalars(sums_S: list[objective.Sums]) -> dict[str, float]:
 class Profile:
     """A profile of steps first..last in RUN/profile, for TensorBoard or Perfetto."""
 
-    def __init__(self, config: RunConfig):
-        self.steps, self.folder, self.running = config.profile, Path(config.out) / "profile", False
+    def __init__(self, config: RunConfig, run: Path):
+        self.steps, self.folder, self.running = config.profile, run / "profile", False
 
     def before(self, step: int) -> None:
         """To be called before step number `step`, the first being 1."""

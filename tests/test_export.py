@@ -301,7 +301,7 @@ def test_a_codec_from_a_weights_file_travels_along(loaded, tmp_path):
     # Into the run ...
     config = dataclasses.replace(loaded.config, out=str(tmp_path / "run"))
     text = (loaded.t5_config, loaded.t5_params, loaded.tokenizer)
-    checkpoint.prepare_run(config, spec, text)
+    checkpoint.prepare_run(tmp_path / "run", config, spec, text)
     source = checkpoint.codec_source(tmp_path / "run", spec)
     assert source == str(tmp_path / "run" / "codec" / "encodec_24khz-mine.th")
     weights.unlink()

@@ -1,0 +1,269 @@
+"""Runs in a bucket, --out gs://BUCKET/RUN: for hosts that share no file system.
+
+Orbax reads and writes checkpoints in the bucket itself, every process its share. The rest of a
+run's folder is small: it lies in a temporary folder (`Mirror`), from where it is brought to the
+bucket file by file. A file of a bucket is there whole or not at all.
+
+Three clients are at work: Google's own for the small files, TensorStore for arrays, and gcsfs
+(by etils.epath) for what Orbax writes beside arrays. Each has its own errors; `explained` makes one
+line of any.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+from magnet_jax.errors import UserError
+
+TIMEOUT = "MAGNET_JAX_BUCKET_TIMEOUT"  # seconds that a bucket may be out of reach
+SECONDS = 300
+SECONDS_AT_START = 30
+REQUEST_SECONDS = (10, 60)  # to connect, and between two packets
+
+
+def is_url(path: str | os.PathLike) -> bool:
+    """Whether a path is one of a bucket."""
+    return "://" in os.fspath(path)
+
+
+def split(url: str) -> tuple[str, str]:
+    """The bucket and the folder within it; `UserError` for what is not gs://BUCKET/FOLDER."""
+    match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]+[a-z0-9])/+(.*[^/])/*", url)
+    if not match:
+        raise UserError(
+            f"{url}: runs can be in gs://BUCKET/FOLDER; a bucket of another kind must be mounted "
+            "as a folder"
+        )
+    return match[1], re.sub("/+", "/", match[2])
+
+
+def patience() -> float:
+    """Seconds after which a bucket out of reach is given up."""
+    given = os.environ.get(TIMEOUT, str(SECONDS))
+    if not re.fullmatch(r"\d+", given) or not int(given):
+        raise UserError(f"{TIMEOUT} is {given!r}, not a whole number of seconds")
+    return int(given)
+
+
+@functools.cache
+def prepare() -> None:
+    """Sets up the clients; to be called before Orbax meets a bucket.
+
+    Raises `UserError` if they are not installed.
+    """
+    # gcsfs would treat each kind of bucket in its own way, and ask for further permissions to know
+    # it; Orbax sees to hierarchical ones by itself.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        import aiohttp
+        import fsspec
+        import gcsfs  # noqa: F401
+        from google.cloud import storage  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"runs in gs:// need further packages ({error.name}): pip install -e '.[gcs]'"
+        ) from None
+    # TensorStore's requests have no limits of their own, and Orbax has no setting for how often it
+    # tries again (for a quarter of an hour).
+    for name, seconds in zip(("CONNECT_TIMEOUT", "LOW_SPEED_TIME"), REQUEST_SECONDS):
+        os.environ.setdefault(f"TENSORSTORE_CURL_{name}_SECONDS", str(seconds))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    contexts = tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT
+    for context in contexts:
+        context["gcs_request_retries"] = _retries(patience())
+    # What these log as errors, some with traces, they raise as well (absl is Orbax's).
+    for name in ("absl", "gcsfs", "google"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Its memory of what is in a folder does not hear of what TensorStore and other hosts write.
+    fsspec.config.conf["gcs"] = {
+        "use_listings_cache": False,
+        "requests_timeout": aiohttp.ClientTimeout(total=REQUEST_SECONDS[1]),
+    }
+
+
+def _retries(seconds: float) -> dict[str, Any]:
+    """TensorStore's: it waits 1, 2, 4, ... and at most 32 seconds between attempts."""
+    attempts, waited = 1, 0
+    while waited < seconds:
+        waited += min(2 ** (attempts - 1), 32)
+        attempts += 1
+    return {"max_retries": attempts, "initial_delay": "1s", "max_delay": "32s"}
+
+
+@functools.cache
+def _client() -> Any:
+    prepare()
+    from google.cloud import storage
+
+    return storage.Client()
+
+
+def _limits(seconds: float | None = None) -> dict[str, Any]:
+    """How long Google's client tries; keywords for any of its calls."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return {
+        "retry": DEFAULT_RETRY.with_timeout(patience() if seconds is None else seconds),
+        "timeout": REQUEST_SECONDS,
+    }
+
+
+def reason(error: BaseException) -> str:
+    """What is wrong with a bucket and how to mend it, by what some client raised."""
+    chain, texts = error, []
+    while chain is not None:
+        texts.append(f"{type(chain).__name__} {' '.join(str(chain).split())}")
+        chain = chain.__cause__ or chain.__context__
+    text = "\n".join(texts)
+    # TensorStore names what it was doing from the outside in, then the cause.
+    cause = re.sub(r" \[tensorstore_spec=.*", "", texts[0])
+    cause = cause if len(cause) < 240 else f"{cause[:80]} ... {cause[-140:]}"
+    if re.search(r"DefaultCredentialsError|RefreshError|UNAUTHENTICATED|\b401\b", text):
+        return (
+            f"no valid credentials ({cause}): run `gcloud auth application-default login`, or "
+            "start the machine with a service account"
+        )
+    if re.search(r"PERMISSION_DENIED|Forbidden|\b403\b", text):
+        return (
+            f"no permission ({cause}): the account of every host needs the roles "
+            "storage.objectUser and storage.legacyBucketReader on the bucket"
+        )
+    if re.search(r"NotFound|NOT_FOUND|FileNotFoundError|\b404\b", text):
+        return f"no such bucket or file ({cause}): make the bucket, or mend its name"
+    return f"out of reach ({cause}): mend the network; {TIMEOUT} sets the seconds to wait for it"
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turns what a client raises into a `UserError` of one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # three clients, a dozen types, without a common one
+        raise UserError(f"{url}: {reason(error)}") from error
+
+
+def check(url: str, name: str) -> None:
+    """Writes, reads and removes a file below a folder, as a run will.
+
+    Args:
+      url: the folder.
+      name: the file's; each process has its own.
+
+    Raises:
+      UserError: no such bucket, no permission, no way there, or no packages for it.
+    """
+    bucket_name, prefix = split(url)
+    with explained(url):
+        limits = _limits(SECONDS_AT_START) if (client := _client()) else {}
+        bucket = client.get_bucket(bucket_name, **limits)  # as Orbax does
+        _write_as_orbax(bucket_name, f"{prefix}/{name}")
+        blob = bucket.blob(f"{prefix}/{name}")
+        blob.download_as_bytes(**limits)
+        blob.delete(**limits)
+
+
+def _write_as_orbax(bucket: str, name: str) -> None:
+    import tensorstore
+
+    store = tensorstore.KvStore.open(
+        {"driver": "gcs", "bucket": bucket, "gcs_request_retries": _retries(SECONDS_AT_START)}
+    ).result()
+    # It prints where it looked for credentials in vain before it asks the machine for them.
+    shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        store.write(name, b"magnet_jax").result()
+    finally:
+        os.dup2(shown, 2)
+        os.close(shown)
+        os.close(nowhere)
+
+
+def names(url: str) -> set[str]:
+    """What lies directly in a folder of a bucket; nothing where there is no such folder.
+
+    Raises `UserError` where the bucket cannot be read.
+    """
+    bucket, prefix = split(url)
+    with explained(url):
+        found = _client().list_blobs(bucket, prefix=f"{prefix}/", delimiter="/", **_limits())
+        paths = [blob.name for blob in found] + [*found.prefixes]
+    return {path[len(prefix) :].strip("/") for path in paths} - {""}
+
+
+def fetch(url: str, folder: Path, leave_out: Collection[str] = ()) -> None:
+    """Copies a folder of a bucket, without what is in `leave_out`, into a local one.
+
+    Raises `UserError` where the bucket cannot be read.
+    """
+    name, prefix = split(url)
+    with explained(url):
+        client, limits = _client(), _limits()
+        from google.cloud.storage import transfer_manager
+
+        bucket = client.bucket(name)
+        paths = [
+            blob.name[len(prefix) + 1 :]
+            for blob in client.list_blobs(bucket, prefix=f"{prefix}/", **limits)
+        ]
+        transfer_manager.download_many_to_path(
+            bucket,
+            [p for p in paths if not p.endswith("/") and p.split("/")[0] not in leave_out],
+            destination_directory=str(folder),
+            blob_name_prefix=f"{prefix}/",
+            download_kwargs=limits,
+            worker_type=transfer_manager.THREAD,
+            raise_exception=True,
+        )
+
+
+class Mirror:
+    """A temporary folder that stands for one of a bucket, until the process ends."""
+
+    def __init__(self, url: str, leave_out: Collection[str]):
+        """Fetches what the folder holds, without `leave_out`."""
+        self.url = url
+        self._temporary = tempfile.TemporaryDirectory(prefix="magnet_jax_")
+        self.folder = Path(self._temporary.name) / split(url)[1].rpartition("/")[2]
+        self.folder.mkdir()
+        fetch(url, self.folder, leave_out)
+        self._there = self._stamps()
+
+    def _stamps(self) -> dict[str, tuple[int, int]]:
+        stats = {path: path.stat() for path in self.folder.rglob("*") if path.is_file()}
+        return {
+            path.relative_to(self.folder).as_posix(): (stat.st_mtime_ns, stat.st_size)
+            for path, stat in stats.items()
+        }
+
+    def push(self) -> None:
+        """Brings what has changed to the bucket; `UserError` where that fails."""
+        name, prefix = split(self.url)
+        stamps = self._stamps()
+        changed = sorted(path for path, stamp in stamps.items() if self._there.get(path) != stamp)
+        if not changed:
+            return
+        with explained(self.url):
+            client, limits = _client(), _limits()
+            from google.cloud.storage import transfer_manager
+
+            transfer_manager.upload_many_from_filenames(
+                client.bucket(name),
+                changed,
+                source_directory=str(self.folder),
+                blob_name_prefix=f"{prefix}/",
+                upload_kwargs=limits,
+                worker_type=transfer_manager.THREAD,
+                raise_exception=True,
+            )
+        self._there = stamps
