@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import tyro
 
 from launch import cli
-from magnet_jax import errors
+from magnet_jax import bucket, errors
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
@@ -98,6 +98,8 @@ def sample(args: Args) -> list[Path]:
         raise UserError("--batch-size must be at least 1")
     if args.seconds is not None and not 0 < args.seconds <= 600:
         raise UserError("--seconds must be positive, and at most 600")
+    if bucket.is_url(args.out):
+        raise UserError(f"--out {args.out}: sampling needs a folder on disk; copy it from there")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the WAVs need a folder")
     if args.lufs is not None and not -70 <= args.lufs <= 0:

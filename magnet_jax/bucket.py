@@ -28,8 +28,8 @@ REQUEST_SECONDS = (10, 60)  # to connect, and between two packets
 
 
 def is_url(path: str | os.PathLike) -> bool:
-    """Whether a path is one of a bucket."""
-    return "://" in os.fspath(path)
+    """Whether a path is one of a bucket; also where `Path` has taken one of its slashes."""
+    return bool(re.match(r"[a-z][a-z0-9]+:/", os.fspath(path)))
 
 
 def split(url: str) -> tuple[str, str]:
@@ -121,22 +121,26 @@ def reason(error: BaseException) -> str:
     chain, texts = error, []
     while chain is not None:
         texts.append(f"{type(chain).__name__} {' '.join(str(chain).split())}")
-        chain = chain.__cause__ or chain.__context__
+        chain = chain.__cause__
     text = "\n".join(texts)
     # TensorStore names what it was doing from the outside in, then the cause.
     cause = re.sub(r" \[tensorstore_spec=.*", "", texts[0])
     cause = cause if len(cause) < 240 else f"{cause[:80]} ... {cause[-140:]}"
-    if re.search(r"DefaultCredentialsError|RefreshError|UNAUTHENTICATED|\b401\b", text):
+    if re.search(
+        r"DefaultCredentialsError|RefreshError|UNAUTHENTICATED|Unauthorized|^HttpError .*, 401$",
+        text,
+        re.MULTILINE,
+    ):
         return (
             f"no valid credentials ({cause}): run `gcloud auth application-default login`, or "
             "start the machine with a service account"
         )
-    if re.search(r"PERMISSION_DENIED|Forbidden|\b403\b", text):
+    if re.search(r"PERMISSION_DENIED|Forbidden|^HttpError .*, 403$", text, re.MULTILINE):
         return (
             f"no permission ({cause}): the account of every host needs the roles "
             "storage.objectUser and storage.legacyBucketReader on the bucket"
         )
-    if re.search(r"NotFound|NOT_FOUND|FileNotFoundError|\b404\b", text):
+    if re.search(r"NotFound|NOT_FOUND", text):
         return f"no such bucket or file ({cause}): make the bucket, or mend its name"
     return f"out of reach ({cause}): mend the network; {TIMEOUT} sets the seconds to wait for it"
 

@@ -15,6 +15,7 @@ import safetensors
 
 from magnet_jax import (
     autoregressive,
+    bucket,
     bundle,
     convert,
     convert_codec,
@@ -60,6 +61,8 @@ def prepare_out(out: Path, source: Path, overwrite: bool) -> None:
     Raises `UserError` unless `out` is free, or an earlier export that may be replaced, and does
     not hold `source`.
     """
+    if bucket.is_url(out):
+        raise UserError(f"--out {out}: exporting needs a folder on disk; copy it from there")
     files.put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return

@@ -131,7 +131,8 @@ def set_up(config: RunConfig) -> Setup:
     if bucket.is_url(config.data.path):
         raise UserError(
             f"--data.path {config.data.path}: records cannot be read from a bucket; copy them to "
-            f"every host (gcloud storage rsync -r {config.data.path} FOLDER) and give that folder"
+            f"every host (mkdir -p DIR && gcloud storage rsync -r {config.data.path} DIR) and give "
+            "that folder"
         )
     mirror = distributed.all_do(lambda: open_mirror(config.out))
     run = mirror.folder if mirror else Path(config.out)

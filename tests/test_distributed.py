@@ -432,7 +432,7 @@ def test_tpu_vms_from_create_to_delete(programs):
     git, scp, install, mount = tpu("install")
     assert git[3] == "archive" and scp[3:5] == ["tpu-vm", "scp"] and "--worker=all" in scp
     ssh = [*tpus, "tpu-vm", "ssh", "mine", "--zone=z", "--worker=all"]
-    assert install[:-1] == ssh and '--editable ".[tpu]"' in install[-1]
+    assert install[:-1] == ssh and '--editable ".[tpu,gcs]"' in install[-1]
     assert mount == [*ssh, "--command=mount it"]
     ((*words, command),) = tpu("run", "--data.path", "a folder", "--out", "run")
     assert words == ssh

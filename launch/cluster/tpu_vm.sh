@@ -24,8 +24,9 @@
 #   MOUNT          a command that every host runs at the end of `install`, to see the same folders:
 #                  MOUNT='sudo mkdir -p /mnt/share && sudo mount 10.0.0.2:/share /mnt/share'
 #
-# Needs: gcloud, logged in; git; a folder that all hosts see (Filestore, or a bucket mounted as one)
-# for DATA and RUN, unless the slice has one host only.
+# Needs: gcloud, logged in; git; unless the slice has one host only, a place that all hosts see for
+# RUN: a folder (Filestore) or gs://BUCKET/RUN. DATA may be in that folder, or a copy on each host:
+#   MOUNT='cd magnet_jax && mkdir -p DATA && gcloud storage rsync -r gs://BUCKET/DATA DATA'
 set -euo pipefail
 
 usage="usage: tpu_vm.sh create|wait|install|run|follow|stop|delete"
@@ -71,7 +72,7 @@ case "$action" in
     on all 'set -e; mkdir -p magnet_jax; tar -xzf magnet_jax.tar.gz -C magnet_jax; cd magnet_jax
       python3 -m pip install --quiet --user uv
       test -x .venv/bin/python || python3 -m uv venv --quiet --python 3.11 .venv
-      python3 -m uv pip install --quiet --python .venv/bin/python --editable ".[tpu]"'
+      python3 -m uv pip install --quiet --python .venv/bin/python --editable ".[tpu,gcs]"'
     if [[ -n "${MOUNT:-}" ]]; then on all "$MOUNT"; fi
     ;;
   run)
