@@ -51,12 +51,20 @@ def patience() -> float:
     return int(given)
 
 
-@functools.cache
-def prepare() -> None:
-    """Sets up the clients; to be called before Orbax meets a bucket.
+def prepare(url: str) -> None:
+    """Makes the clients ready for a folder; to be called before Orbax meets it.
 
-    Raises `UserError` if they are not installed.
+    Raises `UserError` if they are not installed, or the bucket cannot be read.
     """
+    _set_up()
+    bucket, prefix = split(url)
+    with explained(url), _store(bucket) as store:
+        store.read(f"{prefix}/config.json").result()
+
+
+@functools.cache
+def _set_up() -> None:
+    """Sets up the clients; `UserError` if they are not installed."""
     # gcsfs would treat each kind of bucket in its own way, and ask for further permissions to know
     # it; Orbax sees to hierarchical ones by itself.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
@@ -82,7 +90,7 @@ def prepare() -> None:
     # What these log as errors, some with traces, they raise as well (absl is Orbax's).
     for name in ("absl", "gcsfs", "google"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    # Its memory of what is in a folder does not hear of what TensorStore and other hosts write.
+    # gcsfs's memory of what is in a folder does not hear of what TensorStore and other hosts write.
     fsspec.config.conf["gcs"] = {
         "use_listings_cache": False,
         "requests_timeout": aiohttp.ClientTimeout(total=REQUEST_SECONDS[1]),
@@ -100,7 +108,7 @@ def _retries(seconds: float) -> dict[str, Any]:
 
 @functools.cache
 def _client() -> Any:
-    prepare()
+    _set_up()
     from google.cloud import storage
 
     return storage.Client()
@@ -170,23 +178,28 @@ def check(url: str, name: str) -> None:
     with explained(url):
         limits = _limits(SECONDS_AT_START) if (client := _client()) else {}
         bucket = client.get_bucket(bucket_name, **limits)  # as Orbax does
-        _write_as_orbax(bucket_name, f"{prefix}/{name}")
+        with _store(bucket_name) as store:
+            store.write(f"{prefix}/{name}", b"magnet_jax").result()
         blob = bucket.blob(f"{prefix}/{name}")
         blob.download_as_bytes(**limits)
         blob.delete(**limits)
 
 
-def _write_as_orbax(bucket: str, name: str) -> None:
+@contextlib.contextmanager
+def _store(bucket: str) -> Iterator[Any]:
+    """A bucket as Orbax writes arrays to it.
+
+    TensorStore prints where it has looked for credentials in vain before it asks the machine for
+    them, at its first request; what is printed meanwhile is dropped.
+    """
     import tensorstore
 
-    store = tensorstore.KvStore.open(
-        {"driver": "gcs", "bucket": bucket, "gcs_request_retries": _retries(SECONDS_AT_START)}
-    ).result()
-    # It prints where it looked for credentials in vain before it asks the machine for them.
     shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        store.write(name, b"magnet_jax").result()
+        retries = _retries(SECONDS_AT_START)
+        spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": retries}
+        yield tensorstore.KvStore.open(spec).result()
     finally:
         os.dup2(shown, 2)
         os.close(shown)
