@@ -89,6 +89,11 @@ class SeanetConfig:
         return math.prod(self.upsampling_ratios)
 
     @property
+    def norms_over_clip(self) -> bool:
+        """Whether every number hangs on all of a clip."""
+        return self.normalize or self.norm_type == "time_group_norm"
+
+    @property
     def bits_per_second(self) -> int:
         """Of one codebook, as transformers counts: bits a code times codes a second, rounded up."""
         return math.ceil(math.log2(self.codebook_size)) * math.ceil(self.sampling_rate / self.hop)

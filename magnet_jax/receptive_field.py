@@ -53,7 +53,7 @@ def convolutions(config: SeanetConfig) -> Field:
 
     Raises `UserError` for codecs that norm over the whole clip: they have no such field.
     """
-    if config.normalize or config.norm_type == "time_group_norm":
+    if config.norms_over_clip:
         raise UserError(
             "no receptive field: this codec norms over the whole clip, so that every frame hangs "
             "on every sample; choose one with weight norm, as encodec_24khz has"

@@ -7,7 +7,7 @@ window. Each row of a batch is another track, and when one ends the next takes i
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from magnet_jax.codec import Codec, exactly
 from magnet_jax.receptive_field import convolution_frames
 from magnet_jax.torch_env import import_torch
 
+AHEAD = 1  # tracks begun before a row is free for them
 MOST_SHORT = 64  # tracks shorter than a window that wait for others of their length
 
 
@@ -55,7 +56,7 @@ def encode(
 
     Args:
       codec: with weight norm, as `receptive_field.convolutions` wants it.
-      sources: tracks; one is begun when a row is free for it.
+      sources: tracks; at most `AHEAD` are begun before a row is free for them.
       window_frames: frames a window, overlap included.
       batch_size: tracks at once.
       rejected: what reading a source may raise to have that track, and only that, left out.
@@ -69,22 +70,22 @@ def encode(
     unfinished: deque[_Track] = deque()
     short: dict[int, list[_Track]] = {}  # by frames: all of a batch are of one length
     following = iter(sources)
+    begun: deque[_Track] = deque()
     rows: list[_Track | None] = [None] * batch_size
 
     def finished() -> Iterator[Encoded]:
         while unfinished and unfinished[0].done:
             yield unfinished.popleft().encoded()
 
-    with ThreadPoolExecutor(batch_size, "reader") as readers:
+    with ThreadPoolExecutor(batch_size + AHEAD, "reader") as readers:
 
         def next_track() -> _Track | None:
-            source = next(following, None)
-            if source is None:
-                return None
-            track = _Track(source, encoder, rejected)
-            track.reading = readers.submit(track.read)
-            unfinished.append(track)
-            return track
+            while len(begun) <= AHEAD and (source := next(following, None)) is not None:
+                track = _Track(source, encoder, rejected)
+                track.reading = readers.submit(track.read)
+                unfinished.append(track)
+                begun.append(track)
+            return begun.popleft() if begun else None
 
         while True:
             for row in range(batch_size):
@@ -112,6 +113,34 @@ def encode(
         for frames in sorted(short):
             encoder.encode_whole(short[frames])
         yield from finished()
+
+
+def encode_pieces(
+    codec: Codec,
+    sources: Iterable[Source],
+    cut: Callable[[int], list[tuple[int, int]]],
+    *,
+    rejected: type[Exception],
+) -> Iterator[Encoded]:
+    """As `encode`, each piece of a track by itself: for codecs that norm over what they are given.
+
+    `cut` takes frames, and gives the first and the end of each piece. A whole track is in memory.
+    """
+    for source in sources:
+        try:
+            held = list(source.blocks)
+        except rejected as error:
+            yield Encoded(source.key, None, 0, error)
+            continue
+        samples = sum(block_CN.shape[1] for block_CN in held)
+        if not samples:
+            yield Encoded(source.key, None, 0, None)
+            continue
+        frames = -(-samples // codec.hop)
+        wav_CN = np.pad(np.concatenate(held, axis=1), ((0, 0), (0, frames * codec.hop - samples)))
+        pieces = [wav_CN[:, i * codec.hop : j * codec.hop] for i, j in cut(frames)]
+        codes = [codec.encode(piece_CN[None])[0] for piece_CN in pieces]
+        yield Encoded(source.key, np.concatenate(codes, axis=1), samples, None)
 
 
 class _Window(NamedTuple):

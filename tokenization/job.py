@@ -11,30 +11,39 @@ next shard and ends with the same bytes.
     DIR/tokens-*        the data set, see magnet_jax/records.py
 """
 
+import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import queue
+import re
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 from launch import cli
 from magnet_jax import records
-from magnet_jax.codec import Codec, load_codec
+from magnet_jax.codec import load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError, reported
+from magnet_jax.torch_env import import_torch
+from tokenization import encode as encoding
 from tokenization.audio import CLIPPED, Facts, Intake, Reject, RejectedError, Track
-from tokenization.decoder import read_audio, readers
+from tokenization.decoder import Decoder, open_audio
 from tokenization.listing import Source
 from tokenization.sources import Manifest, describe_ignored, scan
 
@@ -65,14 +74,22 @@ class Job(Source):
     """Cut longer tracks into records of equal length; at most 120."""
     tracks_per_shard: int = 128
     """Tracks in a record file: the work lost by a kill, at most."""
-    batch_size: int = 8
-    """Records of equal length encoded at once; never more audio than one longest record has."""
-    readers: int = 2
-    """Processes that decode and resample audio ahead of the codec."""
+    batch_size: int = 4
+    """Tracks encoded at once, each with a process that decodes and resamples it."""
+    window_seconds: float = 10.0
+    """Length of what is encoded at once of a track; memory goes with it, and with batch_size."""
+    workers: int = 1
+    """Processes that make shards, each with a codec of its own."""
+    shard: str = "0/1"
+    """I/N: make every N-th shard, from the I-th on, 0 <= I < N: for N machines that share --out.
+    When all are done the same command without --shard completes the data set."""
     decode_timeout: float = 60.0
     """Reject a file that its decoder makes no progress with for so many seconds."""
     device: str = "cpu"
-    """Torch device of the codec: cpu, cuda, cuda:1, ...; one kind for the whole folder."""
+    """Torch device of the codec: cpu, cuda, cuda:1, ...; one kind for the whole folder. Of several
+    workers, cuda gives each another GPU."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the codec's convolutions; bfloat16 is faster on GPUs, and changes some tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +125,22 @@ def run(job: Job) -> str:
     units = _plan(job, manifest)
     with _writing(job.out):
         _check_out(job)  # before anything is written there
-    codec = load_codec(job.codec, job.device, job.num_codebooks)
+    spec = read_spec(job.codec, job.num_codebooks)
     with _writing(job.out):
         (job.out / "units").mkdir(parents=True, exist_ok=True)
-        with _locked(job.out):
-            _begin(job, manifest, codec.spec)
-            done = _work(job, manifest, codec, units)
+        with _locked(job):
+            _begin(job, manifest, spec)
+            done = _work(job, manifest, units)
+            if job.shard != "0/1":
+                found = [_read_done(job.out, unit) for unit in units]
+                missing = _finished(job.out, units, found).count(False)
+                return (
+                    f"shard {job.shard}: done; {missing} of {len(units)} record files are still to "
+                    "be made\nwhen none is, the same command without --shard completes the data set"
+                )
             rejects = [*manifest.rejects, *(r for unit in done for r in unit.rejects)]
             _check_rejects(job, manifest, rejects, final=True)
-            return _finish(job, manifest, codec.spec, units, done, rejects)
+            return _finish(job, manifest, spec, units, done, rejects)
 
 
 def split_of(name: str, validation_percent: float) -> str:
@@ -125,14 +149,10 @@ def split_of(name: str, validation_percent: float) -> str:
     return "validation" if 100 * draw < validation_percent else "train"
 
 
-def cut(wav_CN: np.ndarray, hop: int, max_frames: int) -> list[np.ndarray]:
-    """Pieces [C, <= max_frames * hop] of a track, of equal length but for the last.
-
-    Cuts lie between token frames. Pieces as equal as possible leave no short one at the end.
-    """
-    frames = math.ceil(wav_CN.shape[1] / hop)
-    length = math.ceil(frames / math.ceil(frames / max_frames)) * hop
-    return [wav_CN[:, i : i + length] for i in range(0, wav_CN.shape[1], length)]
+def cut(frames: int, max_frames: int) -> list[tuple[int, int]]:
+    """Where records of a track begin and end: at most `max_frames` long, as equal as possible."""
+    length = math.ceil(frames / math.ceil(frames / max_frames))
+    return [(i, min(i + length, frames)) for i in range(0, frames, length)]
 
 
 def _check(job: Job) -> None:
@@ -144,12 +164,21 @@ def _check(job: Job) -> None:
         "decode_timeout": (1, 10**5),
         "max_record_seconds": (1, 120),
         "tracks_per_shard": (1, 10**6),
-        "batch_size": (1, 10**4),
-        "readers": (1, 64),
+        "batch_size": (1, 1024),
+        "window_seconds": (1, 120),
+        "workers": (1, 1024),
     }
     for name, (low, high) in limits.items():
         if not low <= getattr(job, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+    _shard_of(job)
+
+
+def _shard_of(job: Job) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", job.shard)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--shard {job.shard}: give I/N with I below N, such as 0/8 to 7/8")
+    return int(found[1]), int(found[2])
 
 
 def _check_out(job: Job) -> None:
@@ -173,13 +202,21 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Holds the folder for this process; the lock ends with the process, however it ends."""
-    with (out / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another job is writing there") from None
+def _locked(job: Job) -> Iterator[None]:
+    """Holds the folder for this process; the lock ends with the process, however it ends.
+
+    Shards hold it together, and each one its own.
+    """
+    whole = job.shard == "0/1"
+    names = [".lock"] if whole else [".lock", f".lock-{job.shard.replace('/', '-')}"]
+    with ExitStack() as stack:
+        for name in names:
+            file = stack.enter_context((job.out / name).open("w"))
+            kind = fcntl.LOCK_SH if name == ".lock" and not whole else fcntl.LOCK_EX
+            try:
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"--out {job.out}: another job is writing there") from None
         yield
 
 
@@ -187,15 +224,17 @@ def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
     settings = (
         "validation_percent", "min_seconds", "max_clipped", "max_record_seconds",
-        "tracks_per_shard",
+        "tracks_per_shard", "precision",
     )  # fmt: skip
-    # (a codec is its weights, not its path; batch_size, readers, a device's number only change the
-    # speed, but its kind rounds in its own way)
+    # (a codec is its weights, not its path; workers and a device's number only change the speed,
+    # but its kind rounds in its own way, and so do batches and windows)
     begun = {
         "audio": manifest.fingerprint,
         **{f"codec {k}": v for k, v in asdict(spec).items() if k != "source"},
         **{f"--{name.replace('_', '-')}": getattr(job, name) for name in settings},
         "--device": job.device.split(":")[0],
+        "--batch-size": job.batch_size,
+        "--window-seconds": job.window_seconds,
     }
     path = job.out / "job.json"
     if not path.exists():
@@ -237,42 +276,83 @@ def _plan(job: Job, manifest: Manifest) -> list[_Unit]:
     return units
 
 
-def _work(job: Job, manifest: Manifest, codec: Codec, units: Sequence[_Unit]) -> list[_Done]:
-    """Makes every shard that is not there yet, with a progress bar.
+def _work(job: Job, manifest: Manifest, units: Sequence[_Unit]) -> list[_Done | None]:
+    """Makes every shard that is this command's and not there yet, with a progress bar.
 
     Raises `UserError` as soon as there are too many rejects, whatever may follow.
     """
     found = [_read_done(job.out, unit) for unit in units]
     finished = _finished(job.out, units, found)
-    seconds = sum(done.seconds for done, ok in zip(found, finished) if ok)
-    files = sum(len(unit.tracks) for unit, ok in zip(units, finished) if ok)
+    index, count = _shard_of(job)
+    to_do = [i for i, ok in enumerate(finished) if not ok and i % count == index]
+    found = [done if ok else None for done, ok in zip(found, finished)]
     rejects = list(manifest.rejects)  # captions alone can already decide
-    rejects += [r for done, ok in zip(found, finished) if ok for r in done.rejects]
+    rejects += [r for done in found if done for r in done.rejects]
     _check_rejects(job, manifest, rejects, final=False)
-    with (
-        readers(job.readers, job.decode_timeout) as submit,
-        tqdm(
-            total=sum(len(unit.tracks) for unit in units),
-            initial=files,
-            desc="tokenizing",
-            unit="file",
-            smoothing=0.1,
-        ) as bar,
-    ):
-        progress = _Progress(bar, seconds)
-        for i, unit in enumerate(units):
-            if not finished[i]:
-                found[i] = _make_shard(job, codec, unit, progress, submit)
-                rejects += found[i].rejects
+    with tqdm(
+        total=sum(len(units[i].tracks) for i in to_do)
+        + sum(len(unit.tracks) for unit, ok in zip(units, finished) if ok),
+        initial=sum(len(unit.tracks) for unit, ok in zip(units, finished) if ok),
+        desc="tokenizing",
+        unit="file",
+        smoothing=0.1,
+    ) as bar:
+        progress = _Progress(bar, sum(done.seconds for done in found if done), rejects)
+        make = _make_here if job.workers == 1 else _make_in_workers
+        with contextlib.closing(make(job, [units[i] for i in to_do], progress)) as made:
+            for i, done in zip(to_do, made, strict=True):
+                found[i] = done
+                rejects += done.rejects
                 _check_rejects(job, manifest, rejects, final=False)
     return found
 
 
-class _Progress:
-    """Files, hours of audio and speed on a tqdm bar."""
+def _make_here(job: Job, units: Sequence[_Unit], progress: "_Progress") -> Iterator[_Done]:
+    with Maker(job, job.device) as make:
+        for unit in units:
+            yield make(unit, progress.add)
 
-    def __init__(self, bar: tqdm, seconds_before: float):
+
+def _make_in_workers(job: Job, units: Sequence[_Unit], progress: "_Progress") -> Iterator[_Done]:
+    """The units in order, each made by whichever worker is free."""
+    context = multiprocessing.get_context("spawn")
+    events = context.SimpleQueue()
+    numbers = context.SimpleQueue()
+    for number in range(job.workers):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(
+        min(job.workers, len(units)) or 1,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(job, os.getpid(), numbers, events),
+    )
+    try:
+        waiting = deque(pool.submit(_make_in_worker, unit) for unit in units)
+        while waiting:
+            while not waiting[0].done():
+                wait([waiting[0]], timeout=0.2)
+                while not events.empty():
+                    progress.add(*events.get())
+            yield waiting.popleft().result()
+        while not events.empty():
+            progress.add(*events.get())
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker ended by itself: out of memory? Fewer --workers, a smaller --batch-size or "
+            "--window-seconds take less; the same command goes on from here"
+        ) from None
+    finally:
+        for process in list(pool._processes.values()) if pool._processes else []:
+            process.kill()  # what they are at is lost, and made again
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Progress:
+    """Files, hours of audio, speed and rejects on a tqdm bar."""
+
+    def __init__(self, bar: tqdm, seconds_before: float, rejects: Sequence[Reject]):
         self.bar = bar
+        self.rejects = rejects
         self.before = seconds_before
         self.seconds = 0.0
         self.began = time.monotonic()
@@ -286,7 +366,10 @@ class _Progress:
     def _show(self) -> None:
         speed = self.seconds / max(time.monotonic() - self.began, 1e-3)
         hours = (self.before + self.seconds) / 3600
-        self.bar.set_postfix_str(f"{hours:.2f} h of audio, {speed:.0f}x real time", refresh=False)
+        text = f"{hours:.2f} h of audio, {speed:.0f}x real time"
+        if self.rejects:
+            text += f", rejected: {_reasons(self.rejects)}"
+        self.bar.set_postfix_str(text, refresh=False)
 
 
 def _read_done(out: Path, unit: _Unit) -> _Done | None:
@@ -328,98 +411,142 @@ def _finished(out: Path, units: Sequence[_Unit], found: Sequence[_Done | None]) 
     ]
 
 
-def _make_shard(
-    job: Job, codec: Codec, unit: _Unit, progress: _Progress, submit: Callable[..., Future]
-) -> _Done:
-    rejects: list[Reject] = []
-    seconds, clipped = 0.0, 0
+class Maker:
+    """Makes shards: a codec, and the processes that decode for it; to be used as a context."""
 
-    def tracks() -> Iterator[tuple[Track, np.ndarray]]:
-        nonlocal clipped
+    def __init__(self, job: Job, device: str):
+        self._job = job
+        self._codec = load_codec(job.codec, device, job.num_codebooks)
+        # (as many as there are tracks open at once)
+        count = job.batch_size + encoding.AHEAD
+        self._decoders = [Decoder(job.decode_timeout) for _ in range(count)]
+
+    def __enter__(self) -> "Maker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for decoder in self._decoders:
+            decoder.close()
+
+    def __call__(self, unit: _Unit, progress: Callable[[int, float], None]) -> _Done:
+        """Makes a unit, and notes that it is done; `progress` gets files and seconds of audio."""
+        job, spec = self._job, self._codec.spec
+        rejects: list[Reject] = []
+        facts: dict[str, Facts] = {}
+
+        def examples() -> Iterator[dict[str, Any]]:
+            for track, codes_KT, samples in self._encoded(unit.tracks, facts, rejects):
+                yield from _examples(job, spec, track, codes_KT, samples)
+                progress(1, samples / spec.sample_rate)
+
+        path = unit.record_path(job.out)
+        shard = records.write_shard(path, spec.num_codebooks, examples())
+        progress(len(rejects), 0.0)
+        # (in their order: threads note them as they come)
+        known = [facts[track.track_id] for track in unit.tracks if track.track_id in facts]
+        seconds = sum(one.seconds for one in known)
+        clipped = sum(one.clipped > CLIPPED for one in known)
+        done = _Done(shard=shard, seconds=seconds, rejects=rejects, clipped=clipped)
+        values = asdict(done)
+        del values["shard"]["path"]
+        records.write_text(unit.done_path(job.out), json.dumps(values) + "\n")
+        return done
+
+    def _encoded(
+        self, tracks: Sequence[Track], facts: dict[str, Facts], rejects: list[Reject]
+    ) -> Iterator[tuple[Track, np.ndarray, int]]:
+        """The tracks that are fit, in order, with their tokens [K, T] and samples."""
+        job, codec = self._job, self._codec
         intake = Intake(
             sample_rate=codec.spec.sample_rate,
             channels=codec.spec.channels,
             min_seconds=job.min_seconds,
             max_clipped=job.max_clipped,
         )
-        for track, future in _read_ahead(job, intake, unit.tracks, submit):
+        idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
+        for decoder in self._decoders:
+            idle.put(decoder)
+
+        def blocks(track: Track) -> Iterator[np.ndarray]:
+            decoder = idle.get()
             try:
-                wav_CN, facts = future.result()
-            except RejectedError as error:
-                rejects.append(Reject(path=track.path, reason=error.reason, detail=error.detail))
-                progress.add(1, 0.0)
+                stream = open_audio(track, intake, decoder)
+                yield from stream
+                facts[track.track_id] = stream.facts
+            finally:
+                idle.put(decoder)
+
+        sources = (encoding.Source(track, blocks(track)) for track in tracks)
+        if codec.config.norms_over_clip:
+            pieces = functools.partial(cut, max_frames=_record_frames(job, codec.spec))
+            encoded = encoding.encode_pieces(codec, sources, pieces, rejected=RejectedError)
+        else:
+            encoded = encoding.encode(
+                codec,
+                sources,
+                window_frames=math.ceil(job.window_seconds * codec.spec.frame_rate),
+                batch_size=job.batch_size,
+                rejected=RejectedError,
+                precision=job.precision,
+            )
+        for one in encoded:
+            if one.error:
+                reason, detail = one.error.reason, one.error.detail
+                rejects.append(Reject(path=one.key.path, reason=reason, detail=detail))
             else:
-                clipped += facts.clipped > CLIPPED
-                yield track, wav_CN
+                yield one.key, one.codes_KT, one.samples
 
-    def examples() -> Iterator[dict[str, Any]]:
-        nonlocal seconds
-        for example in _examples(job, codec, tracks(), progress):
-            seconds += example["duration"]
-            yield example
 
-    path = unit.record_path(job.out)
-    shard = records.write_shard(path, codec.spec.num_codebooks, examples())
-    done = _Done(shard=shard, seconds=seconds, rejects=rejects, clipped=clipped)
-    values = asdict(done)
-    del values["shard"]["path"]
-    records.write_text(unit.done_path(job.out), json.dumps(values) + "\n")
-    return done
+def _record_frames(job: Job, spec: CodecSpec) -> int:
+    return int(job.max_record_seconds * spec.frame_rate)
 
 
 def _examples(
-    job: Job, codec: Codec, tracks: Iterable[tuple[Track, np.ndarray]], progress: _Progress
+    job: Job, spec: CodecSpec, track: Track, codes_KT: np.ndarray, samples: int
 ) -> Iterator[dict[str, Any]]:
-    """The records of these tracks with their audio [C, N], in order.
-
-    Only neighbours of equal length are stacked, so that nothing is padded and a record's tokens
-    are those of encoding it alone.
-    """
-    rate, hop = codec.spec.sample_rate, codec.hop
-    max_frames = int(job.max_record_seconds * codec.spec.frame_rate)
-    batch: list[tuple[dict[str, Any], np.ndarray]] = []
-
-    def encode() -> Iterator[dict[str, Any]]:
-        codes_BKT = codec.encode(np.stack([wav_CN for _, wav_CN in batch]))
-        for (example, _), codes_KT in zip(batch, codes_BKT):
-            yield {"codes": codes_KT, **example}
-        batch.clear()
-
-    for track, wav_CN in tracks:
-        start = 0
-        for piece_CN in cut(wav_CN, hop, max_frames):
-            length = piece_CN.shape[1]
-            if batch and (
-                batch[0][1].shape[1] != length
-                or len(batch) >= job.batch_size
-                or (len(batch) + 1) * length > max_frames * hop
-            ):
-                yield from encode()
-            example = {
-                "caption": track.caption,
-                "info": track.info,
-                "track_id": track.track_id,
-                "source_path": track.path,
-                "start": track.start + start / rate,
-                "duration": length / rate,
-            }
-            batch.append((example, piece_CN))
-            start += length
-        progress.add(1, start / rate)
-    if batch:
-        yield from encode()
+    """The records of a track."""
+    hop = round(spec.sample_rate / spec.frame_rate)
+    for first, end in cut(codes_KT.shape[1], _record_frames(job, spec)):
+        yield {
+            "codes": codes_KT[:, first:end],
+            "caption": track.caption,
+            "info": track.info,
+            "track_id": track.track_id,
+            "source_path": track.path,
+            "start": track.start + first * hop / spec.sample_rate,
+            "duration": (min(end * hop, samples) - first * hop) / spec.sample_rate,
+        }
 
 
-def _read_ahead(
-    job: Job, intake: Intake, tracks: Sequence[Track], submit: Callable[..., Future]
-) -> Iterator[tuple[Track, "Future[tuple[np.ndarray, Facts]]"]]:
-    """Each track with what becomes its audio, in order; a few are read in advance."""
-    waiting: deque = deque()
-    for track in tracks:
-        waiting.append((track, submit(read_audio, track, intake)))
-        if len(waiting) > job.readers:
-            yield waiting.popleft()
-    yield from waiting
+# --- workers ------------------------------------------------------------------------------------
+
+_worker: tuple[Maker, Callable[[int, float], None]] | None = None  # of this process
+
+
+def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
+    global _worker
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch = import_torch()
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.workers))
+    device = job.device
+    if device == "cuda":
+        device = f"cuda:{numbers.get() % max(torch.cuda.device_count(), 1)}"
+    _worker = (Maker(job, device), lambda files, seconds: events.put((files, seconds)))
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process with its parent, however that ends: the folder is another job's then."""
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _make_in_worker(unit: _Unit) -> _Done:
+    make, progress = _worker
+    return make(unit, progress)
+
+
+# --- the end ------------------------------------------------------------------------------------
 
 
 def _check_rejects(job: Job, manifest: Manifest, rejects: Sequence[Reject], *, final: bool) -> None:
