@@ -536,10 +536,13 @@ def _walk(program: Program, computation: Computation, known: Environment, *, fus
     tally = _Tally()
     begun: dict[str, int] = {}  # asynchronous collectives, and the operations before them
     for instruction in computation.instructions.values():
+        before = tally.flops
         if not fused and (ended := _ends(instruction)) in begun:
-            flops = tally.flops - begun.pop(ended)
-            tally.beside.update(runs=1, with_products=int(flops > 0), flops=flops)
+            with_products = int(tally.flops > begun.pop(ended))
+            tally.beside.update(runs=1, with_products=with_products)
         _count(program, computation, instruction, known, tally, fused=fused)
+        if begun:
+            tally.beside.update(flops=tally.flops - before)
         if not fused and _is_begun(program, instruction):
             begun[instruction.name] = tally.flops
     return tally

@@ -93,6 +93,41 @@ def test_what_cannot_be_read_is_left_out_alone(sources):
         list(encode(codec, [Source(0, bug())], window_frames=30, batch_size=1, rejected=Broken))
 
 
+def test_short_tracks_come_out_while_others_are_read():
+    """And their samples go: of 60 clips only a few are held at a time."""
+    codec = load_codec("embedded")
+    wav_CN, begun, most = music(codec, 5 * codec.hop, 0), 0, 0
+
+    def clips():
+        nonlocal begun
+        for i in range(60):
+            begun += 1
+            yield Source(i, [wav_CN])
+
+    found = encode(codec, clips(), window_frames=30, batch_size=2, rejected=Broken)
+    for out, one in enumerate(found, start=1):
+        np.testing.assert_array_equal(one.codes_KT, whole(codec, wav_CN))
+        most = max(most, begun - out)
+    assert out == 60 and most < 10
+
+
+def test_bfloat16_is_for_tracks_of_all_lengths():
+    codec = load_codec("embedded")
+    tracks = [music(codec, frames * codec.hop, 3) for frames in (20, 200)]
+    codes = {
+        precision: [
+            one.codes_KT
+            for one in encode(
+                codec, (Source(i, [t]) for i, t in enumerate(tracks)), window_frames=50,
+                batch_size=1, rejected=Broken, precision=precision,
+            )
+        ]
+        for precision in ("float32", "bfloat16")
+    }  # fmt: skip
+    for exact, rounded in zip(*codes.values()):
+        assert 0 < (exact != rounded).mean() < 0.3
+
+
 def test_codecs_that_norm_over_the_clip_have_no_windows(sources):
     with pytest.raises(UserError, match="norms over the whole clip"):
         next(

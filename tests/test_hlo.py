@@ -339,7 +339,7 @@ def test_a_collective_that_runs_beside_fusions_is_counted_once():
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_products_between_the_ends_of_a_collective(platform):
-    """One gather has a product beside it, another has none."""
+    """Two gathers have a product beside them, which counts once; another has none."""
     start, done = {
         "gpu": (
             "%{0}-start = (f32[8]{{0}}, f32[32]{{0}}) all-gather-start(%a), dimensions={{0}}",
@@ -358,14 +358,16 @@ def test_products_between_the_ends_of_a_collective(platform):
         "%a = f32[8]{0} parameter(0)",
         "%m = f32[4,4]{1,0} parameter(1)",
         start.format(1),
+        start.format(3),
         "%p = f32[4,4]{1,0} dot(%m, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
         done.format(1),
+        done.format(3),
         start.format(2),
         done.format(2),
         "ROOT %q = f32[4,4]{1,0} dot(%p, %m), lhs_contracting_dims={1}, rhs_contracting_dims={0}",
     )
     found = hlo.work(text.replace("ENTRY", gather + "ENTRY"))
-    assert (found.async_collective_runs, found.overlapping_collective_runs) == (2, 1)
+    assert (found.async_collective_runs, found.overlapping_collective_runs) == (3, 2)
     assert found.overlapping_flops == 2 * 4**3 == found.flops / 2
 
 

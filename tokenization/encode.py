@@ -17,7 +17,6 @@ from magnet_jax.codec import Codec, exactly
 from magnet_jax.receptive_field import convolution_frames
 from magnet_jax.torch_env import import_torch
 
-AHEAD = 1  # tracks begun before a row is free for them
 MOST_SHORT = 64  # tracks shorter than a window that wait for others of their length
 
 
@@ -52,11 +51,11 @@ def encode(
 
     The result is a function of the sources and settings alone. Memory goes with `batch_size` times
     `window_frames` and with the tokens, not with the length of the audio. While a batch is encoded
-    the next windows are read.
+    the next windows are read, and the first ones of the tracks that come next.
 
     Args:
       codec: with weight norm, as `receptive_field.convolutions` wants it.
-      sources: tracks; at most `AHEAD` are begun before a row is free for them.
+      sources: tracks; `num_open` are read at once.
       window_frames: frames a window, overlap included.
       batch_size: tracks at once.
       rejected: what reading a source may raise to have that track, and only that, left out.
@@ -64,7 +63,7 @@ def encode(
 
     Raises:
       UserError: a codec that norms over the whole clip.
-      ValueError: windows that are all overlap.
+      ValueError: windows that are nearly all overlap.
     """
     encoder = _Encoder(codec, window_frames, precision)
     unfinished: deque[_Track] = deque()
@@ -73,35 +72,42 @@ def encode(
     begun: deque[_Track] = deque()
     rows: list[_Track | None] = [None] * batch_size
 
-    def finished() -> Iterator[Encoded]:
-        while unfinished and unfinished[0].done:
-            yield unfinished.popleft().encoded()
-
-    with ThreadPoolExecutor(batch_size + AHEAD, "reader") as readers:
+    with ThreadPoolExecutor(num_open(batch_size), "reader") as readers:
 
         def next_track() -> _Track | None:
-            while len(begun) <= AHEAD and (source := next(following, None)) is not None:
+            while len(begun) <= batch_size and (source := next(following, None)) is not None:
                 track = _Track(source, encoder, rejected)
                 track.reading = readers.submit(track.read)
                 unfinished.append(track)
                 begun.append(track)
             return begun.popleft() if begun else None
 
+        def collect(track: _Track) -> None:
+            """A track without a window of its own: encoded when there are enough of its length."""
+            group = short.setdefault(track.whole_frames, [])
+            group.append(track)
+            if len(group) == batch_size:
+                encoder.encode_whole(short.pop(track.whole_frames))
+            elif sum(map(len, short.values())) > MOST_SHORT:
+                most = max(short, key=lambda frames: len(short[frames]))
+                encoder.encode_whole(short.pop(most))
+
+        def finished() -> Iterator[Encoded]:
+            while unfinished and unfinished[0].done:
+                yield unfinished.popleft().encoded()
+
         while True:
             for row in range(batch_size):
-                while (track := rows[row] or next_track()) is not None:
+                track = rows[row] or next_track()
+                while track is not None:
                     track.reading.result()
-                    if not track.done and not track.is_short:
-                        rows[row] = track
+                    if not (track.done or track.is_short):
                         break
-                    rows[row] = None
                     if not track.done:
-                        group = short.setdefault(track.whole_frames, [])
-                        group.append(track)
-                        if len(group) == batch_size:
-                            encoder.encode_whole(short.pop(track.whole_frames))
-                        elif sum(map(len, short.values())) > MOST_SHORT:
-                            encoder.encode_whole(short.pop(max(short, key=lambda t: len(short[t]))))
+                        collect(track)
+                    yield from finished()
+                    track = next_track()
+                rows[row] = track
             tracks = [track for track in rows if track is not None]
             if not tracks:
                 break
@@ -113,6 +119,11 @@ def encode(
         for frames in sorted(short):
             encoder.encode_whole(short[frames])
         yield from finished()
+
+
+def num_open(batch_size: int) -> int:
+    """How many tracks `encode` reads at once."""
+    return 2 * batch_size
 
 
 def encode_pieces(
@@ -226,6 +237,11 @@ class _Track:
         self._held, self._first = [held_CN[:, (keep - self._first) * hop :]], keep
         return window
 
+    def end(self, codes_KT: np.ndarray) -> None:
+        """Takes the last tokens; no sample is needed any more."""
+        self.codes.append(codes_KT)
+        self.encoded_whole, self._held = True, []
+
     def encoded(self) -> Encoded:
         if self.error or not self.codes:
             return Encoded(self.key, None, self.samples, self.error)
@@ -250,18 +266,25 @@ class _Encoder:
         layers = list(codec.encoder.layers)
         (place,) = [i for i, layer in enumerate(layers) if isinstance(layer, EncodecLSTM)]
         self._front = self._torch.nn.Sequential(*layers[:place])
+        self._back = self._torch.nn.Sequential(*layers[place:])
         self._lstm, (self._activation, last) = layers[place].lstm, layers[place + 1 :]
         self._last = last.conv
         total = self._last.kernel_size[0] - 1
         # Frames that the last convolution needs of those after, and before.
         self._after = 0 if codec.config.use_causal_conv else total // 2
         self._before = total - self._after
+        if self.step <= max(self._before, self._after):
+            raise ValueError(
+                f"windows of {window_frames} frames overlap by {self.left + self.right}: too short"
+            )
 
     def encode_whole(self, tracks: list[_Track]) -> None:
         """Tracks of one length, all at once."""
-        codes_BKT = self._codec.encode(np.stack([track.all_held() for track in tracks]))
+        with self._torch.inference_mode(), exactly(self._torch):
+            x_BFT = self._features(np.stack([track.all_held() for track in tracks]))
+            codes_BKT = self._codes(self._back(x_BFT))
         for track, codes_KT in zip(tracks, codes_BKT):
-            track.codes, track.encoded_whole = [codes_KT], True
+            track.end(codes_KT)
 
     def encode_windows(self, tracks: list[_Track], windows: list[_Window]) -> None:
         """A window of each track; what cannot be known yet comes with the next."""
@@ -280,8 +303,14 @@ class _Encoder:
             # Column j is frame j - after, counted from the window's first new one.
             first = self._after if window.is_first else 0
             end = window.new + (self._after if window.is_last else 0)
-            track.codes.append(codes_KT[:, first:end])
-            track.encoded_whole = window.is_last
+            if window.is_last:
+                track.end(codes_KT[:, first:end])
+            else:
+                track.codes.append(codes_KT[:, first:end])
+
+    def _codes(self, latent_BDT: Any) -> np.ndarray:
+        codes_KBT = self._codec.quantizer.encode(latent_BDT)
+        return codes_KBT.transpose(0, 1).to(self._torch.int16).cpu().numpy()
 
     def _features(self, wav_BCN: np.ndarray) -> Any:
         torch, device = self._torch, self._codec.device

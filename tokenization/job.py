@@ -75,7 +75,7 @@ class Job(Source):
     tracks_per_shard: int = 128
     """Tracks in a record file: the work lost by a kill, at most."""
     batch_size: int = 4
-    """Tracks encoded at once, each with a process that decodes and resamples it."""
+    """Tracks encoded at once; for each there are two processes that decode and resample."""
     window_seconds: float = 10.0
     """Length of what is encoded at once of a track; memory goes with it, and with batch_size."""
     workers: int = 1
@@ -122,7 +122,7 @@ def run(job: Job) -> str:
     """Runs a job to its end and returns the summary; raises `UserError` as the class says."""
     _check(job)
     manifest = scan(job)
-    units = _plan(job, manifest)
+    units = plan(job, manifest)
     with _writing(job.out):
         _check_out(job)  # before anything is written there
     spec = read_spec(job.codec, job.num_codebooks)
@@ -257,7 +257,7 @@ def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
         )
 
 
-def _plan(job: Job, manifest: Manifest) -> list[_Unit]:
+def plan(job: Job, manifest: Manifest) -> list[_Unit]:
     """The shards to make; raises `UserError` if no track is left to train on."""
     units = []
     for split in records.SPLITS:
@@ -417,8 +417,7 @@ class Maker:
     def __init__(self, job: Job, device: str):
         self._job = job
         self._codec = load_codec(job.codec, device, job.num_codebooks)
-        # (as many as there are tracks open at once)
-        count = job.batch_size + encoding.AHEAD
+        count = encoding.num_open(job.batch_size)
         self._decoders = [Decoder(job.decode_timeout) for _ in range(count)]
 
     def __enter__(self) -> "Maker":

@@ -1,8 +1,10 @@
 """Measures what this machine does, as ratios of things run one after the other.
 
+python -m launch.benchmark tokenize               the tokenization job against the bare codec
 python -m launch.benchmark loader --data DATA     frames/s of the loader against the train step's
 python -m launch.benchmark decode --checkpoint RUN     time, FLOPs and programs of making clips
 python -m launch.benchmark decode --model small --peer     the same at full size, against PyTorch
 python -m launch.benchmark compile                time to compile, from nothing and from the cache
+python -m launch.benchmark savings                each exact saving of decoding, left out
 python -m launch.benchmark import                 time and memory of importing a 420 M checkpoint
 """

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from launch import benchmark, cli
-from launch.benchmark import compiling, decoding, importing, loading, savings, training
+from launch.benchmark import compiling, decoding, importing, loading, savings, tokenizing, training
 from magnet_jax import errors
 
 Command = (
@@ -14,6 +14,9 @@ Command = (
     | Annotated[decoding.Args, tyro.conf.subcommand("decode", description=decoding.Args.__doc__)]
     | Annotated[training.Args, tyro.conf.subcommand("train", description=training.Args.__doc__)]
     | Annotated[compiling.Args, tyro.conf.subcommand("compile", description=compiling.Args.__doc__)]
+    | Annotated[
+        tokenizing.Args, tyro.conf.subcommand("tokenize", description=tokenizing.Args.__doc__)
+    ]
     | Annotated[savings.Args, tyro.conf.subcommand("savings", description=savings.Args.__doc__)]
     | Annotated[importing.Args, tyro.conf.subcommand("import", description=importing.Args.__doc__)]
 )
@@ -29,6 +32,7 @@ def main(words: Sequence[str] | None = None) -> None:
         decoding.Args: decoding.measure,
         training.Args: training.measure,
         compiling.Args: compiling.measure,
+        tokenizing.Args: tokenizing.measure,
         savings.Args: savings.measure,
         importing.Args: importing.measure,
     }

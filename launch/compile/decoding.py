@@ -83,13 +83,13 @@ class Decode:
 
 def lower_decode(
     args: Decode, target: targets.Target, mesh: Mesh
-) -> tuple[jax.stages.Lowered, sampling.MagnetProgram, int]:
+) -> tuple[jax.stages.Lowered, RunConfig, int]:
     """The program of `sampling.generate`, traced with shapes in place of arrays.
 
-    Also what it is made for, and the frames that are decoded.
+    Also the model's config, and the frames that are decoded.
     """
     loaded, decoder = _published(args, target.platform)
-    model = loaded.config.model
+    config = loaded.config
     arrays, made_for = sampling.magnet_arguments(
         loaded,
         sampling.Text(
@@ -99,9 +99,9 @@ def lower_decode(
         ),
         np.arange(args.batch),
         0,
-        np.zeros((args.batch, model.num_codebooks, 0), np.int32),
+        np.zeros((args.batch, config.model.num_codebooks, 0), np.int32),
         round(args.seconds * FRAME_RATE),
-        loaded.config.decode,
+        config.decode,
         decoder and decoder.config,
         decoder and decoder.params,
         sampling.Execution(
@@ -120,8 +120,8 @@ def lower_decode(
     shapes = [
         _shapes(tree, mesh, spec) for tree, spec in zip(arrays, sampling.MAGNET_SPECS, strict=True)
     ]
-    frames = arrays[5].shape[-1]
-    return sampling.magnet_program.lower(*shapes, made_for=made_for), made_for, frames
+    codes_BKT = arrays[5]
+    return sampling.magnet_program.lower(*shapes, made_for=made_for), config, codes_BKT.shape[-1]
 
 
 def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.Decoder | None]:
@@ -130,7 +130,9 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.De
     config = RunConfig(
         model=model,
         data=DataConfig(segment_seconds=args.seconds),
-        decode=DecodeConfig(steps=args.steps or preset_steps(args.preset or "paper", 4)),
+        decode=DecodeConfig(
+            steps=args.steps or preset_steps(args.preset or "paper", model.num_codebooks)
+        ),
         compute_dtype=args.dtype,
     )
     dtype = sampling.compute_dtype(config, platform)
@@ -179,8 +181,10 @@ def _shapes(tree: Any, mesh: Mesh, spec: P) -> Any:
 
 def decode_costs(args: Decode) -> dict[str, Any]:
     """Compiles the decoding program and compares it with the least and with the reference."""
-    if not 0 < args.seconds <= 600 or args.batch < 1 or args.text_tokens < 1:
-        raise UserError("--seconds (at most 600), --batch and --text-tokens must be positive")
+    if not 1 <= args.seconds <= 600 or args.batch < 1 or args.text_tokens < 1:
+        raise UserError(
+            "--seconds must lie between 1 and 600, and --batch and --text-tokens be positive"
+        )
     report.check_file("--json", args.json)
     if args.steps and args.preset:
         raise UserError("give either --steps or --preset")
@@ -190,14 +194,14 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     mesh = sampling.make_mesh(args.mesh, target.devices)
     if args.batch % mesh.shape["data"]:
         raise UserError(f"--batch {args.batch} does not divide by mesh.data {mesh.shape['data']}")
-    lowered, made_for, frames = lower_decode(args, target, mesh)
+    lowered, config, frames = lower_decode(args, target, mesh)
     found = report.compiled_costs(lowered, target)
     text = found.pop("text")
     if not found["readable"]:
         raise UserError(f"{args.topology}: this release of JAX does not read what was compiled")
     # A fused program has no scores; one that is not has them, for T frames or T padded to tiles.
     scores = hlo.square_arrays(text, frames, at_most=math.ceil(frames / 512) * 512)
-    model, steps = made_for.model, args.steps or preset_steps(args.preset or "paper", 4)
+    model, steps = config.model, config.decode.steps
     floor = flops.floor_flops(model, frames, args.text_tokens, steps)
     # The reference leaves out a last, partial span.
     whole_spans = int(args.seconds * FRAME_RATE) // model.span_length * model.span_length
@@ -205,7 +209,7 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     return {
         "program": "decode",
         "arguments": dataclasses.asdict(args) | {"json": None},
-        "dtype": made_for.dtype.name,
+        "dtype": sampling.compute_dtype(config, target.platform).name,
         "num_devices": mesh.size,
         "frames": frames,
         **found,

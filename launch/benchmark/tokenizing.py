@@ -1,0 +1,126 @@
+"""The tokenization job against the bare codec, and against itself with several workers."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from magnet_jax.codec import load_codec
+from magnet_jax.config import EMBEDDED
+from magnet_jax.errors import UserError
+from tokenization import job as tokenization
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Seconds of audio a second: the codec alone on full batches, and the whole job on files."""
+
+    codec: str = EMBEDDED
+    """As in tokenization.job."""
+    tracks: int = 8
+    """Files to make and tokenize: FLAC, 44.1 kHz, stereo, noise that swells."""
+    track_minutes: float = 3.0
+    batch_size: int = tokenization.Job.batch_size
+    window_seconds: float = tokenization.Job.window_seconds
+    workers: int = 1
+    """More than 1 also times the job with so many, start-up included, against one."""
+    json: Path | None = None
+    """File for the figures."""
+
+
+def measure(args: Args) -> None:
+    if args.tracks < 1 or not 0.1 <= args.track_minutes <= 600 or args.workers < 1:
+        raise UserError("--tracks and --workers must be positive, --track-minutes 0.1 to 600")
+    with tempfile.TemporaryDirectory() as folder:
+        audio = Path(folder) / "audio"
+        audio.mkdir()
+        for i in range(args.tracks):
+            _write_track(audio / f"{i:03d}", args.track_minutes * 60, i)
+        settings = tokenization.Job(
+            audio=audio,
+            out=Path(folder) / "one",
+            codec=args.codec,
+            batch_size=args.batch_size,
+            window_seconds=args.window_seconds,
+            tracks_per_shard=max(args.tracks // (2 * args.workers), 1),
+            validation_percent=0,
+        )
+        seconds = args.tracks * args.track_minutes * 60
+        bare = [bare_rate(args)]
+        units = tokenization.plan(settings, tokenization.scan(settings))
+        (settings.out / "units").mkdir(parents=True)
+        with tokenization.Maker(settings, settings.device) as make:
+            started = time.perf_counter()
+            for unit in units:
+                make(unit, lambda files, seconds: None)
+            job = seconds / (time.perf_counter() - started)
+        bare.append(bare_rate(args))  # before and after: the machine may have others on it
+        found = {
+            "codec_seconds_a_second": max(bare),
+            "job_seconds_a_second": job,
+            "share": job / max(bare),
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "decoder_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+        }
+        if args.workers > 1:
+            one, several = (
+                _time_command(settings, Path(folder) / name, workers)
+                for name, workers in (("alone", 1), ("together", args.workers))
+            )
+            found["workers_speedup"] = one / several
+    print(f"codec alone  {max(bare):8.1f} s of audio a second, {args.batch_size} rows of "
+          f"{args.window_seconds:g} s")  # fmt: skip
+    print(f"job          {job:8.1f} s of audio a second, files read and written")
+    print(f"share        {found['share']:8.1%}")
+    print(f"memory       {found['peak_bytes'] / 2**30:8.2f} GiB at most, a decoder "
+          f"{found['decoder_peak_bytes'] / 2**30:.2f}")  # fmt: skip
+    if args.workers > 1:
+        print(f"{args.workers} workers    {found['workers_speedup']:8.2f} times as fast as one")
+    if args.json is not None:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def bare_rate(args: Args) -> float:
+    """Seconds of audio a second of the codec's own `encode`."""
+    codec = load_codec(args.codec)
+    shape = (
+        args.batch_size,
+        codec.spec.channels,
+        int(args.window_seconds * codec.spec.sample_rate),
+    )
+    wav_BCN = np.random.default_rng(0).standard_normal(shape).astype(np.float32) / 8
+    codec.encode(wav_BCN)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        codec.encode(wav_BCN)
+        times.append(time.perf_counter() - started)
+    return args.batch_size * args.window_seconds / min(times)
+
+
+def _write_track(path: Path, seconds: float, seed: int) -> None:
+    rate, rng = 44_100, np.random.default_rng(seed)
+    with soundfile.SoundFile(path.with_suffix(".flac"), "w", rate, 2, "PCM_16") as file:
+        for second in range(int(seconds)):
+            swell = 0.1 + 0.1 * np.sin(second)
+            file.write(rng.standard_normal((rate, 2)).clip(-3, 3) * swell)
+    path.with_suffix(".json").write_text('{"description": "noise that swells"}')
+
+
+def _time_command(settings: tokenization.Job, out: Path, workers: int) -> float:
+    started = time.perf_counter()
+    words = ["--audio", settings.audio, "--out", out, "--codec", settings.codec]
+    words += ["--batch-size", settings.batch_size, "--window-seconds", settings.window_seconds]
+    words += ["--tracks-per-shard", settings.tracks_per_shard, "--workers", workers]
+    subprocess.run(
+        [sys.executable, "-m", "tokenization.job", *map(str, words)], check=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    return time.perf_counter() - started
