@@ -40,7 +40,8 @@ def sound(decoder):
 
 def a_track(path, **how):
     place = FileBytes(path=os.fspath(path))
-    return Track(path=path.name, track_id=path.stem, place=place, caption="a", info="{}", **how)
+    texts = {"captions": ("a",), "fields": "{}"}
+    return Track(path=path.name, track_id=path.stem, place=place, **texts, **how)
 
 
 # --- formats ------------------------------------------------------------------------------------

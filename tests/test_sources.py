@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -290,13 +291,91 @@ def test_a_manifest_with_metadata_elsewhere(tmp_path):
     assert [(r.path, r.reason) for r in found.rejects] == [("c.wav", "no caption")]
 
 
+def test_archives_of_metadata_that_cannot_be_read_are_rejects(tmp_path, monkeypatch):
+    names = ["good", "bomb", "locked", "odd", "pipe", "huge", "nothing"]
+    for i, name in enumerate(names):
+        put(tmp_path / f"{name}.wav", tone(1.1 + i / 100), caption=None)
+    with zipfile.ZipFile(tmp_path / "info.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names[:4]:
+            text = name * (10**7 if name == "bomb" else 1)
+            archive.writestr(f"{name}.json", json.dumps({"text": text}))
+    with zipfile.ZipFile(tmp_path / "info.zip") as archive:
+        offsets = {
+            name: archive.getinfo(f"{name}.json").header_offset for name in ("locked", "odd")
+        }
+    data = bytearray((tmp_path / "info.zip").read_bytes())
+    for name, at, value in [("locked", 6, 1), ("odd", 8, 97)]:  # flags: encrypted; method: unknown
+        directory = data.rindex(f"{name}.json".encode()) - 46
+        data[offsets[name] + at] = data[directory + at + 2] = value
+    (tmp_path / "info.zip").write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.zip")
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(2**30)
+    where = dict.fromkeys(names, "info.zip:{}.json") | {
+        "pipe": "pipe.zip:{}.json",
+        "huge": "huge.json",
+    }
+    lines = [{"path": f"{n}.wav", "info_path": where[n].format(n)} for n in names]
+    lines.append({"path": "pipe.wav", "info_path": "pipe.json"})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    opened = []
+    real = zipfile.ZipFile.__init__
+    monkeypatch.setattr(
+        zipfile.ZipFile, "__init__", lambda self, *how: opened.append(how) or real(self, *how)
+    )
+    found = scan(Source(audio=tmp_path))
+    assert [track.caption for track in found.tracks] == ["good"]
+    assert len(opened) == 1  # for one and all
+    reject = {r.path.removesuffix(".wav"): r for r in found.rejects}
+    assert set(reject) == set(names[1:]) and len(found.rejects) == 7
+    assert {r.reason for r in found.rejects} == {"no caption"}
+    assert reject["bomb"].detail == "info.zip:bomb.json: larger than 4 MiB"
+    assert reject["huge"].detail == "huge.json: larger than 4 MiB"
+    assert reject["locked"].detail == "info.zip:locked.json cannot be read"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "large"])
+def test_sidecars_that_would_take_for_ever_are_rejects(tmp_path, kind):
+    put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
+    put(tmp_path / "music" / "b.wav", tone(1.2), caption=None)
+    put(tmp_path / "music" / "c.wav", tone(1.3), caption=None)
+    (tmp_path / "meta").mkdir()
+    for path in (
+        tmp_path / "music" / "a.json",
+        tmp_path / "music" / "b.txt",
+        tmp_path / "meta" / "c.json",
+    ):
+        if kind == "large":
+            path.write_text(" " * 2**22 + '"a"')
+        else:
+            os.mkfifo(path)
+    why = "larger than 4 MiB" if kind == "large" else "not a regular file"
+    found = scan(Source(audio=tmp_path / "music", metadata=tmp_path / "meta"))
+    assert [(r.reason, r.detail) for r in found.rejects] == [
+        ("no caption", f"{name}: {why}") for name in ("a.json", "b.txt", "c.json")
+    ]
+
+
+def test_links_out_of_the_folder_of_metadata_are_rejected(tmp_path):
+    put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
+    (tmp_path / "secret.json").write_text('{"text": "secret"}')
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "a.json").symlink_to(tmp_path / "secret.json")
+    put(tmp_path / "music" / "b.wav", tone(1.2))
+    found = scan(Source(audio=tmp_path / "music", metadata=tmp_path / "meta"))
+    assert [(r.path, r.reason) for r in found.rejects] == [("a.wav", "outside the folder")]
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
+        (b'{"path": "a.wav", "x": ' + b"[" * 200_000 + b"\n", "line 1 is not a JSON object"),
         (b'{"path": "a.wav"}\n{"pa', "line 2 is not a JSON object with a 'path'"),
         (b"[1]\n", "line 1 is not a JSON object"),
         (b'{"path": 3}\n', "line 1 is not a JSON object"),
-        (gzip.compress(b'{"path": "a.wav"}\n' * 9)[:-9], "line 1|damaged after line"),
+        (gzip.compress(b'{"path": "a.wav"}\n' * 9)[:-9], "damaged after line 9"),
+        (gzip.compress(b'{"path": 3}\n'), "line 1 is not a JSON object"),
     ],
 )
 def test_a_damaged_manifest_is_an_error(tmp_path, content, match):
@@ -339,11 +418,11 @@ def test_parts_of_files(tmp_path, decoder):
     assert json.loads(found.tracks[0].info) == {"captions": ["also the first"]}
     reasons = [(r.reason, r.detail) for r in found.rejects]
     assert reasons[:3] == [
-        ("bad row", "it begins before the file, or ends before it begins"),
-        ("bad row", "its from is no number of seconds"),
+        ("bad row", "it begins before the file, or ends before it begins (table.csv, line 8)"),
+        ("bad row", "its from is no number of seconds (table.csv, line 9)"),
         ("bad row", "no path in it"),
     ]
-    assert reasons[3] == ("duplicate", "another track has this name")
+    assert reasons[3] == ("duplicate", "another track is called one")
 
     intake = Intake(sample_rate=None, channels=2)
     for track, begin, end in zip(found.tracks, (0, 10.5, 28), (2, 12.25, 30)):
@@ -389,10 +468,28 @@ def test_records_of_parts_say_where_in_the_file_they_begin(tmp_path, one_codec):
     split = records.open_split(tmp_path / "out", "train")
     found = [records.decode_example(example) for example in split]
     assert [(r["track_id"], r["start"], r["duration"]) for r in found] == [
-        ("long@1.5", 1.5, 1.0),
-        ("long@4", 4.0, 1.5),
-        ("long@4", 5.5, 1.5),
+        ("long@1.5+1.0", 1.5, 1.0),
+        ("long@4.0+3.0", 4.0, 1.5),
+        ("long@4.0+3.0", 5.5, 1.5),
     ]
+
+
+def test_parts_that_differ_a_little_have_names_of_their_own(tmp_path):
+    put(tmp_path / "a.wav", tone(9), caption=None)
+    parts = [(0, 5), (0, 8), (1234.5678, 1), (1234.5679, 1), (1e15, 1), (0, 1e300)]
+    rows = [{"path": "a.wav", "text": "x", "at": at, "for": length} for at, length in parts]
+    table = write_csv(tmp_path / "t.csv", rows)
+    found = scan(Source(audio=table, columns=Columns(start="at", duration="for")))
+    assert [track.track_id for track in found.tracks] == [
+        "a@0.0+5.0", "a@0.0+8.0", "a@1234.5678+1.0", "a@1234.5679+1.0",
+    ]  # fmt: skip
+    detail = "it begins, or goes on, after 1e+07 s (t.csv, line {})"
+    assert [(r.reason, r.detail) for r in found.rejects] == [
+        ("bad row", detail.format(6)),
+        ("bad row", detail.format(7)),
+    ]
+    found = scan(Source(audio=table, columns=Columns(duration="for")))
+    assert [track.track_id for track in found.tracks] == ["a@0.0+5.0", "a@0.0+8.0", "a@0.0+1.0"]
 
 
 def test_musiccaps(tmp_path):
@@ -461,6 +558,7 @@ def test_what_is_wrong_with_a_table_is_said_in_one_line(tmp_path):
         (Columns(caption=("words",), path="{nam}.wav"), "no column 'nam'"),
         (Columns(caption=("words",), path="name", start="at"), "no column 'at'"),
         (Columns(caption=("words",), path="{name"), "--columns.path {name: "),
+        (Columns(caption=("words",), path="{name:05d}"), "--columns.path {name:05d}: Unknown"),
     ]:
         with pytest.raises(UserError, match=match):
             scan(Source(audio=table, columns=columns))
@@ -476,11 +574,41 @@ def test_what_is_wrong_with_a_table_is_said_in_one_line(tmp_path):
 
 def test_text_in_a_table_that_is_not_utf8_is_a_reject(tmp_path):
     put(tmp_path / "a.wav", tone(1.1), caption=None)
-    (tmp_path / "t.tsv").write_bytes(b"path\tcaption\na.wav\tcaf\xe9\ncaf\xe9.wav\tx\n")
-    found = scan(Source(audio=tmp_path / "t.tsv"))
+    table = tmp_path / os.fsdecode(b"t\xff.tsv")
+    table.write_bytes(b"path\tcaption\na.wav\tcaf\xe9\ncaf\xe9.wav\tx\n\ty\n")
+    found = scan(Source(audio=table))
     assert [(r.path, r.reason) for r in found.rejects] == [
         ("a.wav", "no caption"),
         ("caf\\udce9.wav", "bad name"),
+        ("t\\udcff.tsv, line 4", "bad row"),
+    ]
+
+
+def test_patterns_take_numbers_and_rows_without_one_are_rejected(tmp_path):
+    put(tmp_path / "00007.wav", tone(1.1), caption=None)
+    table = pa.table({"id": [7, None], "text": ["seven", "none"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path="{id:05d}.wav")))
+    assert [track.path for track in found.tracks] == ["00007.wav"]
+    assert [(r.path, r.detail) for r in found.rejects] == [("t.parquet, row 1", "no path in it")]
+
+
+def test_all_columns_and_fields_are_kept_as_json(tmp_path):
+    """NaN as null, and a column of the name that records have for other captions."""
+    names = ["a.wav", "b.wav"]
+    for i, name in enumerate(names):
+        put(tmp_path / name, tone(1.1 + i / 10), caption=None)
+    nan = float("nan")
+    table = pa.table({
+        "path": [*names, "b.wav"], "text": ["a", "b", "also b"], "bpm": [nan, 90.0, 90.0],
+        "vector": [[1.0, nan], [float("inf")], None], "captions": [3, 4, None],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = scan(Source(audio=tmp_path / "t.parquet"))
+    assert not found.rejects
+    assert [json.loads(track.info) for track in found.tracks] == [
+        {"vector": [1.0, None], "captions_": 3},
+        {"bpm": 90.0, "vector": [None], "captions_": 4, "captions": ["also b"]},
     ]
 
 
@@ -519,6 +647,51 @@ def test_rows_of_parquet_are_read_in_any_order(tmp_path, decoder):
         read_audio(beyond, Intake(sample_rate=RATE, channels=1), decoder)
 
 
+def test_rows_after_damage_never_have_the_audio_of_others(tmp_path, decoder):
+    rng = np.random.default_rng(0)
+    waves = [(rng.normal(size=RATE) * 0.1).clip(-1, 1).astype(np.float32) for _ in range(30)]
+    audio = []
+    for wav in waves:
+        file = io.BytesIO()
+        soundfile.write(file, wav, RATE, format="WAV", subtype="FLOAT")
+        audio.append(file.getvalue())
+    path = tmp_path / "t.parquet"
+    table = pa.table({"sound": audio, "text": ["noise"] * 30})
+    pages = {"data_page_size": 1, "write_batch_size": 1, "use_dictionary": False}
+    pq.write_table(table, path, row_group_size=15, compression="gzip", **pages)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    damaged = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    damaged[middle : middle + 200] = bytes(200)
+    path.write_bytes(damaged)
+    read = []
+    for i, track in enumerate(scan(Source(audio=path)).tracks):
+        try:
+            wav_CN, _ = read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+        except RejectedError as error:
+            assert error.reason == "unreadable"
+        else:
+            np.testing.assert_array_equal(wav_CN[0], waves[i])
+            read.append(i)
+    assert read[:4] == [0, 1, 2, 3] and set(range(15, 30)) <= set(read) and len(read) < 30
+
+
+def test_links_to_parquet_may_have_any_name(tmp_path, decoder):
+    """As in the cache of the Hugging Face hub."""
+    a_parquet(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, blob in [("train-00000-of-00002", "1f"), ("train-00001-of-00002", "2e")]:
+        (tmp_path / f"{name}.parquet").rename(tmp_path / "blobs" / blob)
+        (tmp_path / "snapshot" / f"{name}.PARQUET").symlink_to(tmp_path / "blobs" / blob)
+    source = Source(audio=tmp_path / "snapshot", root=tmp_path)
+    for name, track in zip(NAMES, scan(source).tracks, strict=True):
+        wav_CN, _ = read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+        np.testing.assert_allclose(wav_CN.T, wav_of(name), atol=1e-4)
+    with pytest.raises(UserError, match="PARQUET: leads out of .*snapshot; --root can name"):
+        scan(Source(audio=tmp_path / "snapshot"))
+
+
 # --- tars and saved data sets -------------------------------------------------------------------
 
 
@@ -547,6 +720,94 @@ def test_a_damaged_tar_loses_what_is_damaged(tmp_path, decoder):
     ]
     wav_CN, _ = read_audio(found.tracks[1], Intake(sample_rate=RATE, channels=1), decoder)
     np.testing.assert_allclose(wav_CN, wav_of("b").T, atol=1e-4)
+
+
+def test_files_of_one_name_in_a_tar_are_not_one_clip(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in "ab":
+            add_to_tar(tar, "song.flac", flac(name))
+            add_to_tar(tar, "song.txt", caption_of(name).encode())
+            add_to_tar(tar, "cover.png", b"a picture")
+        link = tarfile.TarInfo("link.flac")
+        link.type, link.linkname = tarfile.SYMTYPE, "song.flac"
+        tar.addfile(link)
+    found = scan(Source(audio=tmp_path / "a.tar"))
+    assert [track.captions for track in found.tracks] == [(caption_of("a"),)]
+    assert [(r.path, r.detail) for r in found.rejects] == [
+        ("a.tar/song.flac", "another track is called a/song")
+    ]
+    assert found.ignored == {".png": 2, "links and the like within tars": 1}
+
+
+def test_sparse_and_empty_members_of_tars_are_rejected(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("audio.flac", "caption.json"):
+        with (tmp_path / "in" / name).open("wb") as file:
+            file.write(flac("a") if name == "audio.flac" else b'{"text": "a", "more": "')
+            file.seek(2**20)
+            file.write(b'"}')
+    (tmp_path / "in" / "audio.txt").write_text("a hole in its middle")
+    (tmp_path / "in" / "caption.flac").write_bytes(flac("b"))
+    (tmp_path / "in" / "empty.flac").write_bytes(b"")
+    (tmp_path / "in" / "empty.txt").write_text("nothing")
+    for kind in ("gnu", "posix"):
+        tar = tmp_path / f"{kind}.tar"
+        names = [
+            "audio.flac",
+            "audio.txt",
+            "caption.flac",
+            "caption.json",
+            "empty.flac",
+            "empty.txt",
+        ]
+        command = ["tar", "-cSf", tar, f"--format={kind}", "-C", tmp_path / "in", *names]
+        subprocess.run(command, check=True)
+        found = scan(Source(audio=tar))
+        assert not found.tracks
+        assert [r.reason for r in found.rejects] == ["sparse file", "sparse file", "empty"]
+
+
+def test_a_tar_may_have_a_name_that_is_not_utf8(tmp_path, decoder):
+    path = tmp_path / os.fsdecode(b"t\xff.tar")
+    with tarfile.open(path, "w") as tar:
+        add_to_tar(tar, "a.flac", flac("a"))
+        add_to_tar(tar, "a.txt", b"text")
+    (track,) = scan(Source(audio=path)).tracks
+    assert (track.path, track.track_id) == ("t\\udcff.tar/a.flac", "t\\udcff/a")
+    read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+
+
+def test_files_of_several_kinds_must_be_chosen_from(tmp_path):
+    a_webdataset(tmp_path)
+    put(tmp_path / "sub" / "music" / "a.wav", tone(1.1))
+    with pytest.raises(
+        UserError, match="several kinds in it .shard-0.tar, shard-1.tar, sub.; name"
+    ):
+        scan(Source(audio=tmp_path))
+    shutil.rmtree(tmp_path / "sub")
+    a_parquet(tmp_path)
+    with pytest.raises(UserError, match="several kinds .*shard-1.tar, train-00000-of-00002.parq"):
+        scan(Source(audio=tmp_path))
+    (tmp_path / "cache").mkdir()
+    for path in tmp_path.glob("*.parquet"):
+        path.rename(tmp_path / "cache" / path.name)
+    assert len(scan(Source(audio=tmp_path)).tracks) == 3
+
+
+def test_shards_and_saved_files_that_lie_elsewhere_are_refused(tmp_path):
+    (tmp_path / "tars").mkdir()
+    a_webdataset(tmp_path)
+    (tmp_path / "tars" / "shard-0.tar").symlink_to(tmp_path / "shard-0.tar")
+    with pytest.raises(UserError, match="shard-0.tar: leads out of .*tars; --root can name"):
+        scan(Source(audio=tmp_path / "tars"))
+    assert len(scan(Source(audio=tmp_path / "tars", root=tmp_path)).tracks) == 2
+    a_saved_data_set(tmp_path)
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.rename(tmp_path / "x.arrow")
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(state.read_text().replace(file.name, "../x.arrow"))
+    with pytest.raises(UserError, match="x.arrow: leads out of .*saved; --root can name"):
+        scan(Source(audio=tmp_path / "saved"))
 
 
 def test_duplicates_within_tars_and_saved_data_sets(tmp_path):

@@ -5,6 +5,7 @@ people's files crash and hang.
 """
 
 import io
+import json
 import math
 import os
 import re
@@ -14,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import soundfile
@@ -94,6 +95,7 @@ class RowBytes:
     """Audio within a table: a row of a Parquet file or an Arrow stream."""
 
     path: str
+    kind: Literal["parquet", "arrow"]
     column: str
     """Of bytes, or of structs with 'bytes', as the `datasets` library has them."""
     row: int
@@ -108,13 +110,26 @@ class Track:
     track_id: str
     """Unlike that of any other track of the source; by default the path without suffix."""
     place: FileBytes | RowBytes
-    caption: str
-    info: str
-    """JSON object of the other fields that go with it, less those that are null."""
+    captions: tuple[str, ...]
+    """One at least, and the first is the caption."""
+    fields: str
+    """JSON object of whatever else goes with it, less what is null or not finite."""
     start: float = 0.0
     """Seconds into the file."""
     duration: float | None = None
     """Seconds; None is up to the end of the file."""
+
+    @property
+    def caption(self) -> str:
+        return self.captions[0]
+
+    @property
+    def info(self) -> str:
+        """The fields, and under 'captions' the others if there are several: what records hold."""
+        if len(self.captions) == 1:
+            return self.fields
+        fields = json.loads(self.fields) | {"captions": self.captions[1:]}
+        return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -515,7 +530,7 @@ class _Range(io.RawIOBase):
 
 
 def _row_bytes(place: RowBytes) -> bytes:
-    open_rows = _parquet_rows if place.path.endswith(".parquet") else _arrow_rows
+    open_rows = {"parquet": _parquet_rows, "arrow": _arrow_rows}[place.kind]
     value = open_rows(place.path, place.column)[place.row].as_py()
     data = value["bytes"] if isinstance(value, dict) else value
     if data is None:
@@ -558,7 +573,13 @@ class _ParquetRows:
             self._group = group
             self._first, self._values = self._ends[group - 1] if group else 0, ()
             self._batches = self._file.iter_batches(4, row_groups=[group], columns=[self._column])
-        while row >= self._first + len(self._values):
-            self._first += len(self._values)
-            self._values = next(self._batches).column(self._column)
+        try:
+            while row >= self._first + len(self._values):
+                values = next(self._batches).column(self._column)
+                self._first, self._values = self._first + len(self._values), values
+        except Exception as error:
+            self._group = -1  # what would come after damage is anyone's guess
+            if isinstance(error, StopIteration):
+                raise RejectedError("unreadable", f"the table ends before row {row}") from None
+            raise
         return self._values[row - self._first]

@@ -3,20 +3,24 @@
 There may be millions of paths: they are strings, which take a fraction of the time and memory.
 """
 
+import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from magnet_jax.errors import UserError
 from tokenization.audio import RejectedError, Track
 
 # Where captions and paths are looked for unless the user names the place.
 CAPTION_NAMES = ("description", "caption", "text")
 PATH_NAMES = ("path", "file_name", "filename", "file", "audio")
+LARGEST_CAPTION = 2**22  # bytes, with all that is noted beside it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +129,14 @@ def is_below(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 
+def check_below(root: Path, paths: Iterable[Path]) -> None:
+    """Raises `UserError` if one of several files that make up a source is a link out of `root`."""
+    real = os.path.realpath(root)
+    for path in paths:
+        if not is_below(os.path.realpath(path), real):
+            raise UserError(f"{path}: leads out of {root}; --root can name a folder above both")
+
+
 def printable(path: str) -> str:
     """A path in valid UTF-8."""
     return path.encode(errors="backslashreplace").decode()
@@ -171,35 +183,61 @@ def buffer_ends(buffer: Any) -> Ends:
     return _ends(len(view), lambda at, count: view[at : at + count])
 
 
+def open_regular(path: str) -> BinaryIO:
+    """Raises OSError, also for a pipe, whose opening would wait for ever."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return open(handle, "rb")
+    os.close(handle)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
 # --- captions ---
 
+Texts = tuple[tuple[str, ...], str]  # a track's captions and its other fields, as JSON
 
-def caption_and_info(
-    captions: Iterable[Any], rest: Mapping[str, Any], where: str
-) -> tuple[str, str]:
-    """The first caption, and the JSON of everything else; `where` is for rejects."""
-    texts = [text.strip() for text in captions if isinstance(text, str) and text.strip()]
+
+def captions_and_fields(captions: Iterable[Any], rest: Mapping[str, Any], where: str) -> Texts:
+    """`where` is for rejects."""
+    texts = tuple(text.strip() for text in captions if isinstance(text, str) and text.strip())
     if not texts:
         raise RejectedError("no caption", f"no text in {where}")
-    info = {name: value for name, value in rest.items() if value is not None}
-    if len(texts) > 1:
-        info["captions"] = texts[1:]
     try:
-        texts[0].encode()
+        fields = {name: _finite(value) for name, value in rest.items()}
+        fields = {name: value for name, value in fields.items() if value is not None}
+        if "captions" in fields:  # under this name records have the other captions
+            fields["captions_"] = fields.pop("captions")
+        "".join(texts).encode()
         # (tables may hold times and the like)
-        content = json.dumps(info, sort_keys=True, allow_nan=False, default=str)
+        content = json.dumps(fields, sort_keys=True, allow_nan=False, default=str)
         if "\\ud" in content:  # half a character, or an ordinary pair of halves
-            json.dumps(info, ensure_ascii=False, default=str).encode()
+            json.dumps(fields, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
         raise RejectedError("no caption", f"{where} is not valid Unicode") from None
     except (ValueError, RecursionError):
-        detail = f"{where} holds NaN or infinity, or is nested too deeply"
-        raise RejectedError("no caption", detail) from None
-    return texts[0], content
+        raise RejectedError("no caption", f"{where} is nested too deeply") from None
+    return texts, content
 
 
-def read_json(content: bytes, name: str, columns: Columns) -> tuple[str, str]:
-    """(caption, info) of the .json file `name`, AudioCraft's music or sound metadata among them."""
+def _finite(value: Any) -> Any:
+    """A value of JSON, which has neither NaN nor infinity: None in their place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_caption(file: BinaryIO, name: str) -> bytes:
+    """All of a file that holds a caption; raises `RejectedError` if that is too much."""
+    content = file.read(LARGEST_CAPTION + 1)
+    if len(content) > LARGEST_CAPTION:
+        raise RejectedError("no caption", f"{name}: larger than {LARGEST_CAPTION >> 20} MiB")
+    return content
+
+
+def read_json(content: bytes, name: str, columns: Columns) -> Texts:
+    """Of the .json file `name`, AudioCraft's music or sound metadata among them."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):
@@ -210,7 +248,7 @@ def read_json(content: bytes, name: str, columns: Columns) -> tuple[str, str]:
     values = [fields.pop(n, None) for n in wanted]
     captions = [text for v in values for text in (v if isinstance(v, list) else [v])]
     names = " or ".join(f"'{n}'" for n in columns.caption or CAPTION_NAMES)
-    return caption_and_info(captions, fields, f"{name} under {names}")
+    return captions_and_fields(captions, fields, f"{name} under {names}")
 
 
 def _has_text(value: Any) -> bool:
@@ -219,33 +257,33 @@ def _has_text(value: Any) -> bool:
     return any(isinstance(text, str) and text.strip() for text in texts)
 
 
-def read_text(content: bytes, name: str) -> tuple[str, str]:
+def read_text(content: bytes, name: str, _: Columns) -> Texts:
     try:
-        return caption_and_info([content.decode("utf-8-sig")], {}, name)
+        return captions_and_fields([content.decode("utf-8-sig")], {}, name)
     except UnicodeDecodeError:
         raise RejectedError("no caption", f"{name} is not UTF-8") from None
 
 
-def read_sidecar(source: Source, root: Root, stem: str) -> tuple[str, str]:
-    """(caption, info) of the .json or else .txt file beside audio; raises if there is none."""
-    for suffix in (".json", ".txt"):
-        name = os.path.basename(stem) + suffix
+def read_sidecar(source: Source, root: Root, stem: str) -> Texts:
+    """Of the .json or else .txt file beside audio, or else in --metadata; raises without any."""
+    places = [(root, f"{stem}.json"), (root, f"{stem}.txt")]
+    name = os.path.basename(stem)
+    if source.metadata is not None:
+        places.append((Root(source.metadata), f"{name}.json"))
+    for folder, path in places:
+        shown = os.path.basename(path)
         try:
-            with open(root.resolve(stem + suffix), "rb") as file:
-                content = file.read()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise RejectedError("no caption", f"{name}: {error.strerror}") from None
+            real = folder.resolve(path)
         except RejectedError:
             detail = "its caption is a link out of the folder"
             raise RejectedError("outside the folder", detail) from None
-        if suffix == ".json":
-            return read_json(content, name, source.columns)
-        return read_text(content, name)
-    name = os.path.basename(stem)
-    if source.metadata is not None:
-        path = source.metadata / f"{name}.json"
-        if path.exists():
-            return read_json(path.read_bytes(), path.name, source.columns)
+        try:
+            with open_regular(real) as file:
+                content = read_caption(file, shown)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise RejectedError("no caption", f"{shown}: {error.strerror}") from None
+        read = read_json if path.endswith(".json") else read_text
+        return read(content, shown, source.columns)
     raise RejectedError("no caption", f"no {name}.json or {name}.txt beside it")

@@ -13,7 +13,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -39,11 +39,14 @@ from tokenization.listing import (
     Root,
     Source,
     Task,
+    check_below,
     check_name,
     file_ends,
     is_below,
+    open_regular,
     printable,
     range_ends,
+    read_caption,
     read_json,
     read_sidecar,
     read_text,
@@ -98,9 +101,12 @@ def scan(source: Source) -> Manifest:
             if not isinstance(result, RejectedError):
                 track, its_ends = result
                 digest.update(_described_track(track, its_ends))
-                clip = (track.path, track.start, track.duration)
+                # (in tars files of one name may be different ones)
+                clip = (track.path, track.place, track.start, track.duration)
                 if clip in clips:
-                    tracks[clips[clip]] = _with_caption(tracks[clips[clip]], track.caption)
+                    earlier = tracks[clips[clip]]
+                    captions = tuple(dict.fromkeys(earlier.captions + track.captions))
+                    tracks[clips[clip]] = replace(earlier, captions=captions)
                     continue
                 if track.track_id not in names:
                     names.add(track.track_id)
@@ -108,7 +114,8 @@ def scan(source: Source) -> Manifest:
                     tracks.append(track)
                     ends.append(its_ends)
                     continue
-                result = RejectedError("duplicate", "another track has this name")
+                detail = f"another track is called {track.track_id}"
+                result = RejectedError("duplicate", detail)
             rejects.append(Reject(path=path, reason=result.reason, detail=result.detail))
             digest.update(f"{path}\n{result.reason}\n".encode())
     if not tracks and not rejects:
@@ -141,7 +148,8 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
     if not ignored:
         return "no other files"
     kinds = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))[:5]
-    return f"{sum(ignored.values())} other files: " + ", ".join(f"{n} {s}" for s, n in kinds)
+    names = ", ".join(f"{count} {printable(suffix)}" for suffix, count in kinds)
+    return f"{sum(ignored.values())} other files: {names}"
 
 
 def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> Iterator[Task]:
@@ -153,21 +161,33 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if not audio.exists():
         raise UserError(f"audio {audio}: no such file or folder")
     if audio.is_dir():
-        names = sorted(name for name in os.listdir(audio) if not name.startswith("."))
+        entries = _entries(audio)
+        folders = sorted(entry.name for entry in entries if _is_folder(entry))
+        names = sorted({entry.name for entry in entries}.difference(folders))
         suffixes = {split(name)[1] for name in names}
         manifests = [name for name in _MANIFESTS if name in names]
         if manifests:
             return _manifest_tasks(source, audio / manifests[0])
         if "dataset_dict.json" in names:
-            splits = ", ".join(str(audio / name) for name in names if (audio / name).is_dir())
+            splits = ", ".join(str(audio / name) for name in folders)
             raise UserError(f"audio {audio}: several splits; name one of {splits}")
         if "state.json" in names and "dataset_info.json" in names:
-            return tables.arrow_tasks(source, tables.saved_files(audio))
-        if not suffixes & SUFFIXES:
-            for suffix, read in ((".tar", _tar_tasks), (".parquet", tables.parquet_tasks)):
-                files = [audio / name for name in names if split(name)[1] == suffix]
-                if files:
-                    return read(source, files, digest)
+            files = tables.saved_files(audio)
+            check_below(source.root or audio, files)
+            return tables.arrow_tasks(source, files)
+        shards = [name for name in names if split(name)[1] in (".tar", ".parquet")]
+        if shards and not suffixes & SUFFIXES:
+            others = [name for name in folders if _holds_audio(audio / name)]
+            if others or {".tar", ".parquet"} <= suffixes:
+                what = ", ".join(map(printable, [*shards[:3], *others[:3]]))
+                raise UserError(
+                    f"audio {audio}: several kinds in it ({what}); name one file or folder"
+                )
+            files = [audio / name for name in shards]
+            check_below(source.root or audio, files)
+            if ".tar" in suffixes:
+                return _tar_tasks(source, files, ignored)
+            return tables.parquet_tasks(source, files, digest)
         return _folder_tasks(source, Root(audio), ignored)
     name = audio.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")):
@@ -177,7 +197,7 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if name.endswith(".parquet"):
         return tables.parquet_tasks(source, [audio], digest)
     if name.endswith(".tar"):
-        return _tar_tasks(source, [audio], digest)
+        return _tar_tasks(source, [audio], ignored)
     if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
         raise UserError(f"audio {audio}: a compressed tar cannot be read in parts; unpack it once")
     raise UserError(f"audio {audio}: neither a folder nor a .jsonl, .csv, .tsv, .parquet or .tar")
@@ -189,14 +209,17 @@ def _in_order(tasks: Iterator[Task]) -> Iterator[tuple[str, Any]]:
     def run(some: list[Task]) -> list[tuple[str, Any]]:
         return [(path, _result(make)) for path, make in some]
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        waiting: deque = deque()
+    pool = ThreadPoolExecutor(_THREADS)
+    waiting: deque = deque()
+    try:
         while some := list(islice(tasks, _TASKS_AT_ONCE)):
             waiting.append(pool.submit(run, some))
             if len(waiting) > 4 * _THREADS:
                 yield from waiting.popleft().result()
         for future in waiting:
             yield from future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _result(make: Make) -> tuple[Track, Ends | None] | Exception:
@@ -209,7 +232,10 @@ def _result(make: Make) -> tuple[Track, Ends | None] | Exception:
 
 
 def _described_track(track: Track, ends: Ends | None) -> bytes:
-    parts = (track.path, track.track_id, track.start, track.duration, track.caption, track.info)
+    texts = (track.captions, track.fields)
+    place = track.place
+    column = (place.kind, place.column) if isinstance(place, RowBytes) else None
+    parts = (track.path, track.track_id, track.start, track.duration, texts, column)
     return repr((parts, ends and ends.digest)).encode()
 
 
@@ -253,15 +279,6 @@ def _hash(place: FileBytes | RowBytes) -> bytes:
         return repr(place).encode()
 
 
-def _with_caption(track: Track, caption: str) -> Track:
-    info = json.loads(track.info)
-    texts = info.get("captions", [])
-    if caption in (track.caption, *texts):
-        return track
-    info["captions"] = [*texts, caption]
-    return replace(track, info=json.dumps(info, sort_keys=True))
-
-
 # --- folders ------------------------------------------------------------------------------------
 
 
@@ -269,12 +286,7 @@ def _folder_tasks(
     source: Source, root: Root, ignored: Counter[str], below: str = ""
 ) -> Iterator[Task]:
     """In the byte order of their paths; `below` is a path in the folder, with its slash."""
-    try:
-        with os.scandir(os.path.normpath(os.path.join(root.given, below))) as listed:
-            entries = [entry for entry in listed if not entry.name.startswith(".")]
-    except OSError as error:
-        # (its tracks would be missing without a word)
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+    entries = _entries(os.path.normpath(os.path.join(root.given, below)))
     folders = {entry.name for entry in entries if _is_folder(entry)}
     entries.sort(key=lambda entry: os.fsencode(entry.name + "/" * (entry.name in folders)))
     names = {entry.name for entry in entries}
@@ -307,6 +319,21 @@ def _folder_tasks(
             yield printable(path), functools.partial(_unknown_format, source, root, path, suffix)
 
 
+def _entries(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as listed:
+            return [entry for entry in listed if not entry.name.startswith(".")]
+    except OSError as error:
+        # (its tracks would be missing without a word)
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
+
+
+def _holds_audio(folder: Path) -> bool:
+    """Anywhere below."""
+    names = (name for _, _, names in os.walk(folder) for name in names)
+    return any(split(name)[1] in SUFFIXES for name in names if not name.startswith("."))
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
@@ -321,9 +348,9 @@ def _folder_track(source: Source, root: Root, path: str) -> tuple[Track, Ends]:
     except FileNotFoundError:
         raise RejectedError("unreadable", "a link to nothing") from None
     track_id = os.path.splitext(path)[0]
-    caption, info = read_sidecar(source, root, track_id)
+    captions, fields = read_sidecar(source, root, track_id)
     track = Track(
-        path=path, track_id=track_id, place=FileBytes(path=real), caption=caption, info=info
+        path=path, track_id=track_id, place=FileBytes(path=real), captions=captions, fields=fields
     )
     return track, ends
 
@@ -341,6 +368,7 @@ def _unknown_format(source: Source, root: Root, path: str, suffix: str) -> tuple
 
 def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
     root = Root(source.root or path.parent)
+    open_zip = functools.lru_cache(8)(lambda name: zipfile.ZipFile(open_regular(name)))
     number = 0
     with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
         try:
@@ -352,16 +380,22 @@ def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
                 its_path, info_path = meta["path"], meta.get("info_path")
                 if not isinstance(its_path, str) or not isinstance(info_path, str | None):
                     raise TypeError
-                make = functools.partial(_manifest_track, source, root, its_path, info_path)
+                make = functools.partial(
+                    _manifest_track, source, root, its_path, info_path, open_zip
+                )
                 yield printable(its_path), make
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path}: line {number} is not a JSON object with a 'path'") from None
         except (EOFError, OSError, zlib.error) as error:
             raise UserError(f"{path}: damaged after line {number} ({error})") from None
 
 
 def _manifest_track(
-    source: Source, root: Root, path: str, info_path: str | None
+    source: Source,
+    root: Root,
+    path: str,
+    info_path: str | None,
+    open_zip: Callable[[str], zipfile.ZipFile],
 ) -> tuple[Track, Ends]:
     real = root.resolve(path)
     below = root.relative(path)
@@ -371,43 +405,54 @@ def _manifest_track(
         raise RejectedError("missing", "no such file") from None
     track_id = os.path.splitext(below)[0]
     if info_path is None:
-        caption, info = read_sidecar(source, root, track_id)
+        captions, fields = read_sidecar(source, root, track_id)
     else:
-        content = _read_info(root, info_path)
-        caption, info = read_json(content, os.path.basename(info_path), source.columns)
+        content = _read_info(root, info_path, open_zip)
+        captions, fields = read_json(content, os.path.basename(info_path), source.columns)
     track = Track(
-        path=below, track_id=track_id, place=FileBytes(path=real), caption=caption, info=info
+        path=below, track_id=track_id, place=FileBytes(path=real), captions=captions, fields=fields
     )
     return track, ends
 
 
-def _read_info(root: Root, info_path: str) -> bytes:
+def _read_info(root: Root, info_path: str, open_zip: Callable[[str], zipfile.ZipFile]) -> bytes:
     """The content of a file, or of one in a zip archive: 'some.zip:name/in/it.json'."""
     archive, colon, name = info_path.partition(".zip:")
     try:
         if colon:
-            with zipfile.ZipFile(root.resolve(archive + ".zip")) as opened:
-                return opened.read(name.lstrip("/"))
-        return Path(root.resolve(info_path)).read_bytes()
-    except (OSError, KeyError, zipfile.BadZipFile, zlib.error):
+            opened = open_zip(root.resolve(archive + ".zip")).open(name.lstrip("/"))
+        else:
+            opened = open_regular(root.resolve(info_path))
+        with opened as file:
+            return read_caption(file, os.path.basename(info_path))
+    # (RuntimeError: encrypted, or compressed in a way that zipfile does not know)
+    except (OSError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error):
         raise RejectedError("no caption", f"{info_path} cannot be read") from None
 
 
 # --- tars ---------------------------------------------------------------------------------------
 
 
-def _tar_tasks(source: Source, paths: list[Path], _: "hashlib._Hash") -> Iterator[Task]:
+def _tar_tasks(source: Source, paths: list[Path], ignored: Counter[str]) -> Iterator[Task]:
     """Webdataset: neighbours whose names are alike up to the first dot are one sample."""
     for path in paths:
         count = 0
         try:
             with tarfile.open(path, "r:") as tar:
-                for key, members in itertools.groupby(filter(tarfile.TarInfo.isreg, tar), _key):
+                for key, members in itertools.groupby(_regular(tar, ignored), _key):
                     members = list(members)
                     count += len(members)
-                    yield from _sample_tasks(source, path, tar, key, members)
+                    yield from _sample_tasks(source, path, key, members, ignored)
         except tarfile.TarError:
             yield printable(path.name), refuse("damaged tar", f"ends after {count} whole files")
+
+
+def _regular(tar: tarfile.TarFile, ignored: Counter[str]) -> Iterator[tarfile.TarInfo]:
+    for member in tar:
+        if member.isreg():
+            yield member
+        elif not member.isdir():
+            ignored["links and the like within tars"] += 1
 
 
 def _key(member: tarfile.TarInfo) -> str:
@@ -416,14 +461,18 @@ def _key(member: tarfile.TarInfo) -> str:
 
 
 def _sample_tasks(
-    source: Source, path: Path, tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo]
+    source: Source, path: Path, key: str, members: list[tarfile.TarInfo], ignored: Counter[str]
 ) -> Iterator[Task]:
-    audio = [member for member in members if split(member.name)[1] in SUFFIXES]
-    captions = {
-        name: tar.extractfile(member).read()
-        for member in members
-        if (name := member.name[len(key) :]) in (".json", ".txt")
-    }
+    audio = []
+    captions = {}
+    for member in members:
+        suffix = split(member.name)[1]
+        if suffix in SUFFIXES:
+            audio.append(member)
+        elif member.name[len(key) :] in (".json", ".txt"):
+            captions[suffix] = member
+        else:
+            ignored[suffix or "none"] += 1
     for i, member in enumerate(audio):
         shown = printable(f"{path.name}/{member.name}")
         if i > 0:
@@ -433,21 +482,35 @@ def _sample_tasks(
 
 
 def _tar_track(
-    source: Source, path: Path, member: tarfile.TarInfo, key: str, captions: dict[str, bytes]
+    source: Source,
+    path: Path,
+    member: tarfile.TarInfo,
+    key: str,
+    captions: dict[str, tarfile.TarInfo],
 ) -> tuple[Track, Ends]:
     check_name(member.name)
-    place = FileBytes(path=os.path.realpath(path), offset=member.offset_data, size=member.size)
-    if ".json" in captions:
-        caption, info = read_json(captions[".json"], f"{key}.json", source.columns)
-    elif ".txt" in captions:
-        caption, info = read_text(captions[".txt"], f"{key}.txt")
+    place = _member_bytes(path, member)
+    if member.size == 0:  # (and a copy of no other)
+        raise RejectedError("empty", "a file of 0 bytes")
+    for suffix, read in ((".json", read_json), (".txt", read_text)):
+        if suffix in captions:
+            name = f"{key}{suffix}"
+            with open_bytes(_member_bytes(path, captions[suffix])) as file:
+                texts, fields = read(read_caption(file, name), name, source.columns)
+            break
     else:
         raise RejectedError("no caption", f"no {key}.json or {key}.txt beside it")
     track = Track(
-        path=f"{path.name}/{member.name}",
-        track_id=f"{path.stem}/{key}",
+        path=f"{printable(path.name)}/{member.name}",
+        track_id=f"{printable(path.stem)}/{key}",
         place=place,
-        caption=caption,
-        info=info,
+        captions=texts,
+        fields=fields,
     )
     return track, range_ends(place.path, place.offset, member.size)
+
+
+def _member_bytes(path: Path, member: tarfile.TarInfo) -> FileBytes:
+    if member.issparse():
+        raise RejectedError("sparse file", f"{member.name} is in pieces; write the tar without -S")
+    return FileBytes(path=os.path.realpath(path), offset=member.offset_data, size=member.size)

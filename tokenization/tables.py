@@ -21,8 +21,9 @@ from tokenization.listing import (
     Root,
     Source,
     Task,
+    Texts,
     buffer_ends,
-    caption_and_info,
+    captions_and_fields,
     file_ends,
     printable,
     refuse,
@@ -54,6 +55,9 @@ _RECIPES = {
         names=("{file_name}",), captions=tuple(f"caption_{i}" for i in range(1, 6))
     ),
 }  # fmt: skip
+
+
+_LATEST = 1e7  # seconds into a file; what is beyond is a mistake, or meant to do harm
 
 
 class _Table:
@@ -107,9 +111,9 @@ class _Table:
         """The path a row names; '' if it names none."""
         if self.files is None:
             (pattern,) = self.patterns
-            value = pattern.format_map(row) if "{" in pattern else row[pattern]
+            value = _filled(pattern, row) if "{" in pattern else row[pattern]
             return value if isinstance(value, str) else ""
-        names = [pattern.format_map(row) for pattern in self.patterns]
+        names = [_filled(pattern, row) for pattern in self.patterns]
         for name in names:
             # (a table may say .wav where the clip was kept as .flac)
             stem, suffix = split(name)
@@ -118,18 +122,17 @@ class _Table:
                     return self.files[key]
         return names[0]
 
-    def texts(self, row: Mapping[str, Any], where: str) -> tuple[str, str]:
-        """(caption, info) of a row."""
+    def texts(self, row: Mapping[str, Any]) -> Texts:
         values = [row[name] for name in self.captions]
         captions = [text for v in values for text in (v if isinstance(v, list) else [v])]
-        info = {name: row[name] for name in self.others if row[name] not in (None, "")}
-        if self.recipe and self.recipe.keywords in info:
+        fields = {name: row[name] for name in self.others if row[name] not in (None, "")}
+        if self.recipe and self.recipe.keywords in fields:
             try:
-                info["keywords"] = list(ast.literal_eval(info.pop(self.recipe.keywords)))
-            except (ValueError, SyntaxError, TypeError):
+                fields["keywords"] = list(ast.literal_eval(fields.pop(self.recipe.keywords)))
+            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 raise RejectedError("bad row", f"{self.recipe.keywords} is no list") from None
         names = " or ".join(f"'{name}'" for name in self.captions)
-        return caption_and_info(captions, info, f"{where} under {names}")
+        return captions_and_fields(captions, fields, f"its row under {names}")
 
     def part(self, row: Mapping[str, Any]) -> tuple[float, float | None]:
         """(start, duration) in seconds."""
@@ -140,17 +143,34 @@ class _Table:
         start = start or 0.0
         if duration is None and end is not None:
             duration = end - start
+        if max(start, duration or 0) > _LATEST:
+            raise RejectedError("bad row", f"it begins, or goes on, after {_LATEST:g} s")
         if start < 0 or (duration is not None and duration <= 0):
             raise RejectedError("bad row", "it begins before the file, or ends before it begins")
         return start, duration
 
-    def track_id(self, row: Mapping[str, Any], default: str, start: float) -> str:
+    def track_id(
+        self, row: Mapping[str, Any], default: str, start: float, duration: float | None
+    ) -> str:
         if self.source.columns.id:
             value = row[self.source.columns.id]
             if value in (None, ""):
                 raise RejectedError("bad row", f"no {self.source.columns.id}")
             return str(value)
-        return f"{default}@{start:g}" if self.source.columns.start else default
+        # (in full, as parts may differ in a sample)
+        if duration is not None:
+            return f"{default}@{start!r}+{duration!r}"
+        return f"{default}@{start!r}" if self.source.columns.start else default
+
+
+def _filled(pattern: str, row: Mapping[str, Any]) -> str:
+    """'' if a column that it takes has nothing in this row."""
+    if any(row[name] in (None, "") for name in _fields(pattern)):
+        return ""
+    try:
+        return pattern.format_map(row)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"--columns.path {pattern}: {error}") from None
 
 
 def _fields(pattern: str) -> list[str]:
@@ -184,7 +204,7 @@ def csv_tasks(source: Source, path: Path) -> Iterator[Task]:
             table = _Table(source, path, names)
             for row in rows:
                 row.pop(None, None)  # more cells than columns
-                yield _row_task(table, row, f"{path.name}, line {rows.line_num}")
+                yield _row_task(table, row, f"{printable(path.name)}, line {rows.line_num}")
         except csv.Error as error:
             raise UserError(f"{path}: line {rows.line_num}: {error}") from None
 
@@ -197,20 +217,23 @@ def _row_task(table: _Table, row: Mapping[str, Any], where: str) -> Task:
 
 
 def _row_track(table: _Table, row: Mapping[str, Any], path: str, where: str) -> tuple[Track, Ends]:
-    real = table.root.resolve(path)
-    below = table.root.relative(path)
     try:
+        real = table.root.resolve(path)
+        below = table.root.relative(path)
         ends = file_ends(real)
+        captions, fields = table.texts(row)
+        start, duration = table.part(row)
+        track_id = table.track_id(row, os.path.splitext(below)[0], start, duration)
     except FileNotFoundError:
         raise RejectedError("missing", f"no such file ({where})") from None
-    caption, info = table.texts(row, where)
-    start, duration = table.part(row)
+    except RejectedError as error:
+        raise RejectedError(error.reason, f"{error.detail} ({where})") from None
     track = Track(
         path=below,
-        track_id=table.track_id(row, os.path.splitext(below)[0], start),
+        track_id=track_id,
         place=FileBytes(path=real),
-        caption=caption,
-        info=info,
+        captions=captions,
+        fields=fields,
         start=start,
         duration=duration,
     )
@@ -225,6 +248,7 @@ def parquet_tasks(source: Source, paths: list[Path], digest: "hashlib._Hash") ->
     import pyarrow.parquet as pq
 
     for path in paths:
+        name, real = printable(path.name), os.path.realpath(path)
         try:
             with pq.ParquetFile(path) as file:
                 table, column, names = _arrow_table(source, path, file.schema_arrow)
@@ -237,11 +261,12 @@ def parquet_tasks(source: Source, paths: list[Path], digest: "hashlib._Hash") ->
                 for batch in file.iter_batches(columns=wanted):
                     for values in batch.to_pylist():
                         if embedded:
-                            yield _embedded_task(table, values, path, column, row, None)
+                            place = RowBytes(path=real, kind="parquet", column=column, row=row)
+                            yield _embedded_task(table, values, name, place, None)
                         else:
                             if column:
-                                values[column] = (values[column] or {}).get("path")
-                            yield _row_task(table, values, f"{path.name}, row {row}")
+                                values[column] = _path_in(values.get(column))
+                            yield _row_task(table, values, f"{name}, row {row}")
                         row += 1
         except (pa.ArrowException, ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as Parquet ({error})") from None
@@ -280,6 +305,7 @@ def arrow_tasks(source: Source, paths: list[Path]) -> Iterator[Task]:
     import pyarrow as pa
 
     for path in paths:
+        name, real = printable(path.name), os.path.realpath(path)
         try:
             row = 0
             batches = pa.ipc.open_stream(pa.memory_map(os.fspath(path)))
@@ -291,11 +317,12 @@ def arrow_tasks(source: Source, paths: list[Path]) -> Iterator[Task]:
                     data = value["bytes"] if isinstance(value, pa.StructScalar) else value
                     if data is not None and data.is_valid:
                         ends = functools.partial(buffer_ends, data.as_buffer())
-                        yield _embedded_task(table, values, path, column, row, ends)
+                        place = RowBytes(path=real, kind="arrow", column=column, row=row)
+                        yield _embedded_task(table, values, name, place, ends)
                     else:
                         if column:
-                            values[column] = (value.as_py() or {}).get("path")
-                        yield _row_task(table, values, f"{path.name}, row {row}")
+                            values[column] = _path_in(value.as_py())
+                        yield _row_task(table, values, f"{name}, row {row}")
                     row += 1
         except (pa.ArrowException, ValueError, OSError) as error:
             raise UserError(f"{path}: not readable as an Arrow stream ({error})") from None
@@ -321,25 +348,29 @@ def _arrow_table(source: Source, path: Path, schema: Any) -> tuple[_Table, str |
     return _Table(source, path, [*names, column]), column, names
 
 
+def _path_in(value: Any) -> str | None:
+    """The path within the value of a column of audio, as the `datasets` library has it."""
+    return value.get("path") if isinstance(value, dict) else None
+
+
 def _embedded_task(
     table: _Table,
     values: Mapping[str, Any],
-    path: Path,
-    column: str,
-    row: int,
+    name: str,
+    place: RowBytes,
     ends: Callable[[], Ends] | None,
 ) -> Task:
-    shown = f"{path.name}/{row}"
+    shown = f"{name}/{place.row}"
 
     def make() -> tuple[Track, Ends | None]:
-        caption, info = table.texts(values, f"row {row}")
+        captions, fields = table.texts(values)
         start, duration = table.part(values)
         track = Track(
             path=shown,
-            track_id=table.track_id(values, shown, start),
-            place=RowBytes(path=os.path.realpath(path), column=column, row=row),
-            caption=caption,
-            info=info,
+            track_id=table.track_id(values, shown, start, duration),
+            place=place,
+            captions=captions,
+            fields=fields,
             start=start,
             duration=duration,
         )
