@@ -2,7 +2,11 @@
 
 import ctypes
 import os
+import signal
 import time
+from pathlib import Path
+
+import numpy as np
 
 from tokenization import audio, decoder
 
@@ -18,9 +22,20 @@ def decode(track, intake):
         raise ZeroDivisionError
     if "memory" in track.path:
         raise MemoryError
+    if "greedy" in track.path:
+        np.ones(9 * 2**30, np.uint8)
     blocks = audio.decode(track, intake)
     if "late" in track.path:
         yield next(blocks)
+    if "once" in track.path:
+        tried = Path(f"{track.place.path}.tried")
+        if tried.exists():
+            return (yield from blocks)
+        tried.touch()
+    if "sigkill" in track.path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "sigterm" in track.path:
+        os.kill(os.getpid(), signal.SIGTERM)
     if "hang" in track.path:
         time.sleep(1e6)
     return (yield from blocks)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sounds import cut_file, put, put_with_ffmpeg, tone
+from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax.errors import UserError
 from tokenization.check import Check, run
@@ -76,9 +76,32 @@ def test_the_table_of_headers_only(folder, tmp_path):
     assert (tmp_path / "a.svg").stat().st_size > 0
 
 
+def test_what_would_be_rejected_follows_the_settings_of_the_job(folder, tmp_path):
+    put(tmp_path / "audio" / "three.wav", tone(2.6, RATE, 3))
+    for name in ("b.flac", "d.wav"):
+        shutil.copy(folder / name, tmp_path / "audio" / name)
+        shutil.copy(folder / name.replace(name[1:], ".json"), tmp_path / "audio")
+
+    def rejected(**how):
+        run(Check(audio=tmp_path / "audio", json=tmp_path / "a.json", **how))
+        found = json.loads((tmp_path / "a.json").read_text())["rejects"]
+        return {reject["path"]: reject["reason"] for reject in found}
+
+    assert rejected() == {}
+    assert rejected(max_clipped=0.1) == {"d.wav": "clipped"}
+    for fast in (False, True):
+        how = {"max_track_seconds": 3.5, "min_seconds": 2.7, "fast": fast}
+        assert rejected(**how) == {"b.flac": "too long", "three.wav": "too short"}
+        assert rejected(channels=4, fast=fast) == {
+            "b.flac": "too few channels",
+            "three.wav": "too few channels",
+        }
+
+
 @pytest.mark.parametrize(
     ("change", "match"),
     [
+        ({"channels": 0}, "--channels must lie between 1 and 8"),
         ({"workers": 0}, "--workers must lie between 1 and 256"),
         ({"json": "no/such/a.json"}, "--json no/such/a.json: no such folder"),
         ({"picture": "a.txt"}, "--picture a.txt: write .png, .pdf or .svg"),

@@ -429,12 +429,13 @@ def test_parts_of_files(tmp_path, decoder):
         wav_CN, facts = read_audio(track, intake, decoder)
         np.testing.assert_array_equal(wav_CN, wav[round(begin * 44100) : round(end * 44100)].T)
         assert facts.seconds == pytest.approx(end - begin)
-    assert [read_header(track, decoder).seconds for track in found.tracks[:3]] == [2, 1.75, 2]
+    headers = [read_header(track, intake, decoder) for track in found.tracks[:3]]
+    assert [header.seconds for header in headers] == [2, 1.75, 2]
     for track, reason in zip(found.tracks[3:], ("cut off", "outside the file")):
         with pytest.raises(RejectedError, match=reason):
             read_audio(track, intake, decoder)
         with pytest.raises(RejectedError, match=reason):
-            read_header(track, decoder)
+            read_header(track, intake, decoder)
 
 
 def test_parts_of_one_file_fall_to_one_split(tmp_path, one_codec):

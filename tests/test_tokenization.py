@@ -65,6 +65,7 @@ def bad_files(folder):
     put(folder / "offset.wav", np.full_like(sound, 0.5))
     put(folder / "nan.wav", nan, subtype="FLOAT")
     put(folder / "short.wav", sound[:15999])
+    put(folder / "long.wav", tone(4.2))
     cut_file(put(folder / "cut.wav", sound))
     cut_file(put(folder / "cut.aiff.aiff", sound))
     put(folder / "loud.wav", sound * 32768, subtype="FLOAT")
@@ -99,6 +100,7 @@ def bad_files(folder):
         "offset.wav": "silent",
         "nan.wav": "not finite",
         "short.wav": "too short",
+        "long.wav": "too long",
         "cut.wav": "cut off",
         "cut.aiff.aiff": "cut off",
         "loud.wav": "too loud",
@@ -129,7 +131,8 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
     (folder / "twice.png").write_text("beside a song, with the caption of the song")
     (folder / ".hidden.wav").write_bytes(b"")
     out = tmp_path / "out"
-    summary = run(Job(audio=folder, out=out, max_reject_ratio=0.99, tracks_per_shard=2))
+    job = Job(audio=folder, out=out, max_reject_ratio=0.99, max_track_seconds=4)
+    summary = run(dataclasses.replace(job, tracks_per_shard=2))
     lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert {line["path"]: line["reason"] for line in lines} == expected
     assert [line["path"] for line in lines] == sorted(expected)
@@ -138,21 +141,21 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
     assert [record["track_id"] for record in read(out)] == ["twice"]
     assert len(list(out.glob("tokens-*"))) == 1
     assert "1 records (1 train, 0 validation)" in summary
-    assert "27 of 28 files rejected (7 no caption, 4 unreadable, 3 cut off, " in summary
+    assert "28 of 29 files rejected (7 no caption, 4 unreadable, 3 cut off, " in summary
     assert "2 other files: 1 .png, 1 .txt" in summary
     # with a lower limit the command says why not, and keeps the list
     for ratio, message in [
-        (0.9, "27 of 28 audio files rejected.*0.9: 7 no caption, 4 unreadable"),
-        (0.1, "16 of 28 audio files rejected so far.*0.1: 7 no caption, 3 outside"),  # at once
+        (0.9, "28 of 29 audio files rejected.*0.9: 7 no caption, 4 unreadable"),
+        (0.1, "16 of 29 audio files rejected so far.*0.1: 7 no caption, 3 outside"),  # at once
     ]:
         strict = tmp_path / f"strict{ratio}"
         with pytest.raises(UserError, match=message):
-            run(Job(audio=folder, out=strict, max_reject_ratio=ratio))
+            run(dataclasses.replace(job, out=strict, max_reject_ratio=ratio))
         assert len((strict / "rejects.jsonl").read_text().splitlines()) == int(message[:2])
         with pytest.raises(UserError, match="unfinished"):
             records.read_codec_spec(strict)
     # nothing needs to be encoded again to let it pass
-    assert run(Job(audio=folder, out=tmp_path / "strict0.9", max_reject_ratio=0.99))
+    assert run(dataclasses.replace(job, out=tmp_path / "strict0.9"))
 
 
 def messy_files(folder):

@@ -141,6 +141,8 @@ class Intake:
     channels: int
     min_seconds: float = 1.0
     """Shorter tracks are rejected."""
+    max_track_seconds: float = 6 * 3600.0
+    """Longer tracks are rejected."""
     max_clipped: float = 1.0
     """Tracks of which a larger share is clipped are rejected, see `Facts`."""
 
@@ -175,18 +177,16 @@ class _Opened:
     """Frames to pass over and at most to read (None: all) -> blocks [n, channels], float32."""
 
 
-def read_header(track: Track) -> Facts:
+def read_header(track: Track, intake: Intake) -> Facts:
     """What the header says, without reading the sound; raises as `decode` does."""
     with _opened(track) as opened:
-        if opened.loss and not _is_part(track):
-            raise RejectedError("cut off", opened.loss)
         seconds, rate = track.duration, opened.sample_rate
-        if opened.frames is not None:
-            count = max(0, opened.frames - round(track.start * rate))
-            if seconds is not None:
-                count = min(count, round(seconds * rate))
+        _check_header(track, opened, intake)
+        if (count := _promised(track, opened)) is not None:
             _check_length(track, opened, count)
             seconds = count / rate
+        if seconds is not None:
+            _check_seconds(seconds, intake)
         return Facts(
             format=opened.format,
             sample_rate=rate,
@@ -203,8 +203,7 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
     """
     with _opened(track) as opened:
         rate = opened.sample_rate
-        if opened.loss and not _is_part(track):
-            raise RejectedError("cut off", opened.loss)
+        _check_header(track, opened, intake)
         resampler = None
         if intake.sample_rate not in (None, rate):
             resampler = soxr.ResampleStream(
@@ -224,6 +223,8 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
             clipped += np.count_nonzero(full[:-2] & full[1:-1] & full[2:])
             before = full[-2:]
             count += len(block)
+            if count > intake.max_track_seconds * rate:  # (its header may not have told)
+                _check_seconds(count / rate, intake)
             block = mix(block, intake.channels)
             total += block.sum(0, dtype=np.float64)
             square += np.square(block, dtype=np.float64).sum()
@@ -233,8 +234,7 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
                 yield block
         _check_length(track, opened, count)
         seconds = count / rate
-        if seconds < intake.min_seconds:
-            raise RejectedError("too short", f"{seconds:.3f} s")
+        _check_seconds(seconds, intake)
         variance = max(0.0, square / (count * intake.channels) - np.mean(np.square(total / count)))
         level = 10 * math.log10(variance + 1e-20)
         if level < SILENCE_DBFS:
@@ -262,15 +262,19 @@ def mix(block: np.ndarray, channels: int) -> np.ndarray:
     To mono the mean of all, from mono the same in each, otherwise the first ones. Raises
     `RejectedError` for too few.
     """
+    _check_channels(block.shape[1], channels)
     if block.shape[1] == channels:
         return block
     if channels == 1:
         return block.mean(1, keepdims=True)
     if block.shape[1] == 1:
         return np.repeat(block, channels, axis=1)
-    if block.shape[1] > channels:
-        return np.ascontiguousarray(block[:, :channels])
-    raise RejectedError("too few channels", f"{block.shape[1]} channels where 1 or {channels} go")
+    return np.ascontiguousarray(block[:, :channels])
+
+
+def _check_channels(given: int, wanted: int) -> None:
+    if 1 < given < wanted:
+        raise RejectedError("too few channels", f"{given} channels where 1 or {wanted} go")
 
 
 def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
@@ -282,15 +286,43 @@ def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
     return io.BufferedReader(_Range(place.path, place.offset, place.size), _BLOCK)
 
 
-def _is_part(track: Track) -> bool:
+def is_part(track: Track) -> bool:
     return track.start > 0 or track.duration is not None
+
+
+def _check_header(track: Track, opened: _Opened, intake: Intake) -> None:
+    """Raises `RejectedError` for what the header alone decides."""
+    if opened.loss and not is_part(track):
+        raise RejectedError("cut off", opened.loss)
+    _check_channels(opened.channels, intake.channels)
+    count = _promised(track, opened)
+    if count is not None and count > intake.max_track_seconds * opened.sample_rate:
+        _check_seconds(count / opened.sample_rate, intake)
+
+
+def _check_seconds(seconds: float, intake: Intake) -> None:
+    if seconds < intake.min_seconds:
+        raise RejectedError("too short", f"{seconds:.3f} s")
+    if seconds > intake.max_track_seconds:
+        detail = f"{seconds:.0f} s at least, of {intake.max_track_seconds:g} at most"
+        raise RejectedError("too long", detail)
+
+
+def _promised(track: Track, opened: _Opened) -> int | None:
+    """Frames that a track has by the header of its file; None if that does not tell."""
+    if opened.frames is None:
+        return None
+    count = max(0, opened.frames - round(track.start * opened.sample_rate))
+    if track.duration is None:
+        return count
+    return min(count, round(track.duration * opened.sample_rate))
 
 
 def _check_length(track: Track, opened: _Opened, count: int) -> None:
     """Raises `RejectedError` if there is no sound, or less than was promised."""
     rate = opened.sample_rate
     if count == 0:
-        if _is_part(track):
+        if is_part(track):
             raise RejectedError("outside the file", f"the file ends before {track.start:g} s")
         raise RejectedError("empty", "no samples")
     if track.duration is not None:
@@ -321,7 +353,9 @@ def _opened(track: Track) -> Iterator[_Opened]:
             yield opened
         except FileNotFoundError:
             raise
-        except (soundfile.SoundFileError, OSError, ValueError, RuntimeError) as error:
+        except (
+            soundfile.SoundFileError, OSError, ValueError, RuntimeError, ArithmeticError
+        ) as error:  # fmt: skip
             detail = getattr(error, "error_string", None) or getattr(error, "strerror", None)
             # (messages may hold the whole path, which differs between machines)
             name = os.path.basename(track.place.path)

@@ -44,8 +44,14 @@ class Check(Source):
     """File for all numbers, with every reject."""
     picture: Path | None = None
     """File for the distributions of duration and level, .png, .pdf or .svg."""
+    channels: int = 1
+    """Of the codec that tokenization.job is to use; most have 1, encodec_48khz has 2."""
     min_seconds: float = 1.0
     """Shorter tracks count as rejected."""
+    max_track_seconds: float = 6 * 3600.0
+    """Longer tracks count as rejected."""
+    max_clipped: float = 1.0
+    """Tracks of which a larger share is clipped count as rejected."""
     decode_timeout: float = 60.0
     """Seconds without progress after which a file counts as rejected."""
 
@@ -65,7 +71,14 @@ class Found:
 
 def check(settings: Check) -> Found:
     """Reads a source; raises `UserError` if it cannot be listed."""
-    for name, low, high in (("workers", 1, 256), ("decode_timeout", 1, 10**5)):
+    limits = {
+        "workers": (1, 256),
+        "channels": (1, 8),
+        "max_track_seconds": (1, 10**6),
+        "max_clipped": (0, 1),
+        "decode_timeout": (1, 10**5),
+    }
+    for name, (low, high) in limits.items():
         if not low <= getattr(settings, name) <= high:
             option = name.replace("_", "-")
             raise UserError(f"--{option} must lie between {low} and {high}")
@@ -82,8 +95,6 @@ def check(settings: Check) -> Found:
     for track, future in _read(settings, manifest):
         try:
             facts = future.result()
-            if facts.seconds is not None and facts.seconds < settings.min_seconds:
-                raise RejectedError("too short", f"{facts.seconds:.3f} s")
         except RejectedError as error:
             reject = Reject(path=track.path, reason=error.reason, detail=error.detail)
             found.rejects.append(reject)
@@ -95,17 +106,21 @@ def check(settings: Check) -> Found:
 
 def _read(settings: Check, manifest: Manifest) -> Iterator[tuple[Track, "Future[Facts]"]]:
     """Each track with what becomes its facts, in order, with a progress bar."""
-    intake = Intake(sample_rate=None, channels=1, min_seconds=settings.min_seconds)
+    intake = Intake(
+        sample_rate=None,
+        channels=settings.channels,
+        min_seconds=settings.min_seconds,
+        max_track_seconds=settings.max_track_seconds,
+        max_clipped=settings.max_clipped,
+    )
     waiting: deque = deque()
     with (
         decoder.readers(settings.workers, settings.decode_timeout) as submit,
         tqdm(total=len(manifest.tracks), desc="reading", unit="file", smoothing=0.1) as bar,
     ):
         for track in manifest.tracks:
-            if settings.fast:
-                waiting.append((track, submit(decoder.read_header, track)))
-            else:
-                waiting.append((track, submit(decoder.measure, track, intake)))
+            read = decoder.read_header if settings.fast else decoder.measure
+            waiting.append((track, submit(read, track, intake)))
             if len(waiting) > 4 * settings.workers:
                 yield waiting.popleft()
                 bar.update()

@@ -1,12 +1,14 @@
 """Decoding in a process of its own: a file that crashes or hangs its library is a reject.
 
 `open_audio` gives a track block by block, `read_audio` whole. Each reader has one `Decoder`, a
-process that lives until a file kills it, or is killed for it; the next file gets a new one.
+process that lives until a file kills it, or is killed for it. The file gets a second try with a new
+one: the machine may have been to blame.
 
 python -m tokenization.decoder FD is that process; it talks over the connection FD.
 """
 
 import contextlib
+import itertools
 import os
 import queue
 import resource
@@ -29,6 +31,7 @@ from tokenization.audio import Facts, Intake, RejectedError, Track
 
 PROGRAM = ("-m", "tokenization.decoder")
 
+_MEMORY = 8 * 2**30  # bytes of a decoder; a row within Parquet takes two pages, 2 GiB at most each
 _START_SECONDS = 300.0  # for Python and its imports, on a machine that is busy with other things
 
 
@@ -51,6 +54,14 @@ class Stream:
                 yield answer.T
 
 
+class _LostError(Exception):
+    """The process hung or ended; holds what that says of the track if it is so again."""
+
+    def __init__(self, verdict: RejectedError | UserError):
+        super().__init__(verdict)
+        self.verdict = verdict
+
+
 class Decoder:
     """A process that decodes one track at a time; started when it is needed.
 
@@ -59,6 +70,7 @@ class Decoder:
 
     def __init__(self, timeout: float):
         self._timeout = timeout
+        self._killed = False
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
 
@@ -78,17 +90,33 @@ class Decoder:
             self._process = self._connection = None
 
     def kill(self) -> None:
-        """Ends what another thread waits for, as a crash would."""
+        """Ends what another thread waits for; no track is decoded after that."""
+        self._killed = True
         process = self._process
         if process is not None:
             process.kill()
 
     def ask(self, kind: str, *arguments: Any) -> Iterator[Any]:
         """What the process answers: `serve` says what there is to ask."""
+        given = 0
+        for last in (False, True):
+            try:
+                with contextlib.closing(self._ask_once(kind, *arguments)) as answers:
+                    for answer in itertools.islice(answers, given, None):
+                        given += 1
+                        yield answer
+                return
+            except _LostError as error:
+                if last or self._killed:
+                    raise error.verdict from None
+
+    def _ask_once(self, kind: str, *arguments: Any) -> Iterator[Any]:
         if self._process is not None and self._process.poll() is not None:
             self.close()  # something ended it between two tracks
         if self._process is None:
             self._start()
+        if self._killed:
+            self.close()
         finished = False
         try:
             with contextlib.suppress(BrokenPipeError):  # the answer will be that it has ended
@@ -106,7 +134,6 @@ class Decoder:
                     raise RejectedError(*value)
                 if what == "gone":
                     raise UserError(f"{value}: vanished while the job ran; run the job again")
-                raise RuntimeError(f"the decoder failed:\n{value}")
         finally:
             # Whoever stopped reading before the end leaves blocks behind.
             if not finished:
@@ -118,10 +145,17 @@ class Decoder:
                 return self._connection.recv()
         except (EOFError, OSError):
             status = self._process.wait()
+            if status == -signal.SIGKILL:  # nothing that a file could do
+                raise _LostError(
+                    UserError(
+                        "the process that decodes audio was killed, twice: out of memory? Fewer "
+                        "at once take less; the same command goes on from here"
+                    )
+                ) from None
             how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-            raise RejectedError("decoder crashed", how) from None
+            raise _LostError(RejectedError("decoder crashed", how)) from None
         detail = f"no progress within {self._timeout:g} s"
-        raise RejectedError("decoder hung", detail)
+        raise _LostError(RejectedError("decoder hung", detail))
 
     def _start(self) -> None:
         ours, theirs = Pipe()
@@ -165,9 +199,9 @@ def measure(track: Track, intake: Intake, decoder: Decoder) -> Facts:
     return facts
 
 
-def read_header(track: Track, decoder: Decoder) -> Facts:
+def read_header(track: Track, intake: Intake, decoder: Decoder) -> Facts:
     """The facts that a header tells; raises as `Stream` does."""
-    *_, facts = decoder.ask("read_header", track)
+    *_, facts = decoder.ask("read_header", track, intake)
     return facts
 
 
@@ -209,8 +243,8 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
 
     ("decode", track, intake) -> ("more", block) ..., ("done", facts)
     ("measure", track, intake) -> ("more", None) ..., ("done", facts)
-    ("read_header", track) -> ("done", facts)
-    or in the end ("rejected", (reason, detail)), ("gone", path) or ("failed", traceback).
+    ("read_header", track, intake) -> ("done", facts)
+    or in the end ("rejected", (reason, detail)) or ("gone", path).
     """
     connection.send("ready")
     while True:
@@ -220,18 +254,22 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
             return
         try:
             if kind == "read_header":
-                facts = audio.read_header(track)
+                facts = audio.read_header(track, *arguments)
             else:
                 facts = _send_blocks(connection, decode(track, *arguments), kind == "decode")
             answer = ("done", facts)
         except RejectedError as error:
-            answer = ("rejected", (error.reason, error.detail))
+            part = f" ({track.track_id})" if audio.is_part(track) else ""
+            answer = ("rejected", (error.reason, error.detail + part))
         except FileNotFoundError:
             answer = ("gone", track.place.path)
         except MemoryError:
             answer = ("rejected", ("unreadable", "asks for more memory than there is"))
         except Exception:
-            answer = ("failed", traceback.format_exc())
+            # (its last line alone, and without the path, which differs between machines)
+            what = traceback.format_exc().strip().splitlines()[-1]
+            what = what.replace(track.place.path, os.path.basename(track.place.path))
+            answer = ("rejected", ("decoder failed", what))
         connection.send(answer)
 
 
@@ -253,6 +291,11 @@ def main(decode: Callable = audio.decode) -> None:
     """Serves the connection whose file descriptor is the last argument."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is noted well enough
+    # A damaged header that asks for all memory there is takes down one file, not the machine.
+    # (maps of files do not count)
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    if most == resource.RLIM_INFINITY or most > _MEMORY:
+        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, most))
     # What the libraries have to say about a file's damage goes nowhere.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     serve(Connection(int(sys.argv[-1])), decode)

@@ -68,6 +68,8 @@ class Job(Source):
     """Share of the tracks, chosen by a hash of their files' names, that is kept for validation."""
     min_seconds: float = 1.0
     """Reject shorter tracks."""
+    max_track_seconds: float = 6 * 3600.0
+    """Reject longer tracks, which are more likely damaged, or whole albums."""
     max_clipped: float = 1.0
     """Reject tracks of which a larger share is clipped, that is in runs at full scale."""
     max_record_seconds: float = 120.0
@@ -160,6 +162,7 @@ def _check(job: Job) -> None:
         "max_reject_ratio": (0, 1),
         "validation_percent": (0, 99),
         "min_seconds": (0.1, 120),
+        "max_track_seconds": (1, 10**6),
         "max_clipped": (0, 1),
         "decode_timeout": (1, 10**5),
         "max_record_seconds": (1, 120),
@@ -223,8 +226,8 @@ def _locked(job: Job) -> Iterator[None]:
 def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
     settings = (
-        "validation_percent", "min_seconds", "max_clipped", "max_record_seconds",
-        "tracks_per_shard", "precision",
+        "validation_percent", "min_seconds", "max_track_seconds", "max_clipped",
+        "max_record_seconds", "tracks_per_shard", "precision",
     )  # fmt: skip
     # (a codec is its weights, not its path; workers and a device's number only change the speed,
     # but its kind rounds in its own way, and so do batches and windows)
@@ -460,6 +463,7 @@ class Maker:
             sample_rate=codec.spec.sample_rate,
             channels=codec.spec.channels,
             min_seconds=job.min_seconds,
+            max_track_seconds=job.max_track_seconds,
             max_clipped=job.max_clipped,
         )
         idle: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
