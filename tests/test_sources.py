@@ -4,13 +4,13 @@ import csv
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import tarfile
 import zipfile
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -21,8 +21,9 @@ import soundfile
 import tensorflow_datasets as tfds
 from sounds import RATE, put, tone
 
-from magnet_jax import records
+from magnet_jax import data, records, t5
 from magnet_jax.codec import load_codec
+from magnet_jax.config import DataConfig
 from magnet_jax.errors import UserError
 from tokenization import job as job_module
 from tokenization.audio import Intake, RejectedError
@@ -141,13 +142,18 @@ def one_codec():
 
 
 @pytest.fixture(scope="module")
+def tokenizer():
+    return t5.load("embedded")[2]
+
+
+@pytest.fixture(scope="module")
 def decoder():
     with Decoder(60) as process:
         yield process
 
 
 @pytest.mark.parametrize("make", KINDS)
-def test_a_data_set_of_each_kind_of_source(tmp_path, make, one_codec):
+def test_a_data_set_of_each_kind_of_source(tmp_path, make, one_codec, tokenizer):
     (tmp_path / "in").mkdir()
     source = make(tmp_path / "in")
     manifest = scan(source)
@@ -156,12 +162,22 @@ def test_a_data_set_of_each_kind_of_source(tmp_path, make, one_codec):
     assert len({track.track_id for track in manifest.tracks}) == 3
     job = Job(**vars(source), out=tmp_path / "out", validation_percent=0)
     assert "3 records (3 train" in run(job)
-    data = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
-    assert [example["caption"].decode() for example in data] == list(map(caption_of, NAMES))
-    for name, example in zip(NAMES, data):
+    written = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert [example["caption"].decode() for example in written] == list(map(caption_of, NAMES))
+    for name, example in zip(NAMES, written):
         expected = one_codec.encode(wav_of(name).T[None])[0]
         # (as integers of 16 bit, which is what FLAC keeps)
         assert np.mean(example["codes"] == expected) > 0.9
+    # training reads it
+    batches = data.make_train_iterator(
+        DataConfig(path=str(tmp_path / "out"), batch_size=3, merge_text_p=0, word_dropout=0),
+        frames=40, num_codebooks=4, tokenizer=tokenizer, max_tokens=32, seed=0,
+    )  # fmt: skip
+    for batch in itertools.islice(batches, 2):
+        ids = [i[mask] for i, mask in zip(batch["text_ids_BS"], batch["text_mask_BS"])]
+        texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+        assert set(texts) <= set(map(caption_of, NAMES)) and batch["codes_BKT"].shape == (3, 4, 40)
+        assert batch["valid_BT"].all()
     # another folder, another time: the same
     shutil.copytree(tmp_path / "in", tmp_path / "elsewhere" / "in")
     moved = make(tmp_path / "elsewhere" / "again") if make is a_manifest else None
@@ -841,39 +857,44 @@ def test_several_splits_must_be_chosen_from(tmp_path):
 # --- fingerprints -------------------------------------------------------------------------------
 
 
-def change_audio(path):
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+def changes(path):
+    """The file with another first or last byte of audio, or another caption, each by itself."""
+    content = path.read_bytes()
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path).to_pylist()
+        for other in ({"audio": {"bytes": flac("a")[:-1]}}, {"text": "x"}):
+            file = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist([rows[0] | other, *rows[1:]]), file)
+            yield file.getvalue()
+    for name in NAMES:
+        if (at := content.find(flac(name))) >= 0:
+            for changed in (at, at + len(flac(name)) - 1):
+                yield content[:changed] + bytes([content[changed] ^ 1]) + content[changed + 1 :]
+        if (caption := caption_of(name).encode()) in content:
+            yield content.replace(caption, caption.upper())
 
 
 @pytest.mark.parametrize("make", KINDS)
 def test_a_change_of_audio_or_caption_changes_the_fingerprint(tmp_path, make):
-    (tmp_path / "a").mkdir()
-    source = make(tmp_path / "a")
+    source = make(tmp_path)
     before = scan(source).fingerprint
-    touched = [path for path in sorted(Path(tmp_path / "a").rglob("*")) if path.is_file()]
-    changes = 0
-    for path in touched:
+    count = 0
+    for path in sorted(path for path in tmp_path.rglob("*") if path.is_file()):
         content = path.read_bytes()
-        if path.suffix == ".flac":
-            change_audio(path)
-        elif path.suffix in (".txt", ".json", ".csv") and b"called" in content:
-            path.write_bytes(content.replace(b"called a", b"named a").replace(b"called b", b"n b"))
-            if path.read_bytes() == content:
-                continue
-        elif path.suffix == ".tar" and b"called a" in content:
-            path.write_bytes(content.replace(b"called a", b"called A"))
-        elif path.suffix == ".parquet":
-            table = pq.read_table(path)
-            changed = table.set_column(1, "text", pa.array(["x"] * len(table)))
-            pq.write_table(changed, path)
-        elif path.suffix == ".arrow":
-            path.write_bytes(content.replace(b"called a", b"called A"))
-        else:
-            continue
-        changes += 1
-        assert scan(source).fingerprint != before, path
+        for changed in changes(path):
+            path.write_bytes(changed)
+            assert scan(source).fingerprint != before, path
+            count += 1
         path.write_bytes(content)
         assert scan(source).fingerprint == before, path
-    assert changes >= 1
+    assert count == (9 + 4 if make is a_parquet else 9)
+
+
+def test_the_column_of_audio_is_part_of_the_fingerprint(tmp_path):
+    table = pa.table({"wet": [flac("a")], "dry": [flac("b")], "text": ["a"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    prints = {
+        scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path=path))).fingerprint
+        for path in (None, "wet", "dry")
+    }
+    assert len(prints) == 2

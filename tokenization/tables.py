@@ -26,6 +26,7 @@ from tokenization.listing import (
     captions_and_fields,
     file_ends,
     printable,
+    range_ends,
     refuse,
     split,
 )
@@ -252,10 +253,12 @@ def parquet_tasks(source: Source, paths: list[Path], digest: "hashlib._Hash") ->
         try:
             with pq.ParquetFile(path) as file:
                 table, column, names = _arrow_table(source, path, file.schema_arrow)
-                # Bytes cannot be told from others' without unpacking all: the file stands for them.
-                embedded = column is not None and _holds_bytes(file.metadata, column)
+                # Rows cannot be told apart without unpacking all: the file stands for them.
+                embedded = _chunks_of_bytes(file.metadata, column) if column else []
                 if embedded:
-                    digest.update(file_ends(os.fspath(path)).digest)
+                    digest.update(file_ends(real).digest)
+                for offset, size in embedded:
+                    digest.update(range_ends(real, offset, size).digest)
                 wanted = [*names, f"{column}.path"] if column and not embedded else names
                 row = 0
                 for batch in file.iter_batches(columns=wanted):
@@ -272,8 +275,9 @@ def parquet_tasks(source: Source, paths: list[Path], digest: "hashlib._Hash") ->
             raise UserError(f"{path}: not readable as Parquet ({error})") from None
 
 
-def _holds_bytes(metadata: Any, column: str) -> bool:
-    """Whether a Parquet file's column of audio has bytes in any row."""
+def _chunks_of_bytes(metadata: Any, column: str) -> list[tuple[int, int]]:
+    """(offset, bytes) of a Parquet file's column of audio in each row group that has any."""
+    chunks = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
         for j in range(group.num_columns):
@@ -281,8 +285,9 @@ def _holds_bytes(metadata: Any, column: str) -> bool:
             if part.path_in_schema in (column, f"{column}.bytes"):
                 statistics = part.statistics
                 if statistics is None or statistics.null_count != group.num_rows:
-                    return True
-    return False
+                    offset = part.dictionary_page_offset or part.data_page_offset
+                    chunks.append((offset, part.total_compressed_size))
+    return chunks
 
 
 def saved_files(folder: Path) -> list[Path]:
