@@ -505,6 +505,10 @@ def test_parts_that_differ_a_little_have_names_of_their_own(tmp_path):
         ("bad row", detail.format(6)),
         ("bad row", detail.format(7)),
     ]
+    shutil.copy(tmp_path / "a.wav", tmp_path / "b.wav")
+    both = write_csv(tmp_path / "t2.csv", [*rows[:2], rows[1] | {"path": "b.wav"}])
+    (reject,) = scan(Source(audio=both, columns=Columns(start="at", duration="for"))).rejects
+    assert reject.detail == "the same bytes as a.wav (b@0.0+8.0)"
     found = scan(Source(audio=table, columns=Columns(duration="for")))
     assert [track.track_id for track in found.tracks] == ["a@0.0+5.0", "a@0.0+8.0", "a@0.0+1.0"]
 

@@ -286,13 +286,18 @@ def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
     return io.BufferedReader(_Range(place.path, place.offset, place.size), _BLOCK)
 
 
-def is_part(track: Track) -> bool:
+def part_of(track: Track) -> str:
+    """For the details of rejects: which part of its file a track is; '' for a whole one."""
+    return f" ({track.track_id})" if _is_part(track) else ""
+
+
+def _is_part(track: Track) -> bool:
     return track.start > 0 or track.duration is not None
 
 
 def _check_header(track: Track, opened: _Opened, intake: Intake) -> None:
     """Raises `RejectedError` for what the header alone decides."""
-    if opened.loss and not is_part(track):
+    if opened.loss and not _is_part(track):
         raise RejectedError("cut off", opened.loss)
     _check_channels(opened.channels, intake.channels)
     count = _promised(track, opened)
@@ -322,7 +327,7 @@ def _check_length(track: Track, opened: _Opened, count: int) -> None:
     """Raises `RejectedError` if there is no sound, or less than was promised."""
     rate = opened.sample_rate
     if count == 0:
-        if is_part(track):
+        if _is_part(track):
             raise RejectedError("outside the file", f"the file ends before {track.start:g} s")
         raise RejectedError("empty", "no samples")
     if track.duration is not None:

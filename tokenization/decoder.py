@@ -259,8 +259,7 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
                 facts = _send_blocks(connection, decode(track, *arguments), kind == "decode")
             answer = ("done", facts)
         except RejectedError as error:
-            part = f" ({track.track_id})" if audio.is_part(track) else ""
-            answer = ("rejected", (error.reason, error.detail + part))
+            answer = ("rejected", (error.reason, error.detail + audio.part_of(track)))
         except FileNotFoundError:
             answer = ("gone", track.place.path)
         except MemoryError:

@@ -51,7 +51,8 @@ class Source:
     (data.jsonl[.gz]) or its folder; table (.csv, .tsv, .parquet, folder of .parquet files);
     webdataset (.tar or folder of tars); folder of a data set saved by the `datasets` library."""
     root: Path | None = None
-    """Folder that the paths in a manifest or table are below; by default the one it lies in."""
+    """Folder that the paths in a manifest or table are below, and all that a folder of tars or
+    Parquet files links to; by default the one that they lie in."""
     metadata: Path | None = None
     """Folder of further song.json files, by name alone, for audio that has none beside it."""
     recipe: Literal["musiccaps", "audiocaps", "clotho"] | None = None

@@ -32,6 +32,7 @@ from tokenization.audio import (
     RowBytes,
     Track,
     open_bytes,
+    part_of,
 )
 from tokenization.listing import (
     Ends,
@@ -131,7 +132,7 @@ def scan(source: Source) -> Manifest:
         Reject(
             path=tracks[i].path,
             reason="duplicate",
-            detail=f"the same bytes as {tracks[first].path}",
+            detail=f"the same bytes as {tracks[first].path}{part_of(tracks[i])}",
         )
         for i, first in copies.items()
     ]
