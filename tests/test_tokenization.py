@@ -269,6 +269,11 @@ def test_files_that_kill_their_decoder_do_not_kill_the_job(tmp_path, monkeypatch
     lines = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
     assert {line["path"]: line["reason"] for line in lines} == expected
     assert len(read(out)) == 6
+    # what kills them from outside is no fault of the file
+    put(folder / "00_sigkill.wav", tone(2))
+    with pytest.raises(UserError, match="was killed, twice: out of memory"):
+        run(dataclasses.replace(job, out=tmp_path / "killed"))
+    assert not (tmp_path / "killed" / "rejects.jsonl").exists()
 
 
 # --- the whole job ------------------------------------------------------------------------------

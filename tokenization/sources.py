@@ -162,34 +162,7 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if not audio.exists():
         raise UserError(f"audio {audio}: no such file or folder")
     if audio.is_dir():
-        entries = _entries(audio)
-        folders = sorted(entry.name for entry in entries if _is_folder(entry))
-        names = sorted({entry.name for entry in entries}.difference(folders))
-        suffixes = {split(name)[1] for name in names}
-        manifests = [name for name in _MANIFESTS if name in names]
-        if manifests:
-            return _manifest_tasks(source, audio / manifests[0])
-        if "dataset_dict.json" in names:
-            splits = ", ".join(str(audio / name) for name in folders)
-            raise UserError(f"audio {audio}: several splits; name one of {splits}")
-        if "state.json" in names and "dataset_info.json" in names:
-            files = tables.saved_files(audio)
-            check_below(source.root or audio, files)
-            return tables.arrow_tasks(source, files)
-        shards = [name for name in names if split(name)[1] in (".tar", ".parquet")]
-        if shards and not suffixes & SUFFIXES:
-            others = [name for name in folders if _holds_audio(audio / name)]
-            if others or {".tar", ".parquet"} <= suffixes:
-                what = ", ".join(map(printable, [*shards[:3], *others[:3]]))
-                raise UserError(
-                    f"audio {audio}: several kinds in it ({what}); name one file or folder"
-                )
-            files = [audio / name for name in shards]
-            check_below(source.root or audio, files)
-            if ".tar" in suffixes:
-                return _tar_tasks(source, files, ignored)
-            return tables.parquet_tasks(source, files, digest)
-        return _folder_tasks(source, Root(audio), ignored)
+        return _tasks_within(source, ignored, digest)
     name = audio.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")):
         return _manifest_tasks(source, audio)
@@ -202,6 +175,38 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
         raise UserError(f"audio {audio}: a compressed tar cannot be read in parts; unpack it once")
     raise UserError(f"audio {audio}: neither a folder nor a .jsonl, .csv, .tsv, .parquet or .tar")
+
+
+def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> Iterator[Task]:
+    """Finds out what a folder is."""
+    audio = source.audio
+    entries = _entries(audio)
+    folders = sorted(entry.name for entry in entries if _is_folder(entry))
+    names = sorted({entry.name for entry in entries}.difference(folders))
+    suffixes = {split(name)[1] for name in names}
+    manifests = [name for name in _MANIFESTS if name in names]
+    if manifests:
+        return _manifest_tasks(source, audio / manifests[0])
+    if "dataset_dict.json" in names:
+        splits = ", ".join(str(audio / name) for name in folders)
+        raise UserError(f"audio {audio}: several splits; name one of {splits}")
+    if "state.json" in names and "dataset_info.json" in names:
+        files = tables.saved_files(audio)
+        check_below(source.root or audio, files)
+        return tables.arrow_tasks(source, files)
+    shards = [name for name in names if split(name)[1] in (".tar", ".parquet")]
+    if shards and not suffixes & SUFFIXES:
+        others = [name for name in folders if _holds_audio(audio / name)]
+        if others or {".tar", ".parquet"} <= suffixes:
+            firsts = {split(name)[1]: name for name in reversed(shards)}
+            what = ", ".join(map(printable, [*sorted(firsts.values()), *others[:3]]))
+            raise UserError(f"audio {audio}: several kinds in it ({what}); name one file or folder")
+        files = [audio / name for name in shards]
+        check_below(source.root or audio, files)
+        if ".tar" in suffixes:
+            return _tar_tasks(source, files, ignored)
+        return tables.parquet_tasks(source, files, digest)
+    return _folder_tasks(source, Root(audio), ignored)
 
 
 def _in_order(tasks: Iterator[Task]) -> Iterator[tuple[str, Any]]:
