@@ -59,6 +59,9 @@ def parse(
         if not exit_.code:  # help was asked for and given
             raise
         text = " ".join(re.sub("[╭╮╰╯│─]", " ", complaint.getvalue()).split())
+        # (tyro repeats itself, and adds the help of the option)
+        text = re.sub(r"^(Parsing error|Value error|Invalid choice|Required options) ", "", text)
+        text = re.sub(r" Argument helptext:.*| For full helptext, .*", "", text)
         raise UserError(text) from None
     if unknown:
         known = setting_names(type(parsed))

@@ -58,7 +58,7 @@ class Args:
     out: Path
     """Folder to write: state_dict.bin, compression_state_dict.bin, text_encoder/."""
     size: Literal["small", "medium"] = "small"
-    """420 M or 1.5 B parameters."""
+    """420 M or 1.8 B parameters."""
     kind: Literal["magnet", "musicgen"] = "magnet"
     seconds: int = 10
     """Length of its clips."""

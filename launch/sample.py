@@ -82,6 +82,20 @@ def _file_name(index: int, prompt: str, seed: int) -> str:
     return f"{index:03d}-{words}-seed{seed}"
 
 
+def _check_same(path: Path, settings: dict) -> None:
+    """Raises `UserError` where a WAV of that name was made with other settings."""
+    try:
+        before = json.loads(path.with_suffix(".json").read_text())
+        changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
+    except (OSError, ValueError, AttributeError):
+        return  # nobody's, or not ours
+    if changed and path.exists():
+        raise UserError(
+            f"{path}: was made with other settings ({', '.join(changed)}); name another --out, or "
+            "remove it"
+        )
+
+
 def sample(args: Args) -> list[Path]:
     """Writes one WAV and one JSON a clip and returns the WAVs' paths."""
     for prompt in args.prompt:
@@ -135,7 +149,24 @@ def sample(args: Args) -> list[Path]:
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)
-    args.out.mkdir(parents=True, exist_ok=True)
+    common = {
+        "seconds": seconds,
+        "checkpoint": str(args.checkpoint),
+        "adapter": args.adapter and str(args.adapter),
+        "step": loaded.step,
+        "weights": loaded.lineage.get("weights"),
+        "decode": dataclasses.asdict(decoding),
+        "compute_dtype": sampling.compute_dtype(config).name,
+        "codec_backend": args.codec_backend,
+        "kernels": dataclasses.asdict(args.kernels),
+        "mesh": dataclasses.asdict(args.mesh),
+        "codec": dataclasses.asdict(spec),
+        "wanted_lufs": args.lufs,
+        "sample_rate": spec.sample_rate,
+    }
+    files = [args.out / f"{_file_name(i, text, args.seed)}.wav" for i, text in enumerate(texts)]
+    for path in files:
+        _check_same(path, common)
     written = []
     for first in range(0, len(texts), args.batch_size):
         # A last, smaller batch is filled up: few shapes, few programs.
@@ -157,26 +188,11 @@ def sample(args: Args) -> list[Path]:
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
             if args.lufs is not None:
                 wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
-            path = args.out / f"{_file_name(i, text, args.seed)}.wav"
+            path = files[i]
+            path.parent.mkdir(parents=True, exist_ok=True)
             audio.write_wav(path, wav_CN, spec.sample_rate)
-            settings = {
-                "prompt": text,
-                "seed": args.seed,
-                "sample": i,
-                "seconds": seconds,
-                "checkpoint": str(args.checkpoint),
-                "step": loaded.step,
-                "weights": loaded.lineage.get("weights"),
-                "decode": dataclasses.asdict(decoding),
-                "compute_dtype": sampling.compute_dtype(config).name,
-                "codec_backend": args.codec_backend,
-                "kernels": dataclasses.asdict(args.kernels),
-                "mesh": dataclasses.asdict(args.mesh),
-                "codec": dataclasses.asdict(spec),
-                "wanted_lufs": args.lufs,
-                "reached_lufs": loudness,
-                "sample_rate": spec.sample_rate,
-            }
+            settings = {"prompt": text, "seed": args.seed, "sample": i, **common}
+            settings["reached_lufs"] = loudness
             records.write_text(path.with_suffix(".json"), json.dumps(settings, indent=2) + "\n")
             written.append(path)
             print(path)

@@ -60,6 +60,8 @@ def main(args: list[str]) -> None:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="demo")
     chosen, rest = first.parse_known_args(args)
+    if not {"-h", "--help"} & set(rest) and not any(w.startswith("--config") for w in args):
+        print("--config demo, the default", flush=True)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--init-from", "--init_from", default="")
     early.add_argument("--out", default="")

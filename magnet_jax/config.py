@@ -511,6 +511,10 @@ class RunConfig:
             f"profile {list(self.profile)} must be the first and the last step to record",
         )
         _require(
+            not self.lora.rank or bool(self.init_from),
+            "lora.rank trains adapters for another model: give it with --init-from",
+        )
+        _require(
             not (self.lora.rank and self.text.finetune),
             "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
         )

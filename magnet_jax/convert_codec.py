@@ -169,7 +169,9 @@ def read_codec_folder(
         settings = json.loads((folder / "config.json").read_text())
         model_type = settings["model_type"]
     except FileNotFoundError:
-        raise UserError(f"{where}: no config.json in {folder}") from None
+        other = folder / "compression_state_dict.bin"
+        hint = f"; AudioCraft's codec is {other}" if other.exists() else ""
+        raise UserError(f"{where}: no config.json in {folder}{hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: damaged config.json ({error!r})") from None
     if model_type != "encodec":

@@ -31,10 +31,12 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
-        raise UserError(
-            f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor} does not fit "
-            f"{len(devices)} devices; set mesh.data to -1"
-        )
+        given = f"mesh data={config.data} fsdp={config.fsdp} tensor={config.tensor}"
+        if -1 in (config.data, config.fsdp, config.tensor):
+            remedy = "the other axes must divide that number"
+        else:
+            remedy = "their product must be that number; -1 for data takes what the others leave"
+        raise UserError(f"{given} does not fit {len(devices)} device(s): {remedy}")
     # On TPUs neighbours in the mesh are neighbours in the torus; elsewhere the order is kept.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

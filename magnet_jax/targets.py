@@ -153,8 +153,8 @@ def load(name: str) -> Target:
 def _tpu_devices(name: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
         raise UserError(
-            f'{name}: compiling for TPUs needs libtpu: pip install "magnet-jax[aot-tpu]", or '
-            "libtpu==0.0.52"
+            f"{name}: libtpu, which knows TPUs, is not installed: pip install "
+            '"magnet-jax[aot-tpu]", or libtpu==0.0.52'
         )
     for variable, value in {
         # Ask no metadata server, and be content with a host that is none of a TPU's.

@@ -96,8 +96,6 @@ def _text_and_lm(
         base = checkpoint.read_base(run) if config.lora.rank else None
         return t5.load(str(run / "text")), base
     if not config.init_from:
-        if config.lora.rank:
-            raise UserError("lora adapts a trained model: name it with --init-from")
         return t5.load(config.text.source), None
     loaded = pretrained.load(config.init_from)
     if loaded.codec.sha256 != spec.sha256 and not config.init_partial:
@@ -128,6 +126,8 @@ def set_up(config: RunConfig) -> Setup:
     """
     if not config.out:
         raise UserError("no folder for the run: give --out DIR")
+    if not config.data.path:
+        raise UserError("no data: give --data.path DIR, a folder that tokenization.job wrote")
     if bucket.is_url(config.data.path):
         raise UserError(
             f"--data.path {config.data.path}: records cannot be read from a bucket; copy them to "

@@ -200,7 +200,7 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     if not found["readable"]:
         raise UserError(f"{args.topology}: this release of JAX does not read what was compiled")
     # A fused program has no scores; one that is not has them, for T frames or T padded to tiles.
-    scores = hlo.square_arrays(text, frames, at_most=math.ceil(frames / 512) * 512)
+    scores = hlo.square_arrays(text, frames, at_most=math.ceil(frames / 128) * 128)
     model, steps = config.model, config.decode.steps
     floor = flops.floor_flops(model, frames, args.text_tokens, steps)
     # The reference leaves out a last, partial span.

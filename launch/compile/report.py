@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ def compiled_costs(lowered: jax.stages.Lowered, target: targets.Target) -> dict[
 
     Raises `UserError` where the compiler refuses, as for want of memory.
     """
+    print(f"compiling for {target.name}, which may take minutes", file=sys.stderr, flush=True)
     started = time.perf_counter()
     try:
         compiled = lowered.compile()
