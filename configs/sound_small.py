@@ -3,8 +3,8 @@
 python -m launch.train --config sound_small --data.path DATA --out RUN
 
 The data set's codec has 16 kHz and codebooks of 2048, as AudioGen's. From the paper are the text
-encoder (Table 5) and how sounds are sampled (Appendix G). What it leaves open is AudioCraft's,
-which also mixes clips in pairs; tokens do not allow that.
+encoder (Table 5) and how sounds are sampled (Appendix G). What it leaves open is AudioCraft's.
+That sounds are mixed in pairs is tokenization.job's part: docs/data.md, "Text to sound".
 """
 
 from magnet_jax.config import (

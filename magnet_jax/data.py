@@ -38,13 +38,6 @@ def field_texts(info: dict[str, Any]) -> list[str]:
     return texts
 
 
-def all_captions(caption: str, info: dict[str, Any]) -> list[str]:
-    """A record's caption, and the others that its metadata may hold under 'captions'."""
-    others = info.get("captions")
-    others = others if isinstance(others, list) else []
-    return [caption, *(text for text in others if isinstance(text, str) and text.strip())]
-
-
 def _word(value: Any) -> str:
     """A text or number in words; '' for all else, which says nothing that could be heard."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -239,7 +232,7 @@ def random_example(
     seed = int(rng.integers(0, 2**31))
     room = max(0, example["codes_KT"].shape[1] - layout.frames)
     first_frame = int(rng.integers(0, room + 1))
-    captions = all_captions(example["caption"], example["info"])
+    captions = records.all_captions(example["caption"], example["info"])
     text = merge_text(
         # (no draw where there is no choice)
         captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0],

@@ -98,6 +98,13 @@ def decode_example(example: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def all_captions(caption: str, info: dict[str, Any]) -> list[str]:
+    """A record's caption, and the others that its metadata may hold under 'captions'."""
+    others = info.get("captions")
+    others = others if isinstance(others, list) else []
+    return [caption, *(text for text in others if isinstance(text, str) and text.strip())]
+
+
 def read_codec_spec(directory: str | Path) -> CodecSpec:
     """The codec whose tokens a data set holds.
 

@@ -219,7 +219,7 @@ def test_one_of_several_captions_is_drawn_at_each_visit(tokenizer):
     assert set(counts) == {ids(text, {}, 0) for text in ("an old fiddle", "a slow waltz", "drums")}
     assert min(counts.values()) > 150
     for nothing in ({"captions": "drums"}, {"captions": {"a": 1}}, {"captions": []}):
-        assert data.all_captions("an old fiddle", nothing) == ["an old fiddle"]
+        assert records.all_captions("an old fiddle", nothing) == ["an old fiddle"]
 
 
 def test_field_texts_take_the_known_fields_that_have_a_value():

@@ -548,9 +548,10 @@ def test_workers_and_machines_make_the_same_data_set(tmp_path):
     put(folder / "03b.wav", tone(0.5))
     job = Job(
         audio=folder, out=tmp_path / "one", tracks_per_shard=2, validation_percent=30,
-        max_reject_ratio=0.5,
+        max_reject_ratio=0.5, mix_ratio=0.6,
     )  # fmt: skip
     summary = run(job)
+    assert any("mixed" in record["info"] for record in read(tmp_path / "one"))
     workers = run(dataclasses.replace(job, out=tmp_path / "workers", workers=2))
     assert workers == summary.replace("/one", "/workers")
     assert content(tmp_path / "workers") == content(tmp_path / "one")

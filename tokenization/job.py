@@ -8,6 +8,7 @@ next shard and ends with the same bytes.
     DIR/job.json        what this folder was begun with; another job there is refused
     DIR/units/          finished shards until the end, then their .json files only
     DIR/rejects.jsonl   one line a file left out: path, reason, detail
+    DIR/mix_rejects.jsonl   with --mix-ratio: the same of mixed tracks
     DIR/tokens-*        the data set, see magnet_jax/records.py
 """
 
@@ -42,10 +43,14 @@ from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError, reported
 from magnet_jax.torch_env import import_torch
 from tokenization import encode as encoding
+from tokenization import mixing
 from tokenization.audio import CLIPPED, Facts, Intake, Reject, RejectedError, Track
 from tokenization.decoder import Decoder, open_audio
 from tokenization.listing import Source
+from tokenization.mixing import Mix
 from tokenization.sources import Manifest, describe_ignored, scan
+
+MIX_REJECTS = "mix_rejects.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,12 @@ class Job(Source):
     """Reject tracks of which a larger share is clipped, that is in runs at full scale."""
     max_record_seconds: float = 120.0
     """Cut longer tracks into records of equal length; at most 120."""
+    mix_ratio: float = 0.0
+    """Add so many mixes of two tracks, as a share of the tracks to train on, see docs/data.md."""
+    mix_seed: int = 0
+    """Of what is mixed, and how."""
+    mix_snr: tuple[float, float] = (-5.0, 5.0)
+    """Lowest and highest level of one track over the other, in dB."""
     tracks_per_shard: int = 128
     """Tracks in a record file: the work lost by a kill, at most."""
     batch_size: int = 4
@@ -100,7 +111,11 @@ class _Unit:
 
     split: str
     index: int
-    tracks: Sequence[Track]
+    tracks: Sequence[Track] | Sequence[Mix]
+
+    @property
+    def is_mixed(self) -> bool:
+        return isinstance(self.tracks[0], Mix)
 
     def record_path(self, out: Path) -> Path:
         return out / "units" / f"{self.split}-{self.index:05d}.array_record"
@@ -140,7 +155,7 @@ def run(job: Job) -> str:
                     f"shard {job.shard}: done; {missing} of {len(units)} record files are still to "
                     "be made\nwhen none is, the same command without --shard completes the data set"
                 )
-            rejects = [*manifest.rejects, *(r for unit in done for r in unit.rejects)]
+            rejects = [*manifest.rejects, *_rejects(units, done, mixed=False)]
             _check_rejects(job, manifest, rejects, final=True)
             return _finish(job, manifest, spec, units, done, rejects)
 
@@ -169,11 +184,16 @@ def _check(job: Job) -> None:
         "tracks_per_shard": (1, 10**6),
         "batch_size": (1, 1024),
         "window_seconds": (1, 120),
+        "mix_ratio": (0, 100),
+        "mix_seed": (0, 2**31 - 1),
         "workers": (1, 1024),
     }
     for name, (low, high) in limits.items():
         if not low <= getattr(job, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} must lie between {low} and {high}")
+    low, high = job.mix_snr
+    if not -60 <= low <= high <= 60:
+        raise UserError(f"--mix-snr {low:g} {high:g}: give the lower first, both within -60 to 60")
     _shard_of(job)
 
 
@@ -239,6 +259,12 @@ def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
         "--batch-size": job.batch_size,
         "--window-seconds": job.window_seconds,
     }
+    if job.mix_ratio > 0:
+        begun |= {
+            "--mix-ratio": job.mix_ratio,
+            "--mix-seed": job.mix_seed,
+            "--mix-snr": list(job.mix_snr),
+        }
     path = job.out / "job.json"
     if not path.exists():
         records.write_text(path, json.dumps(begun, indent=2) + "\n")
@@ -270,13 +296,26 @@ def plan(job: Job, manifest: Manifest) -> list[_Unit]:
             for track in manifest.tracks
             if split_of(os.path.splitext(track.path)[0], job.validation_percent) == split
         ]
-        for index, start in enumerate(range(0, len(tracks), job.tracks_per_shard)):
-            part = tracks[start : start + job.tracks_per_shard]
-            units.append(_Unit(split=split, index=index, tracks=part))
+        mixes = []
+        if split == "train":
+            mixes = mixing.draw(tracks, ratio=job.mix_ratio, seed=job.mix_seed, snr=job.mix_snr)
+        size = job.tracks_per_shard
+        parts = [s[i : i + size] for s in (tracks, mixes) for i in range(0, len(s), size)]
+        units += [_Unit(split=split, index=i, tracks=part) for i, part in enumerate(parts)]
     if units and all(unit.split == "validation" for unit in units):
         count = len(manifest.tracks)
         raise UserError(f"all {count} tracks would fall to validation: lower --validation-percent")
     return units
+
+
+def _rejects(units: Sequence[_Unit], found: Sequence[_Done | None], *, mixed: bool) -> list[Reject]:
+    """What finished units left out: files, or mixes, which are counted by themselves."""
+    return [
+        reject
+        for unit, done in zip(units, found, strict=True)
+        if done and unit.is_mixed == mixed
+        for reject in done.rejects
+    ]
 
 
 def _work(job: Job, manifest: Manifest, units: Sequence[_Unit]) -> list[_Done | None]:
@@ -290,7 +329,7 @@ def _work(job: Job, manifest: Manifest, units: Sequence[_Unit]) -> list[_Done | 
     to_do = [i for i, ok in enumerate(finished) if not ok and i % count == index]
     found = [done if ok else None for done, ok in zip(found, finished)]
     rejects = list(manifest.rejects)  # captions alone can already decide
-    rejects += [r for done in found if done for r in done.rejects]
+    rejects += _rejects(units, found, mixed=False)
     _check_rejects(job, manifest, rejects, final=False)
     with tqdm(
         total=sum(len(units[i].tracks) for i in to_do)
@@ -305,7 +344,7 @@ def _work(job: Job, manifest: Manifest, units: Sequence[_Unit]) -> list[_Done | 
         with contextlib.closing(make(job, [units[i] for i in to_do], progress)) as made:
             for i, done in zip(to_do, made, strict=True):
                 found[i] = done
-                rejects += done.rejects
+                rejects += _rejects([units[i]], [done], mixed=False)
                 _check_rejects(job, manifest, rejects, final=False)
     return found
 
@@ -435,10 +474,21 @@ class Maker:
         job, spec = self._job, self._codec.spec
         rejects: list[Reject] = []
         facts: dict[str, Facts] = {}
+        mixed: dict[str, tuple[float, float]] = {}
+        kept: list[float] = []  # seconds of mixes
 
         def examples() -> Iterator[dict[str, Any]]:
-            for track, codes_KT, samples in self._encoded(unit.tracks, facts, rejects):
-                yield from _examples(job, spec, track, codes_KT, samples)
+            for track, codes_KT, samples in self._encoded(unit.tracks, facts, mixed, rejects):
+                if isinstance(track, Mix):
+                    both = mixed[track.track_id]
+                    whole = mixing.as_track(track, both[0])
+                    for example in _examples(job, spec, whole, codes_KT, samples):
+                        start, seconds = example["start"], example["duration"]
+                        if mixing.is_heard(both, (start, start + seconds)):
+                            kept.append(seconds)
+                            yield example
+                else:
+                    yield from _examples(job, spec, track, codes_KT, samples)
                 progress(1, samples / spec.sample_rate)
 
         path = unit.record_path(job.out)
@@ -446,7 +496,7 @@ class Maker:
         progress(len(rejects), 0.0)
         # (in their order: threads note them as they come)
         known = [facts[track.track_id] for track in unit.tracks if track.track_id in facts]
-        seconds = sum(one.seconds for one in known)
+        seconds = sum(one.seconds for one in known) + sum(kept)
         clipped = sum(one.clipped > CLIPPED for one in known)
         done = _Done(shard=shard, seconds=seconds, rejects=rejects, clipped=clipped)
         values = asdict(done)
@@ -455,9 +505,16 @@ class Maker:
         return done
 
     def _encoded(
-        self, tracks: Sequence[Track], facts: dict[str, Facts], rejects: list[Reject]
-    ) -> Iterator[tuple[Track, np.ndarray, int]]:
-        """The tracks that are fit, in order, with their tokens [K, T] and samples."""
+        self,
+        tracks: Sequence[Track] | Sequence[Mix],
+        facts: dict[str, Facts],
+        mixed: dict[str, tuple[float, float]],
+        rejects: list[Reject],
+    ) -> Iterator[tuple[Track | Mix, np.ndarray, int]]:
+        """The tracks that are fit, in order, with their tokens [K, T] and samples.
+
+        Of each of them it notes the facts, or, of a mix, the seconds where both parts sound.
+        """
         job, codec = self._job, self._codec
         intake = Intake(
             sample_rate=codec.spec.sample_rate,
@@ -470,12 +527,18 @@ class Maker:
         for decoder in self._decoders:
             idle.put(decoder)
 
-        def blocks(track: Track) -> Iterator[np.ndarray]:
+        def blocks(track: Track | Mix) -> Iterator[np.ndarray]:
             decoder = idle.get()
             try:
-                stream = open_audio(track, intake, decoder)
-                yield from stream
-                facts[track.track_id] = stream.facts
+                if isinstance(track, Mix):
+                    made = mixing.read(track, intake, decoder)
+                    rate = intake.sample_rate
+                    mixed[track.track_id] = (made.begin / rate, made.end / rate)
+                    yield from mixing.blocks(made)
+                else:
+                    stream = open_audio(track, intake, decoder)
+                    yield from stream
+                    facts[track.track_id] = stream.facts
             finally:
                 idle.put(decoder)
 
@@ -562,14 +625,18 @@ def _check_rejects(job: Job, manifest: Manifest, rejects: Sequence[Reject], *, f
     path = job.out / "rejects.jsonl"
     too_many = len(rejects) == total or len(rejects) > job.max_reject_ratio * total
     if final or (too_many and not records.is_complete(job.out)):
-        in_order = sorted(rejects, key=lambda reject: reject.path)
-        records.write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in in_order))
+        _write_rejects(path, rejects)
     if too_many:
         when = "" if final else " so far"
         raise UserError(
             f"{len(rejects)} of {total} audio files rejected{when}, --max-reject-ratio is "
             f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {path}"
         )
+
+
+def _write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+    in_order = sorted(rejects, key=lambda reject: reject.path)
+    records.write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in in_order))
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:
@@ -596,7 +663,7 @@ def _finish(
             f"every track to train on was rejected, {counts['validation']} records of validation "
             f"are left: mend the audio, or lower --validation-percent and name a new --out"
         )
-    seconds = sum(d.seconds for d in done)
+    seconds = sum(d.seconds for unit, d in zip(units, done) if not unit.is_mixed)
     total = len(manifest.tracks) + len(manifest.rejects)
     clipped = sum(d.clipped for d in done)
     about = {
@@ -605,6 +672,16 @@ def _finish(
         "rejected": len(rejects),
         "clipped": clipped,
     }
+    mixed = ""
+    if job.mix_ratio > 0:
+        drawn = sum(len(unit.tracks) for unit in units if unit.is_mixed)
+        left_out = _rejects(units, done, mixed=True)
+        hours = sum(d.seconds for unit, d in zip(units, done) if unit.is_mixed) / 3600
+        about |= {"mixes": drawn - len(left_out), "mix_hours": hours}
+        mixed = f"; {drawn - len(left_out)} mixes, {hours:.3f} h"
+        if left_out:
+            mixed += f", and {len(left_out)} left out ({_reasons(left_out)}; see {MIX_REJECTS})"
+        _write_rejects(job.out / MIX_REJECTS, left_out)
     records.finalise(job.out, shards, spec, about)
     for stale in (job.out / "units").glob(".*.tmp"):
         stale.unlink()
@@ -613,8 +690,8 @@ def _finish(
         rejected += f" ({_reasons(rejects)}; see {job.out / 'rejects.jsonl'})"
     return (
         f"{sum(counts.values())} records ({counts['train']} train, {counts['validation']} "
-        f"validation), {seconds / 3600:.3f} h of audio; {rejected}; {clipped} clipped; ignored "
-        f"{describe_ignored(manifest.ignored)}\n"
+        f"validation), {seconds / 3600:.3f} h of audio{mixed}; {rejected}; {clipped} clipped; "
+        f"ignored {describe_ignored(manifest.ignored)}\n"
         f'open it with tfds.builder_from_directory("{job.out}")'
     )
 
