@@ -103,6 +103,11 @@ def prepare_run(
                 "give these values, or another --out"
             )
         known = from_json(CodecSpec, run / "codec.json")
+        if known.interleaved != codec.interleaved:
+            raise UserError(
+                f"{config.data.path} holds {codec.layout}, but the run {out} learns "
+                f"{known.layout}; tokenize again in the same way (--stereo)"
+            )
         if known.sha256 != codec.sha256:
             raise UserError(
                 f"{config.data.path} was tokenized with {codec.source}, but the run {out} learns "

@@ -113,12 +113,15 @@ class Codec:
         torch = import_torch()
         if wav_BCN.ndim != 3 or wav_BCN.shape[1] != self.spec.channels or wav_BCN.shape[2] < 1:
             raise ValueError(f"wav_BCN {wav_BCN.shape}: expected [B, {self.spec.channels}, N]")
+        sides = self.spec.sides
+        wav_BCN = wav_BCN.reshape(-1, self.spec.channels // sides, wav_BCN.shape[2])
         with torch.inference_mode(), exactly(torch):
             wav = torch.from_numpy(np.ascontiguousarray(wav_BCN, np.float32)).to(self.device)
             if self.config.normalize:
                 wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
             codes_KBT = self.quantizer.encode(self.encoder(wav))
-            return codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
+            codes_BKT = codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
+        return join_sides(codes_BKT, sides)
 
     def decode(self, codes_BKT: np.ndarray) -> np.ndarray:
         """Audio [B, C, T * hop] (float32) of codes [B, K, T].
@@ -128,14 +131,20 @@ class Codec:
         torch = import_torch()
         codes_BKT = check_codes(codes_BKT, self.spec)
         with torch.inference_mode(), exactly(torch):
-            codes = torch.from_numpy(codes_BKT.astype(np.int64)).to(self.device)
+            codes = split_sides(codes_BKT.astype(np.int64), self.spec.sides)
+            codes = torch.from_numpy(np.ascontiguousarray(codes)).to(self.device)
             wav = self._decoder(self.quantizer.decode(codes.transpose(0, 1)))
             if self.config.normalize:
                 wav = wav * NOMINAL_RMS
-            return wav.float().cpu().numpy()
+            return wav.float().cpu().numpy().reshape(len(codes_BKT), self.spec.channels, -1)
 
 
-def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = None) -> Codec:
+def load_codec(
+    source: str,
+    device: str = "cpu",
+    num_codebooks: int | None = None,
+    interleaved: bool = False,
+) -> Codec:
     """Loads an EnCodec.
 
     `source` is one of: 'embedded'; a folder or hub id of a transformers EncodecModel; AudioCraft's
@@ -144,14 +153,16 @@ def load_codec(source: str, device: str = "cpu", num_codebooks: int | None = Non
     .safetensors, under a name that begins so).
     `num_codebooks` keeps the first K codebooks; None keeps those of the largest bandwidth up to
     6 kbit/s that the codec was trained for.
+    `interleaved` makes a mono codec one of interleaved stereo, see `CodecSpec`; `num_codebooks`
+    then counts those of both sides.
 
     Raises `UserError` when the codec cannot be found or read, or the choice does not fit it.
     """
     torch = import_torch()
     _check_device(torch, source, device)
-    spec, weights = _read(source, num_codebooks)
+    spec, weights = _read(source, num_codebooks, interleaved)
     model = _torch_model(torch, weights)
-    model["quantizer"].layers = model["quantizer"].layers[: spec.num_codebooks]
+    model["quantizer"].layers = model["quantizer"].layers[: spec.num_codebooks // spec.sides]
     return Codec(spec, weights.config, model, model["quantizer"], device)
 
 
@@ -160,7 +171,36 @@ def read_spec(source: str, num_codebooks: int | None = None) -> CodecSpec:
     return _read(source, num_codebooks)[0]
 
 
-def load_decoder(source: str, num_codebooks: int | None = None) -> Decoder:
+def interleaved_spec(spec: CodecSpec) -> CodecSpec:
+    """What stereo is, both sides of which a mono codec encodes; `UserError` for other codecs."""
+    if spec.channels != 1:
+        raise UserError(
+            f"codec {spec.source} has {spec.channels} channels: interleaved stereo takes a mono one"
+        )
+    return dataclasses.replace(
+        spec, channels=2, num_codebooks=2 * spec.num_codebooks, interleaved=True
+    )
+
+
+def join_sides(codes: Any, sides: int) -> Any:
+    """Codes [B * S, K, T] of S sides each, one after the other, to interleaved ones [B, K * S, T].
+
+    Takes arrays of NumPy and JAX, as `split_sides` does.
+    """
+    _, count, frames = codes.shape
+    return codes.reshape(-1, sides, count, frames).swapaxes(1, 2).reshape(-1, count * sides, frames)
+
+
+def split_sides(codes: Any, sides: int) -> Any:
+    """The inverse of `join_sides`."""
+    batch, count, frames = codes.shape
+    count //= sides
+    return codes.reshape(batch, count, sides, frames).swapaxes(1, 2).reshape(-1, count, frames)
+
+
+def load_decoder(
+    source: str, num_codebooks: int | None = None, interleaved: bool = False
+) -> Decoder:
     """The decoder of an EnCodec for `seanet.decode`, its parameters on JAX's default device.
 
     Arguments, errors and `spec` are those of `load_codec`. PyTorch is imported for nothing but to
@@ -168,13 +208,23 @@ def load_decoder(source: str, num_codebooks: int | None = None) -> Decoder:
     """
     import jax  # here, as tokenization needs none
 
-    spec, weights = _read(source, num_codebooks)
-    params = decoder_params(weights.tensors, weights.config, spec.num_codebooks)
+    spec, weights = _read(source, num_codebooks, interleaved)
+    params = decoder_params(weights.tensors, weights.config, spec.num_codebooks // spec.sides)
     return Decoder(spec, weights.config, jax.tree.map(jax.numpy.asarray, params))
 
 
-def _read(source: str, num_codebooks: int | None) -> tuple[CodecSpec, _Weights]:
+def _read(
+    source: str, num_codebooks: int | None, interleaved: bool = False
+) -> tuple[CodecSpec, _Weights]:
     """What a codec is, with so many codebooks, and its weights; see `load_codec`."""
+    if interleaved:
+        if num_codebooks is not None and num_codebooks % 2:
+            raise UserError(
+                f"interleaved stereo has as many codebooks left as right: num_codebooks must be "
+                f"even, not {num_codebooks}"
+            )
+        spec, weights = _read(source, num_codebooks and num_codebooks // 2)
+        return interleaved_spec(spec), weights
     if num_codebooks is not None and num_codebooks < 1:
         raise UserError(f"num_codebooks must be at least 1, not {num_codebooks}")
     weights = _find(source)
@@ -252,7 +302,8 @@ def check_same_codec(found: CodecSpec, expected: CodecSpec, where: str) -> None:
             f"{where}: its tokens come from codec {found.source} ({found.sha256[:12]}), but "
             f"{expected.source} ({expected.sha256[:12]}) is wanted: tokenize again with that codec"
         )
-    for name in ("num_codebooks", "codebook_size", "sample_rate", "channels", "frame_rate"):
+    names = ("interleaved", "num_codebooks", "codebook_size", "sample_rate", "channels")
+    for name in (*names, "frame_rate"):
         a, b = getattr(found, name), getattr(expected, name)
         if a != b:
             raise UserError(f"{where}: its codec has {name} {a}, but {b} is wanted")

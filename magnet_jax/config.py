@@ -67,6 +67,19 @@ class CodecSpec:
     """Codebooks kept, K."""
     codebook_size: int
     """Entries of one codebook, V."""
+    interleaved: bool = _added(False)
+    """Whether left and right were encoded by themselves, by a mono codec. The codebooks alternate:
+    the first of the left, the first of the right, the second of the left, ...; K counts both."""
+
+    @property
+    def sides(self) -> int:
+        """Into how many parts the channels and codebooks are split, each the codec's own."""
+        return 2 if self.interleaved else 1
+
+    @property
+    def layout(self) -> str:
+        """How the codebooks lie, in words."""
+        return "interleaved stereo" if self.interleaved else "one stream of codebooks"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

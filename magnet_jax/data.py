@@ -20,7 +20,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from magnet_jax import records, t5
-from magnet_jax.config import DataConfig
+from magnet_jax.config import CodecSpec, DataConfig
 from magnet_jax.errors import UserError
 
 MERGED_FIELDS = ("genre", "instrument", "bpm", "key", "moods", "keywords")
@@ -275,8 +275,19 @@ def _example(
     }
 
 
+def not_all_of_stereo(path: str, spec: CodecSpec, num_codebooks: int) -> str:
+    """Why a model of so many codebooks cannot learn interleaved stereo: it takes all of them."""
+    return (
+        f"data set {path}: interleaved stereo of {spec.num_codebooks} codebooks, "
+        f"{spec.num_codebooks // 2} of each side, and the model has {num_codebooks}: set "
+        f"--model.num-codebooks {spec.num_codebooks} (and as many --decode.steps)"
+    )
+
+
 def _frame_rate(config: DataConfig, num_codebooks: int) -> float:
     spec = records.read_codec_spec(config.path)
+    if spec.interleaved and spec.num_codebooks != num_codebooks:
+        raise UserError(not_all_of_stereo(config.path, spec, num_codebooks))
     if spec.num_codebooks < num_codebooks:
         raise UserError(
             f"data set {config.path}: {spec.num_codebooks} codebooks, and the model has "

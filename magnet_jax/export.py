@@ -88,8 +88,12 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
     """
     out = out.absolute()
     codec = dataclasses.replace(loaded.codec, source=loaded.codec_source)
+    if options.audiocraft and codec.interleaved:
+        raise UserError(f"{where}: interleaved stereo has no AudioCraft files: --no-audiocraft")
     if Path(codec.source).exists() or codec.source == EMBEDDED:
-        found = codecs.load_codec(codec.source, num_codebooks=codec.num_codebooks).spec
+        found = codecs.load_codec(
+            codec.source, num_codebooks=codec.num_codebooks, interleaved=codec.interleaved
+        ).spec
         codecs.check_same_codec(found, codec, where)
     elif codec.source not in codecs.ENCODEC_WEIGHTS and not (
         "/" in codec.source and hub.is_hub_id(codec.source)

@@ -104,7 +104,11 @@ def load_decoder(
     if backend not in typing.get_args(CodecBackend):
         raise UserError(f"codec backend must be 'jax' or 'torch', not {backend!r}")
     load = codec_module.load_decoder if backend == "jax" else load_codec
-    decoder = load(loaded.codec_source, num_codebooks=loaded.codec.num_codebooks)
+    decoder = load(
+        loaded.codec_source,
+        num_codebooks=loaded.codec.num_codebooks,
+        interleaved=loaded.codec.interleaved,
+    )
     if decoder.spec.sha256 != loaded.codec.sha256:
         raise UserError(
             f"{where} learnt the tokens of codec {loaded.codec.source}, and "

@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from magnet_jax.codec import split_sides
 from magnet_jax.convert_codec import NOMINAL_RMS, SeanetConfig
 
 Params = dict[str, Any]
@@ -43,6 +44,9 @@ def decode(
 ) -> jax.Array:
     """Audio [B, C, T * hop] (float32) of codes [B, K, T]; pure, and made to be jitted.
 
+    Of twice as many codebooks as `params` has, left and right are interleaved (`CodecSpec`): each
+    is decoded by itself, and the audio is [B, 2, T * hop].
+
     Args:
       params: as in the module's docstring.
       codes_BKT: integers in [0, V), K the number of codebooks in `params`.
@@ -60,6 +64,16 @@ def decode(
       ValueError: a wrong shape, or codes that are no integers.
     """
     num_codebooks = params["codebooks"].shape[0]
+    if codes_BKT.ndim == 3 and codes_BKT.shape[1] == 2 * num_codebooks:
+        wav_BCN = decode(
+            params,
+            split_sides(codes_BKT, 2),
+            config=config,
+            length=length,
+            lstm_rows=lstm_rows,
+            piece=piece,
+        )
+        return wav_BCN.reshape(len(codes_BKT), 2, -1)
     if codes_BKT.ndim != 3 or codes_BKT.shape[1] != num_codebooks or 0 in codes_BKT.shape:
         raise ValueError(f"codes_BKT {codes_BKT.shape}: expected [B, {num_codebooks}, T]")
     if not jnp.issubdtype(codes_BKT.dtype, jnp.integer):

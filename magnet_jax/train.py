@@ -55,6 +55,8 @@ def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> Non
     if config.model.kind != "magnet":
         raise UserError(f"a model of kind {config.model.kind} can be sampled from, not trained")
     model = config.model
+    if spec.interleaved and spec.num_codebooks != model.num_codebooks:
+        raise UserError(data.not_all_of_stereo(config.data.path, spec, model.num_codebooks))
     if spec.codebook_size != model.codebook_size or spec.num_codebooks < model.num_codebooks:
         raise UserError(
             f"{config.data.path} holds {spec.num_codebooks} codebooks of {spec.codebook_size} "
@@ -98,6 +100,12 @@ def _text_and_lm(
     if not config.init_from:
         return t5.load(config.text.source), None
     loaded = pretrained.load(config.init_from)
+    if loaded.codec.interleaved != spec.interleaved and not config.init_partial:
+        raise UserError(
+            f"{config.data.path} holds {spec.layout}, but {config.init_from} learnt "
+            f"{loaded.codec.layout}: tokenize in the same way (--stereo), or give --init-partial "
+            "to learn new tokens"
+        )
     if loaded.codec.sha256 != spec.sha256 and not config.init_partial:
         raise UserError(
             f"{config.data.path} was tokenized with {spec.source}, but {config.init_from} learnt "
@@ -260,7 +268,9 @@ def open_decoder(config: RunConfig, run: Path, spec: CodecSpec) -> codec.Codec |
     if not (config.sample_every and config.sample_prompts):
         return None
     source = checkpoint.codec_source(run, spec)
-    decoder = codec.load_codec(source, num_codebooks=spec.num_codebooks)
+    decoder = codec.load_codec(
+        source, num_codebooks=spec.num_codebooks, interleaved=spec.interleaved
+    )
     codec.check_same_codec(spec, decoder.spec, config.data.path)
     return decoder
 

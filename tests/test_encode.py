@@ -66,6 +66,31 @@ def test_tokens_are_those_of_whole_tracks(sources, kind):
     assert differing <= total // 500
 
 
+def test_both_sides_of_a_track_are_encoded_by_themselves(sources):
+    codec = load_codec("embedded")
+    frames = [100, 3, 47, 3, 61, 30]
+    tracks = [
+        np.concatenate([music(codec, n * codec.hop - 7, seed) for seed in (i, i + 50)])
+        for i, n in enumerate(frames)
+    ]
+    found = encode(
+        codec,
+        (Source(i, blocks(wav_CN)) for i, wav_CN in enumerate(tracks)),
+        window_frames=30,
+        batch_size=2,
+        rejected=Broken,
+        sides=2,
+    )
+    differing = total = 0
+    for one, wav_CN, count in zip(found, tracks, frames, strict=True):
+        assert one.codes_KT.shape == (2 * codec.spec.num_codebooks, count)
+        for side in range(2):
+            expected = whole(codec, wav_CN[[side]])
+            differing += (one.codes_KT[side::2] != expected).sum()
+            total += expected.size
+    assert differing <= total // 500
+
+
 def test_what_cannot_be_read_is_left_out_alone(sources):
     codec = load_codec("embedded")
     wav_CN = music(codec, 70 * codec.hop, 0)

@@ -150,6 +150,9 @@ def test_the_job_adds_mixes_to_the_training_split(folder, tmp_path, one_codec):
     )  # fmt: skip
     plain = dataclasses.replace(job, out=tmp_path / "plain", mix_ratio=0.0)
     run(plain)
+    # (what folders from before there were mixes and stereo do not have)
+    noted = json.loads((plain.out / "job.json").read_text())
+    assert not [name for name in noted if "mix" in name or "stereo" in name or "inter" in name]
     summary = run(job)
     mixed, others = read_out(job.out)
     assert read_out(job.out, "validation")[0] == []

@@ -3,7 +3,8 @@
 What the encoder's convolutions make of a frame hangs on a few frames to each side
 (`receptive_field`), so a window that overlaps its neighbours by those gives the frames between
 exactly. The LSTM behind them hangs on all that came before: its state goes along from window to
-window. Each row of a batch is another track, and when one ends the next takes its row.
+window. Each row of a batch is another track, and when one ends the next takes its row. Of stereo
+whose sides a mono codec encodes, a row has two lanes.
 """
 
 from collections import deque
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from magnet_jax.codec import Codec, exactly
+from magnet_jax.codec import Codec, exactly, join_sides
 from magnet_jax.receptive_field import convolution_frames
 from magnet_jax.torch_env import import_torch
 
@@ -46,6 +47,7 @@ def encode(
     batch_size: int,
     rejected: type[Exception],
     precision: Literal["float32", "bfloat16"] = "float32",
+    sides: int = 1,
 ) -> Iterator[Encoded]:
     """Encodes each track as a whole, its last frame filled up with zeros, in the sources' order.
 
@@ -60,12 +62,14 @@ def encode(
       batch_size: tracks at once.
       rejected: what reading a source may raise to have that track, and only that, left out.
       precision: of the convolutions.
+      sides: a track has so many times the codec's channels; each side is encoded by itself, and
+        their codebooks alternate, see `CodecSpec.interleaved`.
 
     Raises:
       UserError: a codec that norms over the whole clip.
       ValueError: windows that are nearly all overlap.
     """
-    encoder = _Encoder(codec, window_frames, precision)
+    encoder = _Encoder(codec, window_frames, precision, sides)
     unfinished: deque[_Track] = deque()
     short: dict[int, list[_Track]] = {}  # by frames: all of a batch are of one length
     following = iter(sources)
@@ -132,6 +136,7 @@ def encode_pieces(
     cut: Callable[[int], list[tuple[int, int]]],
     *,
     rejected: type[Exception],
+    sides: int = 1,
 ) -> Iterator[Encoded]:
     """As `encode`, each piece of a track by itself: for codecs that norm over what they are given.
 
@@ -150,7 +155,8 @@ def encode_pieces(
         frames = -(-samples // codec.hop)
         wav_CN = np.pad(np.concatenate(held, axis=1), ((0, 0), (0, frames * codec.hop - samples)))
         pieces = [wav_CN[:, i * codec.hop : j * codec.hop] for i, j in cut(frames)]
-        codes = [codec.encode(piece_CN[None])[0] for piece_CN in pieces]
+        shape = (sides, codec.spec.channels, -1)
+        codes = [join_sides(codec.encode(part_CN.reshape(shape)), sides)[0] for part_CN in pieces]
         yield Encoded(source.key, np.concatenate(codes, axis=1), samples, None)
 
 
@@ -162,8 +168,17 @@ class _Window(NamedTuple):
     is_last: bool
 
 
+class _Lane:
+    """What is encoded as one stream: the LSTM's state, the tokens so far."""
+
+    def __init__(self):
+        self.state: Any = None  # of the LSTM
+        self.tail_FT: Any = None  # what the last convolution still needs of the LSTM's frames
+        self.codes: list[np.ndarray] = []
+
+
 class _Track:
-    """A track on its way: the samples at hand, the LSTM's state, the tokens so far."""
+    """A track on its way: the samples at hand, and a lane for each side."""
 
     def __init__(self, source: Source, encoder: "_Encoder", rejected: type[Exception]):
         self.key, self._blocks, self._encoder, self._rejected = (
@@ -174,9 +189,7 @@ class _Track:
         self.whole_frames: int | None = None  # known when all is read
         self.error: Exception | None = None
         self.encoded_whole = False
-        self.state: Any = None  # of the LSTM
-        self.tail_FT: Any = None  # what the last convolution still needs of the LSTM's frames
-        self.codes: list[np.ndarray] = []
+        self.lanes = [_Lane() for _ in range(encoder.sides)]
         self._held: list[np.ndarray] = []
         self._first = 0  # frame of the first sample held
         self._frames = 0  # given by windows
@@ -237,26 +250,26 @@ class _Track:
         self._held, self._first = [held_CN[:, (keep - self._first) * hop :]], keep
         return window
 
-    def end(self, codes_KT: np.ndarray) -> None:
-        """Takes the last tokens; no sample is needed any more."""
-        self.codes.append(codes_KT)
+    def end(self) -> None:
+        """All tokens are there, and no sample is needed any more."""
         self.encoded_whole, self._held = True, []
 
     def encoded(self) -> Encoded:
-        if self.error or not self.codes:
+        if self.error or not self.lanes[0].codes:
             return Encoded(self.key, None, self.samples, self.error)
-        return Encoded(self.key, np.concatenate(self.codes, axis=1), self.samples, self.error)
+        codes_SKT = np.stack([np.concatenate(lane.codes, axis=1) for lane in self.lanes])
+        return Encoded(self.key, join_sides(codes_SKT, len(codes_SKT))[0], self.samples, None)
 
 
 class _Encoder:
     """The encoder in three parts: convolutions, LSTM, then the last convolution and codebooks."""
 
-    def __init__(self, codec: Codec, window_frames: int, precision: str):
+    def __init__(self, codec: Codec, window_frames: int, precision: str, sides: int):
         from transformers.models.encodec.modeling_encodec import EncodecLSTM
 
         self._torch = import_torch()
         self._codec, self._precision = codec, precision
-        self.hop, self.window = codec.hop, window_frames
+        self.hop, self.window, self.sides = codec.hop, window_frames, sides
         self.left, self.right = convolution_frames(codec.config)
         self.step = window_frames - self.left - self.right
         if self.step < 1:
@@ -281,36 +294,43 @@ class _Encoder:
     def encode_whole(self, tracks: list[_Track]) -> None:
         """Tracks of one length, all at once."""
         with self._torch.inference_mode(), exactly(self._torch):
-            x_BFT = self._features(np.stack([track.all_held() for track in tracks]))
-            codes_BKT = self._codes(self._back(x_BFT))
-        for track, codes_KT in zip(tracks, codes_BKT):
-            track.end(codes_KT)
+            wav_BCN = self._by_lane([track.all_held() for track in tracks])
+            codes_BKT = self._codes(self._back(self._features(wav_BCN)))
+        lanes = [lane for track in tracks for lane in track.lanes]
+        for lane, codes_KT in zip(lanes, codes_BKT, strict=True):
+            lane.codes = [codes_KT]
+        for track in tracks:
+            track.end()
 
     def encode_windows(self, tracks: list[_Track], windows: list[_Window]) -> None:
         """A window of each track; what cannot be known yet comes with the next."""
         torch = self._torch
+        wav_BCN = self._by_lane([window.wav_CN for window in windows])
+        lanes = [lane for track in tracks for lane in track.lanes]
+        ending = [track for track, window in zip(tracks, windows, strict=True) if window.is_last]
+        windows = [window for window in windows for _ in range(self.sides)]
         with torch.inference_mode(), exactly(torch):
-            x_BFT = self._features(np.stack([window.wav_CN for window in windows]))
+            x_BFT = self._features(wav_BCN)
             new_BFT = x_BFT.new_zeros(*x_BFT.shape[:2], self.step)
             for row, window in enumerate(windows):
                 new_BFT[row, :, : window.new] = x_BFT[row, :, window.skip :][:, : window.new]
-            y_BFT = self._recurrent(tracks, windows, new_BFT)
-            codes_KBT = self._codec.quantizer.encode(
-                self._last(self._padded(tracks, windows, y_BFT))
-            )
-            codes_BKT = codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
-        for track, window, codes_KT in zip(tracks, windows, codes_BKT):
+            y_BFT = self._recurrent(lanes, windows, new_BFT)
+            codes_BKT = self._codes(self._last(self._padded(lanes, windows, y_BFT)))
+        for lane, window, codes_KT in zip(lanes, windows, codes_BKT):
             # Column j is frame j - after, counted from the window's first new one.
             first = self._after if window.is_first else 0
             end = window.new + (self._after if window.is_last else 0)
-            if window.is_last:
-                track.end(codes_KT[:, first:end])
-            else:
-                track.codes.append(codes_KT[:, first:end])
+            lane.codes.append(codes_KT[:, first:end])
+        for track in ending:
+            track.end()
 
     def _codes(self, latent_BDT: Any) -> np.ndarray:
         codes_KBT = self._codec.quantizer.encode(latent_BDT)
         return codes_KBT.transpose(0, 1).to(self._torch.int16).cpu().numpy()
+
+    def _by_lane(self, wavs: list[np.ndarray]) -> np.ndarray:
+        """Audio of tracks, all of one length, as the codec takes it."""
+        return np.stack(wavs).reshape(-1, self._codec.spec.channels, wavs[0].shape[1])
 
     def _features(self, wav_BCN: np.ndarray) -> Any:
         torch, device = self._torch, self._codec.device
@@ -319,34 +339,34 @@ class _Encoder:
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled):
             return self._front(wav).float()
 
-    def _recurrent(self, tracks: list[_Track], windows: list[_Window], x_BFT: Any) -> Any:
+    def _recurrent(self, lanes: list[_Lane], windows: list[_Window], x_BFT: Any) -> Any:
         torch = self._torch
         layers, width = self._lstm.num_layers, self._lstm.hidden_size
         zeros = x_BFT.new_zeros(layers, width)
-        states = [track.state or (zeros, zeros) for track in tracks]
+        states = [lane.state or (zeros, zeros) for lane in lanes]
         state = tuple(torch.stack([s[i] for s in states], dim=1) for i in range(2))
         x_TBF = x_BFT.permute(2, 0, 1).contiguous()
         y_TBF, (hidden, cell) = self._lstm(x_TBF, state)
-        for row, track in enumerate(tracks):
-            track.state = None if windows[row].is_last else (hidden[:, row], cell[:, row])
+        for row, lane in enumerate(lanes):
+            lane.state = None if windows[row].is_last else (hidden[:, row], cell[:, row])
         return self._activation((y_TBF + x_TBF).permute(1, 2, 0))
 
-    def _padded(self, tracks: list[_Track], windows: list[_Window], y_BFT: Any) -> Any:
+    def _padded(self, lanes: list[_Lane], windows: list[_Window], y_BFT: Any) -> Any:
         """The last convolution's input: frames kept of the window before, new ones, and ends."""
         before, after = self._before, self._after
         width = before + after
         x_BFT = y_BFT.new_zeros(*y_BFT.shape[:2], width + self.step + after)
         x_BFT[..., width : width + self.step] = y_BFT
-        for row, (track, window) in enumerate(zip(tracks, windows)):
+        for row, (lane, window) in enumerate(zip(lanes, windows)):
             x_FT, end = x_BFT[row], width + window.new
-            if track.tail_FT is not None:
-                x_FT[:, :width] = track.tail_FT
+            if lane.tail_FT is not None:
+                x_FT[:, :width] = lane.tail_FT
             if window.is_last:
                 x_FT[:, end:] = 0
                 x_FT[:, end : end + after] = self._beyond(x_FT[:, :end].flip(1), after).flip(1)
             if window.is_first:
                 x_FT[:, after:width] = self._beyond(x_FT[:, width:end], before)
-            track.tail_FT = None if window.is_last else x_FT[:, end - width : end].clone()
+            lane.tail_FT = None if window.is_last else x_FT[:, end - width : end].clone()
         return x_BFT
 
     def _beyond(self, x_FT: Any, count: int) -> Any:

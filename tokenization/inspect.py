@@ -125,7 +125,8 @@ def _described(dataset: Path, totals: records.Totals, spec: CodecSpec) -> str:
         (
             "codec",
             f"{spec.source} ({spec.sha256[:12]}), {spec.sample_rate} Hz, {spec.channels} channel"
-            f"{'s' * (spec.channels > 1)}, {spec.num_codebooks} codebooks of "
+            f"{'s' * (spec.channels > 1)}, {spec.num_codebooks} codebooks "
+            f"{'(left and right interleaved) ' * spec.interleaved}of "
             f"{spec.codebook_size}, {spec.frame_rate:g} frames a second",
         ),
         ("files", f"{len(totals.files)}, {sum(totals.files.values()) / 1e6:.2f} MB"),
@@ -159,7 +160,11 @@ def _decoded(args: Args, spec: CodecSpec, totals: records.Totals) -> dict[str, A
         )
     record = records.decode_example(source[args.record])
     try:
-        codec = load_codec(args.codec or spec.source, num_codebooks=spec.num_codebooks)
+        codec = load_codec(
+            args.codec or spec.source,
+            num_codebooks=spec.num_codebooks,
+            interleaved=spec.interleaved,
+        )
     except UserError as error:
         if args.codec:
             raise

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from launch import cli
 from magnet_jax import records
-from magnet_jax.codec import load_codec, read_spec
+from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError, reported
 from magnet_jax.torch_env import import_torch
@@ -66,7 +66,11 @@ class Job(Source):
     """'embedded', folder or hub id of a transformers EncodecModel (facebook/encodec_32khz),
     encodec_24khz, encodec_48khz, or the path of one of those two's weights."""
     num_codebooks: int | None = None
-    """Codebooks to keep; by default those of the codec's largest bandwidth up to 6 kbit/s."""
+    """Codebooks to keep, with --stereo of each side; by default those of the codec's largest
+    bandwidth up to 6 kbit/s."""
+    stereo: Literal["none", "interleave"] = "none"
+    """interleave: a mono codec encodes left and right by themselves, and their codebooks alternate;
+    mono files count as both sides. none: the codec's own channels."""
     max_reject_ratio: float = 0.1
     """End with an error if a larger share of the audio files is rejected."""
     validation_percent: float = 5.0
@@ -142,7 +146,7 @@ def run(job: Job) -> str:
     units = plan(job, manifest)
     with _writing(job.out):
         _check_out(job)  # before anything is written there
-    spec = read_spec(job.codec, job.num_codebooks)
+    spec = _spec(job, read_spec(job.codec, job.num_codebooks))
     with _writing(job.out):
         (job.out / "units").mkdir(parents=True, exist_ok=True)
         with _locked(job):
@@ -158,6 +162,11 @@ def run(job: Job) -> str:
             rejects = [*manifest.rejects, *_rejects(units, done, mixed=False)]
             _check_rejects(job, manifest, rejects, final=True)
             return _finish(job, manifest, spec, units, done, rejects)
+
+
+def _spec(job: Job, codec: CodecSpec) -> CodecSpec:
+    """What the tokens mean, of a codec by itself."""
+    return interleaved_spec(codec) if job.stereo == "interleave" else codec
 
 
 def split_of(name: str, validation_percent: float) -> str:
@@ -253,12 +262,15 @@ def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
     # but its kind rounds in its own way, and so do batches and windows)
     begun = {
         "audio": manifest.fingerprint,
-        **{f"codec {k}": v for k, v in asdict(spec).items() if k != "source"},
+        **{f"codec {k}": v for k, v in asdict(spec).items() if k not in ("source", "interleaved")},
         **{f"--{name.replace('_', '-')}": getattr(job, name) for name in settings},
         "--device": job.device.split(":")[0],
         "--batch-size": job.batch_size,
         "--window-seconds": job.window_seconds,
     }
+    # (what older folders do not have is only noted where it is used)
+    if job.stereo != "none":
+        begun["--stereo"] = job.stereo
     if job.mix_ratio > 0:
         begun |= {
             "--mix-ratio": job.mix_ratio,
@@ -459,6 +471,7 @@ class Maker:
     def __init__(self, job: Job, device: str):
         self._job = job
         self._codec = load_codec(job.codec, device, job.num_codebooks)
+        self._spec = _spec(job, self._codec.spec)
         count = encoding.num_open(job.batch_size)
         self._decoders = [Decoder(job.decode_timeout) for _ in range(count)]
 
@@ -471,7 +484,7 @@ class Maker:
 
     def __call__(self, unit: _Unit, progress: Callable[[int, float], None]) -> _Done:
         """Makes a unit, and notes that it is done; `progress` gets files and seconds of audio."""
-        job, spec = self._job, self._codec.spec
+        job, spec = self._job, self._spec
         rejects: list[Reject] = []
         facts: dict[str, Facts] = {}
         mixed: dict[str, tuple[float, float]] = {}
@@ -515,10 +528,10 @@ class Maker:
 
         Of each of them it notes the facts, or, of a mix, the seconds where both parts sound.
         """
-        job, codec = self._job, self._codec
+        job, codec, spec = self._job, self._codec, self._spec
         intake = Intake(
-            sample_rate=codec.spec.sample_rate,
-            channels=codec.spec.channels,
+            sample_rate=spec.sample_rate,
+            channels=spec.channels,
             min_seconds=job.min_seconds,
             max_track_seconds=job.max_track_seconds,
             max_clipped=job.max_clipped,
@@ -544,16 +557,19 @@ class Maker:
 
         sources = (encoding.Source(track, blocks(track)) for track in tracks)
         if codec.config.norms_over_clip:
-            pieces = functools.partial(cut, max_frames=_record_frames(job, codec.spec))
-            encoded = encoding.encode_pieces(codec, sources, pieces, rejected=RejectedError)
+            pieces = functools.partial(cut, max_frames=_record_frames(job, spec))
+            encoded = encoding.encode_pieces(
+                codec, sources, pieces, rejected=RejectedError, sides=spec.sides
+            )
         else:
             encoded = encoding.encode(
                 codec,
                 sources,
-                window_frames=math.ceil(job.window_seconds * codec.spec.frame_rate),
+                window_frames=math.ceil(job.window_seconds * spec.frame_rate),
                 batch_size=job.batch_size,
                 rejected=RejectedError,
                 precision=job.precision,
+                sides=spec.sides,
             )
         for one in encoded:
             if one.error:
