@@ -463,6 +463,11 @@ def test_readers_share_the_work_and_end_at_once(tmp_path, fragile):
         time.sleep(2)
         raise KeyboardInterrupt
     assert time.monotonic() - began < 30 and all(future.done() for future in late)
+    # not even one that is about to start goes on
+    process = Decoder(60)
+    process.kill()
+    with pytest.raises(UserError, match="was ended"):
+        measure(tracks[0], INTAKE, process)
 
 
 def test_a_decoder_ends_with_its_parent(tmp_path):

@@ -115,8 +115,9 @@ class Decoder:
             self.close()  # something ended it between two tracks
         if self._process is None:
             self._start()
-        if self._killed:
+        if self._killed:  # (while it started)
             self.close()
+            raise _LostError(UserError("the process that decodes audio was ended"))
         finished = False
         try:
             with contextlib.suppress(BrokenPipeError):  # the answer will be that it has ended
