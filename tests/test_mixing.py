@@ -123,10 +123,10 @@ def test_captions_are_those_of_both(folder):
 
     made_of = {"tracks": [a.track_id, b.track_id], "snr": 2.0, "offset": 0.25}
     assert made(a, b) == (f"{a.caption} {b.caption}", {"mixed": made_of})
-    alike = dataclasses.replace(b, caption=a.caption)
+    alike = dataclasses.replace(b, captions=a.captions)
     assert made(a, alike) == (a.caption, {"mixed": made_of})
-    several = dataclasses.replace(a, caption="A dog.", info='{"captions": ["A bark."], "bpm": 3}')
-    other = dataclasses.replace(b, caption="Rain.", info='{"captions": ["It rains."]}')
+    several = dataclasses.replace(a, captions=("A dog.", "A bark."), fields='{"bpm": 3}')
+    other = dataclasses.replace(b, captions=("Rain.", "It rains."))
     caption, info = made(several, other)
     assert caption == "A dog. Rain."
     assert info["captions"] == ["A dog. It rains.", "A bark. Rain.", "A bark. It rains."]

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import numpy as np
 
 from magnet_jax.errors import UserError
-from magnet_jax.records import all_captions
 from tokenization.audio import SILENCE_DBFS, Intake, RejectedError, Track
 from tokenization.decoder import Decoder, read_audio
 
@@ -117,20 +116,18 @@ def blocks(mixed: Mixed) -> list[np.ndarray]:
 
 def as_track(mix: Mix, offset: float) -> Track:
     """What records say of a mix; `offset`: seconds at which the shorter part begins."""
-    captions = [all_captions(part.caption, json.loads(part.info)) for part in mix.parts]
-    caption, *others = dict.fromkeys(itertools.starmap(_joined, itertools.product(*captions)))
+    pairs = itertools.product(*(part.captions for part in mix.parts))
     made_of = {
         "tracks": [part.track_id for part in mix.parts],
         "snr": round(mix.snr, 3),
         "offset": round(offset, 3),
     }
-    info = {"mixed": made_of} | ({"captions": others} if others else {})
     return Track(
         path=mix.path,
         track_id=mix.track_id,
         place=mix.parts[0].place,
-        caption=caption,
-        info=json.dumps(info, sort_keys=True),
+        captions=tuple(dict.fromkeys(itertools.starmap(_joined, pairs))),
+        fields=json.dumps({"mixed": made_of}, sort_keys=True),
     )
 
 
