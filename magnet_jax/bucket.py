@@ -4,18 +4,23 @@ Orbax reads and writes checkpoints in the bucket itself, every process its share
 run's folder is small: it lies in a temporary folder (`Mirror`), from where it is brought to the
 bucket file by file. A file of a bucket is there whole or not at all.
 
+A data set that is tokenized into a bucket is brought there file by file as well (`put`, `create`,
+`move`).
+
 Three clients are at work: Google's own for the small files, TensorStore for arrays, and gcsfs
 (by etils.epath) for what Orbax writes beside arrays. Each has its own errors; `explained` makes one
 line of any.
 """
 
+import base64
 import contextlib
 import functools
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +30,7 @@ TIMEOUT = "MAGNET_JAX_BUCKET_TIMEOUT"  # seconds that a bucket may be out of rea
 SECONDS = 300
 SECONDS_AT_START = 30
 REQUEST_SECONDS = (10, 60)  # to connect, and between two packets
+REQUESTS = 8  # at once
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -32,13 +38,18 @@ def is_url(path: str | os.PathLike) -> bool:
     return bool(re.match(r"[a-z][a-z0-9]+:/", os.fspath(path)))
 
 
+def url_of(path: str | os.PathLike) -> str:
+    """The URL that a path was, before `Path` took one of its slashes."""
+    return re.sub("^([a-z0-9]+:)/+", r"\1//", os.fspath(path))
+
+
 def split(url: str) -> tuple[str, str]:
     """The bucket and the folder within it; `UserError` for what is not gs://BUCKET/FOLDER."""
     match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]+[a-z0-9])/+(.*[^/])/*", url)
     if not match:
         raise UserError(
-            f"{url}: runs can be in gs://BUCKET/FOLDER; a bucket of another kind must be mounted "
-            "as a folder"
+            f"{url}: what can be written to is gs://BUCKET/FOLDER; a bucket of another kind must "
+            "be mounted as a folder"
         )
     return match[1], re.sub("/+", "/", match[2])
 
@@ -68,15 +79,10 @@ def _set_up() -> None:
     # gcsfs would treat each kind of bucket in its own way, and ask for further permissions to know
     # it; Orbax sees to hierarchical ones by itself.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    try:
-        import aiohttp
-        import fsspec
-        import gcsfs  # noqa: F401
-        from google.cloud import storage  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"runs in gs:// need further packages ({error.name}): pip install -e '.[gcs]'"
-        ) from None
+    _need_packages()
+    import aiohttp
+    import fsspec
+
     # TensorStore's requests have no limits of their own, and Orbax has no setting for how often it
     # tries again (for a quarter of an hour).
     for name, seconds in zip(("CONNECT_TIMEOUT", "LOW_SPEED_TIME"), REQUEST_SECONDS):
@@ -88,13 +94,23 @@ def _set_up() -> None:
     for context in contexts:
         context["gcs_request_retries"] = _retries(patience())
     # What these log as errors, some with traces, they raise as well (absl is Orbax's).
-    for name in ("absl", "gcsfs", "google"):
+    for name in ("absl", "gcsfs"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # gcsfs's memory of what is in a folder does not hear of what TensorStore and other hosts write.
     fsspec.config.conf["gcs"] = {
         "use_listings_cache": False,
         "requests_timeout": aiohttp.ClientTimeout(total=REQUEST_SECONDS[1]),
     }
+
+
+def _need_packages() -> None:
+    try:
+        import gcsfs  # noqa: F401
+        from google.cloud import storage  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"gs:// needs further packages ({error.name}): pip install -e '.[gcs]'"
+        ) from None
 
 
 def _retries(seconds: float) -> dict[str, Any]:
@@ -108,9 +124,11 @@ def _retries(seconds: float) -> dict[str, Any]:
 
 @functools.cache
 def _client() -> Any:
-    _set_up()
+    """Google's client, which needs no JAX: machines that tokenize load none."""
+    _need_packages()
     from google.cloud import storage
 
+    logging.getLogger("google").setLevel(logging.CRITICAL)  # what it logs it raises as well
     return storage.Client()
 
 
@@ -175,8 +193,9 @@ def check(url: str, name: str) -> None:
       UserError: no such bucket, no permission, no way there, or no packages for it.
     """
     bucket_name, prefix = split(url)
+    _set_up()
     with explained(url):
-        limits = _limits(SECONDS_AT_START) if (client := _client()) else {}
+        client, limits = _client(), _limits(SECONDS_AT_START)
         bucket = client.get_bucket(bucket_name, **limits)  # as Orbax does
         with _store(bucket_name) as store:
             store.write(f"{prefix}/{name}", b"magnet_jax").result()
@@ -242,6 +261,108 @@ def fetch(url: str, folder: Path, leave_out: Collection[str] = ()) -> None:
             worker_type=transfer_manager.THREAD,
             raise_exception=True,
         )
+
+
+def sizes(url: str) -> dict[str, int]:
+    """The files at any depth below a folder, by their paths from there, and their bytes.
+
+    Raises `UserError` where the bucket cannot be read.
+    """
+    bucket, prefix = split(url)
+    with explained(url):
+        found = _client().list_blobs(bucket, prefix=f"{prefix}/", **_limits())
+        return {blob.name[len(prefix) + 1 :]: blob.size for blob in found}
+
+
+def read(url: str, paths: Iterable[str]) -> dict[str, bytes]:
+    """The content of those files below a folder that are there.
+
+    Raises `UserError` where the bucket cannot be read.
+    """
+
+    def content(path: str) -> bytes | None:
+        from google.api_core.exceptions import NotFound
+
+        try:
+            return _blob(url, path).download_as_bytes(**_limits())
+        except NotFound:
+            return None
+
+    paths = list(paths)
+    found = zip(paths, _at_once(url, content, paths))
+    return {path: data for path, data in found if data is not None}
+
+
+def put(url: str, path: str, content: bytes | Path) -> None:
+    """Writes a file below a folder, of which nothing is seen there before it is whole.
+
+    content: what it holds, or the local file that has it.
+
+    Raises `UserError` where it cannot be written, or arrives with another size or checksum.
+    """
+    with explained(url):
+        import google_crc32c
+
+        blob, checksum = _blob(url, path), google_crc32c.Checksum()
+        options = {"content_type": "application/octet-stream", "checksum": "crc32c", **_limits()}
+        if isinstance(content, bytes):
+            size = len(content)
+            checksum.update(content)
+            blob.upload_from_string(content, **options)
+        else:
+            size = content.stat().st_size
+            with content.open("rb") as file:
+                for _ in checksum.consume(file, 1 << 20):
+                    pass
+            blob.upload_from_filename(os.fspath(content), **options)
+        # (what the server says that it has)
+        if (blob.size, blob.crc32c) != (size, base64.b64encode(checksum.digest()).decode()):
+            raise UserError(f"{url}/{path}: is not there as it was sent; run the same again")
+
+
+def create(url: str, path: str, content: bytes) -> bytes:
+    """Writes a file below a folder unless one is there, and returns what is there then.
+
+    Of several who do so at once one writes. Raises `UserError` where that fails.
+    """
+    with explained(url):
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = _blob(url, path)
+        with contextlib.suppress(PreconditionFailed):
+            blob.upload_from_string(content, if_generation_match=0, **_limits())
+        return blob.download_as_bytes(**_limits())
+
+
+def move(url: str, names: Collection[tuple[str, str]]) -> None:
+    """Gives files below a folder, by pairs of the old path and the new, other names.
+
+    No byte is downloaded. Killed in between, a file has both names. Raises `UserError` where that
+    fails.
+    """
+
+    def move_one(pair: tuple[str, str]) -> None:
+        from google.api_core.exceptions import NotFound
+
+        old, new = (_blob(url, path) for path in pair)
+        token, *_ = new.rewrite(old, **_limits())
+        while token is not None:  # large files take several requests
+            token, *_ = new.rewrite(old, token=token, **_limits())
+        with contextlib.suppress(NotFound):  # deleted, but the answer was lost
+            old.delete(**_limits())
+
+    _at_once(url, move_one, names)
+
+
+def _blob(url: str, path: str) -> Any:
+    bucket, prefix = split(url)
+    return _client().bucket(bucket).blob(f"{prefix}/{path}")
+
+
+def _at_once(url: str, function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """Maps items in threads; `UserError` by what they raise."""
+    with explained(url), ThreadPoolExecutor(REQUESTS) as pool:
+        return list(pool.map(function, items))
 
 
 class Mirror:

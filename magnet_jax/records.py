@@ -12,6 +12,7 @@ A record is at most two minutes of one track (see `features`).
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +31,10 @@ from magnet_jax.errors import UserError
 
 FORMAT = "magnet_jax tokens 1"
 SPLITS = ("train", "validation")
+COMPLETE = "dataset_info.json"  # the file that is written last
 
 _NAME = "tokens"
 _VERSION = "1.0.0"
-_COMPLETE = "dataset_info.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Shard:
     """A written record file: where it is and what it holds; without records there is no file."""
 
     path: Path
+    """May be below the folder of the data set."""
     num_examples: int
     num_bytes: int
     """Of the serialized records."""
@@ -162,7 +164,7 @@ def digest(directory: str | Path) -> str:
 
 def is_complete(directory: Path) -> bool:
     """Whether tokenization of a folder came to its end."""
-    return (directory / _COMPLETE).exists()
+    return (directory / COMPLETE).exists()
 
 
 def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, Any]]) -> Shard:
@@ -172,7 +174,19 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
     file. The bytes are a function of the examples alone. Raises `OSError` if it cannot be written.
     """
     types = features(num_codebooks)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
+    try:
+        return _write_shard(path, temporary, types, examples)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_shard(
+    path: Path,
+    temporary: Path,
+    types: tfds.features.FeaturesDict,
+    examples: Iterable[Mapping[str, Any]],
+) -> Shard:
     writer, count, num_bytes = None, 0, 0
     try:
         for example in examples:
@@ -201,9 +215,14 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
     return Shard(path=path, num_examples=count, num_bytes=num_bytes, file_bytes=file_bytes)
 
 
-def final_path(directory: Path, split: str, index: int, count: int) -> Path:
-    """Where record file `index` of a split of `count` files belongs."""
-    return directory / f"{_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+def final_names(shards: Mapping[str, Sequence[Shard]]) -> list[tuple[Shard, str]]:
+    """The shards that have records, split by split, with the names their files get in the end."""
+    names = []
+    for split, all_shards in shards.items():
+        kept = [shard for shard in all_shards if shard.num_examples > 0]
+        for index, shard in enumerate(kept):
+            names.append((shard, f"{_NAME}-{split}.array_record-{index:05d}-of-{len(kept):05d}"))
+    return names
 
 
 def finalise(
@@ -218,66 +237,92 @@ def finalise(
     empty file. `about` is kept in the metadata, for people. Can be killed anywhere and called again
     with the same arguments.
     """
-    infos, files = [], {}
-    for split, all_shards in shards.items():
-        kept = [shard for shard in all_shards if shard.num_examples > 0]
-        if not kept:
-            continue
-        for index, shard in enumerate(kept):
-            final = final_path(directory, split, index, len(kept))
-            if shard.path.exists():
-                shard.path.replace(final)
-            elif not final.exists():
-                raise FileNotFoundError(final)
-            files[final.name] = shard.file_bytes
-        infos.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[shard.num_examples for shard in kept],
-                num_bytes=sum(shard.num_bytes for shard in kept),
-                filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=directory,
-                    dataset_name=_NAME,
-                    split=split,
-                    filetype_suffix="array_record",
-                ),
-            )
-        )
+    for shard, name in final_names(shards):
+        path, final = directory / shard.path, directory / name
+        if path.exists():
+            path.replace(final)
+        elif not final.exists():
+            raise FileNotFoundError(final)
     _sync(directory)
-    info = tfds.core.DatasetInfo(
-        builder=DatasetIdentity(
-            name=_NAME,
-            version=tfds.core.Version(_VERSION),
-            data_dir=os.fspath(directory),
-            module_name="",
-        ),
-        description="EnCodec tokens of a folder of music, with its captions.",
-        features=features(spec.num_codebooks),
-        metadata=tfds.core.MetadataDict(
-            format=FORMAT, codec=asdict(spec), files=files, about=dict(about)
-        ),
-    )
-    info.set_file_format("array_record")
-    info.set_splits(tfds.core.splits.SplitDict(infos))
     folder = directory / ".metadata.tmp"
     shutil.rmtree(folder, ignore_errors=True)  # what a kill may have left
     folder.mkdir()
-    info.write_to_directory(folder)
-    # (the file that means 'complete' moves last)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == _COMPLETE):
+    for path in write_metadata(folder, shards, spec, about):
         _sync(path)
         path.replace(directory / path.name)
     folder.rmdir()
     _sync(directory)
 
 
+def write_metadata(
+    folder: Path,
+    shards: Mapping[str, Sequence[Shard]],
+    spec: CodecSpec,
+    about: Mapping[str, Any],
+) -> list[Path]:
+    """Writes all files of a data set but the records, as for `finalise`, to an empty folder.
+
+    Returns their paths in the order in which they may be published: the one that means 'complete'
+    is the last.
+    """
+    infos = []
+    for split, all_shards in shards.items():
+        kept = [shard for shard in all_shards if shard.num_examples > 0]
+        if not kept:
+            continue
+        infos.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[shard.num_examples for shard in kept],
+                num_bytes=sum(shard.num_bytes for shard in kept),
+                filename_template=tfds.core.ShardedFileTemplate(
+                    data_dir=folder,
+                    dataset_name=_NAME,
+                    split=split,
+                    filetype_suffix="array_record",
+                ),
+            )
+        )
+    info = tfds.core.DatasetInfo(
+        builder=DatasetIdentity(
+            name=_NAME,
+            version=tfds.core.Version(_VERSION),
+            data_dir=os.fspath(folder),
+            module_name="",
+        ),
+        description="EnCodec tokens of a folder of music, with its captions.",
+        features=features(spec.num_codebooks),
+        metadata=tfds.core.MetadataDict(
+            format=FORMAT,
+            codec=asdict(spec),
+            files={name: shard.file_bytes for shard, name in final_names(shards)},
+            about=dict(about),
+        ),
+    )
+    info.set_file_format("array_record")
+    info.set_splits(tfds.core.splits.SplitDict(infos))
+    info.write_to_directory(folder)
+    return sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETE, path.name))
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file so that a kill leaves the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = _temporary(path)
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
     _sync(path.parent)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what killed writers left in a folder; no other may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
+def _temporary(path: Path) -> Path:
+    """A name of this writer's own: another machine may be writing the same file."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync(path: Path) -> None:
@@ -294,7 +339,7 @@ def _builder(directory: Path) -> tfds.core.DatasetBuilder:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # what TFDS raises depends on the damage
         raise UserError(
-            f"data set {directory}: its {_COMPLETE} or features.json is damaged "
+            f"data set {directory}: its {COMPLETE} or features.json is damaged "
             f"({type(error).__name__}); copy the data set again"
         ) from None
 

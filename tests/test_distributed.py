@@ -1,6 +1,7 @@
 """Several processes: how they are found, that they agree, and the command lines of clusters."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 import jax
 import pytest
 
+from launch import cli
 from magnet_jax import distributed
 from magnet_jax.distributed import detect
 from magnet_jax.errors import UserError
+from tokenization.job import Job
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "launch" / "cluster"
@@ -392,6 +395,58 @@ def test_slurm_queues_again_what_was_stopped(programs, status, state, restarts, 
     assert done.returncode == status
     requeues = [call for call in calls() if call[0] == "scontrol"]
     assert requeues == ([["scontrol", "requeue", "77"]] if requeued else [])
+
+
+def test_slurm_tokenizes_in_an_array_and_then_completes(programs):
+    fake, calls = programs
+    fake("sbatch", 'echo "$((100 + $#));cluster"')
+    script = str(CLUSTER / "tokenize_slurm.sbatch")
+    words = ["--audio", "a folder", "--out", "gs://music/tokens"]
+    done = bash("tokenize_slurm.sbatch", *words, SHARDS="3", OPTIONS="--gpus=1 -p gpu")
+    assert done.returncode == 0, done.stderr
+    array, last = calls()
+    options = ["sbatch", "--parsable", "--gpus=1", "-p", "gpu"]
+    assert array == [*options, "--array=0-2", script, *words]
+    (after,) = (word for word in last if word.startswith("--dependency="))
+    assert after == f"--dependency=afterok:{100 + len(array) - 1}"
+    assert last[:5] == options and last[-5:] == [script, *words] and "--array" not in str(last)
+    assert f"array {100 + len(array) - 1} of 3 tasks" in done.stdout
+    wrong = bash("tokenize_slurm.sbatch", *words, SHARDS="0")
+    assert wrong.returncode == 2 and "SHARDS is '0'" in wrong.stderr and not calls()
+
+    fake("python")
+    task = {"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_TASK_COUNT": "3"}
+    for given, shard in [(task, ["--shard", "2/3"]), ({}, [])]:
+        done = bash("tokenize_slurm.sbatch", *words, **JOB, **given, PYTHON="python")
+        assert done.returncode == 0, done.stderr
+        assert calls() == [["python", "-u", "-m", "tokenization.job", *words, *shard]]
+
+
+def test_the_indexed_job_gives_each_pod_its_shard():
+    yaml = pytest.importorskip("yaml")
+    text = (CLUSTER / "tokenize_job.yaml").read_text()
+    variables = set(re.findall(r"\$\{(\w+)\}", text))
+    assert variables == {"NAME", "SHARDS", "IMAGE", "CLAIM"}
+    for name in variables:
+        text = text.replace(f"${{{name}}}", "8")
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
+    spec = job["spec"]
+    assert spec["parallelism"] == spec["completions"] == 8
+    assert spec["completionMode"] == "Indexed"  # which backoffLimitPerIndex needs
+    pod = spec["template"]["spec"]
+    assert pod["restartPolicy"] == "Never"  # which podFailurePolicy needs
+    (container,) = pod["containers"]
+    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    (variable,) = container["env"]
+    words = [word.replace(f"$({variable['name']})", "3") for word in container["args"]]
+    assert container["command"] == ["python", "-u", "-m", "tokenization.job"]
+    parsed = cli.parse(Job, words, prog="job")
+    assert (parsed.shard, str(parsed.audio), str(parsed.out)) == (
+        "3/8",
+        "/data/audio",
+        "/data/tokens",
+    )
 
 
 @pytest.mark.parametrize(("processes", "per_node", "cpus"), [("node", 1, 96), ("gpu", 8, 12)])

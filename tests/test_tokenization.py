@@ -21,6 +21,7 @@ from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError
 from tokenization import decoder as decoder_module
 from tokenization import job as job_module
+from tokenization import place as place_module
 from tokenization.audio import Intake
 from tokenization.decoder import Decoder, read_audio
 from tokenization.job import Job, cut, run, split_of
@@ -384,7 +385,7 @@ def test_a_wrong_out_is_left_as_it_was(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "somewhere")
 
     # the lock, and job.json
-    for module, name in [(job_module.fcntl, "flock"), (records, "write_text")]:
+    for module, name in [(place_module.fcntl, "flock"), (records, "write_text")]:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refuse)
             with pytest.raises(UserError, match=r"out: cannot be written \(Permission denied\)"):

@@ -5,6 +5,8 @@ one unit of work and a function of the manifest alone; the small .json file that
 records are on disk marks it as done. Killed at any moment and run again, the job goes on with the
 next shard and ends with the same bytes.
 
+DIR may be gs://BUCKET/FOLDER, see tokenization/place.py. On Apache Beam: tokenization/beam.py.
+
     DIR/job.json        what this folder was begun with; another job there is refused
     DIR/units/          finished shards until the end, then their .json files only
     DIR/rejects.jsonl   one line a file left out: path, reason, detail
@@ -13,7 +15,6 @@ next shard and ends with the same bytes.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -28,8 +29,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ import numpy as np
 from tqdm import tqdm
 
 from launch import cli
-from magnet_jax import records
+from magnet_jax import bucket, records
 from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError, reported
@@ -48,6 +49,7 @@ from tokenization.audio import CLIPPED, Facts, Intake, Reject, RejectedError, Tr
 from tokenization.decoder import Decoder, open_audio
 from tokenization.listing import Source
 from tokenization.mixing import Mix
+from tokenization.place import Place, place_at
 from tokenization.sources import Manifest, describe_ignored, scan
 
 MIX_REJECTS = "mix_rejects.jsonl"
@@ -60,8 +62,8 @@ class Job(Source):
     Run the same command again to go on after an interruption.
     """
 
-    out: Path
-    """Folder of the data set."""
+    out: str | Path
+    """Folder of the data set, or gs://BUCKET/FOLDER."""
     codec: str = EMBEDDED
     """'embedded', folder or hub id of a transformers EncodecModel (facebook/encodec_32khz),
     encodec_24khz, encodec_48khz, or the path of one of those two's weights."""
@@ -110,7 +112,7 @@ class Job(Source):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Unit:
+class Unit:
     """The work of one shard."""
 
     split: str
@@ -121,15 +123,18 @@ class _Unit:
     def is_mixed(self) -> bool:
         return isinstance(self.tracks[0], Mix)
 
-    def record_path(self, out: Path) -> Path:
-        return out / "units" / f"{self.split}-{self.index:05d}.array_record"
+    @property
+    def records_name(self) -> str:
+        """Its record file's, below --out, until the data set is complete."""
+        return f"units/{self.split}-{self.index:05d}.array_record"
 
-    def done_path(self, out: Path) -> Path:
-        return out / "units" / f"{self.split}-{self.index:05d}.json"
+    @property
+    def note_name(self) -> str:
+        return f"units/{self.split}-{self.index:05d}.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Done:
+class Done:
     """What a finished unit left behind."""
 
     shard: records.Shard
@@ -139,29 +144,34 @@ class _Done:
     """Tracks of which more than a thousandth is clipped."""
 
 
-def run(job: Job) -> str:
-    """Runs a job to its end and returns the summary; raises `UserError` as the class says."""
+# Makes units, given with their numbers, in any order.
+Making = Callable[[Job, dict[int, Unit], "Progress"], Iterator[tuple[int, Done]]]
+
+
+def run(job: Job, making: Making | None = None) -> str:
+    """Runs a job to its end and returns the summary; raises `UserError` as the class says.
+
+    making: what makes the units; by default this process, or --workers.
+    """
     _check(job)
+    place = place_at(job.out)
     manifest = scan(job)
     units = plan(job, manifest)
-    with _writing(job.out):
-        _check_out(job)  # before anything is written there
+    with writing(place):
+        _check_out(job, place)  # before anything is written there
     spec = _spec(job, read_spec(job.codec, job.num_codebooks))
-    with _writing(job.out):
-        (job.out / "units").mkdir(parents=True, exist_ok=True)
-        with _locked(job):
-            _begin(job, manifest, spec)
-            done = _work(job, manifest, units)
-            if job.shard != "0/1":
-                found = [_read_done(job.out, unit) for unit in units]
-                missing = _finished(job.out, units, found).count(False)
-                return (
-                    f"shard {job.shard}: done; {missing} of {len(units)} record files are still to "
-                    "be made\nwhen none is, the same command without --shard completes the data set"
-                )
-            rejects = [*manifest.rejects, *_rejects(units, done, mixed=False)]
-            _check_rejects(job, manifest, rejects, final=True)
-            return _finish(job, manifest, spec, units, done, rejects)
+    with writing(place), place.held(job.shard):
+        _begin(job, place, manifest, spec)
+        done = _work(job, place, manifest, units, making or _making_here(job))
+        if job.shard != "0/1":
+            missing = _finished(place, units, read_done(place, units)).count(False)
+            return (
+                f"shard {job.shard}: done; {missing} of {len(units)} record files are still to "
+                "be made\nwhen none is, the same command without --shard completes the data set"
+            )
+        rejects = [*manifest.rejects, *_rejects(units, done, mixed=False)]
+        _check_rejects(job, place, manifest, rejects, final=True)
+        return _finish(job, place, manifest, spec, units, done, rejects)
 
 
 def _spec(job: Job, codec: CodecSpec) -> CodecSpec:
@@ -204,6 +214,12 @@ def _check(job: Job) -> None:
     if not -60 <= low <= high <= 60:
         raise UserError(f"--mix-snr {low:g} {high:g}: give the lower first, both within -60 to 60")
     _shard_of(job)
+    if bucket.is_url(job.audio):
+        url = bucket.url_of(job.audio)
+        raise UserError(
+            f"--audio {url}: audio is not read from a bucket; copy it (`gcloud storage rsync -r "
+            f"{url} DIR`) or mount it (gcsfuse)"
+        )
 
 
 def _shard_of(job: Job) -> tuple[int, int]:
@@ -213,46 +229,29 @@ def _shard_of(job: Job) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _check_out(job: Job) -> None:
+def _check_out(job: Job, place: Place) -> None:
     """Raises `UserError` if --out holds what is not this command's."""
-    if not job.out.exists() or (job.out / "job.json").exists():
+    names = place.names()
+    others = sorted(name for name in names if name[0] != "." and name != "units")
+    if "job.json" in names:
         return
-    others = [p.name for p in job.out.iterdir() if p.name[0] != "." and p.name != "units"]
-    if others or job.out.resolve() == job.audio.resolve():
-        what = sorted(others)[0] if others else "the audio"
-        raise UserError(f"--out {job.out}: holds other files ({what}); name a new folder")
+    is_audio = not bucket.is_url(job.out) and Path(job.out).resolve() == job.audio.resolve()
+    if others or is_audio:
+        what = others[0] if others else "the audio"
+        raise UserError(f"--out {place}: holds other files ({what}); name a new folder")
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(place: Place) -> Iterator[None]:
     """Turns whatever the file system refuses into a `UserError`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--out {out}: cannot be written ({reason})") from None
+        raise UserError(f"--out {place}: cannot be written ({reason})") from None
 
 
-@contextmanager
-def _locked(job: Job) -> Iterator[None]:
-    """Holds the folder for this process; the lock ends with the process, however it ends.
-
-    Shards hold it together, and each one its own.
-    """
-    whole = job.shard == "0/1"
-    names = [".lock"] if whole else [".lock", f".lock-{job.shard.replace('/', '-')}"]
-    with ExitStack() as stack:
-        for name in names:
-            file = stack.enter_context((job.out / name).open("w"))
-            kind = fcntl.LOCK_SH if name == ".lock" and not whole else fcntl.LOCK_EX
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"--out {job.out}: another job is writing there") from None
-        yield
-
-
-def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
+def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
     settings = (
         "validation_percent", "min_seconds", "max_track_seconds", "max_clipped",
@@ -277,28 +276,25 @@ def _begin(job: Job, manifest: Manifest, spec: CodecSpec) -> None:
             "--mix-seed": job.mix_seed,
             "--mix-snr": list(job.mix_snr),
         }
-    path = job.out / "job.json"
-    if not path.exists():
-        records.write_text(path, json.dumps(begun, indent=2) + "\n")
-        return
+    found = place.create("job.json", json.dumps(begun, indent=2) + "\n")
     try:
-        before = json.loads(path.read_text())
+        before = json.loads(found)
         changed = sorted(k for k in before.keys() | begun.keys() if before.get(k) != begun.get(k))
     except (ValueError, AttributeError):
-        raise UserError(f"{path}: damaged; name a new --out") from None
+        raise UserError(f"{place}/job.json: damaged; name a new --out") from None
     if "audio" in changed:
         raise UserError(
-            f"--out {job.out}: the audio or captions changed since this folder was begun; "
+            f"--out {place}: the audio or captions changed since this folder was begun; "
             f"name a new --out"
         )
     if changed:
         raise UserError(
-            f"--out {job.out}: begun with other settings ({', '.join(changed)}); "
+            f"--out {place}: begun with other settings ({', '.join(changed)}); "
             f"use the same or name a new --out"
         )
 
 
-def plan(job: Job, manifest: Manifest) -> list[_Unit]:
+def plan(job: Job, manifest: Manifest) -> list[Unit]:
     """The shards to make; raises `UserError` if no track is left to train on."""
     units = []
     for split in records.SPLITS:
@@ -313,14 +309,14 @@ def plan(job: Job, manifest: Manifest) -> list[_Unit]:
             mixes = mixing.draw(tracks, ratio=job.mix_ratio, seed=job.mix_seed, snr=job.mix_snr)
         size = job.tracks_per_shard
         parts = [s[i : i + size] for s in (tracks, mixes) for i in range(0, len(s), size)]
-        units += [_Unit(split=split, index=i, tracks=part) for i, part in enumerate(parts)]
+        units += [Unit(split=split, index=i, tracks=part) for i, part in enumerate(parts)]
     if units and all(unit.split == "validation" for unit in units):
         count = len(manifest.tracks)
         raise UserError(f"all {count} tracks would fall to validation: lower --validation-percent")
     return units
 
 
-def _rejects(units: Sequence[_Unit], found: Sequence[_Done | None], *, mixed: bool) -> list[Reject]:
+def _rejects(units: Sequence[Unit], found: Sequence[Done | None], *, mixed: bool) -> list[Reject]:
     """What finished units left out: files, or mixes, which are counted by themselves."""
     return [
         reject
@@ -330,44 +326,53 @@ def _rejects(units: Sequence[_Unit], found: Sequence[_Done | None], *, mixed: bo
     ]
 
 
-def _work(job: Job, manifest: Manifest, units: Sequence[_Unit]) -> list[_Done | None]:
+def _work(
+    job: Job, place: Place, manifest: Manifest, units: Sequence[Unit], making: Making
+) -> list[Done | None]:
     """Makes every shard that is this command's and not there yet, with a progress bar.
 
     Raises `UserError` as soon as there are too many rejects, whatever may follow.
     """
-    found = [_read_done(job.out, unit) for unit in units]
-    finished = _finished(job.out, units, found)
+    found = read_done(place, units)
+    finished = _finished(place, units, found)
     index, count = _shard_of(job)
-    to_do = [i for i, ok in enumerate(finished) if not ok and i % count == index]
+    to_do = {i: units[i] for i, ok in enumerate(finished) if not ok and i % count == index}
     found = [done if ok else None for done, ok in zip(found, finished)]
     rejects = list(manifest.rejects)  # captions alone can already decide
     rejects += _rejects(units, found, mixed=False)
-    _check_rejects(job, manifest, rejects, final=False)
+    _check_rejects(job, place, manifest, rejects, final=False)
     with tqdm(
-        total=sum(len(units[i].tracks) for i in to_do)
+        total=sum(len(unit.tracks) for unit in to_do.values())
         + sum(len(unit.tracks) for unit, ok in zip(units, finished) if ok),
         initial=sum(len(unit.tracks) for unit, ok in zip(units, finished) if ok),
         desc="tokenizing",
         unit="file",
         smoothing=0.1,
     ) as bar:
-        progress = _Progress(bar, sum(done.seconds for done in found if done), rejects)
-        make = _make_here if job.workers == 1 else _make_in_workers
-        with contextlib.closing(make(job, [units[i] for i in to_do], progress)) as made:
-            for i, done in zip(to_do, made, strict=True):
+        progress = Progress(bar, sum(done.seconds for done in found if done), rejects)
+        with contextlib.closing(making(job, to_do, progress)) as made:
+            for i, done in made:
                 found[i] = done
                 rejects += _rejects([units[i]], [done], mixed=False)
-                _check_rejects(job, manifest, rejects, final=False)
+                _check_rejects(job, place, manifest, rejects, final=False)
     return found
 
 
-def _make_here(job: Job, units: Sequence[_Unit], progress: "_Progress") -> Iterator[_Done]:
+def _making_here(job: Job) -> Making:
+    return _make_here if job.workers == 1 else _make_in_workers
+
+
+def _make_here(
+    job: Job, units: dict[int, Unit], progress: "Progress"
+) -> Iterator[tuple[int, Done]]:
     with Maker(job, job.device) as make:
-        for unit in units:
-            yield make(unit, progress.add)
+        for i, unit in units.items():
+            yield i, make(unit, progress.add)
 
 
-def _make_in_workers(job: Job, units: Sequence[_Unit], progress: "_Progress") -> Iterator[_Done]:
+def _make_in_workers(
+    job: Job, units: dict[int, Unit], progress: "Progress"
+) -> Iterator[tuple[int, Done]]:
     """The units in order, each made by whichever worker is free."""
     context = multiprocessing.get_context("spawn")
     events = context.SimpleQueue()
@@ -381,13 +386,14 @@ def _make_in_workers(job: Job, units: Sequence[_Unit], progress: "_Progress") ->
         initargs=(job, os.getpid(), numbers, events),
     )
     try:
-        waiting = deque(pool.submit(_make_in_worker, unit) for unit in units)
+        waiting = deque((i, pool.submit(_make_in_worker, unit)) for i, unit in units.items())
         while waiting:
-            while not waiting[0].done():
-                wait([waiting[0]], timeout=0.2)
+            i, made = waiting.popleft()
+            while not made.done():
+                wait([made], timeout=0.2)
                 while not events.empty():
                     progress.add(*events.get())
-            yield waiting.popleft().result()
+            yield i, made.result()
         while not events.empty():
             progress.add(*events.get())
     except BrokenProcessPool:
@@ -401,7 +407,7 @@ def _make_in_workers(job: Job, units: Sequence[_Unit], progress: "_Progress") ->
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-class _Progress:
+class Progress:
     """Files, hours of audio, speed and rejects on a tqdm bar."""
 
     def __init__(self, bar: tqdm, seconds_before: float, rejects: Sequence[Reject]):
@@ -426,43 +432,49 @@ class _Progress:
         self.bar.set_postfix_str(text, refresh=False)
 
 
-def _read_done(out: Path, unit: _Unit) -> _Done | None:
-    """What a unit left behind; None if it is not done, or its note is damaged."""
-    try:
-        values = json.loads(unit.done_path(out).read_text(encoding="utf-8"))
-        return _Done(
-            shard=records.Shard(path=unit.record_path(out), **values["shard"]),
-            seconds=float(values["seconds"]),
-            rejects=[Reject(**reject) for reject in values["rejects"]],
-            clipped=int(values["clipped"]),
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+def read_done(place: Place, units: Sequence[Unit]) -> list[Done | None]:
+    """What units left behind; None for one that is not done, or whose note is damaged."""
+    notes = place.read([unit.note_name for unit in units])
+    found: list[Done | None] = []
+    for unit in units:
+        try:
+            values = json.loads(notes[unit.note_name])
+            shard = records.Shard(path=Path(unit.records_name), **values["shard"])
+            done = Done(
+                shard=shard,
+                seconds=float(values["seconds"]),
+                rejects=[Reject(**reject) for reject in values["rejects"]],
+                clipped=int(values["clipped"]),
+            )
+        except (ValueError, KeyError, TypeError):
+            done = None
+        found.append(done)
+    return found
 
 
-def _finished(out: Path, units: Sequence[_Unit], found: Sequence[_Done | None]) -> list[bool]:
+def _finished(place: Place, units: Sequence[Unit], found: Sequence[Done | None]) -> list[bool]:
     """Which units need no work: they left no records, or their file is there and whole.
 
     The file may have its final name already, which is only given once every unit is done.
     """
-    places = {}
+    sizes = place.sizes()
+    final = {}
     if all(found):
-        for split in records.SPLITS:
-            shards = [
-                done.shard
-                for unit, done in zip(units, found)
-                if unit.split == split and done.shard.num_examples > 0
-            ]
-            for i, shard in enumerate(shards):
-                places[shard.path] = records.final_path(out, split, i, len(shards))
+        names = records.final_names(_by_split(units, found))
+        final = {shard.path: name for shard, name in names}
 
     def whole(shard: records.Shard) -> bool:
-        candidates = [shard.path, places.get(shard.path, shard.path)]
-        return any(p.exists() and p.stat().st_size == shard.file_bytes for p in candidates)
+        names = [shard.path.as_posix(), final.get(shard.path)]
+        return shard.num_examples == 0 or shard.file_bytes in map(sizes.get, names)
 
-    return [
-        done is not None and (done.shard.num_examples == 0 or whole(done.shard)) for done in found
-    ]
+    return [done is not None and whole(done.shard) for done in found]
+
+
+def _by_split(units: Sequence[Unit], done: Sequence[Done]) -> dict[str, list[records.Shard]]:
+    return {
+        split: [one.shard for unit, one in zip(units, done) if unit.split == split]
+        for split in records.SPLITS
+    }
 
 
 class Maker:
@@ -470,6 +482,7 @@ class Maker:
 
     def __init__(self, job: Job, device: str):
         self._job = job
+        self._place = place_at(job.out)
         self._codec = load_codec(job.codec, device, job.num_codebooks)
         self._spec = _spec(job, self._codec.spec)
         count = encoding.num_open(job.batch_size)
@@ -479,10 +492,13 @@ class Maker:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         for decoder in self._decoders:
             decoder.close()
 
-    def __call__(self, unit: _Unit, progress: Callable[[int, float], None]) -> _Done:
+    def __call__(self, unit: Unit, progress: Callable[[int, float], None]) -> Done:
         """Makes a unit, and notes that it is done; `progress` gets files and seconds of audio."""
         job, spec = self._job, self._spec
         rejects: list[Reject] = []
@@ -504,17 +520,17 @@ class Maker:
                     yield from _examples(job, spec, track, codes_KT, samples)
                 progress(1, samples / spec.sample_rate)
 
-        path = unit.record_path(job.out)
-        shard = records.write_shard(path, spec.num_codebooks, examples())
+        shard = self._place.write_shard(unit.records_name, spec.num_codebooks, examples())
+        shard = replace(shard, path=Path(unit.records_name))
         progress(len(rejects), 0.0)
         # (in their order: threads note them as they come)
         known = [facts[track.track_id] for track in unit.tracks if track.track_id in facts]
         seconds = sum(one.seconds for one in known) + sum(kept)
         clipped = sum(one.clipped > CLIPPED for one in known)
-        done = _Done(shard=shard, seconds=seconds, rejects=rejects, clipped=clipped)
+        done = Done(shard=shard, seconds=seconds, rejects=rejects, clipped=clipped)
         values = asdict(done)
         del values["shard"]["path"]
-        records.write_text(unit.done_path(job.out), json.dumps(values) + "\n")
+        self._place.write(unit.note_name, json.dumps(values) + "\n")
         return done
 
     def _encoded(
@@ -623,7 +639,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _make_in_worker(unit: _Unit) -> _Done:
+def _make_in_worker(unit: Unit) -> Done:
     make, progress = _worker
     return make(unit, progress)
 
@@ -631,28 +647,29 @@ def _make_in_worker(unit: _Unit) -> _Done:
 # --- the end ------------------------------------------------------------------------------------
 
 
-def _check_rejects(job: Job, manifest: Manifest, rejects: Sequence[Reject], *, final: bool) -> None:
+def _check_rejects(
+    job: Job, place: Place, manifest: Manifest, rejects: Sequence[Reject], *, final: bool
+) -> None:
     """Writes rejects.jsonl and raises if there are too many, or nothing is left.
 
     Before the end (`final`) the list is only written if it is the reason to stop, and never over
     the whole list of a complete data set.
     """
     total = len(manifest.tracks) + len(manifest.rejects)
-    path = job.out / "rejects.jsonl"
     too_many = len(rejects) == total or len(rejects) > job.max_reject_ratio * total
-    if final or (too_many and not records.is_complete(job.out)):
-        _write_rejects(path, rejects)
+    if final or (too_many and not place.is_complete()):
+        _write_rejects(place, "rejects.jsonl", rejects)
     if too_many:
         when = "" if final else " so far"
         raise UserError(
             f"{len(rejects)} of {total} audio files rejected{when}, --max-reject-ratio is "
-            f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {path}"
+            f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {place}/rejects.jsonl"
         )
 
 
-def _write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+def _write_rejects(place: Place, name: str, rejects: Sequence[Reject]) -> None:
     in_order = sorted(rejects, key=lambda reject: reject.path)
-    records.write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in in_order))
+    place.write(name, "".join(json.dumps(asdict(reject)) + "\n" for reject in in_order))
 
 
 def _reasons(rejects: Sequence[Reject]) -> str:
@@ -663,16 +680,14 @@ def _reasons(rejects: Sequence[Reject]) -> str:
 
 def _finish(
     job: Job,
+    place: Place,
     manifest: Manifest,
     spec: CodecSpec,
-    units: Sequence[_Unit],
-    done: Sequence[_Done],
+    units: Sequence[Unit],
+    done: Sequence[Done],
     rejects: Sequence[Reject],
 ) -> str:
-    shards = {
-        split: [d.shard for unit, d in zip(units, done) if unit.split == split]
-        for split in records.SPLITS
-    }
+    shards = _by_split(units, done)
     counts = {split: sum(s.num_examples for s in shards[split]) for split in records.SPLITS}
     if counts["train"] == 0:
         raise UserError(
@@ -697,18 +712,16 @@ def _finish(
         mixed = f"; {drawn - len(left_out)} mixes, {hours:.3f} h"
         if left_out:
             mixed += f", and {len(left_out)} left out ({_reasons(left_out)}; see {MIX_REJECTS})"
-        _write_rejects(job.out / MIX_REJECTS, left_out)
-    records.finalise(job.out, shards, spec, about)
-    for stale in (job.out / "units").glob(".*.tmp"):
-        stale.unlink()
+        _write_rejects(place, MIX_REJECTS, left_out)
+    place.finalise(shards, spec, about)
     rejected = f"{len(rejects)} of {total} files rejected"
     if rejects:
-        rejected += f" ({_reasons(rejects)}; see {job.out / 'rejects.jsonl'})"
+        rejected += f" ({_reasons(rejects)}; see {place}/rejects.jsonl)"
     return (
         f"{sum(counts.values())} records ({counts['train']} train, {counts['validation']} "
         f"validation), {seconds / 3600:.3f} h of audio{mixed}; {rejected}; {clipped} clipped; "
         f"ignored {describe_ignored(manifest.ignored)}\n"
-        f'open it with tfds.builder_from_directory("{job.out}")'
+        f"{place.how_to_open()}"
     )
 
 
