@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,14 +232,7 @@ def messy_files(folder):
     return bad
 
 
-def test_a_messy_folder(tmp_path, monkeypatch, one_codec):
-    def encode(wav_BCN):  # (the sound itself does not matter here)
-        frames = -(-wav_BCN.shape[2] // one_codec.hop)
-        return np.zeros((len(wav_BCN), one_codec.spec.num_codebooks, frames), np.int16)
-
-    same = {name: getattr(one_codec, name) for name in ("spec", "config", "hop", "encoder")}
-    fast = SimpleNamespace(**same, encode=encode)
-    monkeypatch.setattr(job_module, "load_codec", lambda *args: fast)
+def test_a_messy_folder(tmp_path, one_codec):
     folder, out = tmp_path / "audio", tmp_path / "out"
     put(folder / "first.wav", tone(2.0))
     bad = messy_files(folder)
@@ -571,7 +563,7 @@ def test_workers_and_machines_make_the_same_data_set(tmp_path):
 
 
 def test_a_worker_that_dies_ends_the_job_in_one_line(tmp_path):
-    folder, out = album(tmp_path / "audio", 12, 2.0), tmp_path / "out"
+    folder, out = album(tmp_path / "audio", 8, 2.0), tmp_path / "out"
     arguments = ["--audio", folder, "--out", out, "--tracks-per-shard", 1, "--workers", 2]
     first = command(*arguments)
     deadline = time.monotonic() + 120
@@ -584,15 +576,7 @@ def test_a_worker_that_dies_ends_the_job_in_one_line(tmp_path):
     stdout, stderr = first.communicate()
     assert first.returncode == 2 and "error: a worker ended by itself" in stderr, stderr
     assert "Traceback" not in stderr
-    # and killed with its workers, which end too
-    second = command(*arguments)
-    done = len(list(out.glob("units/*.json")))
-    while len(list(out.glob("units/*.json"))) == done and time.monotonic() < deadline:
-        time.sleep(0.005)
-    second.kill()
-    second.communicate()
-    third = command(*arguments)
-    assert third.communicate() and third.returncode == 0
+    run(Job(audio=folder, out=out, tracks_per_shard=1))
     unbroken = tmp_path / "unbroken"
     run(Job(audio=folder, out=unbroken, tracks_per_shard=1))
     assert content(out) == content(unbroken)
