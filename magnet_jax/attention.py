@@ -361,6 +361,22 @@ def cached_attention(
     return jnp.einsum("BNTC,BCNH->BTNH", weights_BNTC.astype(value_BCNH.dtype), value_BCNH)
 
 
+def causal_attention(
+    query_BTNH: jax.Array, key_BTNH: jax.Array, value_BTNH: jax.Array, *, block: int = FULL_BLOCK
+) -> jax.Array:
+    """T steps attend to themselves and to those before.
+
+    `block` queries one after another, each with the keys up to its end: about half of the scores
+    are left out, and those of all pairs are never there at once.
+    """
+    parts = []
+    for start in range(0, query_BTNH.shape[1], block):
+        end = min(start + block, query_BTNH.shape[1])
+        past = (x_BTNH[:, :end] for x_BTNH in (key_BTNH, value_BTNH))
+        parts.append(cached_attention(query_BTNH[:, start:end], *past, start))
+    return jnp.concatenate(parts, axis=1)
+
+
 def cross_attention(
     query_BTNH: jax.Array,
     key_BSNH: jax.Array,

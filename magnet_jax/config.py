@@ -353,6 +353,28 @@ class DecodeConfig:
             )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RescoreConfig:
+    """How a second model takes part in decoding (section 3.3 and Figure 4 of the paper)."""
+
+    weight: float = 0.5
+    """Share of the rescorer's probabilities in the scores of spans: 0 is no rescorer, 1 the
+    rescorer alone. It is the w of Figure 4; in equation 5 w is the model's own share, 1 - weight.
+    The paper does not say which value it used."""
+    guidance: float = 1.0
+    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
+
+    def __post_init__(self):
+        _require(
+            0 <= self.weight <= 1,
+            f"rescorer weight must lie between 0 (no rescorer) and 1 (the rescorer alone), not "
+            f"{self.weight}",
+        )
+        _require(
+            math.isfinite(self.guidance), f"rescorer guidance must be a number, not {self.guidance}"
+        )
+
+
 Preset = Literal["paper", "paper-30s", "balanced", "draft"]
 # Decoding steps of each codebook. Time goes with their sum.
 PRESETS: dict[str, tuple[int, ...]] = {

@@ -74,6 +74,18 @@ class Decoded(NamedTuple):
     hidden_PBT: jax.Array  # True where step P of the schedule predicted
 
 
+class Rescoring(NamedTuple):
+    """A second model's say in which spans are kept (section 3.3, equation 5 and Figure 4)."""
+
+    probabilities: Callable[..., jax.Array]
+    """(codes_BKT, hidden_BT, stage, *, local) -> prob_BT. What the second model gives for the
+    tokens of codebook `stage` in a candidate: all codebooks up to that one are there, mask ids
+    stand for those above it. `hidden_BT` says which of the codebook's tokens were just predicted
+    and may be hidden again; elsewhere the result does not count. `local`: whether stage > 0."""
+    weight: jax.Array | float
+    """Its share in the scores; the model's own probabilities have the rest."""
+
+
 class Network(NamedTuple):
     """The model as decoding sees it: what is computed for all frames, and for some."""
 
@@ -271,6 +283,7 @@ def decode(
     reach: int | None = None,
     savings: Savings = ALL_SAVINGS,
     axis: str | None = None,
+    rescoring: Rescoring | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Decoded:
     """Runs the schedule.
@@ -291,6 +304,8 @@ def decode(
       reach: frames to each side on which a local stage's logits depend; None is all.
       savings: what to leave out.
       axis: the mesh axis over which the network's states are split by frames.
+      rescoring: scores spans by a second model as well. It is not asked after a codebook's last
+        step, whose scores nothing reads.
       on_step: called with (steps done, steps in all) while the program runs.
     """
     grid = span_arrangement == "nonoverlap"
@@ -382,7 +397,7 @@ def decode(
         _, drawn = jax.lax.scan(draw_quarter, None, jnp.arange(4) * quarter)
         return put(*(jnp.moveaxis(x, 0, 1).reshape(batch, -1) for x in drawn))
 
-    def advance(carry, step, *, local, guide, alone=False):
+    def advance(carry, step, *, local, guide, last, alone=False):
         codes_BKT, score_BU = carry
         order_BU = None
         if grid:
@@ -408,6 +423,10 @@ def decode(
         row_BT = jnp.where(hidden_BT, token_BT, row_BT)
         codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, row_BT, step.stage, axis=1)
 
+        if rescoring is not None and not last:
+            other_BT = rescoring.probabilities(codes_BKT, hidden_BT, step.stage, local=local)
+            # (in this form, weights of 0 and 1 leave the bits of one side as they are)
+            prob_BT = (1 - rescoring.weight) * prob_BT + rescoring.weight * other_BT
         surprise_BT = -jnp.log(jnp.maximum(prob_BT, 1e-30))
         if not grid:
             score_BU = jnp.where(hidden_BT, surprise_BT, jnp.minimum(score_BU, KEPT))
@@ -426,12 +445,15 @@ def decode(
 
     def decode_stage(codes_BKT, steps: Schedule, *, local: bool):
         num_steps = len(steps.stage)
-        last_apart = num_steps > 1 and (grid or guided == "all_but_last")
+        unlike = grid or guided == "all_but_last" or rescoring is not None
+        last_apart = num_steps > 1 and unlike
         first_steps = jax.tree.map(lambda x: x[: num_steps - last_apart], steps)
-        run = functools.partial(advance, local=local, guide=guided != "none")
+        run = functools.partial(advance, local=local, guide=guided != "none", last=num_steps == 1)
         carry, hidden_PBT = jax.lax.scan(run, (codes_BKT, start), first_steps)
         if last_apart:
-            run = functools.partial(advance, local=local, guide=guided == "all", alone=grid)
+            run = functools.partial(
+                advance, local=local, guide=guided == "all", last=True, alone=grid
+            )
             carry, last_BT = run(carry, jax.tree.map(lambda x: x[-1], steps))
             hidden_PBT = jnp.concatenate([hidden_PBT, last_BT[None]])
         return carry[0], hidden_PBT
@@ -556,6 +578,7 @@ def generate(
     savings: Savings = ALL_SAVINGS,
     guidance_axis: str | None = None,
     frames_axis: str | None = None,
+    rescoring: Rescoring | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Decoded:
     """From text encoder states to tokens; to be traced.
@@ -569,7 +592,7 @@ def generate(
       schedule: from `make_schedule`; its numbers may change without a new program.
       dtype: precision of the matrix products.
       codes_BKT, num_prompt, limit, choice, span_score, span_arrangement, guided, length, savings,
-        on_step: see `decode`.
+        rescoring, on_step: see `decode`.
       kernels, guidance_axis, frames_axis: see `guided_network`.
     """
     model = transformer.bind(config, params)
@@ -601,5 +624,6 @@ def generate(
         reach=config.num_layers * config.local_context or None,
         savings=savings,
         axis=frames_axis,
+        rescoring=rescoring,
         on_step=on_step,
     )

@@ -1,14 +1,15 @@
 """From texts to tokens and audio with a loaded model, of either kind.
 
 For MAGNeT the whole way, from the tokens of the texts to the samples of the audio, is one program
-(`magnet_program`): no host in between, and few shapes. Lengths and texts go in buckets.
+(`magnet_program`): no host in between, and few shapes. Lengths and texts go in buckets. A
+`Rescorer` takes part in that program.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from magnet_jax.config import (
     DecodeConfig,
     KernelConfig,
     ModelConfig,
+    RescoreConfig,
     RunConfig,
     SamplingMeshConfig,
 )
@@ -62,6 +64,24 @@ class Execution:
     """None: those that pay on the platform, `decode.default_savings`."""
     say: programs.Say | None = None
     """Takes a line when a program is compiled, and one when it is done."""
+
+
+class Rescorer(NamedTuple):
+    """A second model that judges what MAGNeT is about to keep; rescore.py has those that ship.
+
+    Any two functions will do, such as
+    `Rescorer(read, {"table": table_V}, lambda texts, text_pad_len: np.zeros(len(texts)))`.
+    """
+
+    read: Callable[..., Callable[..., jax.Array]]
+    """(params, texts, *, num_frames, length) -> probabilities, traced once a clip: prepares what
+    all steps share, and gives the function that `decode.Rescoring` describes. `length` is None or
+    the frames that exist of `num_frames`. One function object, one program."""
+    params: Any
+    """Arrays, in trees; on a mesh every device has all of them."""
+    tokenize: Callable[[Sequence[str], int | Literal["batch"] | None], Any]
+    """(texts, text_pad_len) -> texts as `read` takes them: arrays of a row a clip, in trees. For
+    the arguments see `tokenize_texts`."""
 
 
 def compute_dtype(config: RunConfig, platform: str | None = None) -> jnp.dtype:
@@ -105,6 +125,11 @@ def prepare(loaded: Loaded, execution: Execution = Execution()) -> Loaded:
     Raises `UserError` where the model cannot be run so.
     """
     check_execution(loaded.config.model, execution)
+    return on_devices(loaded, execution)
+
+
+def on_devices(loaded: Loaded, execution: Execution) -> Loaded:
+    """`prepare` for a model that may be another's rescorer, which runs where that one does."""
     dtype, mesh = compute_dtype(loaded.config), make_mesh(execution.mesh)
     place = NamedSharding(mesh, P()) if mesh.size > 1 else mesh.devices.item()
     params = jax.device_put(loaded.params, place)
@@ -181,6 +206,8 @@ def generate(
     prompt_BKP: np.ndarray | None = None,
     text_pad_len: int | Literal["batch"] | None = None,
     decoder: codec.Decoder | codec.Codec | None = None,
+    rescorer: Rescorer | None = None,
+    rescorer_weight: float = RescoreConfig.weight,
     execution: Execution = Execution(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Generated:
@@ -195,12 +222,14 @@ def generate(
       prompt_BKP: given first frames of each clip.
       text_pad_len: see `tokenize_texts`.
       decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
+      rescorer: a second model that takes part in scoring spans, of MAGNeT.
+      rescorer_weight: its share of the scores, from 0 (as without it, bit for bit) to 1 (it alone).
       execution: how to run on the hardware.
       on_step: called with (steps done, steps in all) while the program runs; one function object,
         one program.
 
     Raises:
-      UserError: the decoding, the prompt or the hardware does not fit the model.
+      UserError: the decoding, the prompt, the rescorer or the hardware does not fit the model.
     """
     model, batch = loaded.config.model, len(texts)
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
@@ -214,7 +243,18 @@ def generate(
             f"a prompt of {prompt_BKP.shape[-1]} frames leaves nothing to generate of "
             f"{num_frames}: ask for more seconds, or give a shorter prompt"
         )
-    run = _run_musicgen if model.kind == "musicgen" else _run_magnet
+    RescoreConfig(weight=rescorer_weight)  # checks it
+    if model.kind == "musicgen":
+        if rescorer is not None:
+            raise UserError("a model of kind musicgen has no spans to score: leave out rescorer")
+        run = _run_musicgen
+    elif rescorer is None or rescorer_weight == 0:
+        run = _run_magnet
+    else:
+        rescoring = _Rescoring(
+            rescorer, rescorer.tokenize(texts, text_pad_len), np.float32(rescorer_weight)
+        )
+        run = functools.partial(_run_magnet, rescoring=rescoring)
     generated = run(
         loaded,
         tokenize_texts(loaded, texts, text_pad_len),
@@ -242,6 +282,14 @@ def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
 # --- MAGNeT -------------------------------------------------------------------------------------
 
 
+class _Rescoring(NamedTuple):
+    """A rescorer at work on a batch."""
+
+    rescorer: Rescorer
+    texts: Any
+    weight: np.float32
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MagnetProgram:
     """What a program of MAGNeT is made for, beside its shapes."""
@@ -260,10 +308,11 @@ class MagnetProgram:
     platform: str
     mesh: Mesh | None
     on_step: Callable[[int, int], None] | None
+    read_rescorer: Callable[..., Callable[..., jax.Array]] | None
 
 
 # How the arguments of `magnet_program` lie on a mesh: parameters everywhere, clips split.
-MAGNET_SPECS = (P(),) * 3 + (P("data"),) * 3 + (P(),) * 5
+MAGNET_SPECS = (P(),) * 3 + (P("data"),) * 3 + (P(),) * 5 + (P(), P("data"), P())
 
 
 @functools.partial(jax.jit, static_argnames="made_for", donate_argnames="codes_BKT")
@@ -279,6 +328,9 @@ def magnet_program(
     audio_length: jax.Array | None,
     schedule: tuple[decode.Schedule, ...],
     limit: jax.Array,
+    rescorer_params: Any,
+    rescorer_texts: Any,
+    rescorer_weight: jax.Array | None,
     *,
     made_for: MagnetProgram,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -291,6 +343,7 @@ def magnet_program(
       codes_BKT: the prompt, then mask ids; donated.
       length, audio_length: frames of the clip in whole spans and of its audio, where those are
         fewer than T; None where the shapes say it all.
+      rescorer_params, rescorer_texts, rescorer_weight: see `Rescorer`; None where there is none.
       made_for: everything else.
 
     Returns:
@@ -308,15 +361,22 @@ def magnet_program(
         )
     return run(
         params, t5_params, decoder_params, text, keys_B, codes_BKT, num_prompt, length,
-        audio_length, schedule, limit,
+        audio_length, schedule, limit, rescorer_params, rescorer_texts, rescorer_weight,
     )  # fmt: skip
 
 
 def _magnet(
     params, t5_params, decoder_params, text, keys_B, codes_BKT, num_prompt, length, audio_length,
-    schedule, limit, *, made_for: MagnetProgram,
+    schedule, limit, rescorer_params, rescorer_texts, rescorer_weight, *, made_for: MagnetProgram,
 ):  # fmt: skip
     """`magnet_program` on one device of the mesh."""
+    rescoring = None
+    if made_for.read_rescorer is not None:
+        # (the whole rescorer on every device: of its axes a mesh splits it by `data` alone)
+        probabilities = made_for.read_rescorer(
+            rescorer_params, rescorer_texts, num_frames=codes_BKT.shape[-1], length=length
+        )
+        rescoring = decode.Rescoring(probabilities, rescorer_weight)
     axis_size = dict(made_for.mesh.shape) if made_for.mesh else dict.fromkeys(AXES, 1)
     states_BSE = t5.encode(
         t5_params, made_for.t5_config, text.ids_BS, text.mask_BS, dtype=made_for.dtype
@@ -342,6 +402,7 @@ def _magnet(
         savings=made_for.savings,
         guidance_axis="guidance" if axis_size["guidance"] > 1 else None,
         frames_axis="frames" if axis_size["frames"] > 1 else None,
+        rescoring=rescoring,
         on_step=made_for.on_step,
     )
     wav_BCN = None
@@ -371,6 +432,7 @@ def magnet_arguments(
     *,
     platform: str,
     mesh: Mesh | None,
+    rescoring: _Rescoring | None = None,
 ) -> tuple[tuple, MagnetProgram]:
     """The arguments of `magnet_program`, arrays and `made_for`."""
     model, axis_size = loaded.config.model, dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
@@ -411,6 +473,10 @@ def magnet_arguments(
 
     if mesh is not None:
         text = Text(*map(fill, text))
+    rescorer_arguments = (None, None, None)
+    if rescoring is not None:
+        texts = jax.tree.map(fill, rescoring.texts)
+        rescorer_arguments = (rescoring.rescorer.params, texts, rescoring.weight)
     choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
     made_for = MagnetProgram(
         model=model,
@@ -427,6 +493,7 @@ def magnet_arguments(
         platform=platform,
         mesh=mesh,
         on_step=on_step,
+        read_rescorer=None if rescoring is None else rescoring.rescorer.read,
     )
     arrays = (
         loaded.params["lm"],
@@ -442,20 +509,27 @@ def magnet_arguments(
             decoding, num_frames=num_decoded, num_prompt=num_prompt, span_length=model.span_length
         ),
         np.float32(limit),
+        *rescorer_arguments,
     )
     return arrays, made_for
 
 
-def _run_magnet(loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest) -> Generated:
+def _run_magnet(
+    loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest, rescoring=None
+) -> Generated:
     *_, execution, _ = rest
     mesh = make_mesh(execution.mesh)
     if mesh.size == 1:
         mesh = None  # (a mesh of one would pin to it what lies elsewhere, such as a run's)
     else:
         loaded = prepare(loaded, execution)
+        if rescoring is not None:
+            params = jax.device_put(rescoring.rescorer.params, NamedSharding(mesh, P()))
+            rescorer = rescoring.rescorer._replace(params=params)
+            rescoring = rescoring._replace(rescorer=rescorer)
     arrays, made_for = magnet_arguments(
         loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest,
-        platform=jax.default_backend(), mesh=mesh,
+        platform=jax.default_backend(), mesh=mesh, rescoring=rescoring,
     )  # fmt: skip
     batch = len(sample_B)
     num_frames, _ = decoded_frames(made_for.model, decoding, num_frames)

@@ -164,6 +164,13 @@ def test_kernels_go_by_platform_length_and_precision():
         KernelConfig(full="flash")
 
 
+def test_causal_attention_in_blocks_is_that_of_all_steps_at_once():
+    qkv = tuple(heads(i, 2, 21) for i in range(3))
+    whole = attention.cached_attention(*qkv, 0)
+    found = jax.jit(attention.causal_attention, static_argnames="block")(*qkv, block=8)
+    np.testing.assert_allclose(found, whole, atol=3e-6)
+
+
 def test_cross_attention_is_softmax_over_the_rows_own_tokens():
     query, key, value = heads(0, 2, 6), heads(1, 2, 5), heads(2, 2, 5)
     mask_BS = jnp.arange(5)[None] < jnp.array([[5], [2]])
