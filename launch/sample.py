@@ -23,6 +23,7 @@ from magnet_jax.config import (
     DecodeConfig,
     KernelConfig,
     Preset,
+    RescoreConfig,
     SamplingMeshConfig,
     preset_steps,
 )
@@ -58,6 +59,14 @@ class Args:
     """Schedule and sampling; the defaults are the model's."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     """The same for a MusicGen."""
+    rescorer: Annotated[str | Path | None, tyro.conf.arg(metavar="MODEL")] = None
+    """A second model that takes part in choosing which spans are kept (docs/rescoring.md): a
+    MusicGen, an AudioGen or another MAGNeT of the same codec, as for --checkpoint."""
+    rescorer_weight: float = RescoreConfig.weight
+    """The rescorer's share of the scores: 0 is no rescorer, 1 the rescorer alone. (The w of the
+    paper's Figure 4; its equation 5 calls the other share w.)"""
+    rescorer_guidance: float = RescoreConfig.guidance
+    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
     batch_size: int = 8
     """Clips generated at once; it changes no clip but for rounding."""
     lufs: float | None = -14.0
@@ -122,7 +131,11 @@ def sample(args: Args) -> list[Path]:
         raise UserError("--seed must lie between 0 and 2147483647")
     if args.unconditional < 0:
         raise UserError("--unconditional must not be negative")
-    from magnet_jax import audio, pretrained, programs, records, sampling  # JAX is slow to load
+    rescoring = RescoreConfig(weight=args.rescorer_weight, guidance=args.rescorer_guidance)
+    if args.rescorer is None and rescoring != RescoreConfig():
+        raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
+    # JAX is slow to load
+    from magnet_jax import audio, pretrained, programs, records, rescore, sampling
 
     programs.keep_on_disk()
     loaded = pretrained.load(
@@ -138,6 +151,16 @@ def sample(args: Args) -> list[Path]:
         kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
     )
     loaded = sampling.prepare(loaded, execution)
+    second, rescorer = None, None
+    if args.rescorer is not None:
+        second = rescore.load(args.rescorer)
+        rescorer = rescore.from_model(
+            second,
+            loaded,
+            guidance=rescoring.guidance,
+            execution=execution,
+            name=str(args.rescorer),
+        )
     if args.codec_backend == "jax":
         decoder = sampling.place(decoder, execution)
     config, spec = loaded.config, loaded.codec
@@ -149,6 +172,8 @@ def sample(args: Args) -> list[Path]:
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)
+    for note in sampling.notes_on_cut_texts(second, texts) if second else ():
+        print(f"rescorer: {note}")
     common = {
         "seconds": seconds,
         "checkpoint": str(args.checkpoint),
@@ -156,6 +181,13 @@ def sample(args: Args) -> list[Path]:
         "step": loaded.step,
         "weights": loaded.lineage.get("weights"),
         "decode": dataclasses.asdict(decoding),
+        "rescorer": second
+        and {
+            "checkpoint": str(args.rescorer),
+            "step": second.step,
+            "weights": second.lineage.get("weights"),
+            **dataclasses.asdict(rescoring),
+        },
         "compute_dtype": sampling.compute_dtype(config).name,
         "codec_backend": args.codec_backend,
         "kernels": dataclasses.asdict(args.kernels),
@@ -181,6 +213,8 @@ def sample(args: Args) -> list[Path]:
             seed=args.seed,
             first_sample=first,
             decoder=decoder,
+            rescorer=rescorer,
+            rescorer_weight=rescoring.weight,
             execution=execution,
         )
         took = time.perf_counter() - started

@@ -22,7 +22,7 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import pretrained, programs, sampling
+from magnet_jax import pretrained, programs, rescore, sampling
 from magnet_jax.codec import Codec, Decoder
 from magnet_jax.config import (
     KIND_NAMES,
@@ -30,6 +30,7 @@ from magnet_jax.config import (
     DecodeConfig,
     KernelConfig,
     Preset,
+    RescoreConfig,
     SamplingMeshConfig,
     preset_steps,
 )
@@ -244,7 +245,7 @@ class Generator:
         return pretrained.load_decoder(self.loaded, "this model", "torch")
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
-        for message in sampling.notes_on_cut_texts(self.loaded, texts):
+        for message in self._notes(texts):
             warnings.warn(message, stacklevel=3)
         with _listening(self._report, progress, self._callback) as on_step:
             generated = self._clips(
@@ -256,6 +257,9 @@ class Generator:
                 on_step=on_step,
             )
         return (generated.wav_BCN, generated.codes_BKT) if return_tokens else generated.wav_BCN
+
+    def _notes(self, texts: list[str]) -> list[str]:
+        return sampling.notes_on_cut_texts(self.loaded, texts)
 
     def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
         return sampling.generate(
@@ -276,6 +280,9 @@ class MAGNeT(Generator):
     """Text to audio in a fixed number of parallel steps."""
 
     kind = "magnet"
+    rescorer: sampling.Rescorer | None = None
+    rescorer_weight: float = RescoreConfig.weight
+    _rescoring_model: Loaded | None = None
 
     def set_generation_params(
         self,
@@ -349,6 +356,54 @@ class MAGNeT(Generator):
             whole_spans=whole_spans,
         )
         self.duration = _checked_duration(duration, self.max_duration)
+
+    def set_rescorer(
+        self,
+        rescorer: str | Path | Generator | sampling.Rescorer | None,
+        weight: float | None = None,
+        *,
+        guidance: float | None = None,
+    ) -> None:
+        """Lets a second model take part in choosing which spans are kept (docs/rescoring.md).
+
+        Args:
+          rescorer: a model's folder or hub id, a `MusicGen` or `MAGNeT` that is loaded, or any
+            functions (`sampling.Rescorer`); None for none.
+          weight: the rescorer's share of the scores, from 0 (as without it, bit for bit) to 1 (the
+            rescorer alone).
+          guidance: coefficient of the rescorer's guidance; 1, the default, is none.
+
+        Raises:
+          UserError: no such model, or one whose tokens are not this model's.
+        """
+        settings = _replaced(RescoreConfig(), weight=weight, guidance=guidance)
+        model = None
+        if rescorer is not None and not isinstance(rescorer, sampling.Rescorer):
+            own = isinstance(rescorer, Generator)
+            model = rescorer.loaded if own else rescore.load(rescorer)
+            rescorer = rescore.from_model(
+                model,
+                self.loaded,
+                guidance=settings.guidance,
+                execution=self.execution,
+                name="that was given" if own else str(rescorer),
+            )
+        elif guidance is not None:
+            raise UserError("guidance belongs to a model as rescorer; leave it out")
+        self.rescorer, self.rescorer_weight = rescorer, settings.weight
+        self._rescoring_model = model
+
+    def _notes(self, texts: list[str]) -> list[str]:
+        notes = super()._notes(texts)
+        if self._rescoring_model is not None:
+            cut = sampling.notes_on_cut_texts(self._rescoring_model, texts)
+            notes += [f"rescorer: {note}" for note in cut]
+        return notes
+
+    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
+        return super()._clips(
+            texts, rescorer=self.rescorer, rescorer_weight=self.rescorer_weight, **keywords
+        )
 
 
 class MusicGen(Generator):

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax import attention, decode, patterns, pretrained, sampling, t5, transformer
-from magnet_jax.config import KernelConfig, ModelConfig
+from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
 from magnet_jax.sampling import Rescorer, Text
@@ -42,16 +42,11 @@ class _Reading:
     platform: str
 
 
-def load(
-    source: Path | str, partner: Loaded, *, guidance: float, execution: sampling.Execution
-) -> Rescorer:
-    """The model at `source` as a rescorer; see `from_model`.
-
-    Raises `UserError` where there is none, or none that fits.
-    """
+def load(source: Path | str) -> Loaded:
+    """`pretrained.load`, with errors that are a rescorer's."""
     folder = pretrained.locate(source)
     try:
-        loaded = pretrained.load(source)
+        return pretrained.load(source)
     except UserError as error:
         if not pretrained.is_audiocraft(folder):
             raise
@@ -60,14 +55,13 @@ def load(
             f"rescorer {source}: import it with launch.import_audiocraft, which takes the options "
             f"named here, and give that folder ({error})"
         ) from None
-    return from_model(loaded, partner, guidance=guidance, execution=execution, name=str(source))
 
 
 def from_model(
     loaded: Loaded,
     partner: Loaded,
     *,
-    guidance: float = 1.0,
+    guidance: float = RescoreConfig.guidance,
     execution: sampling.Execution = sampling.Execution(),
     name: str = "this model",
 ) -> Rescorer:
@@ -105,7 +99,12 @@ def from_model(
 
 
 def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
-    """Raises `UserError` unless tokens mean the same to a rescorer and to the model it serves."""
+    """Raises `UserError` unless `partner` can be rescored, and tokens mean the same to both."""
+    if partner.config.model.kind != "magnet":
+        raise UserError(
+            f"a model of kind {partner.config.model.kind} has no spans to score: leave out the "
+            f"rescorer {name}"
+        )
     (codec, model), (its_codec, its_model) = (
         (one.codec, one.config.model) for one in (partner, loaded)
     )

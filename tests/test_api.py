@@ -570,6 +570,61 @@ def test_the_command_samples_from_imports(imported, tmp_path):
         assert settings["decode"][key] == {"magnet": "stride1", "musicgen": 5}[name]
 
 
+def test_a_rescorer_takes_part(magnet, musicgen, imported):
+    fast(magnet).set_generation_params(decoding_steps=[4, 2, 1, 1], duration=0.5, temperature=20.0)
+
+    def tokens(rescorer, weight=None, **settings):
+        magnet.set_rescorer(rescorer, weight, **settings)
+        return magnet.generate(["a waltz", "a march"], return_tokens=True)[1]
+
+    try:
+        without = tokens(None)
+        np.testing.assert_array_equal(tokens(musicgen, 0.0), without)
+        found = tokens(musicgen, 1.0, guidance=3.0)
+        assert (found != without).any()
+        np.testing.assert_array_equal(tokens(imported / "musicgen", 1.0, guidance=3.0), found)
+        notes = magnet._notes(["a very long waltz " * 100])
+        assert [note.split(" that")[0] for note in notes] == [
+            "cut to the 128 tokens",
+            "rescorer: cut to the 128 tokens",
+        ]
+        np.testing.assert_array_equal(tokens(None), without)
+        for given, complaint in (
+            (("nowhere", 0.5), "nowhere: no such folder"),
+            ((musicgen, 1.5), "rescorer weight must lie between 0"),
+        ):
+            with pytest.raises(UserError, match=complaint):
+                magnet.set_rescorer(*given)
+    finally:
+        magnet.set_rescorer(None)
+
+
+def test_the_command_rescores(imported, sources, tmp_path):
+    words = [
+        "--checkpoint", str(imported / "magnet"), "--out", str(tmp_path / "out"),
+        "--prompt", "a waltz", "--seconds", "0.4", "--decode.steps", "2", "1", "1", "1",
+    ]  # fmt: skip
+    partner = ["--rescorer", str(imported / "musicgen"), "--rescorer-weight", "0.7"]
+    paths = sample.sample(sample.parse([*words, *partner]))
+    settings = json.loads(paths[0].with_suffix(".json").read_text())
+    assert settings["rescorer"] == {
+        "checkpoint": str(imported / "musicgen"),
+        "step": 0,
+        "weights": None,
+        "weight": 0.7,
+        "guidance": 1.0,
+    }
+    musicgen = ["--checkpoint", str(imported / "musicgen"), *words[2:8]]
+    for given, complaint in (
+        ([*words, "--rescorer-weight", "0.7"], "need --rescorer MODEL"),
+        ([*words, *partner[:3], "1.7"], "rescorer weight must lie between 0"),
+        ([*musicgen, *partner], "kind musicgen has no spans to score"),
+        ([*words, "--rescorer", str(sources / "musicgen")], "launch.import_audiocraft"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            sample.sample(sample.parse(given))
+
+
 def test_the_command_is_not_misled_by_other_libraries_config(copied):
     """Published folders of MusicGen hold a config.json for transformers as well."""
     (copied / "magnet" / "config.json").write_text('{"model_type": "musicgen"}')

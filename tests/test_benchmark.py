@@ -188,6 +188,23 @@ def test_a_model_with_random_weights(small, capsys, no_peaks):
     assert "random weights" in capsys.readouterr().out
 
 
+def test_rescoring_is_measured_against_the_rescorers_own_passes(small, tmp_path, capsys, no_peaks):
+    # (the codec's seed is that of the model with random weights)
+    models.random_checkpoint.make(
+        models.random_checkpoint.Args(out=tmp_path / "second", kind="musicgen", seconds=1)
+    )
+    file = tmp_path / "figures.json"
+    command.main(
+        ["decode", "--model", "small", "--seconds", "0.2", "--batch-sizes", "1", "--repeats", "1",
+         "--steps", "1", "2", "2", "2", "--no-parts", "--rescorer", str(tmp_path / "second"),
+         "--json", str(file)]
+    )  # fmt: skip
+    found = json.loads(file.read_text())["rescoring"]
+    assert found["passes"] == 3
+    assert found["ratio"] == pytest.approx((found["rescored"] - found["without"]) / found["alone"])
+    assert "the rescorer's 3 passes alone take" in capsys.readouterr().out
+
+
 def test_savings_are_measured(small, capsys, monkeypatch):
     monkeypatch.setattr(savings, "NAMES", ("last_window",))
     sizes = ["--seconds", "0.2", "--steps", "1", "1", "1", "1", "--repeats", "1"]
@@ -223,6 +240,7 @@ def test_compiling_is_measured_with_a_cache_alone(monkeypatch):
         (["--model", "small", "--repeats", "0"], "--repeats must be"),
         (["--model", "small", "--seconds", "nan"], "--seconds must be positive"),
         (["--model", "small", "--peer-steps", "1"], "needs --peer"),
+        (["--model", "small", "--rescorer-guidance", "3"], "needs --rescorer"),
         (["--model", "small", "--picture", "x.mp3"], "must end in .png"),
         (["--model", "small", "--json", "nowhere/x.json"], "no such folder nowhere"),
     ],

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from launch.benchmark import models, peaks, report
+from launch.benchmark import models, peaks, report, rescoring
 from launch.benchmark.peaks import seconds_of
-from magnet_jax import convert, flops, pretrained, programs, sampling
+from magnet_jax import convert, flops, pretrained, programs, rescore, sampling
 from magnet_jax.codec import Decoder
-from magnet_jax.config import DecodeConfig, Preset, preset_steps
+from magnet_jax.config import DecodeConfig, Preset, RescoreConfig, preset_steps
 from magnet_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,10 @@ class Args:
     """Decoding steps by name: paper, paper-30s, balanced or draft."""
     parts: bool = True
     """Time the parts of a call at the first batch size, which compiles one more program."""
+    rescorer: str | Path | None = None
+    """Also time rescoring by this model at the first batch size, against its own passes alone."""
+    rescorer_guidance: float = RescoreConfig.guidance
+    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
     peer: bool = False
     """Also time the PyTorch peer, on the same weights, text states and schedule."""
     peer_device: str = "cpu"
@@ -81,6 +85,8 @@ class Args:
             raise UserError("--seconds must be positive, and at most 600")
         if not self.peer and (self.peer_device, self.peer_dtype) != ("cpu", "float32"):
             raise UserError("--peer-device and --peer-dtype need --peer")
+        if self.rescorer is None and self.rescorer_guidance != RescoreConfig.guidance:
+            raise UserError("--rescorer-guidance needs --rescorer")
         if self.peer_steps is not None and (self.peer_steps < 1 or not self.peer):
             raise UserError("--peer-steps must be at least 1, and needs --peer")
         if self.picture and self.picture.suffix not in (".png", ".pdf", ".svg"):
@@ -103,7 +109,13 @@ class Job:
     def texts(self, batch: int) -> list[str]:
         return [TEXTS[i % len(TEXTS)] for i in range(batch)]
 
-    def tokens(self, batch: int, repeat: int, on_step: Callable | None = None) -> np.ndarray:
+    def tokens(
+        self,
+        batch: int,
+        repeat: int,
+        on_step: Callable | None = None,
+        rescorer: sampling.Rescorer | None = None,
+    ) -> np.ndarray:
         """From texts to tokens, as users have it, with settings that differ a repeat."""
         # Other numbers, not other shapes: no new program.
         temperature = self.decoding.temperature * (1 + repeat / 64)
@@ -114,6 +126,7 @@ class Job:
             num_frames=self.num_frames,
             decoding=decoding,
             seed=repeat,
+            rescorer=rescorer,
             on_step=on_step,
         ).codes_BKT
 
@@ -136,6 +149,7 @@ def measure(args: Args) -> None:
 
             check_device(args.peer_device)
         job = make_job(args, loaded)
+        rescorer = make_rescorer(args, job)
         dtype = sampling.compute_dtype(loaded.config)
         facts = report.Facts(
             model=name,
@@ -161,10 +175,14 @@ def measure(args: Args) -> None:
         parts = measure_parts(job, args.batch_sizes[0]) if args.parts else None
         if parts:
             print(report.parts_table(parts, rows[0], facts), flush=True)
+        rescored = None
+        if rescorer is not None:
+            rescored = rescoring.measure(job, rescorer, args.batch_sizes[0], args.repeats)
+            print(report.rescoring_line(rescored), flush=True)
         if args.vs:
             print(report.vs_line(args.vs, vs_seconds, rows[0]), flush=True)
     if args.json:
-        report.write_json(args.json, facts, rows, num_programs, parts, vs_seconds)
+        report.write_json(args.json, facts, rows, num_programs, parts, rescored, vs_seconds)
     if args.picture:
         report.draw(args.picture, facts, rows)
 
@@ -194,6 +212,20 @@ def make_job(args: Args, loaded: pretrained.Loaded) -> Job:
         decoder=pretrained.load_decoder(loaded, str(args.checkpoint)),
         num_frames=frames // span * span,
         decoding=dataclasses.replace(loaded.config.decode, steps=steps),
+    )
+
+
+def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
+    """The second model, if one is asked for; raises `UserError` where there is none that fits."""
+    if args.rescorer is None:
+        return None
+    if max(job.decoding.steps) == 1:
+        raise UserError("nothing is rescored where every codebook has one step: give more --steps")
+    return rescore.from_model(
+        rescore.load(args.rescorer),
+        job.loaded,
+        guidance=args.rescorer_guidance,
+        name=str(args.rescorer),
     )
 
 

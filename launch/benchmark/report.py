@@ -71,6 +71,26 @@ class Parts:
     codec: float
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rescoring:
+    """What a second model costs; times in seconds a call."""
+
+    batch_size: int
+    passes: int  # of the rescorer
+    without: float  # from texts to tokens
+    rescored: float  # the same with the rescorer
+    alone: float  # the rescorer's passes and its text encoder, in a program of their own
+
+    @property
+    def extra(self) -> float:
+        return self.rescored - self.without
+
+    @property
+    def ratio(self) -> float:
+        """The extra time over the rescorer's own."""
+        return self.extra / self.alone
+
+
 def option(name: str) -> str:
     """A field as the command line spells it."""
     return "--" + name.replace("_", "-")
@@ -178,6 +198,14 @@ def peer_whole(row: Row, facts: Facts) -> float:
     return sum(seconds / count * whole for seconds, count, whole in parts)
 
 
+def rescoring_line(found: Rescoring) -> str:
+    return (
+        f"rescoring, batch {found.batch_size}: {found.rescored:.3f} s to tokens, "
+        f"{found.extra:.3f} s more than without; the rescorer's {found.passes} passes alone take "
+        f"{found.alone:.3f} s: {found.ratio:.2f} of them"
+    )
+
+
 def vs_line(command: str, seconds: float, row: Row) -> str:
     return (
         f"{command}: {seconds:.3f} s, {seconds / row.latency:.2f} times ours from text to audio at "
@@ -191,6 +219,7 @@ def write_json(
     rows: Sequence[Row],
     programs: int,
     parts: Parts | None,
+    rescored: Rescoring | None,
     vs_seconds: float | None,
 ) -> None:
     """Everything that was measured, and what follows from it."""
@@ -202,6 +231,8 @@ def write_json(
         ],
         "programs": programs,
         "parts": parts and dataclasses.asdict(parts),
+        "rescoring": rescored
+        and dataclasses.asdict(rescored) | {"extra": rescored.extra, "ratio": rescored.ratio},
         "vs_seconds": vs_seconds,
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,71 @@
+"""What rescoring adds to the time of a call, beside what the rescorer costs by itself."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from launch.benchmark import report
+from launch.benchmark.peaks import seconds_of
+from magnet_jax.sampling import Rescorer
+
+if TYPE_CHECKING:
+    from launch.benchmark.decoding import Job
+
+
+def measure(job: "Job", rescorer: Rescorer, batch: int, repeats: int) -> report.Rescoring:
+    """Times a call with the rescorer, one without, and the rescorer alone, in turns."""
+    texts = rescorer.tokenize(job.texts(batch), None)
+    # A codebook's last step is not rescored: nothing reads its scores.
+    stages = [np.full(steps - 1, stage, np.int32) for stage, steps in enumerate(job.decoding.steps)]
+    codes_BKT = job.tokens(batch, 0)
+    alone = functools.partial(
+        _passes, rescorer.params, texts, codes_BKT, stages[0], np.concatenate(stages[1:]),
+        read=rescorer.read,
+    )  # fmt: skip
+    calls = {
+        "without": lambda repeat: job.tokens(batch, repeat),
+        "with": lambda repeat: job.tokens(batch, repeat, rescorer=rescorer),
+        "alone": lambda repeat: jax.block_until_ready(alone()),
+    }
+    for call in calls.values():  # compiles
+        call(0)
+    seconds = {name: [] for name in calls}
+    for repeat in tqdm(range(repeats), "rescoring", leave=False):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(functools.partial(call, repeat)))
+    return report.Rescoring(
+        batch_size=batch,
+        passes=sum(map(len, stages)),
+        without=min(seconds["without"]),
+        rescored=min(seconds["with"]),
+        alone=min(seconds["alone"]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="read")
+def _passes(
+    params: Any,
+    texts: Any,
+    codes_BKT: jax.Array,
+    first: jax.Array,
+    others: jax.Array,
+    *,
+    read: Callable[..., Callable[..., jax.Array]],
+) -> jax.Array:
+    """The rescorer's passes over a clip: `first` and `others` name the codebook of each."""
+    probabilities = read(params, texts, num_frames=codes_BKT.shape[-1], length=None)
+    hidden_BT = jnp.ones_like(codes_BKT[:, 0], bool)
+
+    def one(codes_BKT, stage, local):
+        prob_BT = probabilities(codes_BKT, hidden_BT, stage, local=local)
+        # No probability is above 1, but each pass has to wait for the one before.
+        return jnp.where(prob_BT[:, None] > 2, 0, codes_BKT), None
+
+    for stages, local in ((first, False), (others, True)):
+        codes_BKT, _ = jax.lax.scan(functools.partial(one, local=local), codes_BKT, stages)
+    return codes_BKT
