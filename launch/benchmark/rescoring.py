@@ -1,5 +1,6 @@
 """What rescoring adds to the time of a call, beside what the rescorer costs by itself."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from launch.benchmark import report
 from launch.benchmark.peaks import seconds_of
+from magnet_jax import sampling
 from magnet_jax.sampling import Rescorer
 
 if TYPE_CHECKING:
@@ -23,6 +25,14 @@ def measure(job: "Job", rescorer: Rescorer, batch: int, repeats: int) -> report.
     # A codebook's last step is not rescored: nothing reads its scores.
     stages = [np.full(steps - 1, stage, np.int32) for stage, steps in enumerate(job.decoding.steps)]
     codes_BKT = job.tokens(batch, 0)
+    # Over as many frames as the program computes, which rounds lengths up.
+    config = job.loaded.config
+    span = job.decoding.span_length or config.model.span_length
+    model = dataclasses.replace(config.model, span_length=span)
+    usual = sampling.segment_frames(config, job.loaded.codec)
+    _, usual = sampling.decoded_frames(model, job.decoding, usual)
+    more = sampling.frame_bucket(job.num_frames, usual, span) - job.num_frames
+    codes_BKT = np.pad(codes_BKT, ((0, 0), (0, 0), (0, more)), mode="edge")
     alone = functools.partial(
         _passes, rescorer.params, texts, codes_BKT, stages[0], np.concatenate(stages[1:]),
         read=rescorer.read,
