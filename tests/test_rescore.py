@@ -54,7 +54,9 @@ def score_of(monkeypatch, loaded, states, num_frames, *, guidance=1.0, length=No
     """A model's probabilities, as decoding asks for them, of texts whose states are given."""
     states_BSE, mask_BS, zeros_B = states
     monkeypatch.setattr(t5, "encode", lambda *_, **__: states_BSE)
-    rescorer = rescore.from_model(loaded, loaded, guidance=guidance)
+    served = dataclasses.replace(loaded.config.model, kind="magnet", delays=())
+    partner = loaded._replace(config=dataclasses.replace(loaded.config, model=served))
+    rescorer = rescore.from_model(loaded, partner, guidance=guidance)
     text = sampling.Text(np.zeros(mask_BS.shape, np.int32), mask_BS, zeros_B)
 
     @jax.jit
