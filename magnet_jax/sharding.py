@@ -36,7 +36,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             remedy = "the other axes must divide that number"
         else:
             remedy = "their product must be that number; -1 for data takes what the others leave"
-        raise UserError(f"{given} does not fit {len(devices)} device(s): {remedy}")
+        raise UserError(f"{given} does not fit {len(devices)} devices: {remedy}")
     # On TPUs neighbours in the mesh are neighbours in the torus; elsewhere the order is kept.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
