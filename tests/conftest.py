@@ -40,3 +40,15 @@ def forget_programs():
     yield
     programs.forget()
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def one_codec():
+    """Loads the embedded codec once for all tokenization jobs of a file."""
+    from magnet_jax.codec import load_codec
+    from tokenization import job
+
+    codec = load_codec("embedded")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "load_codec", lambda source, device, count: codec)
+        yield codec

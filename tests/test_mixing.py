@@ -10,9 +10,7 @@ import pytest
 from sounds import RATE, put, tone
 
 from magnet_jax import records
-from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError
-from tokenization import job as job_module
 from tokenization import mixing
 from tokenization.audio import Intake
 from tokenization.decoder import Decoder, read_audio
@@ -23,13 +21,7 @@ from tokenization.sources import scan
 MONO = Intake(sample_rate=RATE, channels=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_codec():
-    """Loads the embedded codec once for all jobs of this file."""
-    codec = load_codec("embedded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_module, "load_codec", lambda source, device, count: codec)
-        yield codec
+pytestmark = pytest.mark.usefixtures("one_codec")
 
 
 @pytest.fixture(scope="module")

@@ -22,10 +22,8 @@ import tensorflow_datasets as tfds
 from sounds import RATE, put, tone
 
 from magnet_jax import data, records, t5
-from magnet_jax.codec import load_codec
 from magnet_jax.config import DataConfig
 from magnet_jax.errors import UserError
-from tokenization import job as job_module
 from tokenization.audio import Intake, RejectedError
 from tokenization.decoder import Decoder, read_audio, read_header
 from tokenization.job import Job, run
@@ -131,14 +129,6 @@ def save_data_set(folder, names, captions):
 
 
 KINDS = [a_folder, a_manifest, a_csv, a_parquet, a_webdataset, a_saved_data_set]
-
-
-@pytest.fixture(scope="module")
-def one_codec():
-    codec = load_codec("embedded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_module, "load_codec", lambda source, device, count: codec)
-        yield codec
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,8 @@ import tensorflow_datasets as tfds
 from sounds import RATE, album, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax import records
-from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError
 from tokenization import decoder as decoder_module
-from tokenization import job as job_module
 from tokenization import place as place_module
 from tokenization.audio import Intake
 from tokenization.decoder import Decoder, read_audio
@@ -27,14 +25,7 @@ from tokenization.job import Job, cut, run, split_of
 from tokenization.listing import Source
 from tokenization.sources import scan
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_codec():
-    """Loads the embedded codec once for all jobs of this file."""
-    codec = load_codec("embedded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job_module, "load_codec", lambda source, device, count: codec)
-        yield codec
+pytestmark = pytest.mark.usefixtures("one_codec")
 
 
 def read(out, split="train"):
