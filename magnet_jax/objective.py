@@ -118,6 +118,7 @@ def sums(
     attend: Callable[..., jax.Array] = self_attention,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
+    flat: bool = False,
 ) -> Sums:
     """Each row's share of the training loss of one stage (sections 2 and 3.1).
 
@@ -127,13 +128,19 @@ def sums(
       codes_BKT, valid_BT: true tokens, and which frames are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      attend, remat, sharding: see `Transformer.trunk`.
+      attend, remat, sharding, flat: see `Transformer.trunk`.
     """
     mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
     corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
     model = transformer.bind(config, params)
     text = model.read_text(states_BSE, text_mask_BS & ~noise.drop_text_B[:, None], dtype=dtype)
     states_BTD = model.trunk(
-        corrupted.input_BKT, text, local=local, attend=attend, remat=remat, sharding=sharding
+        corrupted.input_BKT,
+        text,
+        local=local,
+        attend=attend,
+        remat=remat,
+        sharding=sharding,
+        flat=flat,
     )
     return score(model.head(states_BTD, stage), corrupted.target_BT, corrupted.mask_BT)

@@ -188,6 +188,7 @@ def _sums(
         attend=attention.with_kernels(static.kernels, near=near),
         remat=static.remat,
         sharding=sharding.batch_sharding(static.mesh),
+        flat=static.mesh.devices.flat[0].platform == "cpu",
     )
 
 

@@ -93,6 +93,21 @@ def exact_products(run: Callable) -> Callable:
     return wrapped
 
 
+def product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1, *, flat: bool) -> jax.Array:
+    """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`.
+
+    `flat` multiplies one matrix of all frames: XLA for CPUs then reads it as it lies where the
+    gradient of the kernel sums over clips and frames, and would copy it with two axes. On TPUs
+    joining the axes is itself a copy.
+    """
+    if not flat:
+        return jnp.tensordot(x_BTD, kernel, num_axes)
+    b, t = x_BTD.shape[:2]
+    rows = x_BTD.reshape(b * t, -1)
+    rows = rows @ kernel.reshape(rows.shape[1], -1)
+    return rows.reshape(b, t, *kernel.shape[num_axes:])
+
+
 def _param(key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple) -> nnx.Param:
     """Truncated normal of variance 1 / fan_in, cut at three deviations as in the reference."""
     value = jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) / math.sqrt(fan_in)
@@ -122,7 +137,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, normed: bool):
         d, n, h = config.width, config.num_heads, config.head_size
-        self.biased, self.normed = config.attention_bias, normed
+        self.biased, self.normed, self.flat = config.attention_bias, normed, False
         for name in ("query", "key", "value"):
             axes = ("embed", "heads", None)
             setattr(self, name, _param(rngs.params(), (d, n, h), d, axes))
@@ -137,7 +152,7 @@ class Attention(nnx.Module):
     def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
         kernel_DNH = getattr(self, name)[...].astype(x_BTD.dtype)
-        return self.finish(name, jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel_DNH))
+        return self.finish(name, product(x_BTD, kernel_DNH, flat=self.flat))
 
     def finish(self, name: str, x_BTNH: jax.Array) -> jax.Array:
         """Adds to a product what there is of bias and norm."""
@@ -156,14 +171,14 @@ class Attention(nnx.Module):
         return self.finish("key", zeros_11NH), self.finish("value", zeros_11NH)
 
     def merge(self, x_BTNH: jax.Array) -> jax.Array:
-        x_BTD = jnp.einsum("BTNH,NHD->BTD", x_BTNH, self.out[...].astype(x_BTNH.dtype))
+        x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2, flat=self.flat)
         return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = config.width, config.mlp_ratio * config.width
-        self.biased = config.mlp_bias
+        self.biased, self.flat = config.mlp_bias, False
         self.up = _param(rngs.params(), (d, f), d, ("embed", "mlp"))
         self.down = _param(rngs.params(), (f, d), f, ("mlp", "embed"))
         if self.biased:
@@ -171,10 +186,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        hidden_BTF = x_BTD @ self.up[...].astype(dtype)
+        hidden_BTF = product(x_BTD, self.up[...].astype(dtype), flat=self.flat)
         if self.biased:
             hidden_BTF = hidden_BTF + self.up_bias[...][None, None].astype(dtype)
-        x_BTD = gelu(hidden_BTF) @ self.down[...].astype(dtype)
+        x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype), flat=self.flat)
         return x_BTD + self.down_bias[...][None, None].astype(dtype) if self.biased else x_BTD
 
 
@@ -287,6 +302,7 @@ class Transformer(nnx.Module):
         positions_BTD: jax.Array | np.ndarray | None = None,
         remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
+        flat: bool = False,
     ) -> jax.Array:
         """Everything below the heads.
 
@@ -301,6 +317,7 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
+          flat: see `product`.
 
         Returns:
           final-norm states [B, T, D].
@@ -318,6 +335,7 @@ class Transformer(nnx.Module):
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
+        self.blocks.set_attributes(flat=flat)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):

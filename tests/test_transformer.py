@@ -18,11 +18,11 @@ SMALL = ModelConfig(
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "local", "remat"))
-def logits(params, states, mask, zeros, codes, stage, *, config, local, remat="none"):
+@functools.partial(jax.jit, static_argnames=("config", "local", "remat", "flat"))
+def logits(params, states, mask, zeros, codes, stage, *, config, local, remat="none", flat=False):
     model = transformer.bind(config, params)
     text = model.read_text(states, mask, zeros)
-    return model.head(model.trunk(codes, text, local=local, remat=remat), stage)
+    return model.head(model.trunk(codes, text, local=local, remat=remat, flat=flat), stage)
 
 
 def text_of(model, batch=1):
@@ -104,22 +104,25 @@ def test_rows_beyond_the_texts_are_rows_without_text(local):
     assert (fewer[:2] != fewer[2:]).any()
 
 
-@pytest.mark.parametrize("policy", ["products", "attention", "full"])
-def test_remat_changes_neither_values_nor_gradients(policy):
+@pytest.mark.parametrize(
+    ("policy", "flat"),
+    [("products", False), ("attention", False), ("full", False), ("none", True), ("full", True)],
+)
+def test_neither_remat_nor_flat_products_change_values_or_gradients(policy, flat):
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
     codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
 
-    def total(params, remat):
+    def total(params, remat, flat):
         out = logits(
             params, states, jnp.ones((2, 3), bool), jnp.zeros(2, jnp.int32), codes, 1,
-            config=SMALL, local=True, remat=remat,
+            config=SMALL, local=True, remat=remat, flat=flat,
         )  # fmt: skip
         return jnp.square(out).sum()
 
-    both = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    plain, remat = both(params, "none"), both(params, policy)
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+    both = jax.jit(jax.value_and_grad(total), static_argnums=(1, 2))
+    plain, changed = both(params, "none", False), both(params, policy, flat)
+    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
