@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyloudnorm
 import soundfile
 
 from magnet_jax.errors import UserError
@@ -23,6 +22,8 @@ def soft_limit(wav_CN: np.ndarray) -> np.ndarray:
 
 def measure_loudness(wav_CN: np.ndarray, sample_rate: int) -> float | None:
     """Integrated loudness in LUFS; None for silence, and for less than 0.4 s."""
+    import pyloudnorm  # with SciPy's filters it takes two seconds, which not every command needs
+
     meter = pyloudnorm.Meter(sample_rate)
     if wav_CN.shape[-1] < meter.block_size * sample_rate:
         return None

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from magnet_jax import flops, objective, records, targets
 from magnet_jax.config import RunConfig
@@ -22,6 +21,8 @@ class Scalars:
 
     def __init__(self, config: RunConfig, run: Path, step: int):
         """What a process logged in `run` after `step`, killed before it saved, is forgotten."""
+        from tensorboardX import SummaryWriter  # it imports PyTorch, and one process writes
+
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in read_scalars(run) if line["step"] <= step]

@@ -33,6 +33,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHIPPED_GOLDEN = Path(__file__).parent / "golden"
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHIPPED_GOLDEN))
 
+# The files that take minutes go first, so that no worker is left alone with one at the end.
+LONGEST = ("train", "processes", "tokenization", "api", "end_to_end", "bucket", "benchmark")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():

@@ -13,11 +13,11 @@ import tiny
 from conftest import GOLDEN
 
 from launch.benchmark import __main__ as command
-from launch.benchmark import decoding, loading, models, peaks, savings, training
+from launch.benchmark import decoding, loading, models, peaks, savings, tokenizing, training
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from magnet_jax import convert, flops, t5, train
 from magnet_jax.audiocraft import read_file
-from magnet_jax.config import DecodeConfig, ModelConfig
+from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
 from magnet_jax.errors import UserError
 
 MAGNET = GOLDEN / "magnet_tiny"
@@ -294,3 +294,20 @@ def test_training_is_measured(run, capsys, monkeypatch, tmp_path):
     assert found["share_of_peak"] == found["flops_per_second"] / 1e9 > 0
     assert set(found["compile_seconds"]) == {"2", "8"}
     assert "share" in capsys.readouterr().out
+
+
+def test_tokenizing_is_measured(capsys, tmp_path):
+    file = tmp_path / "found.json"
+    args = tokenizing.Args(
+        tracks=1, track_minutes=0.1, batch_size=1, window_seconds=2, json=file,
+        whole=ASSETS / "clips", whole_minutes=0.1,
+    )  # fmt: skip
+    tokenizing.measure(args)
+    found = json.loads(file.read_text())
+    assert found["share"] == found["job_seconds_a_second"] / found["codec_seconds_a_second"] > 0
+    assert min(found["equal_tokens"]) > 0.99
+    assert "share" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no audio in it"):
+        tokenizing.measure(dataclasses.replace(args, whole=tmp_path))
+    with pytest.raises(UserError, match="--cores-per-worker 0"):
+        tokenizing.measure(dataclasses.replace(args, cores_per_worker=0))

@@ -1,7 +1,9 @@
 """The tokenization job against the bare codec, and against itself with several workers."""
 
 import dataclasses
+import functools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -11,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+import soxr
 
 from magnet_jax.codec import load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
+from tokenization import encode
 from tokenization import job as tokenization
 
 
@@ -31,6 +35,12 @@ class Args:
     window_seconds: float = tokenization.Job.window_seconds
     workers: int = 1
     """More than 1 also times the job with so many, start-up included, against one."""
+    cores_per_worker: int | None = None
+    """CPU cores that each of these workers may use (Linux); None leaves all to all."""
+    whole: Path | None = None
+    """Folder of audio: also compares its files, end to end, encoded in windows and at once."""
+    whole_minutes: float = 10.0
+    """Of that audio, from its start again where it is shorter."""
     json: Path | None = None
     """File for the figures."""
 
@@ -38,6 +48,13 @@ class Args:
 def measure(args: Args) -> None:
     if args.tracks < 1 or not 0.1 <= args.track_minutes <= 600 or args.workers < 1:
         raise UserError("--tracks and --workers must be positive, --track-minutes 0.1 to 600")
+    if args.cores_per_worker is not None:
+        here = len(os.sched_getaffinity(0))
+        if not 1 <= args.cores_per_worker <= here // args.workers:
+            raise UserError(
+                f"--cores-per-worker {args.cores_per_worker}: {args.workers} workers share "
+                f"{here} cores here"
+            )
     with tempfile.TemporaryDirectory() as folder:
         audio = Path(folder) / "audio"
         audio.mkdir()
@@ -71,10 +88,12 @@ def measure(args: Args) -> None:
         }
         if args.workers > 1:
             one, several = (
-                _time_command(settings, Path(folder) / name, workers)
+                _time_command(settings, Path(folder) / name, workers, args.cores_per_worker)
                 for name, workers in (("alone", 1), ("together", args.workers))
             )
             found["workers_speedup"] = one / several
+        if args.whole is not None:
+            found["equal_tokens"] = equal_tokens(args, args.whole)
     print(f"codec alone  {max(bare):8.1f} s of audio a second, {args.batch_size} rows of "
           f"{args.window_seconds:g} s")  # fmt: skip
     print(f"job          {job:8.1f} s of audio a second, files read and written")
@@ -83,6 +102,9 @@ def measure(args: Args) -> None:
           f"{found['decoder_peak_bytes'] / 2**30:.2f}")  # fmt: skip
     if args.workers > 1:
         print(f"{args.workers} workers    {found['workers_speedup']:8.2f} times as fast as one")
+    if args.whole is not None:
+        shares = ", ".join(f"{share:.2%}" for share in found["equal_tokens"])
+        print(f"windows      {shares} of the tokens, by codebook, are those of the whole track")
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -105,6 +127,28 @@ def bare_rate(args: Args) -> float:
     return args.batch_size * args.window_seconds / min(times)
 
 
+def equal_tokens(args: Args, folder: Path) -> list[float]:
+    """Share of the tokens of one long track that windows give as the whole does, a codebook."""
+    codec = load_codec(args.codec)
+    rate, samples = codec.spec.sample_rate, int(args.whole_minutes * 60 * codec.spec.sample_rate)
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".wav", ".flac", ".mp3"))
+    parts = []
+    for path in files:
+        wav_NC, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
+        wav_N = soxr.resample(wav_NC.mean(1), own_rate, rate)
+        parts.append(np.broadcast_to(wav_N, (codec.spec.channels, len(wav_N))))
+    if not parts or not sum(part.shape[1] for part in parts):
+        raise UserError(f"{folder}: no audio in it (--whole wants .wav, .flac or .mp3)")
+    wav_CN = np.concatenate(parts, axis=1)
+    wav_CN = np.tile(wav_CN, -(-samples // wav_CN.shape[1]))[:, : samples - samples % codec.hop]
+    frames = round(args.window_seconds * codec.spec.frame_rate)
+    one, *_ = encode.encode(
+        codec, [encode.Source(0, [wav_CN])], window_frames=frames, batch_size=1, rejected=UserError
+    )
+    whole_KT = codec.encode(wav_CN[None])[0]
+    return (one.codes_KT == whole_KT).mean(1).tolist()
+
+
 def _write_track(path: Path, seconds: float, seed: int) -> None:
     rate, rng = 44_100, np.random.default_rng(seed)
     with soundfile.SoundFile(path.with_suffix(".flac"), "w", rate, 2, "PCM_16") as file:
@@ -114,7 +158,13 @@ def _write_track(path: Path, seconds: float, seed: int) -> None:
     path.with_suffix(".json").write_text('{"description": "noise that swells"}')
 
 
-def _time_command(settings: tokenization.Job, out: Path, workers: int) -> float:
+def _time_command(
+    settings: tokenization.Job, out: Path, workers: int, cores_per_worker: int | None
+) -> float:
+    confine = None
+    if cores_per_worker is not None:
+        cores = sorted(os.sched_getaffinity(0))[: workers * cores_per_worker]
+        confine = functools.partial(os.sched_setaffinity, 0, cores)
     started = time.perf_counter()
     words = ["--audio", settings.audio, "--out", out, "--codec", settings.codec]
     words += ["--batch-size", settings.batch_size, "--window-seconds", settings.window_seconds]
@@ -122,5 +172,6 @@ def _time_command(settings: tokenization.Job, out: Path, workers: int) -> float:
     subprocess.run(
         [sys.executable, "-m", "tokenization.job", *map(str, words)], check=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        preexec_fn=confine,
     )  # fmt: skip
     return time.perf_counter() - started
