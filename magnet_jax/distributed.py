@@ -16,9 +16,11 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -433,6 +435,39 @@ def all_do(what: Callable[[], Any]) -> Any:
     if failed:
         raise UserError("another process cannot begin; its own line says why")
     return result
+
+
+def check_shared(folder: Path, patience: float = 10.0) -> None:
+    """Raises `UserError`, in all processes, where they do not all see the same folder.
+
+    Args:
+      folder: that the first process can write to.
+      patience: seconds that a file system may take to show a file to all.
+    """
+
+    def leave() -> str:
+        handle, name = tempfile.mkstemp(prefix=".seen_by_all_", dir=folder)
+        os.close(handle)
+        return Path(name).name
+
+    name = first_tells(leave)
+
+    def look() -> None:
+        deadline = time.monotonic() + patience
+        while not (folder / name).exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{folder}: process {jax.process_index()} has another folder of this name "
+                    "than process 0; --out must be on a file system that all hosts share, or in "
+                    "a bucket"
+                )
+            time.sleep(0.1)
+
+    try:
+        all_do(look)
+    finally:
+        if is_first():
+            (folder / name).unlink()
 
 
 @functools.cache

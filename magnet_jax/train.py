@@ -168,6 +168,8 @@ def set_up(config: RunConfig) -> Setup:
     base = setup.lm if config.lora.rank else None
     text = (setup.t5_config, setup.t5_params, setup.tokenizer)
     distributed.first_does(lambda: checkpoint.prepare_run(run, config, setup.spec, text, base))
+    if jax.process_count() > 1 and mirror is None:
+        distributed.check_shared(run)
     push(setup)
     return setup
 

@@ -36,8 +36,14 @@ class Scalars:
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(values, step=step)
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step} | values) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: step {step} cannot be logged ({error.strerror}); make room, and the "
+                "same command goes on from the last checkpoint"
+            ) from error
 
     def log_audio(self, step: int, wavs: list[Path], prompts: tuple[str, ...]) -> None:
         if self.wandb is not None:

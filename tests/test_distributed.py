@@ -188,6 +188,7 @@ def test_alone_nothing_happens(monkeypatch):
 
 TWO = """
 import os, signal, sys, time
+from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from magnet_jax import distributed, errors
@@ -218,6 +219,11 @@ with errors.reported():
         jax.shard_map(lambda x: jax.lax.psum(x, "x"), mesh=mesh, in_specs=P("x"), out_specs=P())
     )(rows)
     print("psum", float(total[0]), flush=True)
+    distributed.check_shared(Path(sys.argv[2]))
+    try:
+        distributed.check_shared(Path(sys.argv[2], str(me)), patience=0)
+    except errors.UserError as error:
+        print("folders", error, flush=True)
     distributed.barrier("end")
     distributed.say_first("once")
 """
@@ -266,15 +272,23 @@ def finish(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int,
     return [(process.returncode, *output) for process, output in zip(processes, outputs)]
 
 
-def test_two_processes_join_and_agree():
+def test_two_processes_join_and_agree(tmp_path):
     port = free_port()
-    both = finish([begin(TWO, f"127.0.0.1:{port},{i},2") for i in range(2)], 240)
+    for i in range(2):
+        (tmp_path / f"{i}").mkdir()
+    both = finish([begin(TWO, f"127.0.0.1:{port},{i},2", str(tmp_path)) for i in range(2)], 240)
+    said = [
+        "folders another process cannot begin; its own line says why",
+        f"folders {tmp_path}/1: process 1 has another folder of this name than process 0; --out "
+        "must be on a file system that all hosts share, or in a bucket",
+    ]
     for i, (status, output, complaint) in enumerate(both):
         assert status == 0, complaint
         lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
         found = f"process {i} of 2 by --distributed, coordinator 127.0.0.1:{port}"
         assert lines[:6] == [found, "json 5021", "json 0", "json 3", "first 0", "psum 6.0"]
-        assert lines[6:] == (["once"] if i == 0 else [])
+        assert lines[6:] == ([said[0], "once"] if i == 0 else [said[1]])
+    assert not list(tmp_path.rglob(".seen*"))
 
 
 def test_who_does_not_come_is_one_line():

@@ -571,6 +571,14 @@ def test_a_save_that_fails_is_one_line_and_the_run_goes_on_afterwards(tokens, tm
     assert newest_step(Path(config.out)) == 6
 
 
+def test_metrics_that_cannot_be_written_are_one_line(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=2, log_every=2)
+    scalars = watch.Scalars(config, tmp_path, 0)
+    scalars.path = Path("/dev/full")
+    with pytest.raises(UserError, match="/dev/full: step 2 cannot be logged .No space left"):
+        scalars.log(2, {"loss": 1.0})
+
+
 def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tokens, tmp_path):
     config = tiny.run_config(tokens, tmp_path / "run", steps=4, save_every=2, log_every=1)
     step = steps.train_step
