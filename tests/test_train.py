@@ -1,5 +1,6 @@
 """Training: resumed exactly, the same on one device and on eight, clear about what is wrong."""
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -569,6 +570,32 @@ def test_a_save_that_fails_is_one_line_and_the_run_goes_on_afterwards(tokens, tm
             train.train(config)
     train.train(config)
     assert newest_step(Path(config.out)) == 6
+
+
+def test_weights_and_biases_get_the_same_numbers(tmp_path, monkeypatch):
+    """Of a stand-in: what it is told, and that a resumed run goes on in the same place."""
+    told = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: told.append((step, values)), finish=lambda: told.append("end")
+    )
+    begun = []
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **settings: begun.append(settings) or run
+    wandb.Audio = lambda path, caption: (path, caption)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny.run_config("", tmp_path, wandb="songs")
+    for step in (0, 1):
+        with contextlib.closing(watch.Scalars(config, tmp_path, step)) as scalars:
+            scalars.log(step + 1, {"loss": np.float32(step)})
+    scalars.log_audio(2, [tmp_path / "a.wav"], ("a song",))
+    audio = {"samples": [(str(tmp_path / "a.wav"), "a song")]}
+    assert told == [(1, {"loss": 0.0}), "end", (2, {"loss": 1.0}), "end", (2, audio)]
+    assert [line["loss"] for line in watch.read_scalars(tmp_path)] == [0.0, 1.0]
+    assert begun[0] == begun[1] and begun[0]["id"] == tmp_path.name
+    assert begun[0]["project"] == "songs" and begun[0]["resume"] == "allow"
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        watch.Scalars(config, tmp_path, 0)
 
 
 def test_metrics_that_cannot_be_written_are_one_line(tokens, tmp_path):
