@@ -13,7 +13,7 @@ import configs
 from configs import ablations
 from launch import cli
 from magnet_jax import errors
-from magnet_jax.config import RunConfig
+from magnet_jax.config import RunConfig, with_hybrid_objective
 
 
 def config_names() -> list[str]:
@@ -47,6 +47,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
     return dataclasses.replace(
         config,
         init_from=source,
+        objective=of.objective,
         model=of.model,
         # It has learnt; a run that trains it further says so again.
         text=of.text if begun else dataclasses.replace(of.text, finetune=False),
@@ -65,10 +66,13 @@ def main(args: list[str]) -> None:
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--init-from", "--init_from", default="")
     early.add_argument("--out", default="")
+    early.add_argument("--objective", default="")
     given, _ = early.parse_known_args(rest)
     default = load_config(chosen.config)
     if given.init_from:
         default = inherited(default, given.init_from, given.out)
+    if given.objective == "hybrid":
+        default = with_hybrid_objective(default)
     config = cli.parse(
         RunConfig,
         rest,

@@ -1,4 +1,5 @@
-"""Attention: over everything, over near frames, over the past, and from frames to text.
+"""Attention: over everything, over near frames, over the past, over the past and then in parallel,
+and from frames to text.
 
 All functions take and return [batch, length, heads, head size] and compute the softmax in float32.
 
@@ -31,6 +32,7 @@ DENSE_FRAMES = 768
 # frames to each side fill tiles of 64 keys.
 LOCAL_BLOCK = {"cpu": 22, "tpu": 128, "gpu": 54}
 FULL_BLOCK = 256
+HYBRID_BLOCK = 128
 # Where nobody chose.
 DEFAULT_LOCAL_BLOCK = 32
 
@@ -375,6 +377,51 @@ def causal_attention(
         past = (x_BTNH[:, :end] for x_BTNH in (key_BTNH, value_BTNH))
         parts.append(cached_attention(query_BTNH[:, start:end], *past, start))
     return jnp.concatenate(parts, axis=1)
+
+
+def hybrid_attention(
+    query_BTNH: jax.Array,
+    key_BTNH: jax.Array,
+    value_BTNH: jax.Array,
+    first_B: jax.Array,
+    *,
+    context: int | None,
+    delay: jax.Array | int,
+    block: int = HYBRID_BLOCK,
+) -> jax.Array:
+    """The attention of hybrid training (Appendix E), one mask for both halves of a sequence.
+
+    Steps before `first_B` attend to themselves and to those before them. Steps from there on attend
+    to all steps before `first_B`; of the others, to all (`context` None), or from `context + delay`
+    steps back to `context` ahead: `hybrid.py` says why.
+
+    The mask is a comparison of step numbers, made for `block` queries at a time. The backward pass
+    makes scores anew, so that those of all pairs are never there at once. `first_B` is at least 1.
+    """
+    batch, num_steps, *heads = query_BTNH.shape
+    block = min(block, num_steps)
+    num_blocks = -(-num_steps // block)
+    tail = num_blocks * block - num_steps
+    query = jnp.pad(query_BTNH, ((0, 0), (0, tail), (0, 0), (0, 0)))
+    query_CBTNH = jnp.moveaxis(query.reshape(batch, num_blocks, block, *heads), 1, 0)
+    key_11S = jnp.arange(num_steps)[None, None]
+    first_B11 = first_B[:, None, None]
+
+    @jax.checkpoint
+    def attend(query_BTNH: jax.Array, start: jax.Array) -> jax.Array:
+        query_1T1 = start + jnp.arange(block)[None, :, None]
+        near_1TS = jnp.ones((1, block, num_steps), bool)
+        if context is not None:
+            ahead_1TS = key_11S - query_1T1
+            near_1TS = (ahead_1TS >= -(context + delay)) & (ahead_1TS <= context)
+        prompt_B1S = key_11S < first_B11
+        visible = jnp.where(query_1T1 < first_B11, key_11S <= query_1T1, prompt_B1S | near_1TS)
+        return _dense(query_BTNH, key_BTNH, value_BTNH, visible)
+
+    starts_C = jnp.arange(num_blocks) * block
+    out_CBTNH = jax.lax.map(lambda inputs: attend(*inputs), (query_CBTNH, starts_C))
+    out = jnp.moveaxis(out_CBTNH, 0, 1).reshape(batch, num_blocks * block, *heads)
+    return out[:, :num_steps]
 
 
 def cross_attention(

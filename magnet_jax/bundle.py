@@ -14,10 +14,12 @@ from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin
 from magnet_jax.config import (
     EMBEDDED,
     KIND_NAMES,
+    SAMPLING_CONFIGS,
     AutoregressiveConfig,
     CodecSpec,
     DecodeConfig,
     ModelConfig,
+    SamplingConfig,
     TextConfig,
     from_dict,
     from_json,
@@ -40,8 +42,8 @@ class Bundle:
     model: ModelConfig
     text: TextConfig
     codec: CodecSpec
-    generation: DecodeConfig | AutoregressiveConfig
-    """The latter for models of kind musicgen."""
+    generation: SamplingConfig
+    """Of the model's kind."""
     segment_seconds: float
     """Length of the clips that the model was trained on."""
     lineage: dict[str, Any]
@@ -187,15 +189,15 @@ def read_safetensors(directory: Path) -> Bundle:
     return Bundle(params=params, generation=generation, **config._asdict())
 
 
-def read_generation(directory: Path, model: ModelConfig) -> DecodeConfig | AutoregressiveConfig:
+def read_generation(directory: Path, model: ModelConfig) -> SamplingConfig:
     """The `generation_config.json` of an exported model, as its kind has it."""
-    cls = AutoregressiveConfig if model.kind == "musicgen" else DecodeConfig
-    return from_json(cls, Path(directory) / "generation_config.json")
+    return from_json(SAMPLING_CONFIGS[model.kind], Path(directory) / "generation_config.json")
 
 
 _ABOUT = {
     "magnet": "Text to audio by masked, non-autoregressive token generation.",
     "musicgen": "Text to audio by autoregressive generation of codebooks in a delay pattern.",
+    "hybrid": "Text to audio: the first seconds autoregressively, the rest by masked generation.",
 }
 
 
@@ -252,11 +254,11 @@ def model_card(
         "",
         f"- Transformer: {count / 1e6:.1f} M parameters; width {model.width}, "
         f"{model.num_layers} layers, {model.num_heads} heads; "
-        + (
-            f"spans of {model.span_length} frames, {context}."
-            if model.kind == "magnet"
-            else f"codebook delays {list(model.delays)}."
-        ),
+        + "; ".join(
+            [f"spans of {model.span_length} frames, {context}"] * model.parallel
+            + [f"codebook delays {list(model.delays)}"] * model.autoregressive
+        )
+        + ".",
         f"- Tokens: {model.num_codebooks} codebooks of {model.codebook_size} at "
         f"{codec.frame_rate:g} frames/s; {codec.sample_rate} Hz, {codec.channels} channel(s).",
         f"- Codec: {codec.source}, sha256 {codec.sha256}.",

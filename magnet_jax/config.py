@@ -14,7 +14,8 @@ from typing import Any, Literal
 from magnet_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
-KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen"}  # of models, as people call them
+# Of models, as people call them; each is a class of the Python API.
+KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen", "hybrid": "HybridMAGNeT"}
 FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
 LoraTarget = Literal["self", "cross", "mlp"]
@@ -84,10 +85,11 @@ class CodecSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The transformer (paper, section 4): MAGNeT, or the same network made autoregressive."""
+    """The transformer (paper, section 4): MAGNeT, the same network made autoregressive, or both."""
 
-    kind: Literal["magnet", "musicgen"] = "magnet"
-    """magnet fills masked spans in parallel; musicgen predicts the next step from those before."""
+    kind: Literal["magnet", "musicgen", "hybrid"] = "magnet"
+    """magnet fills masked spans in parallel; musicgen predicts the next step from those before;
+    hybrid does this for the first steps of a clip and that for the others (section 5.2)."""
     num_codebooks: int = 4
     """K; at most the data set's, whose further ones are left out."""
     codebook_size: int = 2048
@@ -107,7 +109,8 @@ class ModelConfig:
     span_length: int = 3
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
     delays: tuple[int, ...] = ()
-    """musicgen only: frames by which each codebook lags behind (Copet et al. 2023, section 2.2)."""
+    """musicgen and hybrid: frames by which each codebook lags behind (Copet et al. 2023, section
+    2.2)."""
     attention_bias: bool = _added(False)
     """Add biases in the projections of self- and cross-attention."""
     mlp_bias: bool = _added(False)
@@ -131,7 +134,7 @@ class ModelConfig:
             f"{self.num_heads}",
         )
         delays = self.delays
-        if self.kind == "musicgen":
+        if self.autoregressive:
             _require(
                 len(delays) == self.num_codebooks
                 and all(0 <= a <= b for a, b in zip((0, *delays), delays)),
@@ -140,7 +143,17 @@ class ModelConfig:
             )
             _require(delays[0] == 0, "model.delays must begin with 0")
         else:
-            _require(not delays, "model.delays belongs to kind musicgen")
+            _require(not delays, "model.delays belongs to kinds musicgen and hybrid")
+
+    @property
+    def autoregressive(self) -> bool:
+        """Whether it can generate step after step, its codebooks in the delay pattern."""
+        return self.kind != "magnet"
+
+    @property
+    def parallel(self) -> bool:
+        """Whether it can fill masked spans."""
+        return self.kind != "musicgen"
 
     @property
     def head_size(self) -> int:
@@ -402,7 +415,7 @@ def preset_steps(preset: str, num_codebooks: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoregressiveConfig:
-    """How a model of kind musicgen turns text into tokens; the defaults are MusicGen's."""
+    """How text becomes tokens one step after another; the defaults are MusicGen's."""
 
     temperature: float = 1.0
     top_k: int = 250
@@ -419,6 +432,23 @@ class AutoregressiveConfig:
         _require(math.isfinite(self.guidance), "autoregressive.guidance must be a number")
         _require(0 < self.top_p <= 1, "autoregressive.top_p must lie in (0, 1]")
         _require(self.top_k >= 0, "autoregressive.top_k must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridConfig:
+    """How a model of kind hybrid turns text into tokens: the first seconds one step after another,
+    the rest of the clip in parallel (section 5.2)."""
+
+    prompt_seconds: float = 1.0
+    """Seconds generated autoregressively; 0 is none of the clip, its length or more all of it."""
+    autoregressive: AutoregressiveConfig = AutoregressiveConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+    def __post_init__(self):
+        _require(
+            self.prompt_seconds >= 0,
+            f"hybrid_prompt_seconds must not be negative, and not {self.prompt_seconds}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -473,12 +503,18 @@ class MeshConfig:
 class RunConfig:
     """A training run, whole."""
 
+    objective: Literal["magnet", "hybrid"] = _added("magnet")
+    """magnet predicts masked spans; hybrid predicts the next step as well, up to a random time
+    (Appendix E), and makes a model of kind hybrid."""
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     decode: DecodeConfig = DecodeConfig()
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
+    """How a model of kind musicgen, or the beginning of a clip of a hybrid, is sampled."""
+    hybrid_prompt_seconds: float = _added(HybridConfig.prompt_seconds)
+    """Of a hybrid: seconds of a sampled clip that are generated autoregressively."""
     mesh: MeshConfig = MeshConfig()
     out: str = ""
     """Folder of the run, on a file system that all hosts see, or gs://BUCKET/FOLDER; the same
@@ -532,6 +568,13 @@ class RunConfig:
 
     def __post_init__(self):
         _checked(Remat, self.remat, "remat")
+        _checked(typing.get_type_hints(RunConfig)["objective"], self.objective, "objective")
+        _require(
+            (self.objective == "hybrid") == (self.model.kind == "hybrid"),
+            f"objective {self.objective} does not train a model of kind {self.model.kind}: "
+            "--objective hybrid and --model.kind hybrid go together",
+        )
+        HybridConfig(prompt_seconds=self.hybrid_prompt_seconds)  # checks it
         _require(self.clips_per_device >= 0, "clips_per_device must not be negative")
         _require(self.keep_every >= 0, "keep_every must not be negative")
         _require(self.keep_best >= 0, "keep_best must not be negative")
@@ -573,9 +616,43 @@ class RunConfig:
         )
 
     @property
-    def sampling(self) -> DecodeConfig | AutoregressiveConfig:
+    def sampling(self) -> "SamplingConfig":
         """How a model of this kind turns text into tokens."""
+        if self.model.kind == "hybrid":
+            return HybridConfig(
+                prompt_seconds=self.hybrid_prompt_seconds,
+                autoregressive=self.autoregressive,
+                decode=self.decode,
+            )
         return self.autoregressive if self.model.kind == "musicgen" else self.decode
+
+
+SamplingConfig = DecodeConfig | AutoregressiveConfig | HybridConfig
+SAMPLING_CONFIGS = {
+    "magnet": DecodeConfig,
+    "musicgen": AutoregressiveConfig,
+    "hybrid": HybridConfig,
+}
+
+
+def with_sampling(config: RunConfig, sampling: SamplingConfig) -> RunConfig:
+    """The run with other settings of `RunConfig.sampling`, of its model's kind."""
+    if isinstance(sampling, HybridConfig):
+        return dataclasses.replace(
+            config,
+            hybrid_prompt_seconds=sampling.prompt_seconds,
+            autoregressive=sampling.autoregressive,
+            decode=sampling.decode,
+        )
+    name = "autoregressive" if isinstance(sampling, AutoregressiveConfig) else "decode"
+    return dataclasses.replace(config, **{name: sampling})
+
+
+def with_hybrid_objective(config: RunConfig) -> RunConfig:
+    """The same run with the hybrid objective; codebooks lag as the model says, or 0, 1, 2, ..."""
+    delays = config.model.delays or tuple(range(config.model.num_codebooks))
+    model = dataclasses.replace(config.model, kind="hybrid", delays=delays)
+    return dataclasses.replace(config, objective="hybrid", model=model)
 
 
 def to_json(config: Any) -> str:

@@ -5,6 +5,7 @@ half-written export is ever seen and a replaced one is lost at no moment.
 """
 
 import dataclasses
+import functools
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import safetensors
 
 from magnet_jax import (
+    attention,
     autoregressive,
     bucket,
     bundle,
@@ -90,6 +92,8 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
     codec = dataclasses.replace(loaded.codec, source=loaded.codec_source)
     if options.audiocraft and codec.interleaved:
         raise UserError(f"{where}: interleaved stereo has no AudioCraft files: --no-audiocraft")
+    if options.audiocraft and loaded.config.model.kind == "hybrid":
+        raise UserError(f"{where}: AudioCraft has no hybrid models: --no-audiocraft")
     if Path(codec.source).exists() or codec.source == EMBEDDED:
         found = codecs.load_codec(
             codec.source, num_codebooks=codec.num_codebooks, interleaved=codec.interleaved
@@ -306,12 +310,15 @@ def _compare_logits(folder: Path, written: Bundle, from_audiocraft: bool) -> str
 def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> float:
     """The largest difference of any logit between JAX and PyTorch, over all codebooks.
 
+    Of a hybrid half of the steps are its prompt.
+
     Args:
       params: our parameters.
       model: their sizes.
       state_dict: the same as AudioCraft has them.
     """
     frames, width = 3 * model.span_length + 2 * model.local_context, 6
+    first = frames // 2
     rng = np.random.default_rng(0)
     shape = (2, model.num_codebooks, frames)
     codes_BKT = rng.integers(0, model.codebook_size + 1, shape).astype(np.int32)
@@ -325,11 +332,12 @@ def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> flo
         steps_BKS = codes_BKT
         stages = range(model.num_codebooks)
         ours_BKTV = jnp.stack(
-            [_stage_logits(params, *text, codes_BKT, s, model, s > 0) for s in stages], axis=1
+            [_stage_logits(params, *text, codes_BKT, s, first, model, s > 0) for s in stages],
+            axis=1,
         )
     theirs_BKTV = np.stack(
         [
-            torch_lm.logits(state_dict, model, steps_BKS, states_BSE, lengths_B, stage)
+            torch_lm.logits(state_dict, model, steps_BKS, states_BSE, lengths_B, stage, first)
             for stage in range(model.num_codebooks)
         ],
         axis=1,
@@ -338,7 +346,14 @@ def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> flo
 
 
 @jax.jit(static_argnames=("model", "local"))
-def _stage_logits(params, states_BSE, mask_BS, zeros_B, codes_BKT, stage, model, local):
+def _stage_logits(params, states_BSE, mask_BS, zeros_B, codes_BKT, stage, first, model, local):
     network = transformer.bind(model, params)
     text = network.read_text(states_BSE, mask_BS, zeros_B)
-    return network.head(network.trunk(codes_BKT, text, local=local), stage)
+    attend = attention.self_attention
+    if model.kind == "hybrid":
+        attend = functools.partial(
+            attention.hybrid_attention,
+            first_B=jnp.broadcast_to(first, len(codes_BKT)),
+            delay=jnp.asarray(model.delays)[stage],
+        )
+    return network.head(network.trunk(codes_BKT, text, local=local, attend=attend), stage)

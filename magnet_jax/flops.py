@@ -80,13 +80,15 @@ def training_flops(model: ModelConfig, num_frames: int, text_tokens: int) -> flo
     """Operations to train on a clip, on average over the stages; what is recomputed counts once.
 
     Backward costs twice forward. Attention of the stages above 0 sees near frames alone, and one
-    stage's head is read, at every frame.
+    stage's head is read, at every frame. A hybrid has a step more for every frame of delay, all
+    heads for its prompt, and attention to it.
     """
-    d, t = model.width, num_frames
+    d, t, hybrid = model.width, num_frames, model.kind == "hybrid"
     macs = text_tokens * (model.text_width * d + model.num_layers * 2 * d * d)
-    macs += t * d * model.codebook_size
+    macs += t * d * model.codebook_size * (1 + model.num_codebooks * hybrid)
+    t += (1 + max(model.delays)) if hybrid else 0
     for stage in range(model.num_codebooks):
-        local = model.context(stage > 0)
+        local = None if hybrid else model.context(stage > 0)
         near = t if local is None else min(2 * local + 1, t)
         layer = _layer_macs(model, t, t, near, text_tokens, rows=1)
         macs += model.num_layers * layer / model.num_codebooks

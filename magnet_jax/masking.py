@@ -31,18 +31,44 @@ def span_counts(num_frames: int, span_length: int) -> np.ndarray:
     return np.searchsorted(expected, rates, side="left").astype(np.int32)
 
 
-def span_mask(uniform_BT: jax.Array, rate_B: jax.Array, span_length: int) -> jax.Array:
+def span_count(
+    num_frames_B: jax.Array, rate_B: jax.Array, span_length: int, most: int
+) -> jax.Array:
+    """`span_counts` where rows differ in length: the least count that reaches `rate_B`. int32 [B].
+
+    `most` is the greatest length that may come. Lengths below a span's count as one span.
+    """
+    starts_1T = jnp.arange(most)[None]
+    left_BT = num_frames_B[:, None] - starts_1T
+    factors_BT = jnp.maximum(left_BT - span_length, 0) / jnp.maximum(left_BT, 1)
+    expected_BT = 1 - jnp.cumprod(factors_BT, axis=-1)
+    return (rate_B > 0).astype(jnp.int32) + (expected_BT < rate_B[:, None]).sum(-1)
+
+
+def span_mask(
+    uniform_BT: jax.Array, rate_B: jax.Array, span_length: int, first_B: jax.Array | None = None
+) -> jax.Array:
     """Masks overlapping spans until the mean share of masked frames is `rate_B`.
 
     Args:
       uniform_BT: numbers drawn uniformly from [0, 1); they choose the span starts.
       rate_B: wanted masking rates in [0, 1].
       span_length: frames a start masks, itself included, cut at the end of the sequence.
+      first_B: frames before this one are not masked, and do not count; None is all from the first.
 
     Returns:
-      bool [B, T], True where a token is hidden; at least one span a row.
+      bool [B, T], True where a token is hidden; at least one span a row, if it has a frame.
     """
     num_frames = uniform_BT.shape[1]
+    if first_B is not None:
+        free_BT = jnp.arange(num_frames)[None] >= first_B[:, None]
+        length_B = num_frames - first_B
+        if span_length == 1:
+            count_B = jnp.round(rate_B * length_B).astype(jnp.int32)
+        else:
+            count_B = span_count(length_B, rate_B, span_length, num_frames)
+        rank_BT = jnp.argsort(jnp.argsort(jnp.where(free_BT, uniform_BT, 2.0), axis=-1), axis=-1)
+        return _extended((rank_BT < jnp.maximum(count_B, 1)[:, None]) & free_BT, span_length)
     if span_length == 1:
         count_B = jnp.round(rate_B * num_frames).astype(jnp.int32)
     else:
@@ -50,7 +76,12 @@ def span_mask(uniform_BT: jax.Array, rate_B: jax.Array, span_length: int) -> jax
         count_B = table[jnp.round(rate_B * 100).astype(jnp.int32)]
     # argsort of uniform numbers is a uniform permutation: its entries below u are u random places.
     start_BT = jnp.argsort(uniform_BT, axis=-1) < jnp.maximum(count_B, 1)[:, None]
+    return _extended(start_BT, span_length)
+
+
+def _extended(start_BT: jax.Array, span_length: int) -> jax.Array:
+    """Span starts as spans, cut at the end."""
     mask_BT = start_BT
     for shift in range(1, span_length):
-        mask_BT = mask_BT | jnp.pad(start_BT, ((0, 0), (shift, 0)))[:, :num_frames]
+        mask_BT = mask_BT | jnp.pad(start_BT, ((0, 0), (shift, 0)))[:, : start_BT.shape[1]]
     return mask_BT

@@ -61,13 +61,16 @@ def hide(
     valid_BT: jax.Array,
     stage: jax.Array | int,
     mask_id: int,
+    given_BKT: jax.Array | bool = False,
 ) -> Corrupted:
     """Hides `mask_BT` in codebook `stage` and everything in the codebooks above it (section 2).
 
-    Padding is hidden in every codebook, as in the reference, and left out of the loss.
+    Padding is hidden in every codebook, as in the reference, and left out of the loss. What is
+    `given_BKT` (and no padding) is not hidden.
     """
     codebook_1K1 = jnp.arange(codes_BKT.shape[1])[None, :, None]
     hidden_BKT = (codebook_1K1 > stage) | ((codebook_1K1 == stage) & mask_BT[:, None])
+    hidden_BKT = hidden_BKT & ~jnp.asarray(given_BKT)
     hidden_BKT = hidden_BKT | ~valid_BT[:, None]
     return Corrupted(
         input_BKT=jnp.where(hidden_BKT, mask_id, codes_BKT),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magnet_jax import sharding, steps, targets
+from magnet_jax import attention, patterns, sharding, steps, targets
 from magnet_jax.errors import UserError
 from magnet_jax.steps import Static
 
@@ -49,15 +49,17 @@ def tree_bytes(tree: Any, *, tile: int = 1) -> int:
 
 def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
     """What the forward pass of a clip leaves for the backward pass, and what a layer needs."""
+    if static.model.kind == "hybrid":
+        num_frames = patterns.num_steps(num_frames, static.model.delays)
     model, size = static.model, jnp.dtype(static.dtype).itemsize
     tensor = static.mesh.shape["tensor"]
     t, d, f = num_frames, model.width, model.mlp_ratio * model.width
     n = model.num_heads // tensor
     width_each = d // tensor  # of heads, all of a device's
     # Stage 0 attends to everything, unless a fused kernel leaves no scores behind.
-    fused = static.kernels.full in ("cudnn", "splash")
+    fused = static.kernels.full in ("cudnn", "splash") or model.kind == "hybrid"
     keys = 0 if fused else t
-    attention = n * t * keys * (4 + size)
+    scores = n * t * keys * (4 + size)
     cross = n * t * text_tokens * (4 + size)
     kept_by_name = 2 * t * width_each * size  # attended, self and cross
     products = t * size * (4 * width_each + 3 * d + 2 * f // tensor)
@@ -65,7 +67,7 @@ def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
         t * d * (3 * (size + 4) + 6 * size)  # norms and the residual stream
         + t * width_each * size * 6
         + t * f // tensor * 4 * size  # MLP: before and after GELU, and the erf between
-        + attention
+        + scores
         + cross
     )
     kept = {"none": whole, "products": products, "attention": kept_by_name, "full": 0}[static.remat]
@@ -74,6 +76,8 @@ def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
     # The layer that is computed again, and its gradients; then logits with theirs.
     working = 0 if static.remat == "none" else whole
     logits = 3 * t * model.codebook_size * 4
+    if model.kind == "hybrid":  # scores of a block of queries, as they are made anew
+        working += 2 * n * attention.HYBRID_BLOCK * t * (4 + size)
     text = model.num_layers * text_tokens * width_each * 2 * size * 2
     return int(layers + working + max(whole, logits) + text)
 

@@ -19,14 +19,14 @@ from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
 from magnet_jax.config import (
-    AutoregressiveConfig,
     CodecSpec,
     DataConfig,
-    DecodeConfig,
     ModelConfig,
     RunConfig,
+    SamplingConfig,
     TextConfig,
     from_json,
+    with_sampling,
 )
 from magnet_jax.errors import UserError
 
@@ -157,7 +157,7 @@ def is_audiocraft(folder: Path) -> bool:
     return (folder / LM_FILE).exists() and not bundle.is_export(folder)
 
 
-def read_defaults(source: Path | str) -> tuple[ModelConfig, DecodeConfig | AutoregressiveConfig]:
+def read_defaults(source: Path | str) -> tuple[ModelConfig, SamplingConfig]:
     """The kind of a model and its sampling settings, without its weights where that can be.
 
     Raises `UserError` where there is no model.
@@ -191,16 +191,16 @@ def read_settings(source: Path | str) -> RunConfig:
 
 
 def _exported_config(
-    exported: bundle.Config | bundle.Bundle, generation: DecodeConfig | AutoregressiveConfig
+    exported: bundle.Config | bundle.Bundle, generation: SamplingConfig
 ) -> RunConfig:
     """What an export does not tell of the run has the defaults."""
-    part = "autoregressive" if exported.model.kind == "musicgen" else "decode"
-    return RunConfig(
+    config = RunConfig(
+        objective="hybrid" if exported.model.kind == "hybrid" else "magnet",
         model=exported.model,
         text=exported.text,
         data=DataConfig(segment_seconds=exported.segment_seconds),
-        **{part: generation},
     )
+    return with_sampling(config, generation)
 
 
 def _load_run(run: Path, out: Path | str, weights: str, step: int | None) -> Loaded:

@@ -234,6 +234,8 @@ def generate(
     model, batch = loaded.config.model, len(texts)
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
         raise UserError(f"seed must lie between 0 and 2147483647, not {seed!r}")
+    if model.kind == "hybrid":
+        raise UserError("a model of kind hybrid can be trained, not yet sampled from")
     if isinstance(decoding, AutoregressiveConfig) != (model.kind == "musicgen"):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if prompt_BKP is None:

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from magnet_jax import attention, finetune, objective, optimizer, sharding, t5, transformer
+from magnet_jax import (
+    attention,
+    finetune,
+    hybrid,
+    objective,
+    optimizer,
+    sharding,
+    t5,
+    transformer,
+)
 from magnet_jax.config import (
     KernelConfig,
     LoraConfig,
@@ -52,6 +61,8 @@ def static(
     Raises `UserError` for a mesh that does not fit the model, and kernels that it has not.
     """
     sharding.check_mesh(config.model, mesh)
+    if config.model.kind == "hybrid" and config.kernels != KernelConfig():
+        raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
     platform = mesh.devices.flat[0].platform
     kernels = attention.choose_kernels(config.kernels, platform, config.model, num_frames, dtype)
     if "splash" in (kernels.full, kernels.local) and mesh.size > 1:
@@ -160,21 +171,35 @@ def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
 # --- the steps ----------------------------------------------------------------------------------
 
 
+def _draw_noise(
+    key: jax.Array, batch: dict, static: Static, condition_dropout: float
+) -> objective.Noise | hybrid.Noise:
+    num_frames = batch["codes_BKT"].shape[-1]
+    if static.model.kind == "hybrid":
+        return hybrid.draw_noise(key, batch["seed_B"], static.model, num_frames, condition_dropout)
+    return objective.draw_noise(key, batch["seed_B"], num_frames, condition_dropout)
+
+
 def _sums(
     params: dict,
     frozen: dict,
     batch: dict,
-    noise: objective.Noise,
+    noise: objective.Noise | hybrid.Noise,
     stage: jax.Array,
     static: Static,
     local: bool,
-) -> objective.Sums:
+) -> objective.Sums | hybrid.Sums:
     lm, text = merged(static.lora, params, frozen)
     states_BSE = t5.encode(
         text, static.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=static.dtype
     )
-    near = static.model.context(local) is not None
-    return objective.sums(
+    if static.model.kind == "hybrid":
+        sums = hybrid.sums
+    else:
+        near = static.model.context(local) is not None
+        attend = attention.with_kernels(static.kernels, near=near)
+        sums = functools.partial(objective.sums, attend=attend)
+    return sums(
         lm,
         states_BSE,
         batch["text_mask_BS"],
@@ -185,11 +210,24 @@ def _sums(
         config=static.model,
         local=local,
         dtype=static.dtype,
-        attend=attention.with_kernels(static.kernels, near=near),
         remat=static.remat,
         sharding=sharding.batch_sharding(static.mesh),
         flat=static.mesh.devices.flat[0].platform == "cpu",
     )
+
+
+def _total(sums: objective.Sums | hybrid.Sums, static: Static) -> objective.Sums:
+    """The sums of what is minimised."""
+    if isinstance(sums, hybrid.Sums):
+        return hybrid.total(sums, static.model.num_codebooks)
+    return sums
+
+
+def means(sums: objective.Sums | hybrid.Sums, static: Static) -> dict[str, jax.Array]:
+    """Losses and accuracies: 'loss', 'accuracy', and those of the halves of a hybrid."""
+    if isinstance(sums, hybrid.Sums):
+        return hybrid.means(sums, static.model.num_codebooks)
+    return objective.means(sums)
 
 
 def _in_parts(batch: dict, static: Static) -> dict:
@@ -206,7 +244,7 @@ def _in_parts(batch: dict, static: Static) -> dict:
 
 def batch_gradients(
     total_nll: Callable, params: dict, batch: dict, static: Static, shardings: dict
-) -> tuple[dict, objective.Sums]:
+) -> tuple[dict, objective.Sums | hybrid.Sums]:
     """Gradients of the whole batch's mean loss, split as `shardings`, and its sums.
 
     `total_nll` of (params, part of a batch) gives the sum of the part's losses, and its sums.
@@ -223,9 +261,11 @@ def batch_gradients(
             total = jax.tree.map(jnp.add, total, gradient(params, part))
             return (jax.lax.with_sharding_constraint(total[0], shardings), total[1]), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), objective.Sums(*[jnp.zeros(())] * 3))
-        (gradients, sums), _ = jax.lax.scan(add, zeros, _in_parts(batch, static))
-    tokens = jnp.maximum(sums.tokens, 1.0)
+        parts = _in_parts(batch, static)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
+    tokens = jnp.maximum(_total(sums, static).tokens, 1.0)
     return jax.tree.map(lambda g: g / tokens, gradients), sums
 
 
@@ -250,16 +290,15 @@ def train_step(
       stage: codebook to predict; `local` must be `stage > 0`.
 
     Returns:
-      the new state and {'loss', 'accuracy', 'grad_norm'}, with D-Adaptation also 'd'.
+      the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also both of each half
+      (`hybrid.means`), with D-Adaptation also 'd'.
     """
 
-    def total_nll(params: dict, part: dict) -> tuple[jax.Array, objective.Sums]:
-        noise = objective.draw_noise(
-            key, part["seed_B"], part["codes_BKT"].shape[-1], static.condition_dropout
-        )
+    def total_nll(params: dict, part: dict) -> tuple[jax.Array, objective.Sums | hybrid.Sums]:
+        noise = _draw_noise(key, part, static, static.condition_dropout)
         sums_B = _sums(params, frozen, part, noise, stage, static, local)
-        sums = objective.Sums(*(x.sum() for x in sums_B))
-        return sums.nll, sums
+        sums = jax.tree.map(jnp.sum, sums_B)
+        return _total(sums, static).nll, sums
 
     shardings = state_shardings(static)[1]
     gradients, sums = batch_gradients(
@@ -270,7 +309,7 @@ def train_step(
     )
     params = optax.apply_updates(state["params"], updates)
     ema = optax.incremental_update(params, state["ema"], 1 - static.optimizer.ema_decay)
-    metrics = objective.means(sums) | {"grad_norm": optax.global_norm(gradients)}
+    metrics = means(sums, static) | {"grad_norm": optax.global_norm(gradients)}
     if (d := optimizer.step_size(opt)) is not None:
         metrics["d"] = d
     # What comes out lives where what came in did, whatever the compiler would rather do.
@@ -316,14 +355,15 @@ def eval_step(
     *,
     static: Static,
     local: bool,
-) -> objective.Sums:
+) -> objective.Sums | hybrid.Sums:
     """Sums [RATE_BINS] of one stage by masking rate, with every text given; else as in training."""
 
-    def of_part(part: dict) -> objective.Sums:
-        noise = objective.draw_noise(key, part["seed_B"], part["codes_BKT"].shape[-1], 0.0)
+    def of_part(part: dict) -> objective.Sums | hybrid.Sums:
+        noise = _draw_noise(key, part, static, 0.0)
         sums_B = _sums(params, frozen, part, noise, stage, static, local)
-        bin_B = jnp.clip((noise.rate_B * RATE_BINS).astype(jnp.int32), 0, RATE_BINS - 1)
-        return objective.Sums(*(jnp.zeros(RATE_BINS).at[bin_B].add(x) for x in sums_B))
+        masking = noise.masking if isinstance(noise, hybrid.Noise) else noise
+        bin_B = jnp.clip((masking.rate_B * RATE_BINS).astype(jnp.int32), 0, RATE_BINS - 1)
+        return jax.tree.map(lambda x: jnp.zeros(RATE_BINS).at[bin_B].add(x), sums_B)
 
     if static.num_parts == 1:
         return of_part(batch)

@@ -20,17 +20,19 @@ def logits(
     states_BSE: np.ndarray,
     text_lengths_B: np.ndarray,
     stage: int,
+    first: int = 1,
 ) -> np.ndarray:
     """Logits of codebook `stage`, float32 [B, T, V].
 
     Args:
       state_dict: AudioCraft's tensors.
       model: their sizes.
-      codes_BKT: what each position holds, ids 0..V (a musicgen's: its steps).
+      codes_BKT: what each position holds, ids 0..V (a musicgen's or a hybrid's: its steps).
       states_BSE: text encoder states.
       text_lengths_B: tokens of each text; as in AudioCraft, all S positions are attended over,
         those past the end as zeros.
       stage: the codebook; a magnet attends to near frames only where it is not 0.
+      first: of a hybrid: the first step that is not of the prompt.
     """
     torch = import_torch()
     state = {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in state_dict.items()}
@@ -43,10 +45,11 @@ def logits(
             torch.from_numpy(states_BSE),
             torch.from_numpy(text_lengths_B.astype(np.int64)),
             stage,
+            first,
         ).numpy()
 
 
-def _logits(torch, state, model, codes_BKT, states_BSE, text_lengths_B, stage):
+def _logits(torch, state, model, codes_BKT, states_BSE, text_lengths_B, stage, first):
     functional, width = torch.nn.functional, model.width
     batch, num_codebooks, frames = codes_BKT.shape
     x = sum(state[f"emb.{k}.weight"][codes_BKT[:, k]] for k in range(num_codebooks))
@@ -60,10 +63,16 @@ def _logits(torch, state, model, codes_BKT, states_BSE, text_lengths_B, stage):
 
     place = torch.arange(frames)
     distance = place[:, None] - place
-    allowed = None
+    context, allowed = model.context(stage > 0), None
     if model.kind == "musicgen":
         allowed = distance >= 0
-    elif (context := model.context(stage > 0)) is not None:
+    elif model.kind == "hybrid":
+        near = torch.ones_like(distance, dtype=torch.bool)
+        if context is not None:
+            near = (distance <= context + model.delays[stage]) & (distance >= -context)
+        in_prompt = place < first
+        allowed = torch.where(in_prompt[:, None], distance >= 0, in_prompt[None] | near)
+    elif context is not None:
         allowed = distance.abs() <= context
 
     def norm(x, name):

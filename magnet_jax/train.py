@@ -52,7 +52,7 @@ from magnet_jax.steps import Static
 
 def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
     """Raises `UserError` where data set, model and text encoder do not go together."""
-    if config.model.kind != "magnet":
+    if not config.model.parallel:
         raise UserError(f"a model of kind {config.model.kind} can be sampled from, not trained")
     model = config.model
     if spec.interleaved and spec.num_codebooks != model.num_codebooks:
@@ -262,7 +262,7 @@ def validate(
             for b in batches
         ]
         sums_S.append(jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(sums)))
-    return watch.validation_scalars(sums_S)
+    return watch.validation_scalars(sums_S, static.model.num_codebooks)
 
 
 def open_decoder(config: RunConfig, run: Path, spec: CodecSpec) -> codec.Codec | None:
@@ -296,7 +296,7 @@ def write_samples(
         sampling.prepare(model),
         config.sample_prompts,
         num_frames=setup.frames,
-        decoding=config.decode,
+        decoding=config.sampling,
         seed=config.seed,
     )
     folder, wavs = setup.run / "samples" / f"step_{step:07d}", []
@@ -464,7 +464,7 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
             )
             step += 1
             profile.after(step, metrics)
-            window.losses[stage].append(metrics.pop("loss"))
+            window.add(stage, metrics)
             bar.update()
             votes.append(distributed.vote(bool(caught)))
             stopping = len(votes) > late and bool(votes.popleft())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from magnet_jax import flops, objective, records, targets
+from magnet_jax import flops, hybrid, objective, records, targets
 from magnet_jax.config import RunConfig
 from magnet_jax.errors import UserError
 from magnet_jax.steps import RATE_BINS, Static
@@ -32,6 +33,8 @@ class Scalars:
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         values = {name: float(value) for name, value in values.items()}
+        # (a half of the hybrid objective may have no token for a while)
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
         if self.wandb is not None:
@@ -97,12 +100,21 @@ class Window:
 
     def __init__(self):
         self.losses = defaultdict(list)  # of each codebook, still on the devices
+        self.halves = defaultdict(list)  # of a hybrid: by name, over all codebooks
         self.waited = 0.0  # seconds for data
         self.started = time.perf_counter()
 
+    def add(self, stage: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the losses out of a step's metrics."""
+        losses = {name: metrics.pop(name) for name in [*metrics] if name.startswith("loss")}
+        self.losses[stage].append(losses.get("loss_parallel", losses["loss"]))
+        if len(losses) > 1:
+            for name, loss in losses.items():
+                self.halves[name].append(loss)
+
     def scalars(self, static: Static, batch_size: int, frames: int, text: int) -> dict[str, float]:
         """Mean losses and speeds; waits for the steps to finish."""
-        means = {k: np.mean(jax.device_get(losses)) for k, losses in sorted(self.losses.items())}
+        means = {k: _mean(losses) for k, losses in sorted(self.losses.items())}
         seconds = time.perf_counter() - self.started
         clips = sum(map(len, self.losses.values())) * batch_size
         values = {f"train/loss_{codebook}": mean for codebook, mean in means.items()} | {
@@ -110,6 +122,7 @@ class Window:
             "speed/frames_per_second": clips * frames / seconds,
             "speed/wait_for_data_share": self.waited / seconds,
         }
+        values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
         device = static.mesh.devices.flat[0]
         if (chip := targets.chip_of(device)) is not None:
             done = clips * flops.training_flops(static.model, frames, text) / seconds
@@ -121,8 +134,23 @@ class Window:
         return values
 
 
-def validation_scalars(sums_S: list[objective.Sums]) -> dict[str, float]:
-    """Mean losses a masked token of each codebook, and of each quarter of the masking rates."""
+def _mean(losses: list[jax.Array]) -> float:
+    """The mean of those steps that had a token; NaN if none had."""
+    losses = np.asarray(jax.device_get(losses))
+    return float(np.mean(losses[~np.isnan(losses)])) if not np.isnan(losses).all() else math.nan
+
+
+def validation_scalars(
+    sums_S: list[objective.Sums] | list[hybrid.Sums], num_codebooks: int
+) -> dict[str, float]:
+    """Mean losses a masked token of each codebook, and of each quarter of the masking rates; of a
+    hybrid also those of both halves, and of all."""
+    if isinstance(sums_S[0], hybrid.Sums):
+        values = validation_scalars([sums.parallel for sums in sums_S], num_codebooks)
+        # (stages share their prompts, and so the autoregressive half)
+        halves = hybrid.means(jax.tree.map(lambda *x: np.sum(x), *sums_S), num_codebooks)
+        losses = {name: float(x) for name, x in halves.items() if name.startswith("loss")}
+        return values | {f"validation/{name}": loss for name, loss in losses.items()}
     values, losses = {}, []
     for stage, sums in enumerate(sums_S):
         losses.append(float(objective.means(sums)["loss"]))

@@ -1,0 +1,265 @@
+"""Hybrid-MAGNeT: its mask, which is what inference sees, its losses, and its decoding."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from magnet_jax import attention, hlo, hybrid, objective, patterns, transformer
+from magnet_jax.config import ModelConfig
+from magnet_jax.masking import span_count, span_counts, span_mask
+
+MODEL = ModelConfig(
+    kind="hybrid", num_codebooks=3, codebook_size=32, width=16, num_heads=2, num_layers=2,
+    text_width=12, delays=(0, 1, 3), local_context=2, span_length=2,
+)  # fmt: skip
+FRAMES = 24
+STEPS = patterns.num_steps(FRAMES, MODEL.delays)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return transformer.init_params(MODEL, jax.random.key(0))
+
+
+def texts(batch=2, length=5):
+    states = jax.random.normal(jax.random.key(5), (batch, length, MODEL.text_width))
+    return states, jnp.ones((batch, length), bool)
+
+
+def codes(batch=2):
+    return jax.random.randint(jax.random.key(1), (batch, 3, FRAMES), 0, 32)
+
+
+def noise(*firsts, rate=0.6):
+    masking = objective.draw_noise(jax.random.key(2), jnp.arange(len(firsts)), FRAMES, 0.0)
+    masking = masking._replace(rate_B=jnp.full(len(firsts), rate))
+    return hybrid.Noise(masking, jnp.asarray(firsts))
+
+
+@functools.partial(jax.jit, static_argnames="local")
+def sums_of(params, codes_BKT, drawn, stage, *, local):
+    return hybrid.sums(
+        params, *texts(len(codes_BKT)), codes_BKT, jnp.ones((len(codes_BKT), FRAMES), bool), drawn,
+        stage, config=MODEL, local=local,
+    )  # fmt: skip
+
+
+# --- the mask -----------------------------------------------------------------------------------
+
+
+def visible(first, context, delay, num_steps):
+    """The mask in so many words."""
+    rows = np.zeros((num_steps, num_steps), bool)
+    for query in range(num_steps):
+        for key in range(num_steps):
+            if query < first:
+                rows[query, key] = key <= query
+            elif key < first or context is None:
+                rows[query, key] = True
+            else:
+                rows[query, key] = query - delay - context <= key <= query + context
+    return rows
+
+
+@pytest.mark.parametrize(("context", "delay"), [(None, 0), (2, 0), (2, 3)])
+@pytest.mark.parametrize("block", [7, 128])
+def test_attention_and_its_gradients_are_those_of_the_mask(context, delay, block):
+    num_steps, firsts = 20, (1, 8, 20)
+    qkv = [jax.random.normal(jax.random.key(i), (3, num_steps, 2, 4)) for i in range(3)]
+    seen = jnp.asarray([visible(first, context, delay, num_steps) for first in firsts])
+
+    def plain(query, key, value):
+        scores = jnp.einsum("BTNH,BSNH->BNTS", query, key) / 2
+        weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
+
+    blocked = functools.partial(
+        attention.hybrid_attention, first_B=jnp.asarray(firsts), context=context, delay=delay,
+        block=block,
+    )  # fmt: skip
+    weight = jax.random.normal(jax.random.key(9), qkv[0].shape)
+    one, other = (
+        jax.jit(jax.value_and_grad(lambda qkv, f=f: (weight * f(*qkv)).sum()))(qkv)
+        for f in (blocked, plain)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_no_array_of_all_pairs_is_there():
+    num_steps = 1000
+    shape = jax.ShapeDtypeStruct((1, num_steps, 1, 4), jnp.float32)
+
+    def loss(qkv, delay):
+        run = functools.partial(attention.hybrid_attention, first_B=jnp.array([7]), context=2)
+        return run(*qkv, delay=delay).sum()
+
+    compiled = jax.jit(jax.grad(loss)).lower((shape,) * 3, 1).compile()
+    assert not hlo.square_arrays(compiled.as_text(), num_steps)
+
+
+# --- what the losses depend on ------------------------------------------------------------------
+
+
+def leaks(params, half, first, stage, *, rate=0.6):
+    """Where a step's embedding changes a half of the loss: bool [S], by its gradient."""
+    embed = transformer.Transformer._embed
+
+    @jax.jit
+    def gradient(offset_1SD):
+        def loss(offset_1SD):
+            with pytest.MonkeyPatch.context() as patch:
+                shifted = lambda *args: embed(*args) + offset_1SD  # noqa: E731
+                patch.setattr(transformer.Transformer, "_embed", shifted)
+                found = sums_of.__wrapped__(
+                    params, codes(1), noise(first, rate=rate), stage, local=stage > 0
+                )
+            return getattr(found, half).nll.sum()
+
+        return jax.grad(loss)(offset_1SD)
+
+    return np.asarray(gradient(jnp.zeros((1, STEPS, MODEL.width))) != 0).any(-1)[0]
+
+
+def test_the_loss_before_t_depends_on_earlier_steps_alone(params):
+    first, stage = 11, 0  # (the stage that sees most)
+    found = leaks(params, "autoregressive", first, stage)
+    np.testing.assert_array_equal(found, np.arange(STEPS) < first - 1)
+
+
+def test_the_loss_from_t_on_depends_on_the_whole_prompt_and_the_shifted_window(params):
+    first, stage = 8, 2
+    assert leaks(params, "parallel", first, 0).all()  # stage 0 sees everything
+    # One span of two frames, or the last frame alone.
+    found = leaks(params, "parallel", first, stage, rate=0.0)
+    mask_1T = span_mask(
+        noise(first).masking.starts_BT, jnp.zeros(1), MODEL.span_length,
+        jnp.array([first - 1 - MODEL.delays[stage]]),
+    )  # fmt: skip
+    hidden = 1 + np.flatnonzero(mask_1T[0]) + MODEL.delays[stage]
+    assert 1 <= len(hidden) <= 2
+    reach, layers = MODEL.local_context, MODEL.num_layers
+    step = np.arange(STEPS)
+    near = (step >= hidden.min() - layers * (reach + MODEL.delays[stage])) & (
+        step <= hidden.max() + layers * reach
+    )
+    np.testing.assert_array_equal(found, (step < first) | near)
+    assert not near[first:].all()
+
+
+def test_hidden_tokens_do_not_reach_the_network(params, monkeypatch):
+    """Nor does what is hidden in codebooks above; the prompt does, in every codebook."""
+    first, stage, drawn, codes_BKT = 9, 1, noise(9, 9), codes()
+    seen = []
+    score = objective.score
+
+    def spy(logits_BTV, target_BT, mask_BT):
+        seen.append((logits_BTV, mask_BT))
+        return score(logits_BTV, target_BT, mask_BT)
+
+    monkeypatch.setattr(objective, "score", spy)
+
+    @jax.jit
+    def parallel_logits(codes_BKT):
+        sums_of.__wrapped__(params, codes_BKT, drawn, stage, local=True)
+        return seen[0]
+
+    expected, mask_BT = parallel_logits(codes_BKT)
+    assert mask_BT.any() and not mask_BT.all()
+    given_BKT = np.zeros(codes_BKT.shape, bool)
+    for codebook, delay in enumerate(MODEL.delays):
+        given_BKT[:, codebook, : first - 1 - delay] = True
+    given_BKT[:, 0] = True
+    given_BKT[:, stage] |= ~np.asarray(mask_BT)
+    found, _ = parallel_logits(jnp.where(given_BKT, codes_BKT, (codes_BKT + 1) % 32))
+    np.testing.assert_array_equal(found, expected)
+    for codebook in range(3):
+        changed, _ = parallel_logits(codes_BKT.at[:, codebook, first - 5].add(1) % 32)
+        assert (changed != expected).any(axis=(1, 2)).all()
+
+
+def test_padding_does_not_reach_the_losses(params):
+    valid_BT = jnp.broadcast_to(jnp.arange(FRAMES) < 15, (2, FRAMES))
+    run = jax.jit(
+        lambda codes_BKT: hybrid.sums(
+            params, *texts(), codes_BKT, valid_BT, noise(10, 22), 1, config=MODEL, local=True
+        )
+    )
+    one, other = run(codes()), run(codes().at[..., 15:].set(3))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    # Of the second row every codebook's valid frames lie in the prompt.
+    assert one.parallel.tokens[1] == 0 and one.autoregressive.tokens[1] == 45
+
+
+# --- the two halves -----------------------------------------------------------------------------
+
+
+def test_teacher_forcing_gives_the_logits_of_one_step_at_a_time(params):
+    """At every step of the prompt and every codebook, with a cache, at any stage of the rest."""
+    steps_BKS = patterns.to_steps(codes(), MODEL.delays, MODEL.mask_id)
+
+    @jax.jit
+    def forced(first, delay):
+        model = transformer.bind(MODEL, params)
+        attend = functools.partial(
+            attention.hybrid_attention, first_B=jnp.broadcast_to(first, 2), delay=delay
+        )
+        states = model.trunk(steps_BKS, model.read_text(*texts()), local=True, attend=attend)
+        return model.all_heads(states)
+
+    @jax.jit
+    def extend(cache, step_BK1, step):
+        model = transformer.bind(MODEL, params)
+        states, cache = model.extend(step_BK1, model.read_text(*texts()), cache, step)
+        return cache, model.all_heads(states)[:, :, 0]
+
+    cache, logits = transformer.bind(MODEL, params).empty_cache(2, STEPS, jnp.float32), []
+    for step in range(STEPS):
+        cache, found = extend(cache, steps_BKS[..., step : step + 1], step)
+        logits.append(found)
+    logits = np.stack(logits, axis=2)
+    for first, delay in ((1, 0), (2, 3), (12, 1), (STEPS, 0)):
+        expected = forced(first, delay)
+        np.testing.assert_allclose(logits[:, :, :first], expected[:, :, :first], atol=1e-5)
+
+
+def test_every_token_counts_once(params):
+    for first in (1, 5, STEPS):
+        found = sums_of(params, codes(), noise(first, first, rate=1.0), 1, local=True)
+        prompt = sum(min(max(first - 1 - delay, 0), FRAMES) for delay in MODEL.delays)
+        rest = FRAMES - min(max(first - 1 - MODEL.delays[1], 0), FRAMES)
+        np.testing.assert_array_equal(found.autoregressive.tokens, [prompt] * 2)
+        np.testing.assert_array_equal(found.parallel.tokens, [rest] * 2)
+        total = hybrid.total(found, 3)
+        np.testing.assert_allclose(total.tokens, prompt / 3 + rest, rtol=1e-6)
+
+
+def test_t_is_uniform_and_spans_hide_the_wanted_share_of_the_rest():
+    drawn = hybrid.draw_noise(jax.random.key(0), jnp.arange(8000), MODEL, 4, 0.0)
+    counts = np.bincount(drawn.first_B)
+    assert len(counts) == 1 + patterns.num_steps(4, MODEL.delays) and counts[0] == 0
+    np.testing.assert_allclose(counts[1:] / 8000, 1 / 8, atol=0.015)
+    plain = objective.draw_noise(jax.random.key(0), jnp.arange(8000), 4, 0.0)
+    np.testing.assert_array_equal(drawn.masking.starts_BT, plain.starts_BT)
+
+    uniform = jax.random.uniform(jax.random.key(1), (2000, 50))
+    for length in (2, 17, 50):
+        first_B = jnp.full(2000, 50 - length)
+        mask = np.asarray(span_mask(uniform, jnp.full(2000, 0.7), 3, first_B))
+        assert not mask[:, : 50 - length].any()
+        if length > 3:
+            assert mask[:, 50 - length :].mean() == pytest.approx(0.7, abs=0.05)
+        assert mask.any(-1).all()
+    assert not span_mask(uniform, jnp.full(2000, 0.7), 3, jnp.full(2000, 50)).any()
+
+
+@pytest.mark.parametrize("length", [3, 4, 17, 50])
+def test_spans_are_counted_as_in_the_table(length):
+    rates = jnp.arange(101) / 100
+    found = span_count(jnp.full(101, length), rates, 3, 50)
+    # (where a rate is met exactly, rounding decides)
+    assert np.abs(found - span_counts(length, 3)).max() <= 1
+    assert (found == span_counts(length, 3)).mean() > 0.9
