@@ -21,6 +21,7 @@ from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
     DecodeConfig,
+    HybridConfig,
     KernelConfig,
     Preset,
     RescoreConfig,
@@ -58,7 +59,10 @@ class Args:
     decode: DecodeConfig = DecodeConfig()
     """Schedule and sampling; the defaults are the model's."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
-    """The same for a MusicGen."""
+    """The same for a MusicGen, and for the beginning of a hybrid's clip."""
+    hybrid_prompt_seconds: float | None = None
+    """Of a hybrid: seconds of a clip that are generated one step after another, before the rest is
+    in parallel (docs/hybrid.md); 0 is none, the clip's length or more is all of it."""
     rescorer: Annotated[str | Path | None, tyro.conf.arg(metavar="MODEL")] = None
     """A second model that takes part in choosing which spans are kept (docs/rescoring.md): a
     MusicGen, an AudioGen or another MAGNeT of the same codec, as for --checkpoint."""
@@ -164,7 +168,16 @@ def sample(args: Args) -> list[Path]:
     if args.codec_backend == "jax":
         decoder = sampling.place(decoder, execution)
     config, spec = loaded.config, loaded.codec
-    decoding = args.autoregressive if config.model.kind == "musicgen" else args.decode
+    kind = config.model.kind
+    if kind != "hybrid" and args.hybrid_prompt_seconds is not None:
+        raise UserError(f"--hybrid-prompt-seconds is for models of kind hybrid; this is a {kind}")
+    decoding = args.autoregressive if kind == "musicgen" else args.decode
+    if kind == "hybrid":
+        decoding = HybridConfig(
+            prompt_seconds=args.hybrid_prompt_seconds,
+            autoregressive=args.autoregressive,
+            decode=args.decode,
+        )
     seconds = args.seconds or config.data.segment_seconds
     num_frames = round(seconds * spec.frame_rate)
     if num_frames < 1:
@@ -240,22 +253,30 @@ def parse(args: list[str]) -> Args:
     first.add_argument("--checkpoint")
     first.add_argument("--preset")
     found = first.parse_known_args(args)[0]
-    defaults = DecodeConfig()
+    given = {}
     if found.checkpoint:
         from magnet_jax import pretrained  # JAX is slow to load
 
-        _, defaults = pretrained.read_defaults(found.checkpoint)
+        model, defaults = pretrained.read_defaults(found.checkpoint)
+        if isinstance(defaults, HybridConfig):
+            given = {
+                "hybrid_prompt_seconds": defaults.prompt_seconds,
+                "autoregressive": defaults.autoregressive,
+                "decode": defaults.decode,
+            }
+        else:
+            given = {"autoregressive" if model.kind == "musicgen" else "decode": defaults}
     if found.preset in PRESETS:
-        if isinstance(defaults, AutoregressiveConfig):
-            raise UserError("--preset is for models of kind magnet; this one is a musicgen")
-        steps = preset_steps(found.preset, len(defaults.steps))
-        defaults = dataclasses.replace(defaults, steps=steps)
-    part = "autoregressive" if isinstance(defaults, AutoregressiveConfig) else "decode"
+        if given.keys() == {"autoregressive"}:
+            raise UserError("--preset is not for models of kind musicgen, and this is one")
+        decode = given.get("decode", DecodeConfig())
+        steps = preset_steps(found.preset, len(decode.steps))
+        given["decode"] = dataclasses.replace(decode, steps=steps)
     missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
     return cli.parse(
         Args,
         args,
-        default=Args(**missing, **{part: defaults}),
+        default=Args(**missing, **given),
         prog="python -m launch.sample",
         description=__doc__,
     )

@@ -2,7 +2,7 @@
 
 import importlib
 
-_WHERE = {"MAGNeT": "api", "MusicGen": "api", "audio_write": "audio"}
+_WHERE = {"HybridMAGNeT": "api", "MAGNeT": "api", "MusicGen": "api", "audio_write": "audio"}
 
 __all__ = sorted(_WHERE)
 

@@ -28,6 +28,7 @@ from magnet_jax.config import (
     KIND_NAMES,
     AutoregressiveConfig,
     DecodeConfig,
+    HybridConfig,
     KernelConfig,
     Preset,
     RescoreConfig,
@@ -322,7 +323,7 @@ class MAGNeT(Generator):
           preset: names decoding steps, from 'paper' to 'draft'; see docs/performance.md.
           duration: seconds of a clip; the default is what the model was trained on.
         """
-        default = self.loaded.config.sampling
+        default = self.loaded.config.decode
         if preset is not None:
             if decoding_steps is not None:
                 raise UserError("give preset or decoding_steps, not both")
@@ -340,7 +341,7 @@ class MAGNeT(Generator):
             top_p = 1.0
         elif top_p is not None:
             top_k = 0
-        self.generation = _replaced(
+        decode = _replaced(
             default,
             greedy=None if use_sampling is None else not use_sampling,
             top_k=top_k,
@@ -355,6 +356,8 @@ class MAGNeT(Generator):
             span_length=span_len,
             whole_spans=whole_spans,
         )
+        hybrid = isinstance(self.generation, HybridConfig)
+        self.generation = dataclasses.replace(self.generation, decode=decode) if hybrid else decode
         self.duration = _checked_duration(duration, self.max_duration)
 
     def set_rescorer(
@@ -406,6 +409,40 @@ class MAGNeT(Generator):
         )
 
 
+class HybridMAGNeT(MAGNeT):
+    """Text to audio: the first seconds one step after another, the rest in parallel.
+
+    `set_generation_params` is about the rest, `set_prompt_params` about the first seconds; audio to
+    go on from counts as a part of these.
+    """
+
+    kind = "hybrid"
+
+    def set_prompt_params(
+        self,
+        seconds: float | None = None,
+        use_sampling: bool | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        temperature: float | None = None,
+        cfg_coef: float | None = None,
+    ) -> None:
+        """Sets how clips begin; what is not given gets the model's own default.
+
+        Args:
+          seconds: of a clip, generated one step after another; 0 is none, its length or more all.
+          use_sampling, top_k, top_p, temperature, cfg_coef: see `MusicGen.set_generation_params`.
+        """
+        default = self.loaded.config.sampling
+        self.generation = dataclasses.replace(
+            self.generation,
+            prompt_seconds=default.prompt_seconds if seconds is None else float(seconds),
+            autoregressive=_autoregressive(
+                default.autoregressive, use_sampling, top_k, top_p, temperature, cfg_coef
+            ),
+        )
+
+
 class MusicGen(Generator):
     """Text to audio one step after another; AudioGen's checkpoints as well."""
 
@@ -435,17 +472,8 @@ class MusicGen(Generator):
           cfg_coef: guidance coefficient.
           extend_stride: seconds by which such windows lie apart; 0.6 of a window by default.
         """
-        if top_p:
-            top_k = 0
-        if temperature == 0:  # AudioCraft's way to say so
-            use_sampling, temperature = False, None
-        self.generation = _replaced(
-            self.loaded.config.sampling,
-            greedy=None if use_sampling is None else not use_sampling,
-            top_k=top_k,
-            top_p=top_p or None,
-            temperature=temperature,
-            guidance=cfg_coef,
+        self.generation = _autoregressive(
+            self.loaded.config.sampling, use_sampling, top_k, top_p, temperature, cfg_coef
         )
         self.duration = _checked_duration(duration, self.max_duration)
         if extend_stride is not None and not 0 < extend_stride < self.max_duration:
@@ -489,6 +517,24 @@ class MusicGen(Generator):
 
 def _say(line: str) -> None:
     print(f"magnet_jax: {line}", file=sys.stderr, flush=True)
+
+
+def _autoregressive(
+    default: AutoregressiveConfig, use_sampling, top_k, top_p, temperature, cfg_coef
+) -> AutoregressiveConfig:
+    """AudioCraft's arguments of MusicGen as settings; what is None is the default's."""
+    if top_p:
+        top_k = 0
+    if temperature == 0:  # AudioCraft's way to say so
+        use_sampling, temperature = False, None
+    return _replaced(
+        default,
+        greedy=None if use_sampling is None else not use_sampling,
+        top_k=top_k,
+        top_p=top_p or None,
+        temperature=temperature,
+        guidance=cfg_coef,
+    )
 
 
 def _replaced(settings: DecodeConfig | AutoregressiveConfig, **given):

@@ -348,21 +348,6 @@ def _whole_blocks(num_frames: int) -> int:
     return -(-num_frames // 128) * 128
 
 
-def cached_attention(
-    query_BTNH: jax.Array, key_BCNH: jax.Array, value_BCNH: jax.Array, first: jax.Array | int
-) -> jax.Array:
-    """Steps first, first + 1, ... attend to themselves and to what came before.
-
-    Keys and values are a cache of C steps, of which those after the last query are not yet
-    written; `first` may be traced. With first = 0 and C = T this is plain causal attention.
-    """
-    query_step = first + jnp.arange(query_BTNH.shape[1])
-    past_TC = jnp.arange(key_BCNH.shape[1])[None, :] <= query_step[:, None]
-    scores_BNTC = jnp.where(past_TC[None, None], _scores(query_BTNH, key_BCNH), -jnp.inf)
-    weights_BNTC = jax.nn.softmax(scores_BNTC, axis=-1)
-    return jnp.einsum("BNTC,BCNH->BTNH", weights_BNTC.astype(value_BCNH.dtype), value_BCNH)
-
-
 def causal_attention(
     query_BTNH: jax.Array, key_BTNH: jax.Array, value_BTNH: jax.Array, *, block: int = FULL_BLOCK
 ) -> jax.Array:
@@ -374,8 +359,89 @@ def causal_attention(
     parts = []
     for start in range(0, query_BTNH.shape[1], block):
         end = min(start + block, query_BTNH.shape[1])
+        past_TS = np.arange(end)[None] <= np.arange(start, end)[:, None]
         past = (x_BTNH[:, :end] for x_BTNH in (key_BTNH, value_BTNH))
-        parts.append(cached_attention(query_BTNH[:, start:end], *past, start))
+        parts.append(_dense(query_BTNH[:, start:end], *past, jnp.asarray(past_TS)[None]))
+    return jnp.concatenate(parts, axis=1)
+
+
+def _beside_past(
+    query_BTNH: jax.Array,
+    key_BSNH: jax.Array,
+    value_BSNH: jax.Array,
+    past_BNCH: tuple[jax.Array, jax.Array],
+    past_visible_C: jax.Array | None,
+    visible_1TS: jax.Array,
+) -> jax.Array:
+    """One softmax over a cache, of which all or what is `past_visible_C`, and over other keys."""
+    past_key, past_value = past_BNCH
+    past_BNTC = query_BTNH.shape[-1] ** -0.5 * jnp.einsum(
+        "BTNH,BNCH->BNTC", query_BTNH, past_key, preferred_element_type=jnp.float32
+    )
+    if past_visible_C is not None:
+        past_BNTC = jnp.where(past_visible_C[None, None, None], past_BNTC, -1e30)
+    own_BNTS = jnp.where(visible_1TS[:, None], _scores(query_BTNH, key_BSNH), -1e30)
+    weights = jax.nn.softmax(jnp.concatenate([past_BNTC, own_BNTS], axis=-1), axis=-1)
+    weights = weights.astype(value_BSNH.dtype)
+    past_BNTC, own_BNTS = jnp.split(weights, [past_key.shape[2]], axis=-1)
+    return jnp.einsum("BNTC,BNCH->BTNH", past_BNTC, past_value) + jnp.einsum(
+        "BNTS,BSNH->BTNH", own_BNTS, value_BSNH
+    )
+
+
+def cached_attention(
+    query_BTNH: jax.Array,
+    key_BTNH: jax.Array,
+    value_BTNH: jax.Array,
+    past_BNCH: tuple[jax.Array, jax.Array],
+    first: jax.Array | int,
+) -> jax.Array:
+    """Steps first, first + 1, ... attend to those before them in a cache, and among themselves.
+
+    Keys and values of earlier steps are in a cache of C steps, of which those from `first` on are
+    not yet written. `first` may be traced; where it is 0, there is no past.
+    """
+    if isinstance(first, int) and first == 0:
+        return causal_attention(query_BTNH, key_BTNH, value_BTNH)
+    step_T = jnp.arange(query_BTNH.shape[1])
+    written_C = jnp.arange(past_BNCH[0].shape[2]) < first
+    causal_1TS = (step_T[None] <= step_T[:, None])[None]
+    return _beside_past(query_BTNH, key_BTNH, value_BTNH, past_BNCH, written_C, causal_1TS)
+
+
+def completing_attention(
+    query_BTNH: jax.Array,
+    key_BTNH: jax.Array,
+    value_BTNH: jax.Array,
+    past_BNCH: tuple[jax.Array, jax.Array],
+    *,
+    context: int | None,
+    delay: jax.Array | int,
+    most_delay: int,
+    length: jax.Array | int,
+) -> jax.Array:
+    """`hybrid_attention` of the steps after a prompt, whose keys and values are a cache.
+
+    All of the cache is seen, and of the T steps those of the mask, computed in blocks of queries
+    with the keys that they can see. Steps from `length` on do not exist. `delay` may be traced;
+    `most_delay` is the greatest that may come.
+    """
+    num_steps = query_BTNH.shape[1]
+    block = FULL_BLOCK if context is None else HYBRID_BLOCK
+    parts = []
+    for start in range(0, num_steps, block):
+        end = min(start + block, num_steps)
+        low, high = 0, num_steps
+        if context is not None:
+            low, high = max(start - context - most_delay, 0), min(end + context, num_steps)
+        key_1S, query_T1 = jnp.arange(low, high)[None], jnp.arange(start, end)[:, None]
+        visible_TS = jnp.broadcast_to(key_1S < length, (end - start, high - low))
+        if context is not None:
+            ahead_TS = key_1S - query_T1
+            visible_TS &= (ahead_TS >= -(context + delay)) & (ahead_TS <= context)
+        near = (x_BTNH[:, low:high] for x_BTNH in (key_BTNH, value_BTNH))
+        query = query_BTNH[:, start:end]
+        parts.append(_beside_past(query, *near, past_BNCH, None, visible_TS[None]))
     return jnp.concatenate(parts, axis=1)
 
 

@@ -1,21 +1,36 @@
 """MusicGen: text to tokens one step at a time, and the logits of given tokens (teacher forcing).
 
 The network is MAGNeT's under causal attention, its codebooks in the delay pattern (patterns.py;
-Copet et al. 2023, arXiv 2306.05284). Every step reads and predicts all codebooks at once.
+Copet et al. 2023, arXiv 2306.05284). Every step reads and predicts all codebooks at once. The
+beginning of a hybrid's clip is made in the same way (hybrid.py).
 """
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax import patterns, transformer
+from magnet_jax import attention, patterns, transformer
 from magnet_jax.config import ModelConfig
 from magnet_jax.decode import Choice, choose_token
 
 UNKNOWN = -1  # stands where a code is still to be generated
+
+
+class Sampling(NamedTuple):
+    """Numbers of the sampling that a program takes as they come."""
+
+    temperature: jax.Array | float
+    limit: jax.Array | float  # see `decode.choose_token`
+    guidance: jax.Array | float  # coefficient
+
+
+def attend_causally(*qkv: jax.Array, context: None) -> jax.Array:
+    """What `Transformer.trunk` wants of a model that sees the past alone."""
+    return attention.causal_attention(*qkv)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -39,8 +54,7 @@ def step_logits(
     """
     model = transformer.bind(config, params)
     text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
-    batch, _, num_steps = steps_BKS.shape
-    states_BSD, _ = model.extend(steps_BKS, text, model.empty_cache(batch, num_steps, dtype), 0)
+    states_BSD = model.trunk(steps_BKS, text, local=False, attend=attend_causally)
     return model.all_heads(states_BSD)
 
 
@@ -73,7 +87,76 @@ def teacher_forced(
     return patterns.to_frames(logits_BKSV, config.delays, num_frames, first=0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "num_frames", "choice", "dtype", "on_step"))
+def advance(
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    keys_B: jax.Array,
+    steps_BKS: jax.Array,
+    sampling: Sampling,
+    *,
+    num_given: int,
+    choice: Choice,
+    guided: bool,
+    spare: int = 0,
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> tuple[jax.Array, transformer.Cache]:
+    """Fills in what is `UNKNOWN` in steps [B, K, S], one step after another. To be traced.
+
+    Args:
+      config, params: the model.
+      text: of the B rows and, if `guided` and no text is something to the model, of as many
+        without.
+      keys_B: one random key a row.
+      steps_BKS: from `patterns.to_steps`.
+      num_given: steps of which nothing is unknown, the first one included.
+      choice: how tokens are chosen.
+      guided: whether rows without text are computed as well; without, guidance is 1.
+      spare: steps that the cache has room for beyond those that are in it in the end.
+      on_step: called with the number of steps done while the program runs.
+
+    Returns:
+      the steps, and a cache of all but the last of them, of B rows and, if guided, of as many
+      without text.
+    """
+    batch, _, num_steps = steps_BKS.shape
+    dtype = text.key_LBSNH.dtype
+
+    def rows(codes_BKC):  # with their text and, after them, the same without
+        return jnp.concatenate([codes_BKC, codes_BKC]) if guided else codes_BKC
+
+    model = transformer.bind(config, params)
+    cache = model.empty_cache(rows(steps_BKS).shape[0], num_steps - 1 + spare, dtype)
+    if num_given > 1:
+        _, cache = model.extend(rows(steps_BKS[..., : num_given - 1]), text, cache, 0)
+
+    def predict(carry, step):
+        """Predicts step `step` from the one before it, which is complete by then."""
+        steps_BKS, cache = carry
+        before_BK1 = jax.lax.dynamic_slice_in_dim(steps_BKS, step - 1, 1, axis=-1)
+        model = transformer.bind(config, params)
+        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1)
+        logits_BKV = model.all_heads(states_R1D)[:, :, 0]
+        if guided:
+            logits_BKV, without_BKV = jnp.split(logits_BKV, 2)
+            logits_BKV = without_BKV + sampling.guidance * (logits_BKV - without_BKV)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
+        probs_BKV = jax.nn.softmax(logits_BKV / sampling.temperature, axis=-1)
+        token_BK = choose_token(keys, probs_BKV, choice, sampling.limit)
+        given_BK = jax.lax.dynamic_index_in_dim(steps_BKS, step, axis=-1, keepdims=False)
+        token_BK = jnp.where(given_BK == UNKNOWN, token_BK, given_BK)
+        steps_BKS = jax.lax.dynamic_update_index_in_dim(steps_BKS, token_BK, step, axis=-1)
+        if on_step is not None:
+            on_step(step - num_given + 1)
+        return (steps_BKS, cache), None
+
+    carry, _ = jax.lax.scan(predict, (steps_BKS, cache), jnp.arange(num_given, num_steps))
+    return carry
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "num_frames", "choice", "guided", "dtype", "on_step")
+)
 @transformer.exact_products
 def generate(
     params: dict,
@@ -82,13 +165,12 @@ def generate(
     num_zero_keys_B: jax.Array,
     keys_B: jax.Array,
     prompt_BKP: jax.Array,
-    temperature: jax.Array | float,
-    limit: jax.Array | float,
-    guidance: jax.Array | float,
+    sampling: Sampling,
     *,
     config: ModelConfig,
     num_frames: int,
     choice: Choice,
+    guided: bool = True,
     dtype: jnp.dtype = jnp.float32,
     on_step: Callable[[int, int], None] | None = None,
 ) -> jax.Array:
@@ -100,9 +182,8 @@ def generate(
         generated unconditionally.
       keys_B: from `decode.sample_keys`.
       prompt_BKP: given first frames, P may be 0.
-      temperature, limit: see `decode.choose_token`; traced, as is `guidance`, the coefficient.
       num_frames: T, the prompt's included.
-      choice: how tokens are chosen.
+      sampling, choice, guided: see `advance`.
       on_step: called with (steps done, steps in all) while the program runs.
 
     Returns:
@@ -113,41 +194,20 @@ def generate(
         raise ValueError(f"a prompt of {num_prompt} frames leaves nothing of {num_frames}")
     model = transformer.bind(config, params)
     text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
-    if not config.null_text_adds_nothing:
+    if guided and not config.null_text_adds_nothing:
         text = transformer.with_null_rows(text)
     unknown_BKT = jnp.full((batch, num_codebooks, num_frames - num_prompt), UNKNOWN, jnp.int32)
     steps_BKS = patterns.to_steps(
         jnp.concatenate([prompt_BKP, unknown_BKT], axis=-1), config.delays, config.mask_id
     )
-    num_steps = steps_BKS.shape[-1]
+    num_given, total = 1 + num_prompt, steps_BKS.shape[-1] - 1 - num_prompt
 
-    def twice(codes_BKC):  # rows with their text, and the same rows without
-        return jnp.concatenate([codes_BKC, codes_BKC])
+    def report(done: jax.Array) -> None:
+        jax.debug.callback(on_step, done, total)
 
-    cache = model.empty_cache(2 * batch, num_steps - 1, dtype)
-    if num_prompt:
-        _, cache = model.extend(twice(steps_BKS[..., :num_prompt]), text, cache, 0)
-
-    def advance(carry, step):
-        """Predicts step `step` from the one before it, which is complete by then."""
-        steps_BKS, cache = carry
-        before_BK1 = jax.lax.dynamic_slice_in_dim(steps_BKS, step - 1, 1, axis=-1)
-        model = transformer.bind(config, params)
-        states_B1D, cache = model.extend(twice(before_BK1), text, cache, step - 1)
-        with_BKV, without_BKV = jnp.split(model.all_heads(states_B1D)[:, :, 0], 2)
-        logits_BKV = without_BKV + guidance * (with_BKV - without_BKV)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
-        probs_BKV = jax.nn.softmax(logits_BKV / temperature, axis=-1)
-        token_BK = choose_token(keys, probs_BKV, choice, limit)
-        given_BK = jax.lax.dynamic_index_in_dim(steps_BKS, step, axis=-1, keepdims=False)
-        token_BK = jnp.where(given_BK == UNKNOWN, token_BK, given_BK)
-        steps_BKS = jax.lax.dynamic_update_index_in_dim(steps_BKS, token_BK, step, axis=-1)
-        if on_step is not None:
-            jax.debug.callback(on_step, step - num_prompt, num_steps - 1 - num_prompt)
-        return (steps_BKS, cache), None
-
-    (steps_BKS, _), _ = jax.lax.scan(
-        advance, (steps_BKS, cache), jnp.arange(num_prompt + 1, num_steps)
-    )
+    steps_BKS, _ = advance(
+        config, params, text, keys_B, steps_BKS, sampling, num_given=num_given, choice=choice,
+        guided=guided, on_step=on_step and report,
+    )  # fmt: skip
     codes_BKT, _ = patterns.to_frames(steps_BKS, config.delays, num_frames, first=1)
     return codes_BKT

@@ -13,7 +13,7 @@ traced apart.)
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -90,25 +90,28 @@ class Network(NamedTuple):
     """The model as decoding sees it: what is computed for all frames, and for some."""
 
     trunk: Callable[..., jax.Array]
-    """(codes_BKT, *, local, guided, first_B) -> states_RTD. R counts the rows with their text and,
-    if `guided`, the same rows without. The codes are a whole clip's, `first_B` being None, or each
-    row's from a frame on."""
+    """(codes_BKT, *, stage, local, guided, first_B) -> states_RTD, from which codebook `stage` is
+    predicted. R counts the rows with their text and, if `guided`, the same rows without. The codes
+    are a whole clip's, `first_B` being None, or each row's from a frame on."""
     head: Callable[..., tuple[jax.Array, jax.Array | None]]
     """(states_RMD, stage, *, guided) -> logits_BMV with text and, or None, without."""
 
 
 def make_schedule(
-    config: DecodeConfig, *, num_frames: int, num_prompt: int, span_length: int
+    config: DecodeConfig, *, num_frames: int, num_prompt: int | Sequence[int], span_length: int
 ) -> tuple[Schedule, ...]:
     """What every step does: those of the first codebook, then those of the others.
 
-    Of `num_frames` frames the first `num_prompt` are given. Others that follow each other and have
-    as many steps are together. Where spans do not overlap, the last of several steps hides one.
+    Of `num_frames` frames the first `num_prompt` are given, of all codebooks or of each. Others
+    that follow each other and have as many steps are together. Where spans do not overlap, the last
+    of several steps hides one.
     """
+    prompts = [num_prompt] * len(config.steps) if isinstance(num_prompt, int) else num_prompt
     if config.span_arrangement == "nonoverlap":
-        units, least = num_frames // span_length - num_prompt // span_length, 1
+        units_K = [num_frames // span_length - given // span_length for given in prompts]
+        least = 1
     else:
-        units, least = num_frames - num_prompt, span_length
+        units_K, least = [num_frames - given for given in prompts], span_length
     groups: list[list[list[tuple]]] = []
     number = 0
     for stage, steps in enumerate(config.steps):
@@ -124,7 +127,7 @@ def make_schedule(
                 (
                     stage,
                     step,
-                    max(int(rate * units), least),
+                    max(int(rate * units_K[stage]), least),
                     rate * config.max_guidance + (1 - rate) * config.min_guidance,
                     max(temperature, 1e-2),
                     number,
@@ -270,7 +273,7 @@ def decode(
     schedule: tuple[Schedule, ...],
     keys_B: jax.Array,
     codes_BKT: jax.Array,
-    num_prompt: jax.Array | int,
+    num_prompt: jax.Array | Sequence[int] | int,
     limit: jax.Array | float,
     *,
     mask_id: int,
@@ -293,7 +296,7 @@ def decode(
       schedule: from `make_schedule`.
       keys_B: one random key a sample.
       codes_BKT: the given first frames, then mask ids.
-      num_prompt: how many frames are given; kept in every codebook.
+      num_prompt: how many frames are given, of all codebooks or of each [K]; they are kept.
       limit: see `choose_token`.
       mask_id: V.
       span_length: frames a span; T must be a multiple of it where spans do not overlap.
@@ -309,7 +312,7 @@ def decode(
       on_step: called with (steps done, steps in all) while the program runs.
     """
     grid = span_arrangement == "nonoverlap"
-    batch, _, num_frames = codes_BKT.shape
+    batch, num_codebooks, num_frames = codes_BKT.shape
     if num_frames < span_length or (grid and num_frames % span_length):
         raise ValueError(f"{num_frames} frames are no whole number of spans of {span_length}")
     size = num_frames if length is None else length
@@ -317,9 +320,7 @@ def decode(
     units = num_frames // span_length if grid else num_frames
     width = span_length if grid else 1  # frames a unit
     unit_U = jnp.arange(units)
-    start_U = jnp.where(unit_U < num_prompt // width, KEPT, 0.0)
-    start_U = jnp.where(unit_U < size // width, start_U, ABSENT)
-    start = jnp.broadcast_to(start_U[None], (batch, units))
+    prompt_K = jnp.broadcast_to(jnp.asarray(num_prompt), num_codebooks)
     total = sum(part.stage.size for part in schedule)
     window = span_length + 2 * (num_frames if reach is None else reach)
     if guided == "all_but_last" and not savings.last_guidance:
@@ -359,7 +360,7 @@ def decode(
         `order_BU` is the order in which spans are hidden, if they are hidden whole; `alone` says
         that it is the first one alone.
         """
-        trunk = functools.partial(network.trunk, local=local, guided=guide)
+        trunk = functools.partial(network.trunk, stage=step.stage, local=local, guided=guide)
         from_0_B = jnp.zeros(batch, jnp.int32)
         if alone and local and savings.last_window and window < num_frames:
             frame_BM = spans(order_BU[:, :1])
@@ -410,7 +411,7 @@ def decode(
         else:
             hidden_BT = hide_spans(score_BU, step.num_hidden, span_length)
         # A prompt that ends within a span is written back where its span was hidden.
-        hidden_BT = hidden_BT & (frame_T >= num_prompt)[None]
+        hidden_BT = hidden_BT & (frame_T >= prompt_K[step.stage])[None]
         row_BT = jax.lax.dynamic_index_in_dim(codes_BKT, step.stage, axis=1, keepdims=False)
         # What no step has reached yet is predicted too: stride1 may leave some at the first step.
         hidden_BT = hidden_BT | ((row_BT == mask_id) & (frame_T < size)[None])
@@ -445,6 +446,9 @@ def decode(
 
     def decode_stage(codes_BKT, steps: Schedule, *, local: bool):
         num_steps = len(steps.stage)
+        start_U = jnp.where(unit_U < prompt_K[steps.stage[0]] // width, KEPT, 0.0)
+        start_U = jnp.where(unit_U < size // width, start_U, ABSENT)
+        start = jnp.broadcast_to(start_U[None], (batch, units))
         unlike = grid or guided == "all_but_last" or rescoring is not None
         last_apart = num_steps > 1 and unlike
         first_steps = jax.tree.map(lambda x: x[: num_steps - last_apart], steps)
@@ -500,7 +504,7 @@ def guided_network(
     null_rows = transformer.with_null_rows(text)
     null_text = savings.null_text and config.null_text_adds_nothing
 
-    def trunk(codes_BKT, *, local, guided, first_B):
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
         rows_text = text
         if guided and guidance_axis is not None:
             here = jax.lax.axis_index(guidance_axis) == 0

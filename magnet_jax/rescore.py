@@ -8,10 +8,10 @@ worst are hidden again; equation 5 and Figure 4 of the paper, which disagree on 
 Scores need the probabilities of the candidate's tokens alone, [B, T]: those of all tokens, [B, T,
 V], which equation 5 speaks of, would be V times as many numbers for the same scores.
 
-Two rescorers ship. MusicGen and AudioGen read the candidate in one causal pass, teacher-forced.
-MAGNeT, another checkpoint, reads it with the tokens in question hidden, as it has learnt to
-predict hidden tokens and no others. Both have their own text encoder, of any width; their codec
-must be the model's. Others can be written: `sampling.Rescorer` says how.
+Two rescorers ship. MusicGen and AudioGen, and a hybrid, read the candidate in one causal pass,
+teacher-forced. MAGNeT, another checkpoint, reads it with the tokens in question hidden, as it has
+learnt to predict hidden tokens and no others. Both have their own text encoder, of any width; their
+codec must be the model's. Others can be written: `sampling.Rescorer` says how.
 """
 
 import dataclasses
@@ -23,7 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax import attention, decode, patterns, pretrained, sampling, t5, transformer
+from magnet_jax import (
+    attention,
+    autoregressive,
+    decode,
+    patterns,
+    pretrained,
+    sampling,
+    t5,
+    transformer,
+)
 from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
@@ -80,7 +89,7 @@ def from_model(
     check_partners(loaded, partner, name)
     config = dataclasses.replace(loaded.config, compute_dtype=partner.config.compute_dtype)
     loaded = loaded._replace(config=config)
-    read = {"musicgen": _musicgen_reader, "magnet": _magnet_reader}[config.model.kind]
+    read = _musicgen_reader if config.model.autoregressive else _magnet_reader
     reading = _Reading(
         model=config.model,
         t5_config=loaded.t5_config,
@@ -100,7 +109,7 @@ def from_model(
 
 def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
     """Raises `UserError` unless `partner` can be rescored, and tokens mean the same to both."""
-    if partner.config.model.kind != "magnet":
+    if not partner.config.model.parallel:
         raise UserError(
             f"a model of kind {partner.config.model.kind} has no spans to score: leave out the "
             f"rescorer {name}"
@@ -159,9 +168,6 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
     """`Rescorer.read` of a model that predicts each step from those before it."""
     config = reading.model
 
-    def attend(*qkv: jax.Array, context: None) -> jax.Array:
-        return attention.causal_attention(*qkv)
-
     def read(params, text, *, num_frames, length):
         # Past `length` the candidate has mask ids, which is what steps without a code hold anyway.
         keys = _read_text(params, text, reading=reading, dtype=reading.dtype)
@@ -177,7 +183,11 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
                 steps_BKS = jnp.concatenate([steps_BKS, steps_BKS])
             model = transformer.bind(config, params["lm"])
             states_BSD = model.trunk(
-                steps_BKS, keys, local=False, attend=attend, positions_BTD=positions_1SD
+                steps_BKS,
+                keys,
+                local=False,
+                attend=autoregressive.attend_causally,
+                positions_BTD=positions_1SD,
             )
             # After step t + delay comes the code of frame t: of one codebook, a slice of steps.
             delay = jnp.asarray(config.delays)[stage]
@@ -214,7 +224,9 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
             given_BT = jnp.where(hidden_BT, config.mask_id, token_BT)
             codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, given_BT, stage, axis=1)
             guided = reading.guided
-            states_RTD = network.trunk(codes_BKT, local=local, guided=guided, first_B=None)
+            states_RTD = network.trunk(
+                codes_BKT, stage=stage, local=local, guided=guided, first_B=None
+            )
             both = network.head(states_RTD, stage, guided=guided)
             return _probabilities(*both, params["guidance"], token_BT)
 

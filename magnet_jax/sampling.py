@@ -1,8 +1,9 @@
-"""From texts to tokens and audio with a loaded model, of either kind.
+"""From texts to tokens and audio with a loaded model, of any kind.
 
-For MAGNeT the whole way, from the tokens of the texts to the samples of the audio, is one program
-(`magnet_program`): no host in between, and few shapes. Lengths and texts go in buckets. A
-`Rescorer` takes part in that program.
+The whole way, from the tokens of the texts to the samples of the audio, is one program
+(`clip_program`): no host in between, and few shapes. Texts go in buckets, as do the lengths of
+MAGNeT. A `Rescorer` takes part in that program. A MusicGen is to it a hybrid whose clips are
+beginning from end to end.
 """
 
 import dataclasses
@@ -17,15 +18,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magnet_jax import attention, autoregressive, codec, decode, programs, seanet, t5
+from magnet_jax import attention, autoregressive, codec, decode, hybrid, programs, seanet, t5
 from magnet_jax.config import (
+    SAMPLING_CONFIGS,
     AutoregressiveConfig,
     CodecSpec,
     DecodeConfig,
+    HybridConfig,
     KernelConfig,
     ModelConfig,
     RescoreConfig,
     RunConfig,
+    SamplingConfig,
     SamplingMeshConfig,
 )
 from magnet_jax.convert_codec import SeanetConfig
@@ -42,7 +46,8 @@ LSTM_ROWS = {"cpu": 1, "gpu": 1, "tpu": 8}
 
 class Generated(NamedTuple):
     codes_BKT: np.ndarray  # int32 token ids
-    hidden_PBT: np.ndarray | None  # bool, True where decoding step P predicted; None for musicgen
+    # bool, True where step P of parallel decoding predicted; None of clips made in windows
+    hidden_PBT: np.ndarray | None
     wav_BCN: np.ndarray | None = None  # float32 audio, where a decoder was given
 
 
@@ -200,7 +205,7 @@ def generate(
     texts: Sequence[str],
     *,
     num_frames: int,
-    decoding: DecodeConfig | AutoregressiveConfig,
+    decoding: SamplingConfig,
     seed: int,
     first_sample: int = 0,
     prompt_BKP: np.ndarray | None = None,
@@ -234,9 +239,7 @@ def generate(
     model, batch = loaded.config.model, len(texts)
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
         raise UserError(f"seed must lie between 0 and 2147483647, not {seed!r}")
-    if model.kind == "hybrid":
-        raise UserError("a model of kind hybrid can be trained, not yet sampled from")
-    if isinstance(decoding, AutoregressiveConfig) != (model.kind == "musicgen"):
+    if not isinstance(decoding, SAMPLING_CONFIGS[model.kind]):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if prompt_BKP is None:
         prompt_BKP = np.zeros((batch, model.num_codebooks, 0), np.int32)
@@ -246,18 +249,14 @@ def generate(
             f"{num_frames}: ask for more seconds, or give a shorter prompt"
         )
     RescoreConfig(weight=rescorer_weight)  # checks it
-    if model.kind == "musicgen":
-        if rescorer is not None:
-            raise UserError("a model of kind musicgen has no spans to score: leave out rescorer")
-        run = _run_musicgen
-    elif rescorer is None or rescorer_weight == 0:
-        run = _run_magnet
-    else:
+    if rescorer is not None and not model.parallel:
+        raise UserError(f"a model of kind {model.kind} has no spans to score: leave out rescorer")
+    rescoring = None
+    if rescorer is not None and rescorer_weight != 0:
         rescoring = _Rescoring(
             rescorer, rescorer.tokenize(texts, text_pad_len), np.float32(rescorer_weight)
         )
-        run = functools.partial(_run_magnet, rescoring=rescoring)
-    generated = run(
+    generated = _run(
         loaded,
         tokenize_texts(loaded, texts, text_pad_len),
         np.arange(first_sample, first_sample + batch),
@@ -269,6 +268,7 @@ def generate(
         decoder.params if isinstance(decoder, codec.Decoder) else None,
         execution,
         on_step,
+        rescoring=rescoring,
     )
     if isinstance(decoder, codec.Codec):
         return generated._replace(wav_BCN=decode_audio(decoder, generated.codes_BKT))
@@ -281,7 +281,7 @@ def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
     return f"{count} clip{'s' * (count > 1)} of {seconds:.3g} s"
 
 
-# --- MAGNeT -------------------------------------------------------------------------------------
+# --- the program --------------------------------------------------------------------------------
 
 
 class _Rescoring(NamedTuple):
@@ -293,8 +293,8 @@ class _Rescoring(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MagnetProgram:
-    """What a program of MAGNeT is made for, beside its shapes."""
+class ClipProgram:
+    """What a program is made for, beside its shapes."""
 
     model: ModelConfig
     t5_config: t5.T5Config
@@ -311,14 +311,15 @@ class MagnetProgram:
     mesh: Mesh | None
     on_step: Callable[[int, int], None] | None
     read_rescorer: Callable[..., Callable[..., jax.Array]] | None
+    beginning: hybrid.Beginning | None  # of clips that begin one step after another
 
 
-# How the arguments of `magnet_program` lie on a mesh: parameters everywhere, clips split.
-MAGNET_SPECS = (P(),) * 3 + (P("data"),) * 3 + (P(),) * 5 + (P(), P("data"), P())
+# How the arguments of `clip_program` lie on a mesh: parameters everywhere, clips split.
+CLIP_SPECS = (P(),) * 3 + (P("data"),) * 3 + (P(),) * 6 + (P(), P("data"), P())
 
 
 @functools.partial(jax.jit, static_argnames="made_for", donate_argnames="codes_BKT")
-def magnet_program(
+def clip_program(
     params: dict,
     t5_params: dict,
     decoder_params: dict | None,
@@ -330,11 +331,12 @@ def magnet_program(
     audio_length: jax.Array | None,
     schedule: tuple[decode.Schedule, ...],
     limit: jax.Array,
+    beginning_sampling: autoregressive.Sampling | None,
     rescorer_params: Any,
     rescorer_texts: Any,
     rescorer_weight: jax.Array | None,
     *,
-    made_for: MagnetProgram,
+    made_for: ClipProgram,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """From the tokens of texts to tokens of audio, and to audio.
 
@@ -343,6 +345,7 @@ def magnet_program(
       text: from `tokenize_texts`; of no rows where no clip has a text.
       keys_B, schedule, limit, num_prompt: see `decode.decode`.
       codes_BKT: the prompt, then mask ids; donated.
+      beginning_sampling: of clips that begin one step after another.
       length, audio_length: frames of the clip in whole spans and of its audio, where those are
         fewer than T; None where the shapes say it all.
       rescorer_params, rescorer_texts, rescorer_weight: see `Rescorer`; None where there is none.
@@ -352,26 +355,28 @@ def magnet_program(
       codes_BKT, hidden_PBT, and wav_BCN or None.
     """
     mesh = made_for.mesh
-    run = functools.partial(_magnet, made_for=made_for)
+    run = functools.partial(_clips_of, made_for=made_for)
     if mesh is not None:
         run = jax.shard_map(
             run,
             mesh=mesh,
-            in_specs=MAGNET_SPECS,
+            in_specs=CLIP_SPECS,
             out_specs=(P("data"), P(None, "data"), P("data")),
             check_vma=False,
         )
     return run(
         params, t5_params, decoder_params, text, keys_B, codes_BKT, num_prompt, length,
-        audio_length, schedule, limit, rescorer_params, rescorer_texts, rescorer_weight,
+        audio_length, schedule, limit, beginning_sampling, rescorer_params, rescorer_texts,
+        rescorer_weight,
     )  # fmt: skip
 
 
-def _magnet(
+def _clips_of(
     params, t5_params, decoder_params, text, keys_B, codes_BKT, num_prompt, length, audio_length,
-    schedule, limit, rescorer_params, rescorer_texts, rescorer_weight, *, made_for: MagnetProgram,
+    schedule, limit, beginning_sampling, rescorer_params, rescorer_texts, rescorer_weight, *,
+    made_for: ClipProgram,
 ):  # fmt: skip
-    """`magnet_program` on one device of the mesh."""
+    """`clip_program` on one device of the mesh."""
     rescoring = None
     if made_for.read_rescorer is not None:
         # (the whole rescorer on every device: of its axes a mesh splits it by `data` alone)
@@ -383,18 +388,26 @@ def _magnet(
     states_BSE = t5.encode(
         t5_params, made_for.t5_config, text.ids_BS, text.mask_BS, dtype=made_for.dtype
     )
-    decoded = decode.generate(
+    if made_for.beginning is None:
+        generate = functools.partial(
+            decode.generate,
+            kernels=made_for.kernels,
+            guidance_axis="guidance" if axis_size["guidance"] > 1 else None,
+            frames_axis="frames" if axis_size["frames"] > 1 else None,
+        )
+    else:
+        generate = functools.partial(hybrid.generate, beginning=made_for.beginning)
+    decoded = generate(
         params,
         states_BSE,
         text.mask_BS,
         text.num_zero_keys_B,
         keys_B,
         codes_BKT,
-        num_prompt,
+        num_prompt if made_for.beginning is None else beginning_sampling,
         schedule,
         limit,
         config=made_for.model,
-        kernels=made_for.kernels,
         choice=made_for.choice,
         span_score=made_for.span_score,
         span_arrangement=made_for.span_arrangement,
@@ -402,8 +415,6 @@ def _magnet(
         length=length,
         dtype=made_for.dtype,
         savings=made_for.savings,
-        guidance_axis="guidance" if axis_size["guidance"] > 1 else None,
-        frames_axis="frames" if axis_size["frames"] > 1 else None,
         rescoring=rescoring,
         on_step=made_for.on_step,
     )
@@ -419,14 +430,14 @@ def _magnet(
     return *decoded, wav_BCN
 
 
-def magnet_arguments(
+def clip_arguments(
     loaded: Loaded,
     text: Text,
     sample_B: np.ndarray,
     seed: int,
     prompt_BKP: np.ndarray,
     num_frames: int,
-    decoding: DecodeConfig,
+    decoding: SamplingConfig,
     decoder_config: SeanetConfig | None,
     decoder_params: dict | None,
     execution: Execution,
@@ -435,33 +446,51 @@ def magnet_arguments(
     platform: str,
     mesh: Mesh | None,
     rescoring: _Rescoring | None = None,
-) -> tuple[tuple, MagnetProgram]:
-    """The arguments of `magnet_program`, arrays and `made_for`."""
+) -> tuple[tuple, ClipProgram]:
+    """The arguments of `clip_program`, arrays and `made_for`."""
     model, axis_size = loaded.config.model, dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
+    any_text = bool(text.mask_BS.any())
+    num_prompt = prompt_BKP.shape[-1]
+    beginning, beginning_sampling = None, None
+    if model.autoregressive:
+        beginning, beginning_sampling, decoding = _beginning(
+            loaded, decoding, num_prompt, num_frames, any_text
+        )
     if decoding.span_length:
         model = dataclasses.replace(model, span_length=decoding.span_length)
-    if len(decoding.steps) != model.num_codebooks:
+    whole = beginning is not None and beginning.whole  # then nothing is decoded in spans
+    if not whole and len(decoding.steps) != model.num_codebooks:
         raise UserError(
             f"decode.steps has {len(decoding.steps)} numbers, the model {model.num_codebooks} "
             "codebooks: give one number a codebook"
         )
     usual = segment_frames(loaded.config, loaded.codec)
-    _, usual = decoded_frames(model, decoding, usual)
-    num_frames, num_decoded = decoded_frames(model, decoding, num_frames)
-    num_prompt = prompt_BKP.shape[-1]
-    if num_prompt >= num_frames:
+    if whole:
+        usual = bucket = num_decoded = num_frames
+        prompts = num_frames
+    else:
+        _, usual = decoded_frames(model, decoding, usual)
+        num_frames, num_decoded = decoded_frames(model, decoding, num_frames)
+        shards = axis_size["frames"]
+        grid = 1 if decoding.span_arrangement == "stride1" else model.span_length
+        bucket = frame_bucket(num_decoded, usual, math.lcm(shards, grid))
+        prompts = num_prompt
+        if beginning is not None:
+            prompts = beginning.of_codebooks(model.delays, num_decoded)
+    if not whole and num_prompt >= num_frames:
         raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
-    shards = axis_size["frames"]
-    multiple = math.lcm(shards, 1 if decoding.span_arrangement == "stride1" else model.span_length)
-    bucket = frame_bucket(num_decoded, usual, multiple)
     dtype = compute_dtype(loaded.config, platform)
     savings = execution.savings or decode.default_savings(platform)
     kernels = attention.choose_kernels(
-        execution.kernels, platform, model, bucket // shards, dtype, split=shards > 1
+        execution.kernels,
+        platform,
+        model,
+        bucket // axis_size["frames"],
+        dtype,
+        split=axis_size["frames"] > 1,
     )
     # (a bucket that is full by chance shares its program with shorter clips)
     exact = bucket == num_decoded == usual
-    any_text = bool(text.mask_BS.any())
     null_text = savings.null_text and model.null_text_adds_nothing
     if not any_text and mesh is None and null_text:
         text = Text(*(x[:0] for x in text))
@@ -480,7 +509,7 @@ def magnet_arguments(
         texts = jax.tree.map(fill, rescoring.texts)
         rescorer_arguments = (rescoring.rescorer.params, texts, rescoring.weight)
     choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
-    made_for = MagnetProgram(
+    made_for = ClipProgram(
         model=model,
         t5_config=loaded.t5_config,
         decoder=decoder_config,
@@ -496,6 +525,7 @@ def magnet_arguments(
         mesh=mesh,
         on_step=on_step,
         read_rescorer=None if rescoring is None else rescoring.rescorer.read,
+        beginning=beginning,
     )
     arrays = (
         loaded.params["lm"],
@@ -507,16 +537,45 @@ def magnet_arguments(
         np.int32(num_prompt),
         None if exact else np.int32(num_decoded),
         None if exact else np.int32(num_frames),
-        decode.make_schedule(
-            decoding, num_frames=num_decoded, num_prompt=num_prompt, span_length=model.span_length
+        ()
+        if whole
+        else decode.make_schedule(
+            decoding, num_frames=num_decoded, num_prompt=prompts, span_length=model.span_length
         ),
         np.float32(limit),
+        beginning_sampling,
         *rescorer_arguments,
     )
     return arrays, made_for
 
 
-def _run_magnet(
+def _beginning(
+    loaded: Loaded,
+    decoding: AutoregressiveConfig | HybridConfig,
+    num_given: int,
+    num_frames: int,
+    any_text: bool,
+) -> tuple[hybrid.Beginning, autoregressive.Sampling, DecodeConfig]:
+    """How clips of a model that can be autoregressive begin, and how they go on."""
+    if isinstance(decoding, AutoregressiveConfig):
+        first, first_frames, rest = decoding, num_frames, DecodeConfig()
+    else:
+        first, rest = decoding.autoregressive, decoding.decode
+        wanted = decoding.prompt_seconds * loaded.codec.frame_rate
+        first_frames = max(num_given, round(min(wanted, num_frames)))
+    choice, limit = decode.choice_of(first.greedy, first.top_k, first.top_p)
+    beginning = hybrid.Beginning(
+        num_given=num_given,
+        num_frames=first_frames,
+        whole=first_frames == num_frames,
+        choice=choice,
+        guided=any_text and first.guidance != 1,
+    )
+    numbers = (first.temperature, limit, first.guidance)
+    return beginning, autoregressive.Sampling(*map(np.float32, numbers)), rest
+
+
+def _run(
     loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest, rescoring=None
 ) -> Generated:
     *_, execution, _ = rest
@@ -529,14 +588,16 @@ def _run_magnet(
             params = jax.device_put(rescoring.rescorer.params, NamedSharding(mesh, P()))
             rescorer = rescoring.rescorer._replace(params=params)
             rescoring = rescoring._replace(rescorer=rescorer)
-    arrays, made_for = magnet_arguments(
+    arrays, made_for = clip_arguments(
         loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest,
         platform=jax.default_backend(), mesh=mesh, rescoring=rescoring,
     )  # fmt: skip
     batch = len(sample_B)
-    num_frames, _ = decoded_frames(made_for.model, decoding, num_frames)
+    if made_for.beginning is None or not made_for.beginning.whole:
+        spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+        num_frames, _ = decoded_frames(made_for.model, spans, num_frames)
     codes_BKT, hidden_PBT, wav_BCN = programs.call(
-        magnet_program,
+        clip_program,
         *arrays,
         what=_clips(batch, num_frames, loaded),
         say=execution.say,
@@ -566,18 +627,18 @@ def decoded_frames(model: ModelConfig, decoding: DecodeConfig, num_frames: int) 
     return num_frames, math.ceil(num_frames / span) * span
 
 
-# --- MusicGen -----------------------------------------------------------------------------------
+# --- what programs share ------------------------------------------------------------------------
 
 _encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
 
 
 def check_execution(model: ModelConfig, execution: Execution) -> None:
-    """Raises `UserError` for what a model of kind musicgen does not have."""
-    asked = (execution.mesh, execution.kernels)
-    if model.kind == "musicgen" and asked != (SamplingMeshConfig(), KernelConfig()):
+    """Raises `UserError` for what a model of kind musicgen or hybrid does not have."""
+    mesh = dataclasses.replace(execution.mesh, data=1)
+    if model.autoregressive and (mesh, execution.kernels) != (SamplingMeshConfig(), KernelConfig()):
         raise UserError(
-            "a model of kind musicgen is sampled on one device, with one kernel: leave out mesh "
-            "and kernels"
+            f"a model of kind {model.kind} has one kernel of attention, and splits a batch alone: "
+            "leave out kernels, mesh.guidance and mesh.frames"
         )
 
 
@@ -590,38 +651,6 @@ def encode_texts(loaded: Loaded, text: Text) -> jax.Array:
         text_mask_BS=text.mask_BS,
         dtype=compute_dtype(loaded.config),
     )
-
-
-def _run_musicgen(
-    loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, decoder_config, decoder_params,
-    execution, on_step,
-) -> Generated:  # fmt: skip
-    check_execution(loaded.config.model, execution)
-    states_BSE = encode_texts(loaded, text)
-    choice, limit = decode.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
-    codes_BKT = programs.call(
-        autoregressive.generate,
-        loaded.params["lm"],
-        states_BSE,
-        text.mask_BS,
-        text.num_zero_keys_B,
-        decode.sample_keys(seed, jnp.asarray(sample_B)),
-        prompt_BKP,
-        np.float32(decoding.temperature),
-        np.float32(limit),
-        np.float32(decoding.guidance),
-        what=_clips(len(sample_B), num_frames, loaded),
-        say=execution.say,
-        config=loaded.config.model,
-        num_frames=num_frames,
-        choice=choice,
-        dtype=compute_dtype(loaded.config),
-        on_step=on_step,
-    )
-    wav_BCN = None
-    if decoder_config is not None:
-        wav_BCN = _decode_codes(decoder_config, decoder_params, codes_BKT)
-    return Generated(np.asarray(codes_BKT), None, wav_BCN)
 
 
 # --- audio --------------------------------------------------------------------------------------

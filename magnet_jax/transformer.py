@@ -59,10 +59,13 @@ def with_null_rows(text: TextKeys) -> TextKeys:
 
 
 class Cache(NamedTuple):
-    """Keys and values of the C steps that an autoregressive model has seen, or will see."""
+    """Keys and values of the C steps that an autoregressive model has seen, or will see.
 
-    key_LBCNH: jax.Array
-    value_LBCNH: jax.Array
+    Heads come before steps: so a step's queries read them as they lie.
+    """
+
+    key_LBNCH: jax.Array
+    value_LBNCH: jax.Array
 
 
 def sinusoids(num_frames: int, width: int) -> np.ndarray:
@@ -232,7 +235,8 @@ class Transformer(nnx.Module):
     """The network of MAGNeT and of MusicGen, which differ in what a frame attends to.
 
     MAGNeT (`trunk`): at stage 0 everything, at the stages above `local_context` frames to both
-    sides (or, if that is 0, everything too). MusicGen (`extend`): the steps before it.
+    sides (or, if that is 0, everything too). MusicGen (`extend`): the steps before it. A hybrid:
+    this for the first steps, that for the others.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
@@ -300,6 +304,7 @@ class Transformer(nnx.Module):
         local: bool,
         attend: Callable[..., jax.Array] = self_attention,
         positions_BTD: jax.Array | np.ndarray | None = None,
+        past: Cache | None = None,
         remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
         flat: bool = False,
@@ -314,6 +319,7 @@ class Transformer(nnx.Module):
           attend: `self_attention`, or that function with some of its arguments.
           positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start; a
             leading axis of 1 serves all rows.
+          past: keys and values of earlier steps, whose layer's `attend` is given as well.
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
@@ -323,9 +329,6 @@ class Transformer(nnx.Module):
           final-norm states [B, T, D].
         """
         context = self.config.context(local)
-
-        def attend_frames(*qkv):
-            return attend(*qkv, context=context), None
 
         pin = (
             (lambda x: x)
@@ -339,7 +342,12 @@ class Transformer(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
-            block, key_BSNH, value_BSNH = inputs
+            block, key_BSNH, value_BSNH, past_BNCH = inputs
+
+            def attend_frames(*qkv):
+                given = () if past_BNCH is None else (past_BNCH,)
+                return attend(*qkv, *given, context=context), None
+
             own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
             x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend_frames)
             return pin(x_BTD), None
@@ -347,7 +355,7 @@ class Transformer(nnx.Module):
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH))
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, past))
         return self.norm_final(x_BTD)
 
     def extend(
@@ -365,33 +373,34 @@ class Transformer(nnx.Module):
           final-norm states [B, T, D], from which the next steps are predicted, and the cache with
           these steps in it.
         """
-        capacity = cache.key_LBCNH.shape[2]
+        capacity = cache.key_LBNCH.shape[3]
         positions_TD = jax.lax.dynamic_slice_in_dim(
             jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
         )
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
-            block, text_key, text_value, past_key, past_value = inputs
+            block, text_key, text_value, past = inputs
 
-            def attend(query_BTNH, key_BTNH, value_BTNH):
-                key = jax.lax.dynamic_update_slice_in_dim(past_key, key_BTNH, first, axis=1)
-                value = jax.lax.dynamic_update_slice_in_dim(past_value, value_BTNH, first, axis=1)
-                return cached_attention(query_BTNH, key, value, first), Cache(key, value)
+            def attend(*qkv_BTNH):
+                new = Cache(*(jnp.swapaxes(x_BTNH, 1, 2) for x_BTNH in qkv_BTNH[1:]))
+                return cached_attention(*qkv_BTNH, past, first), new
 
             own = text._replace(key_LBSNH=text_key, value_LBSNH=text_value)
             return nnx.merge(graph, block)(x_BTD, own, attend)
 
         x_BTD = self._embed(codes_BKT, positions_TD[None], text.key_LBSNH.dtype)
-        x_BTD, cache = jax.lax.scan(
-            layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, *cache)
+        x_BTD, new = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, cache))
+        # The layers read the cache; what is new is written once, in place, for all of them.
+        cache = Cache(
+            *(jax.lax.dynamic_update_slice_in_dim(x, y, first, 3) for x, y in zip(cache, new))
         )
         return self.norm_final(x_BTD), cache
 
     def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
         """A cache for `capacity` steps of `batch` rows."""
         c = self.config
-        shape = (c.num_layers, batch, capacity, c.num_heads, c.head_size)
+        shape = (c.num_layers, batch, c.num_heads, capacity, c.head_size)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def _embed(

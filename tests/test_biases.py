@@ -328,7 +328,8 @@ def test_a_musicgens_tokens_are_the_most_probable_in_pytorch(settings):
     batch, num_frames, guidance = len(LENGTHS), 12, 2.0
     codes_BKT = autoregressive.generate(
         params, *texts(model), decode.sample_keys(0, jnp.arange(batch)),
-        np.zeros((batch, model.num_codebooks, 0), np.int32), 1.0, 0.0, guidance,
+        np.zeros((batch, model.num_codebooks, 0), np.int32),
+        autoregressive.Sampling(1.0, 0.0, guidance),
         config=model, num_frames=num_frames, choice="greedy",
     )  # fmt: skip
     steps_BKS = np.asarray(patterns.to_steps(codes_BKT, model.delays, model.mask_id, num_frames))

@@ -63,7 +63,7 @@ def toy_network(codebook_size):
     """Logits that depend on the position and on what is visible; no parameters."""
     table = jax.random.normal(jax.random.key(7), (4, codebook_size + 1, codebook_size))
 
-    def trunk(codes_BKT, *, local, guided, first_B):
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
         assert first_B is None
         logits = table[0][codes_BKT[:, 0]] + 2 * table[1][jnp.roll(codes_BKT[:, 1], 1, axis=-1)]
         logits = logits + table[2][jnp.arange(codes_BKT.shape[-1]) % codebook_size][None]

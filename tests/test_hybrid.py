@@ -1,14 +1,44 @@
 """Hybrid-MAGNeT: its mask, which is what inference sees, its losses, and its decoding."""
 
+import dataclasses
 import functools
+import json
+from unittest.mock import ANY
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
-from magnet_jax import attention, hlo, hybrid, objective, patterns, transformer
-from magnet_jax.config import ModelConfig
+from launch import export as export_command
+from launch import sample
+from launch import train as launch_train
+from magnet_jax import (
+    HybridMAGNeT,
+    MAGNeT,
+    MusicGen,
+    attention,
+    autoregressive,
+    decode,
+    hlo,
+    hybrid,
+    objective,
+    patterns,
+    sampling,
+    train,
+    transformer,
+    watch,
+)
+from magnet_jax.config import (
+    DecodeConfig,
+    KernelConfig,
+    ModelConfig,
+    RunConfig,
+    SamplingMeshConfig,
+    from_json,
+)
+from magnet_jax.errors import UserError
 from magnet_jax.masking import span_count, span_counts, span_mask
 
 MODEL = ModelConfig(
@@ -263,3 +293,239 @@ def test_spans_are_counted_as_in_the_table(length):
     # (where a rate is met exactly, rounding decides)
     assert np.abs(found - span_counts(length, 3)).max() <= 1
     assert (found == span_counts(length, 3)).mean() > 0.9
+
+
+# --- decoding -----------------------------------------------------------------------------------
+
+
+def test_the_rest_sees_what_it_saw_in_training(params):
+    """States from the prompt's cache are those of a training pass, at all stages."""
+    prompt_steps, codes_BKT = 8, codes()
+    steps_BKS = patterns.to_steps(codes_BKT, MODEL.delays, MODEL.mask_id)
+
+    @functools.partial(jax.jit, static_argnames="local")
+    def both(stage, local):
+        model = transformer.bind(MODEL, params)
+        text = model.read_text(*texts())
+        cache = model.empty_cache(2, prompt_steps, jnp.float32)
+        _, cache = model.extend(steps_BKS[..., :prompt_steps], text, cache, 0)
+        network = hybrid._completing_network(
+            MODEL, params, text, cache, prompt_steps, FRAMES, FRAMES
+        )
+        found = network.trunk(codes_BKT, stage=stage, local=local, guided=False, first_B=None)
+        attend = functools.partial(
+            attention.hybrid_attention, first_B=jnp.full(2, prompt_steps),
+            delay=jnp.asarray(MODEL.delays)[stage],
+        )  # fmt: skip
+        states = model.trunk(steps_BKS, text, local=local, attend=attend)
+        first = 1 + jnp.asarray(MODEL.delays)[stage]
+        return found, jax.lax.dynamic_slice_in_dim(states, first, FRAMES, axis=1)
+
+    for stage in range(3):
+        found, expected = both(stage, stage > 0)
+        given = prompt_steps - 1 - MODEL.delays[stage]
+        np.testing.assert_allclose(found[:, given:], expected[:, given:], atol=1e-5)
+
+
+DECODING = DecodeConfig(steps=(3, 2, 2), greedy=True, max_guidance=3.0)
+
+
+def generate(params, num_frames, *, given=None, guidance=3.0, decoding=DECODING, on_step=None):
+    """Two clips that begin with so many frames one step after another."""
+    num_given = 0 if given is None else given.shape[-1]
+    codes_BKT = np.full((2, 3, FRAMES), MODEL.mask_id, np.int32)
+    codes_BKT[..., :num_given] = given if num_given else 0
+    beginning = hybrid.Beginning(
+        num_given=num_given, num_frames=num_frames, whole=num_frames == FRAMES, choice="greedy",
+        guided=guidance != 1,
+    )  # fmt: skip
+    schedule = decode.make_schedule(
+        decoding, num_frames=FRAMES, num_prompt=beginning.of_codebooks(MODEL.delays, FRAMES),
+        span_length=MODEL.span_length,
+    )  # fmt: skip
+    run = jax.jit(
+        functools.partial(
+            hybrid.generate,
+            config=MODEL,
+            beginning=beginning,
+            choice="greedy",
+            span_score="max",
+            guided=decode.guided_steps(decoding, True),
+            on_step=on_step,
+        )  # fmt: skip
+    )
+    keys_B = decode.sample_keys(0, jnp.arange(2))
+    numbers = autoregressive.Sampling(1.0, 0.0, guidance)
+    zeros_B = jnp.zeros(2, jnp.int32)
+    return run(params, *texts(), zeros_B, keys_B, codes_BKT, numbers, schedule, 0.0)
+
+
+def one_after_another(params, prompt_BKP, guidance=3.0):
+    return autoregressive.generate(
+        params, *texts(), jnp.zeros(2, jnp.int32), decode.sample_keys(0, jnp.arange(2)),
+        prompt_BKP, autoregressive.Sampling(1.0, 0.0, guidance), config=MODEL, num_frames=FRAMES,
+        choice="greedy",
+    )  # fmt: skip
+
+
+def test_a_clip_begins_as_the_autoregressive_one_and_ends_as_the_parallel_one(params):
+    nothing = jnp.zeros((2, 3, 0), jnp.int32)
+    whole = np.asarray(one_after_another(params, nothing))
+    np.testing.assert_array_equal(generate(params, FRAMES).codes_BKT, whole)
+    seen = []
+    found = generate(params, 7, on_step=lambda *numbers: seen.append(tuple(map(int, numbers))))
+    jax.effects_barrier()
+    total = 7 + 3 + 7
+    assert sorted(seen) == [(i + 1, total) for i in range(total)]
+    codes_BKT, hidden_PBT = map(np.asarray, found)
+    assert (codes_BKT < 32).all()
+    for codebook, delay in enumerate(MODEL.delays):
+        prompt = 7 + 3 - delay
+        np.testing.assert_array_equal(codes_BKT[:, codebook, :prompt], whole[:, codebook, :prompt])
+        of_codebook = hidden_PBT[[slice(0, 3), slice(3, 5), slice(5, 7)][codebook]]
+        assert of_codebook[0, :, prompt:].all() and not of_codebook[..., :prompt].any()
+    assert (codes_BKT != whole).any()
+    # What is given is kept, and the steps go on from it.
+    given = (codes()[..., :5] + 1) % 32
+    found = np.asarray(generate(params, 7, given=given).codes_BKT)
+    np.testing.assert_array_equal(found[..., :5], given)
+    expected = np.asarray(one_after_another(params, given))
+    np.testing.assert_array_equal(found[..., :7], expected[..., :7])
+
+
+def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):
+    """Against a pass over all steps at every step of decoding."""
+    codes_BKT = np.full((2, 3, FRAMES), MODEL.mask_id, np.int32)
+    model = transformer.bind(MODEL, params)
+    rows = transformer.with_null_rows(model.read_text(*texts()))
+
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
+        steps_RKS = patterns.to_steps(
+            jnp.concatenate([codes_BKT, codes_BKT]), MODEL.delays, MODEL.mask_id
+        )
+        delay = jnp.asarray(MODEL.delays)[stage]
+        attend = functools.partial(
+            attention.hybrid_attention, first_B=jnp.ones(4, jnp.int32), delay=delay
+        )
+        states = transformer.bind(MODEL, params).trunk(steps_RKS, rows, local=local, attend=attend)
+        return jax.lax.dynamic_slice_in_dim(states, 1 + delay, FRAMES, axis=1)
+
+    def head(states_RMD, stage, *, guided):
+        both = jnp.split(transformer.bind(MODEL, params).head(states_RMD, stage), 2)
+        return both if guided else (both[0], None)
+
+    expected = jax.jit(
+        lambda codes_BKT, schedule: decode.decode(
+            decode.Network(trunk, head),
+            schedule,
+            decode.sample_keys(0, jnp.arange(2)),
+            codes_BKT,
+            0,
+            0.0,
+            mask_id=MODEL.mask_id,
+            span_length=MODEL.span_length,
+            choice="greedy",
+            span_score="max",
+            savings=decode.NO_SAVINGS,
+        )  # fmt: skip
+    )(
+        codes_BKT,
+        decode.make_schedule(
+            DECODING, num_frames=FRAMES, num_prompt=0, span_length=MODEL.span_length
+        ),
+    )
+    found = generate(params, 0)
+    np.testing.assert_array_equal(found.codes_BKT, expected.codes_BKT)
+    np.testing.assert_array_equal(found.hidden_PBT, expected.hidden_PBT)
+
+
+# --- as a user meets it -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps that begins with a MAGNeT's parameters."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    tiny.write_noise(folder / "tokens", {"train": 8, "validation": 2})
+    config = tiny.run_config(
+        folder / "tokens", folder / "run", steps=2, log_every=1, eval_every=2, eval_batches=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        patch.setattr(launch_train, "load_config", lambda name: config)
+        launch_train.main(["--objective", "hybrid", "--hybrid-prompt-seconds", "0.2"])
+    return folder / "run"
+
+
+def test_a_run_tells_both_losses_apart(run):
+    config = from_json(RunConfig, run / "config.json")
+    assert config.objective == config.model.kind == "hybrid"
+    assert config.model.delays == (0, 1, 2, 3)
+    *trained, validated = watch.read_scalars(run)
+    for line in trained:
+        halves = line["train/loss_parallel"], line["train/loss_autoregressive"]
+        assert min(halves) < line["train/loss"] < max(halves)
+    for stage in range(4):
+        assert validated[f"validation/loss_{stage}"] > 0
+    halves = validated["validation/loss_parallel"], validated["validation/loss_autoregressive"]
+    assert min(halves) < validated["validation/loss"] < max(halves)
+
+
+def test_the_command_samples_exports_and_samples_the_export(run, tmp_path):
+    """One prompt, of the default length; then of all lengths, from the export."""
+
+    def tokens(checkpoint, out, *more):
+        args = ["--checkpoint", str(checkpoint), "--prompt", "x", "--out", str(tmp_path / out)]
+        (path,) = sample.sample(sample.parse([*args, *more]))
+        return path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
+
+    wav, settings = tokens(run, "one")
+    assert settings["decode"]["prompt_seconds"] == 0.2
+    with pytest.raises(UserError, match="AudioCraft has no hybrid models: --no-audiocraft"):
+        export_command.main(export_command.Args(checkpoint=run, out=tmp_path / "exported"))
+    export_command.main(
+        export_command.Args(
+            checkpoint=run, out=tmp_path / "exported", audiocraft=False, verify=True
+        )
+    )
+    assert tokens(tmp_path / "exported", "two") == (wav, settings | {"checkpoint": ANY})
+
+
+def test_the_python_api(run):
+    """Both pure modes, audio to go on from, and two devices."""
+    model = HybridMAGNeT.get_pretrained(run)
+    for make in (MAGNeT, MusicGen):
+        with pytest.raises(UserError, match="is a hybrid: load it with HybridMAGNeT"):
+            make.get_pretrained(run)
+    wav_BCN, codes_BKT = model.generate(["a", "b", ""], return_tokens=True)
+    assert wav_BCN.shape == (3, 1, 9600) and codes_BKT.shape == (3, 4, 30)
+    loaded, texts = model.loaded, ["a", "b", ""]
+    two = sampling.Execution(mesh=SamplingMeshConfig(data=2))
+    split = sampling.generate(
+        loaded, texts, num_frames=30, decoding=model.generation, seed=0, execution=two
+    )
+    np.testing.assert_array_equal(split.codes_BKT, codes_BKT)
+    again = model.generate_continuation(wav_BCN[..., :1600], 16000, texts, return_tokens=True)[1]
+    given = model._encode(wav_BCN[0, :, :1600], 16000)
+    np.testing.assert_array_equal(again[0, :, : given.shape[-1]], given)
+    model.set_prompt_params(seconds=9.0, temperature=0)
+    model.set_generation_params(decoding_steps=[1, 1, 1, 1])
+    assert model.generation.autoregressive.greedy and model.generation.prompt_seconds == 9.0
+    whole = model.generate("a", return_tokens=True)[1]
+    assert whole.shape == (1, 4, 30)
+
+
+def test_what_does_not_fit_is_one_line(run, tmp_path):
+    args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path)]
+    for more, message in (
+        (["--hybrid-prompt-seconds", "-1"], "must not be negative"),
+        (["--mesh.frames", "2"], "leave out kernels, mesh.guidance and mesh.frames"),
+        (["--kernels.full", "blocks"], "leave out kernels"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sample.sample(sample.parse([*args, *more]))
+    config = from_json(RunConfig, run / "config.json")
+    with pytest.raises(UserError, match="--objective hybrid and --model.kind hybrid go together"):
+        dataclasses.replace(config, objective="magnet")
+    with pytest.raises(UserError, match="leave out kernels"):
+        train.set_up(dataclasses.replace(config, kernels=KernelConfig(full="dense")))

@@ -175,7 +175,7 @@ def table_network():
     """Logits that depend on the frame alone."""
     logits_TV = 3 * jax.random.normal(jax.random.key(2), (NUM_SPANS * SPAN, VOCAB))
 
-    def trunk(codes_BKT, *, local, guided, first_B):
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
         return jnp.tile(logits_TV[None], (len(codes_BKT), 1, 1))
 
     def head(states_RMD, stage, *, guided):

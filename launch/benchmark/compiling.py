@@ -41,7 +41,7 @@ def measure(args: Args) -> None:
         for what in ("from nothing", "from the cache"):
             jax.clear_caches()
             started = time.perf_counter()
-            arrays, made_for = sampling.magnet_arguments(
+            arrays, made_for = sampling.clip_arguments(
                 loaded,
                 sampling.tokenize_texts(loaded, ["a text"] * args.batch),
                 np.arange(args.batch),
@@ -56,5 +56,5 @@ def measure(args: Args) -> None:
                 platform=jax.default_backend(),
                 mesh=None,
             )
-            sampling.magnet_program.lower(*arrays, made_for=made_for).compile()
+            sampling.clip_program.lower(*arrays, made_for=made_for).compile()
             print(f"{what:15} {time.perf_counter() - started:6.1f} s", flush=True)

@@ -90,7 +90,7 @@ def lower_decode(
     """
     loaded, decoder = _published(args, target.platform)
     config = loaded.config
-    arrays, made_for = sampling.magnet_arguments(
+    arrays, made_for = sampling.clip_arguments(
         loaded,
         sampling.Text(
             np.zeros((args.batch, args.text_tokens), np.int32),
@@ -118,10 +118,10 @@ def lower_decode(
         mesh=mesh if mesh.size > 1 else None,
     )
     shapes = [
-        _shapes(tree, mesh, spec) for tree, spec in zip(arrays, sampling.MAGNET_SPECS, strict=True)
+        _shapes(tree, mesh, spec) for tree, spec in zip(arrays, sampling.CLIP_SPECS, strict=True)
     ]
     codes_BKT = arrays[5]
-    return sampling.magnet_program.lower(*shapes, made_for=made_for), config, codes_BKT.shape[-1]
+    return sampling.clip_program.lower(*shapes, made_for=made_for), config, codes_BKT.shape[-1]
 
 
 def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.Decoder | None]:
