@@ -61,8 +61,10 @@ def read_texts(directory: Path) -> list[str]:
             info = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
-        if isinstance(info, dict) and isinstance(info.get("description"), str):
-            texts += [info["description"], *data.field_texts(info)]
+        found = info.get("description") if isinstance(info, dict) else None
+        captions = found if isinstance(found, list) else [found]
+        if captions and all(isinstance(caption, str) for caption in captions):
+            texts += [*captions, *data.field_texts(info)]
     if not texts:
         raise UserError(f"--captions {directory}: no .json with a 'description' in it")
     return texts

@@ -323,6 +323,22 @@ def test_splits_are_stable_and_of_the_wanted_size():
     assert split_of("01_palestrina", 10) == "train"
 
 
+def test_folders_can_be_the_splits(tmp_path, one_codec):
+    for i, name in enumerate(("train/a", "train/sub/valid", "valid/b", "test/c", "d")):
+        put(tmp_path / "audio" / f"{name}.wav", tone(1.1, frequency=200 + 50 * i))
+    job = Job(audio=tmp_path / "audio", out=tmp_path / "out", split_by_folder=True)
+    run(job)
+    ids = {
+        split: {r["track_id"] for r in read(tmp_path / "out", split)} for split in records.SPLITS
+    }
+    assert ids == {"train": {"train/a", "train/sub/valid"}, "validation": {"valid/b"}}
+    with pytest.raises(UserError, match=r"begun with other settings \(--split-by-folder\)"):
+        run(dataclasses.replace(job, split_by_folder=False))
+    job = dataclasses.replace(job, audio=tmp_path / "audio" / "train", out=tmp_path / "other")
+    with pytest.raises(UserError, match="--split-by-folder: no track lies below a folder train"):
+        run(job)
+
+
 def test_all_in_validation_is_an_error(tmp_path):
     put(tmp_path / "audio" / "01_palestrina.wav", tone(1.2))
     job = Job(audio=tmp_path / "audio", out=tmp_path / "out", validation_percent=50)

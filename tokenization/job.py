@@ -77,6 +77,9 @@ class Job(Source):
     """End with an error if a larger share of the audio files is rejected."""
     validation_percent: float = 5.0
     """Share of the tracks, chosen by a hash of their files' names, that is kept for validation."""
+    split_by_folder: bool = False
+    """In place of that share: tracks below the source's folder train are to train on, those below
+    valid for validation, and all others are left out."""
     min_seconds: float = 1.0
     """Reject shorter tracks."""
     max_track_seconds: float = 6 * 3600.0
@@ -185,6 +188,14 @@ def split_of(name: str, validation_percent: float) -> str:
     return "validation" if 100 * draw < validation_percent else "train"
 
 
+def _split(job: Job, track: Track) -> str | None:
+    """Where a track goes; None if it is left out."""
+    if job.split_by_folder:
+        return {"train": "train", "valid": "validation"}.get(track.path.split("/")[0])
+    # (parts of one file stay together: validation is of music that training has not heard)
+    return split_of(os.path.splitext(track.path)[0], job.validation_percent)
+
+
 def cut(frames: int, max_frames: int) -> list[tuple[int, int]]:
     """Where records of a track begin and end: at most `max_frames` long, as equal as possible."""
     length = math.ceil(frames / math.ceil(frames / max_frames))
@@ -268,6 +279,8 @@ def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
         "--window-seconds": job.window_seconds,
     }
     # (what older folders do not have is only noted where it is used)
+    if job.split_by_folder:
+        begun["--split-by-folder"] = True
     if job.stereo != "none":
         begun["--stereo"] = job.stereo
     if job.mix_ratio > 0:
@@ -298,18 +311,15 @@ def plan(job: Job, manifest: Manifest) -> list[Unit]:
     """The shards to make; raises `UserError` if no track is left to train on."""
     units = []
     for split in records.SPLITS:
-        # (parts of one file stay together: validation is of music that training has not heard)
-        tracks = [
-            track
-            for track in manifest.tracks
-            if split_of(os.path.splitext(track.path)[0], job.validation_percent) == split
-        ]
+        tracks = [track for track in manifest.tracks if _split(job, track) == split]
         mixes = []
         if split == "train":
             mixes = mixing.draw(tracks, ratio=job.mix_ratio, seed=job.mix_seed, snr=job.mix_snr)
         size = job.tracks_per_shard
         parts = [s[i : i + size] for s in (tracks, mixes) for i in range(0, len(s), size)]
         units += [Unit(split=split, index=i, tracks=part) for i, part in enumerate(parts)]
+    if job.split_by_folder and not any(unit.split == "train" for unit in units):
+        raise UserError(f"--split-by-folder: no track lies below a folder train of {job.audio}")
     if units and all(unit.split == "validation" for unit in units):
         count = len(manifest.tracks)
         raise UserError(f"all {count} tracks would fall to validation: lower --validation-percent")
