@@ -1,0 +1,218 @@
+"""How near codecs come to held-out audio, beside Opus and the original, as a table.
+
+python -m launch.compare_codecs --audio data/recipe/test --codecs embedded runs/codec/codec
+"""
+
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from launch import cli
+from magnet_jax import errors
+from magnet_jax.codec import Codec, load_codec
+from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
+
+# (window, hop) in samples
+_RESOLUTIONS = ((512, 128), (1024, 256), (2048, 512))
+_RANGE_DB = 60.0  # below a clip's loudest bin, where the logarithm stops
+_DRAWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Encodes and decodes clips with codecs and with Opus, and compares them with the original."""
+
+    audio: Path
+    """Folder of audio that no codec was trained on."""
+    codecs: tuple[str, ...] = ("embedded",)
+    """What tokenization.job takes as --codec; all of one sample rate."""
+    opus_kbps: tuple[float, ...] = (6.0, 8.0, 12.0)
+    """Bit rates asked of Opus; what it took is measured."""
+    clips: int = 100
+    """How many files, spread over the folder."""
+    seconds: float = 10.0
+    """From the beginning of each."""
+    seed: int = 0
+    """Of the bootstrap."""
+    out: Path | None = None
+    """Folder for each clip in each version, as WAV, and for comparison.json with all numbers."""
+
+
+def spectral_distance(made: np.ndarray, real: np.ndarray) -> float:
+    """Multi-resolution distance of two signals [N]: 0 for the same.
+
+    Yamamoto et al. 2020 (arXiv 1910.11480): for each resolution the spectral convergence plus the
+    mean distance of log magnitudes (natural), which end 60 dB below the original's loudest bin.
+    """
+    total = 0.0
+    for size, hop in _RESOLUTIONS:
+        a, b = (_magnitudes(wav, size, hop) for wav in (made, real))
+        floor = max(1e-8, float(b.max()) * 10 ** (-_RANGE_DB / 20))
+        convergence = float(np.linalg.norm(a - b) / max(1e-8, np.linalg.norm(b)))
+        logs = np.abs(np.log(np.maximum(a, floor)) - np.log(np.maximum(b, floor)))
+        total += convergence + float(logs.mean())
+    return total / len(_RESOLUTIONS)
+
+
+def _magnitudes(wav: np.ndarray, size: int, hop: int) -> np.ndarray:
+    padded = np.pad(wav, (size // 2, size))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
+    return np.abs(np.fft.rfft(frames * np.hanning(size + 1)[:-1]))
+
+
+def snr_db(made: np.ndarray, real: np.ndarray) -> float:
+    """Signal over error in dB."""
+    error = float(np.square(made - real).sum())
+    return 10 * math.log10(max(1e-12, float(np.square(real).sum())) / max(1e-10, error))
+
+
+def through_opus(wav: np.ndarray, rate: int, kbps: float) -> tuple[np.ndarray, float]:
+    """Audio [N] encoded and decoded by libopus, in place, and the kbit/s that it took."""
+    buffer = io.BytesIO()
+    count = 0
+    with av.open(buffer, "w", format="ogg") as container:
+        stream = container.add_stream("libopus", rate=rate, layout="mono")
+        stream.bit_rate = round(1000 * kbps)
+        stream.options = {"application": "audio", "vbr": "on"}
+        frame = av.AudioFrame.from_ndarray(wav[None].astype(np.float32), "flt", "mono")
+        frame.sample_rate, frame.pts = rate, 0
+        context = stream.codec_context
+        size = context.frame_size or rate // 50
+        resampler = av.AudioResampler("flt", "mono", rate, frame_size=size)
+        for part in (*resampler.resample(frame), *resampler.resample(None), None):
+            for packet in stream.encode(part):
+                count += packet.size
+                container.mux(packet)
+    buffer.seek(0)
+    with av.open(buffer) as container:
+        resampler = av.AudioResampler("fltp", "mono", 48_000)
+        frames = [f for frame in container.decode(audio=0) for f in resampler.resample(frame)]
+        frames += resampler.resample(None)
+    decoded = np.concatenate([frame.to_ndarray()[0] for frame in frames])
+    decoded = soxr.resample(decoded, 48_000, rate, "VHQ")
+    return _aligned(decoded, wav), 8 * count * rate / len(wav) / 1000
+
+
+def _aligned(made: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """`made`, moved to where it correlates most with `real`, and as long."""
+    size = 2 ** math.ceil(math.log2(len(made) + len(real)))
+    product = np.fft.irfft(np.fft.rfft(made, size) * np.conj(np.fft.rfft(real, size)))
+    delay = int(np.argmax(product))
+    delay = delay - size if delay > size // 2 else delay
+    moved = made[delay:] if delay >= 0 else np.pad(made, (-delay, 0))
+    return np.pad(moved, (0, max(0, len(real) - len(moved))))[: len(real)]
+
+
+def _through_codec(codec: Codec) -> Callable[[np.ndarray], tuple[np.ndarray, float]]:
+    spec = codec.spec
+    kbps = spec.frame_rate * spec.num_codebooks * math.log2(spec.codebook_size) / 1000
+
+    def there_and_back(wav: np.ndarray) -> tuple[np.ndarray, float]:
+        padded = np.pad(wav, (0, -len(wav) % codec.hop))
+        return codec.decode(codec.encode(padded[None, None]))[0, 0, : len(wav)], kbps
+
+    return there_and_back
+
+
+def compare(settings: Comparison) -> list[dict[str, Any]]:
+    """A row of numbers for each version; raises `UserError` for audio or codecs that do not fit."""
+    if not settings.codecs:
+        raise UserError("--codecs: name at least one")
+    codecs = {source: load_codec(source) for source in settings.codecs}
+    rates = {codec.spec.sample_rate for codec in codecs.values()}
+    if len(rates) > 1 or any(codec.spec.channels != 1 for codec in codecs.values()):
+        raise UserError("--codecs: must be mono and of one sample rate")
+    rate = rates.pop()
+    paths = _spread(settings)
+    versions: dict[str, Callable[[np.ndarray], tuple[np.ndarray, float]]] = {
+        "original, 16 bit": lambda wav: (np.round(wav * 2**15) / 2**15, 16 * rate / 1000)
+    }
+    versions |= {source: _through_codec(codec) for source, codec in codecs.items()}
+    for kbps in settings.opus_kbps:
+        versions[f"Opus, {kbps:g} kbit/s asked"] = lambda wav, kbps=kbps: through_opus(
+            wav, rate, kbps
+        )
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in versions}
+    for path in tqdm(paths, unit="clip"):
+        wav = _read(path, rate, settings.seconds)
+        for number, (name, version) in enumerate(versions.items()):
+            made, kbps = version(wav)
+            found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
+            if settings.out is not None:
+                with replacing_file(settings.out / f"{path.stem}_{number}.wav") as temporary:
+                    soundfile.write(temporary, made, rate, format="WAV")
+    rows = []
+    for name, values in found.items():
+        distances, ratios, kbps = np.array(values).T
+        rng = np.random.default_rng(settings.seed)
+        draws = rng.integers(len(distances), size=(_DRAWS, len(distances)))
+        low, high = np.percentile(distances[draws].mean(1), [2.5, 97.5])
+        rows.append(
+            {
+                "version": name,
+                "kbps": float(kbps.mean()),
+                "spectral_distance": float(distances.mean()),
+                "spectral_distance_95": [float(low), float(high)],
+                "snr_db": float(ratios.mean()),
+                "clips": len(paths),
+            }
+        )
+    if settings.out is not None:
+        with replacing_file(settings.out / "comparison.json") as temporary:
+            temporary.write_text(json.dumps(rows, indent=2) + "\n")
+    return rows
+
+
+def _spread(settings: Comparison) -> list[Path]:
+    if not settings.audio.is_dir():
+        raise UserError(f"--audio {settings.audio}: no such folder")
+    if settings.clips < 1 or not 0.5 <= settings.seconds <= 600:
+        raise UserError("--clips must be at least 1, --seconds must lie between 0.5 and 600")
+    paths = sorted(p for p in settings.audio.rglob("*") if p.suffix in (".flac", ".wav"))
+    if not paths:
+        raise UserError(f"--audio {settings.audio}: no .flac or .wav in it")
+    places = np.unique(np.linspace(0, len(paths) - 1, settings.clips).astype(int))
+    return [paths[i] for i in places]
+
+
+def _read(path: Path, rate: int, seconds: float) -> np.ndarray:
+    try:
+        wav, own = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    return soxr.resample(wav.mean(1), own, rate, "VHQ")[: round(seconds * rate)]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| version | kbit/s | spectral distance (95 % interval) | SNR (dB) |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        low, high = row["spectral_distance_95"]
+        lines.append(
+            f"| {row['version']} | {row['kbps']:.3g} | {row['spectral_distance']:.3f} "
+            f"({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    print(table(compare(cli.parse(Comparison, words, prog="python -m launch.compare_codecs"))))
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        main()
