@@ -350,6 +350,11 @@ def test_shipped_encoder_is_what_its_command_makes(tmp_path, embedded):
         make_text_encoder.train_tokenizer(["a"], 20)
     with pytest.raises(UserError, match="no such folder"):
         make_text_encoder.read_texts(tmp_path / "nowhere")
+    several = {"description": ["A reel", "A fast reel"], "genre": "folk"}
+    (tmp_path / "sidecars").mkdir()
+    (tmp_path / "sidecars" / "a.json").write_text(json.dumps(several))
+    texts = make_text_encoder.read_texts(tmp_path / "sidecars")
+    assert texts == ["A reel", "A fast reel", "genre: folk"]
 
 
 def test_a_text_encoder_takes_no_others_place(tmp_path):
