@@ -10,6 +10,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,22 +96,30 @@ def _file_name(index: int, prompt: str, seed: int) -> str:
     return f"{index:03d}-{words}-seed{seed}"
 
 
-def _check_same(path: Path, settings: dict) -> None:
-    """Raises `UserError` where a WAV of that name was made with other settings."""
+def _is_made(path: Path, notes: Path, settings: dict) -> bool:
+    """Whether a WAV is there that was made so; raises `UserError` if it was made otherwise."""
     try:
-        before = json.loads(path.with_suffix(".json").read_text())
+        before = json.loads(notes.read_text())
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
     except (OSError, ValueError, AttributeError):
-        return  # nobody's, or not ours
+        return False  # nobody's, or not ours
     if changed and path.exists():
         raise UserError(
             f"{path}: was made with other settings ({', '.join(changed)}); name another --out, or "
             "remove it"
         )
+    return path.exists()
 
 
-def sample(args: Args) -> list[Path]:
-    """Writes one WAV and one JSON a clip and returns the WAVs' paths."""
+def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = None) -> list[Path]:
+    """Writes one WAV and one JSON a clip and returns the WAVs' paths.
+
+    Args:
+      args: what to make.
+      names: of the files, without suffix, one a clip; a batch whose files are there is then left
+        as it is, so that a long list goes on where it was stopped.
+      notes: folder for the JSON files; None is beside the WAVs.
+    """
     for prompt in args.prompt:
         if prompt.encode(errors="replace").decode() != prompt:
             raise UserError(f"--prompt {prompt!r}: not valid UTF-8")
@@ -209,13 +218,20 @@ def sample(args: Args) -> list[Path]:
         "wanted_lufs": args.lufs,
         "sample_rate": spec.sample_rate,
     }
-    files = [args.out / f"{_file_name(i, text, args.seed)}.wav" for i, text in enumerate(texts)]
-    for path in files:
-        _check_same(path, common)
+    stems = names or [_file_name(i, text, args.seed) for i, text in enumerate(texts)]
+    files = [args.out / f"{stem}.wav" for stem in stems]
+    jsons = [(notes or args.out) / f"{stem}.json" for stem in stems]
+    settings = [
+        {"prompt": text, "seed": args.seed, "sample": i, **common} for i, text in enumerate(texts)
+    ]
+    made = [_is_made(*clip) for clip in zip(files, jsons, settings)]
     written = []
     for first in range(0, len(texts), args.batch_size):
         # A last, smaller batch is filled up: few shapes, few programs.
         batch = texts[first : first + args.batch_size]
+        if names is not None and all(made[first : first + len(batch)]):
+            written += files[first : first + len(batch)]
+            continue
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
         generated = sampling.generate(
@@ -231,16 +247,15 @@ def sample(args: Args) -> list[Path]:
             execution=execution,
         )
         took = time.perf_counter() - started
-        for i, (text, wav_CN) in enumerate(zip(batch, generated.wav_BCN), start=first):
+        for i, wav_CN in enumerate(generated.wav_BCN[: len(batch)], start=first):
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
             if args.lufs is not None:
                 wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
             path = files[i]
-            path.parent.mkdir(parents=True, exist_ok=True)
             audio.write_wav(path, wav_CN, spec.sample_rate)
-            settings = {"prompt": text, "seed": args.seed, "sample": i, **common}
-            settings["reached_lufs"] = loudness
-            records.write_text(path.with_suffix(".json"), json.dumps(settings, indent=2) + "\n")
+            jsons[i].parent.mkdir(parents=True, exist_ok=True)
+            with_level = settings[i] | {"reached_lufs": loudness}
+            records.write_text(jsons[i], json.dumps(with_level, indent=2) + "\n")
             written.append(path)
             print(path)
         print(f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s")

@@ -14,8 +14,10 @@ def import_torch() -> types.ModuleType:
     """Imports torch and makes sure that `import torchaudio` cannot fail afterwards.
 
     The published torchaudio wheel does not load beside a CPU torch, yet the `encodec` package and
-    transformers' model modules import it. Nothing here uses it, so where the real one fails an
-    empty module stands in; using that raises `AttributeError` or `ModuleNotFoundError`.
+    transformers' model modules import it. Nothing here uses its compiled part, so where the real
+    one fails a module without that stands in: its modules of plain Python can be imported from it,
+    such as `torchaudio.compliance.kaldi`; anything else raises `AttributeError`, `ImportError`
+    or `OSError`.
     """
     import torch
 
@@ -31,6 +33,8 @@ def import_torch() -> types.ModuleType:
         # libraries look for installed packages with find_spec, which needs a __spec__
         stand_in.__spec__ = importlib.machinery.ModuleSpec("torchaudio", loader=None)
         stand_in.__version__ = "0.0.0"
+        real = importlib.machinery.PathFinder.find_spec("torchaudio")
+        stand_in.__path__ = list(real.submodule_search_locations) if real else []
         sys.modules["torchaudio"] = stand_in
     return torch
 

@@ -67,7 +67,7 @@ def write_clips(directory: Path, count: int) -> list[dict]:
 
 def write_noise(directory: Path, counts: dict[str, int], frames: int = 60) -> None:
     """A data set of random tokens of the shipped codec's kind: fast, and good for nothing else."""
-    spec = codec.load_codec("embedded").spec
+    spec = codec.read_spec("embedded")
     rng = np.random.default_rng(0)
     splits = {
         split: [

@@ -33,7 +33,7 @@ from tokenization.listing import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Recipe:
+class Recipe:
     """A table whose columns are known, and what its clips are called by those who fetch them."""
 
     names: tuple[str, ...]
@@ -42,17 +42,17 @@ class _Recipe:
     """Column with a list of keywords, written as Python writes it."""
 
 
-_RECIPES = {
-    "musiccaps": _Recipe(
+RECIPES = {
+    "musiccaps": Recipe(
         names=("{ytid}", "[{ytid}]-[{start_s}-{end_s}]", "{ytid}_{start_s}_{end_s}"),
         captions=("caption",),
         keywords="aspect_list",
     ),
-    "audiocaps": _Recipe(
+    "audiocaps": Recipe(
         names=("{youtube_id}", "Y{youtube_id}", "{youtube_id}_{start_time}", "{audiocap_id}"),
         captions=("caption",),
     ),
-    "clotho": _Recipe(
+    "clotho": Recipe(
         names=("{file_name}",), captions=tuple(f"caption_{i}" for i in range(1, 6))
     ),
 }  # fmt: skip
@@ -67,7 +67,7 @@ class _Table:
     def __init__(self, source: Source, path: Path, names: list[str]):
         self.source = source
         self.root = Root(source.root or path.parent)
-        self.recipe = source.recipe and _RECIPES[source.recipe]
+        self.recipe = source.recipe and RECIPES[source.recipe]
         columns = source.columns
         has = f"it has {', '.join(names)}"
         self.captions = columns.caption or (self.recipe.captions if self.recipe else ())
@@ -78,13 +78,15 @@ class _Table:
         if columns.path:
             self.patterns = (columns.path,)
         elif self.recipe:
-            self.patterns = tuple(n for n in self.recipe.names if set(_fields(n)) <= set(names))
+            self.patterns = tuple(
+                n for n in self.recipe.names if set(pattern_fields(n)) <= set(names)
+            )
         else:
             self.patterns = tuple(name for name in PATH_NAMES if name in names)[:1]
         if not self.patterns:
             raise UserError(f"{path}: no column of paths; name one, --columns.path ({has})")
         plain = [n for n in (columns.start, columns.duration, columns.end, columns.id) if n]
-        for name in (*_fields(self.patterns[0]), *self.captions, *plain):
+        for name in (*pattern_fields(self.patterns[0]), *self.captions, *plain):
             if name not in names:
                 raise UserError(f"{path}: no column {name!r} ({has})")
         used = {*plain, *self.captions, *self.patterns}
@@ -112,9 +114,9 @@ class _Table:
         """The path a row names; '' if it names none."""
         if self.files is None:
             (pattern,) = self.patterns
-            value = _filled(pattern, row) if "{" in pattern else row[pattern]
+            value = filled(pattern, row) if "{" in pattern else row[pattern]
             return value if isinstance(value, str) else ""
-        names = [_filled(pattern, row) for pattern in self.patterns]
+        names = [filled(pattern, row) for pattern in self.patterns]
         for name in names:
             # (a table may say .wav where the clip was kept as .flac)
             stem, suffix = split(name)
@@ -164,9 +166,9 @@ class _Table:
         return f"{default}@{start!r}" if self.source.columns.start else default
 
 
-def _filled(pattern: str, row: Mapping[str, Any]) -> str:
+def filled(pattern: str, row: Mapping[str, Any]) -> str:
     """'' if a column that it takes has nothing in this row."""
-    if any(row[name] in (None, "") for name in _fields(pattern)):
+    if any(row[name] in (None, "") for name in pattern_fields(pattern)):
         return ""
     try:
         return pattern.format_map(row)
@@ -174,7 +176,7 @@ def _filled(pattern: str, row: Mapping[str, Any]) -> str:
         raise UserError(f"--columns.path {pattern}: {error}") from None
 
 
-def _fields(pattern: str) -> list[str]:
+def pattern_fields(pattern: str) -> list[str]:
     """The columns that a pattern, or a plain name, refers to."""
     if "{" not in pattern:
         return [pattern]

@@ -1,0 +1,348 @@
+"""The command line of the evaluation; see the package."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import platformdirs
+import soundfile
+import tyro
+
+from launch import cli, evaluate, sample
+from launch.evaluate import prompts
+from magnet_jax import bucket, errors
+from magnet_jax.errors import UserError
+from magnet_jax.evaluation import scores
+from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
+from magnet_jax.evaluation.scores import Clips, Listening
+from magnet_jax.files import replacing_file
+
+_FORMAT = "magnet_jax evaluation 1"
+# The columns of the table, as far as there is anything in them.
+_COLUMNS = {"fad": "FAD", "kl": "KL", "clap": "CLAP", "tag_auc": "tag AUC", "tag_top5": "tags in 5"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """Where an embedder's weights are: a folder, a file or a hub id, as docs/evaluation.md says."""
+
+    musicnn: str = DEFAULT_WEIGHTS["musicnn"]
+    vggish: str = DEFAULT_WEIGHTS["vggish"]
+    passt: str = DEFAULT_WEIGHTS["passt"]
+    ast: str = DEFAULT_WEIGHTS["ast"]
+    clap: str = DEFAULT_WEIGHTS["clap"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    out: Path
+    """Folder for receipt.json and for what is generated."""
+    generated: Path | None = None
+    """Folder of generated audio, a file a clip, named by its id."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Model that generates the clips instead, from --prompts; as for launch.sample."""
+    prompts: Path | None = None
+    """Ids and captions: .csv (MusicCaps, AudioCaps and others), .jsonl, .txt, or a folder of
+    clips with sidecars. Of a --generated folder the captions may also lie beside its clips."""
+    limit: int | None = None
+    """Only so many prompts, from the beginning of the list."""
+    reference: Path | None = None
+    """Folder of real audio, for FAD and KL: for KL, clips of the same ids."""
+    embedders: tuple[Name, ...] = ("musicnn",)
+    """Networks to listen with: musicnn ships, docs/evaluation.md has the others."""
+    weights: Weights = Weights()
+    """Where the embedders' weights are."""
+    lufs: float | None = None
+    """Bring every clip, real and generated, to this loudness first, such as -14."""
+    seconds: float | None = None
+    """Listen to only so much of each clip; also the length that is generated."""
+    seed: int = 0
+    """Of the clips that are generated, and of everything drawn for the scores."""
+    resamples: int = 200
+    """Draws behind each interval (95 %); 0 for none."""
+    baselines: bool = False
+    """Score beside the model: shuffled captions, its codec alone, unigram tokens of --data."""
+    data: Path | None = None
+    """Folder that tokenization.job wrote, for --baselines."""
+    sample_options: str = ""
+    """Further options of launch.sample, as --sample-options="--preset draft --batch-size 4"."""
+    cache: Path = Path(platformdirs.user_cache_dir("magnet_jax")) / "evaluation"
+    """Folder in which what embedders make of the reference is kept."""
+
+
+def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
+    """Scores, prints the table, writes the receipt and returns it; `words` are kept in it.
+
+    Raises `UserError` for what cannot be had.
+    """
+    _check(args)
+    listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
+    reference = None if args.reference is None else scores.find_audio(args.reference)
+    # Whatever is missing is to be said before hours of sampling.
+    networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
+    listening = Listening(lufs=args.lufs, seconds=args.seconds)
+    settings = scores.Settings(resamples=args.resamples, seed=args.seed)
+
+    folders = {"generated": args.generated or args.out / "generated"}
+    model = None
+    if args.checkpoint is not None:
+        model = _generate(args, listed, folders["generated"])
+    generated = scores.find_audio(folders["generated"])
+    captions, pairs = _match(args, generated, listed, reference)
+    if listed is not None:
+        generated = {prompt.id: generated[prompt.id] for prompt in listed if prompt.id in generated}
+    real_captions = {pairs[name]: captions[name] for name in pairs if name in captions}
+    if reference is not None:
+        for name, path in reference.items():
+            if name not in real_captions and (text := prompts.sidecar(path)):
+                real_captions[name] = text
+    if args.baselines:
+        folders |= _write_baselines(args, model, generated, reference, listening)
+
+    found: dict[str, dict[str, Any]] = {}
+    for network in networks:
+        real = None
+        if reference is not None:
+            real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
+
+        def add(
+            row: str,
+            clips: Clips,
+            texts: Mapping[str, str],
+            same: Mapping[str, str],
+            network: Embedder = network,
+            real: Clips | None = real,
+        ) -> None:
+            found.setdefault(row, {})[network.name] = scores.score(
+                network, clips, captions=texts, reference=real, pairs=same, settings=settings
+            )
+
+        clips = scores.embed(network, generated, listening, what="generated")
+        add("generated", clips, captions, pairs)
+        if args.baselines:
+            others = _shuffled(list(captions), args.seed)
+            add(
+                "shuffled captions",
+                clips,
+                {name: captions[other] for name, other in others.items()},
+                {name: pairs[other] for name, other in others.items() if other in pairs},
+            )
+            files = scores.find_audio(folders["unigram tokens"])
+            add("unigram tokens", scores.embed(network, files, listening), captions, pairs)
+            files = scores.find_audio(folders["codec round trip"])
+            same = {name: name for name in files}
+            add("codec round trip", scores.embed(network, files, listening), real_captions, same)
+        if real is not None:
+            found.setdefault("reference", {})[network.name] = scores.score_reference(
+                network, real, captions=real_captions, settings=settings
+            )
+
+    receipt = {
+        "format": _FORMAT,
+        "command": shlex.join(["python", "-m", "launch.evaluate", *words]),
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("magnet-jax", "jax", "numpy", "soxr", "transformers")
+        },
+        "settings": dataclasses.asdict(listening) | dataclasses.asdict(settings),
+        "embedders": {
+            network.name: {
+                "weights": network.weights,
+                "sha256": network.sha256,
+                "sample_rate": network.sample_rate,
+                "pieces": network.pieces,
+            }
+            for network in networks
+        },
+        "model": model,
+        "prompts": args.prompts and {"path": str(args.prompts), "sha256": _hash(listed)},
+        "clips_with_captions": len(captions),
+        "clips_with_reference": len(pairs),
+        "sets": {row: _described(folder) for row, folder in folders.items()},
+        "scores": found,
+    }
+    if reference is not None:
+        receipt["sets"]["reference"] = _described(args.reference)
+    with replacing_file(args.out / "receipt.json") as temporary:
+        temporary.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
+    print(table(found))
+    if reference is not None:
+        print("(reference: FAD of one half to the other, KL of each clip to another one)")
+    print(args.out / "receipt.json")
+    return receipt
+
+
+def _check(args: Args) -> None:
+    if (args.generated is None) == (args.checkpoint is None):
+        raise UserError("give --generated FOLDER, or --checkpoint MODEL and --prompts LIST")
+    if args.checkpoint is not None and args.prompts is None:
+        raise UserError("--checkpoint generates from a list: give --prompts FILE")
+    if args.reference is None and args.prompts is None and args.generated is None:
+        raise UserError("nothing to compare with: give --reference FOLDER or --prompts FILE")
+    if args.baselines and None in (args.checkpoint, args.reference, args.data):
+        raise UserError(
+            "--baselines needs --checkpoint MODEL, --reference FOLDER and --data TOKENS"
+        )
+    if args.data is not None and not args.baselines:
+        raise UserError("--data is for --baselines")
+    if args.limit is not None and (args.limit < 1 or args.prompts is None):
+        raise UserError("--limit must be at least 1, and goes with --prompts")
+    if not args.embedders or len(set(args.embedders)) < len(args.embedders):
+        raise UserError("--embedders: name each once, and one at least")
+    if args.lufs is not None and not -70 <= args.lufs <= 0:
+        raise UserError("--lufs must lie between -70 and 0, or be None")
+    if args.seconds is not None and not 0 < args.seconds <= 600:
+        raise UserError("--seconds must be positive, and at most 600")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must lie between 0 and 2147483647")
+    if args.resamples < 0:
+        raise UserError("--resamples must not be negative")
+    for option in ("out", "generated", "reference"):
+        if (path := getattr(args, option)) is not None and bucket.is_url(path):
+            raise UserError(f"--{option} {path}: needs a folder on disk; copy it from there")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
+
+
+def _generate(args: Args, listed: list[prompts.Prompt], folder: Path) -> dict[str, Any]:
+    """Makes the clips, or those of them that are not there; returns what made them."""
+    words = ["--checkpoint", args.checkpoint, "--out", str(folder), "--seed", str(args.seed)]
+    words += ["--lufs", str(args.lufs)]
+    words += [] if args.seconds is None else ["--seconds", str(args.seconds)]
+    parsed = sample.parse([*words, *shlex.split(args.sample_options)])
+    parsed = dataclasses.replace(parsed, prompt=tuple(prompt.text for prompt in listed))
+    # (fadtk takes whatever lies in the folder for audio, so the settings lie beside it)
+    notes = args.out / "settings"
+    names = [prompt.id for prompt in listed]
+    sample.sample(parsed, names, notes)
+    rows = "".join(f"{json.dumps({'id': p.id, 'caption': p.text})}\n" for p in listed)
+    with replacing_file(args.out / "prompts.jsonl") as temporary:
+        temporary.write_text(rows, encoding="utf-8")
+    made = json.loads((notes / f"{names[0]}.json").read_text())
+    for name in ("prompt", "sample", "reached_lufs"):
+        del made[name]
+    return made
+
+
+def _match(
+    args: Args,
+    generated: Mapping[str, Path],
+    listed: list[prompts.Prompt] | None,
+    reference: Mapping[str, Path] | None,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(captions, reference clips) of generated clips, by their ids."""
+    reference = reference or {}
+    if listed is None:
+        pairs = {name: name for name in generated if name in reference}
+        texts = {name: prompts.sidecar(path) for name, path in generated.items()}
+        for name in pairs:
+            texts[name] = texts[name] or prompts.sidecar(reference[name])
+        return {name: text for name, text in texts.items() if text}, pairs
+    there = [prompt for prompt in listed if prompt.id in generated]
+    if not there:
+        raise UserError(
+            f"{args.generated}: none of its clips is called as --prompts has them, such as "
+            f"{listed[0].id}"
+        )
+    pairs = {}
+    for prompt in there:
+        name = next((name for name in (prompt.id, *prompt.names) if name in reference), None)
+        if name is not None:
+            pairs[prompt.id] = name
+    return {prompt.id: prompt.text for prompt in there}, pairs
+
+
+def _write_baselines(
+    args: Args,
+    model: dict[str, Any],
+    generated: Mapping[str, Path],
+    reference: Mapping[str, Path],
+    listening: Listening,
+) -> dict[str, Path]:
+    from launch.evaluate import baselines
+    from magnet_jax import pretrained  # JAX is slow to load
+
+    parsed = sample.parse(
+        ["--checkpoint", args.checkpoint, "--out", ".", *shlex.split(args.sample_options)]
+    )
+    loaded = pretrained.load(
+        args.checkpoint, weights=parsed.weights, step=parsed.step,
+        text_encoder=parsed.text_encoder, codec=parsed.codec,
+    )  # fmt: skip
+    folders = {name: args.out / name.replace(" ", "-") for name in _BASELINES}
+    baselines.codec_round_trip(loaded, reference, listening, folders["codec round trip"])
+    baselines.unigram_tokens(
+        loaded, args.checkpoint, args.data, list(generated),
+        num_frames=round(model["seconds"] * loaded.codec.frame_rate), seed=args.seed,
+        out=folders["unigram tokens"],
+    )  # fmt: skip
+    return folders
+
+
+_BASELINES = ("codec round trip", "unigram tokens")
+
+
+def _shuffled(names: list[str], seed: int) -> dict[str, str]:
+    """Another one for each, drawn at random."""
+    order = np.random.default_rng(seed).permutation(len(names))
+    return {names[i]: names[j] for i, j in zip(order, np.roll(order, 1))}
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    files = scores.find_audio(folder)
+    headers = [soundfile.info(path) for path in files.values()]
+    lengths = [header.duration for header in headers]
+    return {
+        "path": str(folder),
+        "sha256": scores.digest(files),
+        "clips": len(files),
+        "sample_rates": sorted({header.samplerate for header in headers}),
+        "channels": sorted({header.channels for header in headers}),
+        "seconds": [min(lengths), max(lengths)],
+    }
+
+
+def _hash(listed: list[prompts.Prompt]) -> str:
+    return hashlib.sha256(json.dumps([prompt[:2] for prompt in listed]).encode()).hexdigest()
+
+
+def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """The scores as lines for people: each with its interval where there is one."""
+    lines = []
+    for network in next(iter(found.values())):
+        columns = [key for key in _COLUMNS if any(key in row[network] for row in found.values())]
+        cells = [[network, *(_COLUMNS[key] for key in columns)]]
+        for name, row in found.items():
+            cells.append([name, *(_cell(row[network].get(key)) for key in columns)])
+        widths = [max(map(len, column)) for column in zip(*cells)]
+        lines += [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in cells
+        ]
+    return "\n".join(lines)
+
+
+def _cell(score: Mapping[str, float] | None) -> str:
+    if score is None:
+        return "-"
+    # (what is zero but for rounding reads as 0)
+    value, low, high = (f"{round(score[key], 4) + 0.0:.3g}" for key in ("value", "low", "high"))
+    return value if np.isnan(score["low"]) else f"{value} [{low}, {high}]"
+
+
+def main(words: Sequence[str]) -> None:
+    """Does what the words ask for."""
+    args = cli.parse(Args, words, prog="python -m launch.evaluate", description=evaluate.__doc__)
+    run(args, words)
+
+
+if __name__ == "__main__":
+    with errors.reported():
+        main(sys.argv[1:])

@@ -1,0 +1,292 @@
+"""From folders of audio to scores: a clip is a file, named by its id.
+
+Generated clips are compared with the reference as sets (FAD), one by one where the reference has a
+clip for them (KL), and with their captions (CLAP score, tag agreement). The reference is scored
+likewise: FAD between its halves, KL between each clip and another, its clips and their captions.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+from tqdm import tqdm
+
+from magnet_jax import audio
+from magnet_jax.errors import UserError
+from magnet_jax.evaluation import metrics
+from magnet_jax.evaluation.embedders import Embedded, Embedder
+from magnet_jax.files import replacing_file
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
+TOP_TAGS = 5  # that are asked whether they hold what a caption names
+_FORMAT = 1  # of cached embeddings; files of others are not read
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listening:
+    """How a file becomes the samples that embedders get, after which it is mono at their rate."""
+
+    lufs: float | None = None
+    """Integrated loudness that every clip is brought to; None leaves levels alone."""
+    seconds: float | None = None
+    """Only so much from each clip's beginning; None is all of it."""
+
+
+class Clips(NamedTuple):
+    """A set of clips: their files and, of an embedder, what it makes of each."""
+
+    files: dict[str, Path]
+    embedded: dict[str, Embedded]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Of the scores themselves."""
+
+    resamples: int = 200
+    """Draws behind each interval; 0 for none."""
+    seed: int = 0
+    """Of the draws, and of what splits and shuffles the reference."""
+
+
+def find_audio(folder: Path) -> dict[str, Path]:
+    """The audio files right in a folder by their ids: names without suffix, in order.
+
+    Raises `UserError` if there is none, or two have one id.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    files: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            if path.stem in files:
+                raise UserError(f"{path}: {files[path.stem].name} has the same id")
+            files[path.stem] = path
+    if not files:
+        raise UserError(f"{folder}: no audio in it ({', '.join(SUFFIXES)})")
+    return files
+
+
+def read_mono(path: Path, sample_rate: int, listening: Listening) -> np.ndarray:
+    """A file as embedders get it: cut, levelled, mixed and resampled, in this order; float32 [N].
+
+    Raises `UserError` for a file that libsndfile cannot read, or that holds no sound.
+    """
+    try:
+        wav_NC, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    wav_CN = wav_NC.T
+    if listening.seconds is not None:
+        wav_CN = wav_CN[:, : round(listening.seconds * rate)]
+    if not wav_CN.size or not np.isfinite(wav_CN).all():
+        raise UserError(f"{path}: holds {'NaN' if wav_CN.size else 'no samples'}")
+    if listening.lufs is not None:
+        wav_CN, _ = audio.normalize_loudness(wav_CN, rate, listening.lufs)
+    mono_N = wav_CN.mean(0)
+    return (
+        soxr.resample(mono_N, rate, sample_rate, quality="VHQ") if rate != sample_rate else mono_N
+    )
+
+
+def digest(files: Mapping[str, Path]) -> str:
+    """Tells one set of clips from another: a hash of all ids and contents."""
+    whole = hashlib.sha256()
+    for name in sorted(files):
+        with files[name].open("rb") as file:
+            whole.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()
+
+
+def embed(
+    embedder: Embedder,
+    files: dict[str, Path],
+    listening: Listening = Listening(),
+    *,
+    cache: Path | None = None,
+    what: str = "clips",
+) -> Clips:
+    """What an embedder makes of each clip.
+
+    Args:
+      embedder, files, listening: what, of what, and how.
+      cache: folder that results are kept in, under the hash of all they depend on.
+      what: names the clips for the progress bar.
+    """
+    path = None
+    if cache is not None:
+        key = [_FORMAT, digest(files), embedder.name, embedder.sha256, embedder.pieces]
+        key += list(dataclasses.astuple(listening))
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+        path = cache / f"{embedder.name}-{name[:32]}.npz"
+        if path.exists():
+            return Clips(files, _read_cache(path))
+    bar = tqdm(files.items(), desc=f"{embedder.name}: {what}", unit="clip", leave=False, delay=2)
+    embedded = {
+        name: embedder.embed(read_mono(file, embedder.sample_rate, listening)) for name, file in bar
+    }
+    if path is not None:
+        _write_cache(path, embedded)
+    return Clips(files, embedded)
+
+
+def _write_cache(path: Path, embedded: dict[str, Embedded]) -> None:
+    rows = list(embedded.values())
+    arrays = {
+        "names": np.array(list(embedded)),
+        "counts": np.array([len(row.embeddings_PE) for row in rows]),
+        "embeddings": np.concatenate([row.embeddings_PE for row in rows]),
+    }
+    if rows[0].logits_PL is not None:
+        arrays["logits"] = np.concatenate([row.logits_PL for row in rows])
+    with replacing_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _read_cache(path: Path) -> dict[str, Embedded]:
+    try:
+        with np.load(path) as held:
+            ends = np.cumsum(held["counts"])[:-1]
+            embeddings = np.split(held["embeddings"], ends)
+            logits = [None] * len(embeddings)
+            if "logits" in held:
+                logits = np.split(held["logits"], ends)
+            names = held["names"].tolist()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged ({error}); remove it") from None
+    return {name: Embedded(*row) for name, row in zip(names, zip(embeddings, logits))}
+
+
+# --- scores ---------------------------------------------------------------------------------------
+
+
+def score(
+    embedder: Embedder,
+    clips: Clips,
+    *,
+    captions: Mapping[str, str],
+    reference: Clips | None,
+    pairs: Mapping[str, str],
+    settings: Settings = Settings(),
+) -> dict[str, Any]:
+    """All that an embedder can say of generated clips.
+
+    Args:
+      embedder: whose rows `clips` and `reference` hold.
+      clips: the generated ones.
+      captions: of clips by their ids; those without are left out of what needs one.
+      reference: real clips.
+      pairs: id of a generated clip to id of its reference clip, for KL.
+      settings: of the intervals.
+
+    Returns:
+      'clips' and, as far as it applies, 'fad', 'kl', 'clap', 'tag_auc', 'tag_top5', each a dict of
+      value, low, high and the number of clips behind it.
+    """
+    found: dict[str, Any] = {"clips": len(clips.embedded)}
+    drawn = {"resamples": settings.resamples, "seed": settings.seed}
+
+    def put(name: str, count: int, result: metrics.Score) -> None:
+        found[name] = {**result._asdict(), "clips": count}
+
+    rows = [row.embeddings_PE for row in clips.embedded.values()]
+    if reference is not None and _enough(clips) and _enough(reference):
+        put("fad", len(rows), metrics.fad(rows, _gaussian(reference), **drawn))
+    if reference is not None and _has_labels(clips):
+        divergences = [
+            metrics.label_divergence(_labels(reference, pairs[name]), _labels(clips, name))
+            for name in clips.embedded
+            if name in pairs
+        ]
+        if divergences:
+            put("kl", len(divergences), metrics.mean(divergences, **drawn))
+    named = [name for name in clips.embedded if name in captions]
+    if named and embedder.embed_texts is not None:
+        texts_NE = embedder.embed_texts([captions[name] for name in named])
+        similar = [
+            metrics.cosine(_direction(clips.embedded[name]), text_E)
+            for name, text_E in zip(named, texts_NE)
+        ]
+        put("clap", len(similar), metrics.mean(similar, **drawn))
+    if named and embedder.tags:
+        tags_NL = np.stack([metrics.named_tags(captions[name], embedder.tags) for name in named])
+        values_NL = np.stack([_probabilities(clips.embedded[name]) for name in named])
+        if (tags_NL.any(0) & ~tags_NL.all(0)).any():
+            put("tag_auc", len(named), metrics.tag_auc(values_NL, tags_NL, **drawn))
+        hits = [
+            metrics.tag_hits(values_L, tags_L, TOP_TAGS)
+            for values_L, tags_L in zip(values_NL, tags_NL)
+            if tags_L.any()
+        ]
+        if hits:
+            put(f"tag_top{TOP_TAGS}", len(hits), metrics.mean(hits, **drawn))
+    return found
+
+
+def score_reference(
+    embedder: Embedder,
+    reference: Clips,
+    *,
+    captions: Mapping[str, str],
+    settings: Settings = Settings(),
+) -> dict[str, Any]:
+    """The reference scored as if it were generated; see `score` for what is returned.
+
+    'fad' is that of one random half to the other: of half as many clips, it is an upper bound of
+    what the whole would give. 'kl' is that of each clip to another one of the set: what unrelated
+    clips of the kind give.
+    """
+    names = list(reference.embedded)
+    order = np.random.default_rng(settings.seed).permutation(len(names))
+    halves = [
+        Clips(reference.files, {names[i]: reference.embedded[names[i]] for i in half})
+        for half in np.array_split(order, 2)
+    ]
+    found = score(
+        embedder, reference, captions=captions, reference=None, pairs={}, settings=settings
+    )
+    if all(map(_enough, halves)):
+        between = score(
+            embedder, halves[0], captions={}, reference=halves[1], pairs={}, settings=settings
+        )
+        found["fad"] = between["fad"]
+    if len(names) > 1:
+        others = {names[i]: names[j] for i, j in zip(order, np.roll(order, 1))}
+        between = score(
+            embedder, reference, captions={}, reference=reference, pairs=others, settings=settings
+        )
+        if "kl" in between:
+            found["kl"] = between["kl"]
+    return found
+
+
+def _enough(clips: Clips) -> bool:
+    """Whether there are rows enough for a covariance."""
+    return sum(len(row.embeddings_PE) for row in clips.embedded.values()) > 1
+
+
+def _has_labels(clips: Clips) -> bool:
+    """Whether the embedder is a classifier."""
+    return all(row.logits_PL is not None for row in clips.embedded.values())
+
+
+def _gaussian(clips: Clips) -> metrics.Gaussian:
+    return metrics.gaussian(np.concatenate([row.embeddings_PE for row in clips.embedded.values()]))
+
+
+def _labels(clips: Clips, name: str) -> np.ndarray:
+    return metrics.label_distribution(clips.embedded[name].logits_PL)
+
+
+def _probabilities(row: Embedded) -> np.ndarray:
+    return (1 / (1 + np.exp(-row.logits_PL.astype(np.float64)))).mean(0)
+
+
+def _direction(row: Embedded) -> np.ndarray:
+    return row.embeddings_PE.mean(0)

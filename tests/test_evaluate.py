@@ -1,0 +1,408 @@
+"""The evaluation as a command: its receipt, its lists of prompts, its embedders and its errors."""
+
+import csv
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile
+import tiny
+from sounds import put, tone
+
+from launch.evaluate import __main__ as command
+from launch.evaluate import baselines, prompts
+from magnet_jax import train
+from magnet_jax.errors import UserError
+from magnet_jax.evaluation import embedders, scores
+from magnet_jax.evaluation.embedders import Embedded, Embedder
+from magnet_jax.evaluation.scores import Clips, Listening
+from magnet_jax.torch_env import import_torch
+
+CAPTIONS = {"a": "a slow piano", "b": "a fast violin", "c": "a choir", "d": "a piano"}
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Four captioned clips of different notes; at two rates, one of them stereo."""
+    folder = tmp_path_factory.mktemp("real")
+    for i, (name, caption) in enumerate(CAPTIONS.items()):
+        wav = tone(1.5, rate=22050 if i else 16000, channels=1 + i % 2, frequency=220 * (i + 1))
+        put(folder / f"{name}.wav", wav, rate=22050 if i else 16000, caption=caption)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("evaluate")
+    tiny.write_noise(folder / "tokens", {"train": 8})
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.use_one_device(patch)
+        train.train(tiny.run_config(folder / "tokens", folder / "run", steps=1))
+    return folder
+
+
+def evaluated(out, *words):
+    """The receipt of the command with these words."""
+    more = ["--out", str(out), "--cache", str(out / "cache"), "--resamples", "5"]
+    command.main([*map(str, words), *more])
+    return json.loads((out / "receipt.json").read_text())
+
+
+def test_a_folder_against_itself(real, tmp_path, capsys):
+    receipt = evaluated(tmp_path, "--generated", real, "--reference", real, "--lufs", "-14")
+    found = receipt["scores"]["generated"]["musicnn"]
+    assert found["fad"]["value"] == pytest.approx(0, abs=1e-8) and found["fad"]["clips"] == 4
+    assert found["kl"]["value"] == pytest.approx(0, abs=1e-3) and found["kl"]["clips"] == 4
+    assert found["tag_auc"]["low"] <= found["tag_auc"]["value"] <= found["tag_auc"]["high"]
+    itself = receipt["scores"]["reference"]["musicnn"]
+    assert itself["tag_auc"] == found["tag_auc"] and itself["tag_top5"] == found["tag_top5"]
+    assert itself["fad"]["value"] > 1 and itself["fad"]["clips"] == 2
+    assert itself["kl"]["value"] > 0.01
+    assert receipt["embedders"]["musicnn"]["sha256"] == embedders.load("musicnn").sha256
+    assert receipt["settings"] == {"lufs": -14, "seconds": None, "resamples": 5, "seed": 0}
+    assert receipt["sets"]["reference"]["sample_rates"] == [16000, 22050]
+    assert receipt["sets"]["reference"]["sha256"] == receipt["sets"]["generated"]["sha256"]
+    shown = capsys.readouterr().out
+    assert "FAD" in shown and "tag AUC" in shown and "generated" in shown and "e-" not in shown
+
+
+def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tmp_path):
+    calls = []
+
+    def embed(wav_N):
+        calls.append(len(wav_N))
+        return Embedded(np.array([[wav_N.std(), wav_N.mean()], [1, len(wav_N)]]), None)
+
+    embedder = Embedder("counting", 8000, embed, "", "hash", "all")
+    files = scores.find_audio(shutil.copytree(real, tmp_path / "copy"))
+    cache = tmp_path / "cache"
+    first = scores.embed(embedder, files, cache=cache)
+    assert len(calls) == 4 and calls[0] == pytest.approx(1.5 * 8000, abs=1)
+    again = scores.embed(embedder, files, cache=cache)
+    assert len(calls) == 4
+    for name, row in first.embedded.items():
+        np.testing.assert_array_equal(row.embeddings_PE, again.embedded[name].embeddings_PE)
+        assert again.embedded[name].logits_PL is None
+    scores.embed(embedder, files, Listening(seconds=1.0), cache=cache)
+    scores.embed(embedder._replace(sha256="other"), files, cache=cache)
+    put(files["a"], tone(2.0))
+    scores.embed(embedder, files, cache=cache)
+    assert len(calls) == 16 and len(list(cache.iterdir())) == 4
+    assert calls[4] == 8000
+
+
+def test_loudness_is_levelled_if_asked(tmp_path):
+    quiet, loud = (put(tmp_path / f"{g}.wav", g * tone(2.0), subtype="FLOAT") for g in (0.01, 1))
+    level = Listening(lufs=-23)
+    np.testing.assert_allclose(
+        scores.read_mono(quiet, 16000, level), scores.read_mono(loud, 16000, level), atol=1e-4
+    )
+    assert scores.read_mono(quiet, 16000, Listening()).max() < 0.01
+
+
+def test_clap_and_pairs_follow_the_ids():
+    """Of a space with an axis a word: agreement is whatever the captions and clips say."""
+    axes = {"low": [1.0, 0], "high": [0, 1.0]}
+    embedder = Embedder(
+        "toy", 8000, None, "", "", "all",
+        embed_texts=lambda texts: np.array([axes[text] for text in texts]),
+    )  # fmt: skip
+    certain_PL = 20 * np.eye(2)[None]
+    rows = {name: Embedded(np.array([axes[name]] * 3), certain_PL[:, i]) for i, name in
+            enumerate(axes)}  # fmt: skip
+    clips = Clips({}, {"x": rows["low"], "y": rows["high"]})
+    reference = Clips({}, {"x": rows["low"], "y2": rows["high"]})
+
+    def found(captions, pairs):
+        return scores.score(
+            embedder, clips, captions=captions, reference=reference, pairs=pairs,
+            settings=scores.Settings(resamples=0),
+        )  # fmt: skip
+
+    right = found({"x": "low", "y": "high"}, {"x": "x", "y": "y2"})
+    assert right["clap"]["value"] == pytest.approx(1) and right["clap"]["clips"] == 2
+    assert right["kl"]["value"] == pytest.approx(0, abs=1e-5) and right["kl"]["clips"] == 2
+    wrong = found({"x": "high", "y": "low"}, {"x": "y2", "y": "x"})
+    assert wrong["clap"]["value"] == pytest.approx(0) and wrong["kl"]["value"] > 5
+    half = found({"x": "low"}, {"y": "x"})
+    assert half["clap"]["clips"] == 1 and half["kl"]["value"] > 5
+    assert right["fad"]["value"] == wrong["fad"]["value"] == pytest.approx(0, abs=1e-9)
+
+
+def loudness_embedder(name, weights):
+    """Two numbers a second and two labels: enough to tell clips apart, in no time."""
+
+    def embed(wav_N):
+        seconds = np.array_split(wav_N, 3)
+        rows = np.array([[piece.std(), np.abs(np.diff(piece)).mean()] for piece in seconds])
+        return Embedded(rows, 5 * np.log(rows + 1e-6))
+
+    return Embedder("toy", 16_000, embed, weights, "hash", "a third", tags=("piano", "slow"))
+
+
+def test_a_checkpoint_beside_its_baselines(run, real, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load", loudness_embedder)
+    words = [
+        "--checkpoint", run / "run", "--prompts", real, "--reference", real,
+        "--sample-options=--batch-size 2 --codec-backend torch", "--seed", "3",
+    ]  # fmt: skip
+    receipt = evaluated(tmp_path, *words, "--baselines", "--data", run / "tokens")
+    rows = receipt["scores"]
+    assert set(rows) == {
+        "generated", "shuffled captions", "unigram tokens", "codec round trip", "reference",
+    }  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "generated").iterdir()) == [
+        f"{name}.wav" for name in CAPTIONS
+    ]
+    fad = {name: row["toy"]["fad"]["value"] for name, row in rows.items()}
+    assert 0 < fad["codec round trip"] < fad["unigram tokens"]
+    # Nothing but what it is held against changes, so as sets of clips the two are the same.
+    same = (rows["generated"]["toy"], rows["shuffled captions"]["toy"])
+    assert same[0]["fad"] == same[1]["fad"] and same[0]["kl"] != same[1]["kl"]
+    assert receipt["model"]["seed"] == 3 and receipt["model"]["checkpoint"] == str(run / "run")
+    assert receipt["sets"]["codec round trip"]["seconds"] == pytest.approx([1.5, 1.5], abs=0.01)
+    assert receipt["sets"]["unigram tokens"]["seconds"] == pytest.approx([0.6, 0.6])
+    listed = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["caption"] for line in listed} == CAPTIONS
+    # Again, nothing is made anew, and the scores are the same.
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.wav")}
+    assert evaluated(tmp_path, *words)["scores"]["generated"] == rows["generated"]
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.wav")}
+    with pytest.raises(UserError, match="other settings .seed."):
+        evaluated(tmp_path, *words[:-1], "4")
+
+
+def test_unigram_tokens_are_as_frequent_as_in_the_data(tmp_path):
+    spec = tiny.EMBEDDED_CODEC
+    tiny.write_noise(tmp_path / "tokens", {"train": 3}, frames=50)
+    counts_KV = baselines.token_counts(tmp_path / "tokens", spec.codebook_size)
+    assert counts_KV.shape == (4, spec.codebook_size) and (counts_KV.sum(1) == 150).all()
+
+
+# --- lists of prompts -----------------------------------------------------------------------------
+
+
+def table(path, *rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_musiccaps(tmp_path):
+    row = {
+        "ytid": "-0Gj8-vB1q4", "start_s": "30", "end_s": "40", "aspect_list": "['low quality']",
+        "caption": "The low quality recording features a ballad.",
+    }  # fmt: skip
+    (prompt,) = prompts.read(table(tmp_path / "musiccaps.csv", row))
+    assert prompt.id == "-0Gj8-vB1q4" and prompt.text == row["caption"]
+    assert "[-0Gj8-vB1q4]-[30-40]" in prompt.names
+
+
+def test_audiocaps_has_several_captions_a_clip(tmp_path):
+    rows = [
+        {"audiocap_id": i, "youtube_id": "XJba7pTbpD0", "start_time": 30, "caption": f"text {i}"}
+        for i in (97151, 97152)
+    ]
+    found = prompts.read(table(tmp_path / "audiocaps.csv", *rows))
+    assert [prompt.id for prompt in found] == ["97151", "97152"]
+    assert all({"XJba7pTbpD0", "YXJba7pTbpD0"} <= set(prompt.names) for prompt in found)
+    assert len(prompts.read(tmp_path / "audiocaps.csv", limit=1)) == 1
+
+
+def test_plain_lists(tmp_path, real):
+    (tmp_path / "list.txt").write_text("a waltz\n\na march\n")
+    found = prompts.read(tmp_path / "list.txt")
+    assert [prompt[:2] for prompt in found] == [("00000", "a waltz"), ("00001", "a march")]
+    lines = [{"id": "x", "caption": "a waltz"}, {"path": "clips/y.wav", "prompt": "a march"}]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = prompts.read(tmp_path / "list.jsonl")
+    assert [prompt[:2] for prompt in found] == [("x", "a waltz"), ("y", "a march")]
+    assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "id,caption\nx,one\nx,two\n", "x is there twice"),
+        ("a.csv", "title,caption\nx,one\n", "line 2: nothing under id, .*it has title, caption"),
+        ("a.csv", "id,caption\nx,\n", "line 2: nothing under .*caption"),
+        ("a.csv", "id,caption\n", "no prompt in it"),
+        ("a.csv", "id,caption\n../x,one\n", "cannot be the name of a file"),
+        ("a.jsonl", "{\n", "line 1: not valid JSON"),
+        ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
+        ("a.doc", "", "must be a folder, or end in .csv"),
+        ("a.txt", "\n", "no prompt in it"),
+    ],
+)
+def test_lists_that_are_none(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        prompts.read(tmp_path / name)
+
+
+# --- embedders ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clap_folder(tmp_path_factory):
+    import_torch()
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("clap")
+    words = ["<s>", "<pad>", "</s>", "<unk>", "slow", "piano"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    text = dict(
+        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=90,
+    )  # fmt: skip
+    sound = dict(
+        hidden_size=16, patch_embeds_hidden_size=8, depths=[1, 1], num_attention_heads=[1, 1],
+        num_hidden_layers=2, enable_fusion=False,
+    )  # fmt: skip
+    config = ClapConfig(text_config=text, audio_config=sound, projection_dim=8)
+    ClapModel(config).save_pretrained(folder)
+    ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder)
+    return folder
+
+
+def test_clap_of_transformers(clap_folder):
+    embedder = embedders.load("clap", str(clap_folder))
+    wav_N = np.random.default_rng(0).normal(0, 0.1, 48_000 * 12).astype(np.float32)
+    found = embedder.embed(wav_N)
+    assert found.embeddings_PE.shape == (2, 8) and found.logits_PL is None
+    # Nothing is drawn at random, and a piece is what it would be alone.
+    np.testing.assert_array_equal(embedder.embed(wav_N).embeddings_PE, found.embeddings_PE)
+    alone = embedder.embed(wav_N[: 48_000 * 10]).embeddings_PE[0]
+    np.testing.assert_allclose(alone, found.embeddings_PE[0], atol=1e-5)
+    texts_NE = embedder.embed_texts(["slow piano", "slow"])
+    np.testing.assert_allclose(texts_NE[1], embedder.embed_texts(["slow"])[0], atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(texts_NE, axis=1), 1, atol=1e-5)
+    config = json.loads((clap_folder / "config.json").read_text())
+    config["audio_config"]["enable_fusion"] = True
+    broken = shutil.copytree(clap_folder, clap_folder.parent / "fused")
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="with fusion draws parts of a clip at random"):
+        embedders.load("clap", str(broken))
+
+
+def test_ast_of_transformers(tmp_path):
+    import_torch()
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+
+    config = ASTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        num_labels=5,
+    )  # fmt: skip
+    ASTForAudioClassification(config).save_pretrained(tmp_path)
+    ASTFeatureExtractor().save_pretrained(tmp_path)
+    embedder = embedders.load("ast", str(tmp_path))
+    found = embedder.embed(np.random.default_rng(0).normal(0, 0.1, 16_000 * 12).astype(np.float32))
+    assert found.embeddings_PE.shape == (2, 16) and found.logits_PL.shape == (2, 5)
+
+
+def test_vggish_is_taken_before_its_last_relu(tmp_path, monkeypatch):
+    torch = import_torch()
+
+    class VGG(torch.nn.Module):
+        def __init__(self, features, postprocess):
+            super().__init__()
+            self.embeddings = torch.nn.Sequential(torch.nn.Linear(1, 128), torch.nn.ReLU())
+
+        def forward(self, x):
+            return self.embeddings(x)
+
+    def waveform_to_examples(wav_N, rate):
+        assert rate == 16_000 and len(wav_N) >= 15_600
+        return torch.from_numpy(wav_N[:3, None])
+
+    package = types.SimpleNamespace(
+        VGG=VGG, make_layers=lambda: None, waveform_to_examples=waveform_to_examples
+    )
+    monkeypatch.setitem(sys.modules, "torchvggish", package)
+    torch.save(VGG(None, False).state_dict(), tmp_path / "vggish.pth")
+    embedder = embedders.load("vggish", str(tmp_path / "vggish.pth"))
+    found = embedder.embed(np.ones(100, np.float32))
+    assert found.embeddings_PE.shape == (3, 128) and (found.embeddings_PE < 0).any()
+    torch.save({"other": torch.zeros(1)}, tmp_path / "vggish.pth")
+    with pytest.raises(UserError, match="other weights than the network's"):
+        embedders.load("vggish", str(tmp_path / "vggish.pth"))
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "message"),
+    [
+        ("vggish", None, r"needs the package torchvggish: pip install -e '.\[eval\]'"),
+        ("passt", None, "needs the package hear21passt"),
+        ("clap", None, "offline, name a folder with .*tokenizer.json: --weights.clap DIR"),
+        ("ast", "owner/none", "not to be had from the Hugging Face hub"),
+        ("ast", "no/such/folder", "no such folder, and not a hub id"),
+        ("musicnn", "nowhere", "nowhere/model.safetensors: no such file"),
+    ],
+)
+def test_what_an_embedder_lacks_is_one_line(name, weights, message, monkeypatch):
+    for package in ("torchvggish", "hear21passt", "hear21passt.base"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=message):
+        embedders.load(name, weights)
+
+
+def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
+    torch = import_torch()
+    monkeypatch.setitem(sys.modules, "torchvggish", types.SimpleNamespace())
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def fail(url, path, progress):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    with pytest.raises(UserError, match=f"put vggish-10086976.pth, .* in {tmp_path}/checkpoints"):
+        embedders.load("vggish")
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give --generated FOLDER, or --checkpoint MODEL"),
+        (["--checkpoint", "x"], "give --prompts FILE"),
+        (["--generated", "REAL", "--baselines"], "--baselines needs --checkpoint"),
+        (["--generated", "REAL", "--data", "x"], "--data is for --baselines"),
+        (["--generated", "REAL", "--lufs", "3"], "--lufs must lie"),
+        (["--generated", "REAL", "--seconds", "0"], "--seconds must be positive"),
+        (["--generated", "REAL", "--limit", "3"], "goes with --prompts"),
+        (["--generated", "REAL", "--embedders", "clap", "clap"], "name each once"),
+        (["--generated", "REAL", "--embedders", "vgish"], "--embedders"),
+        (["--generated", "nowhere"], "nowhere: no such folder"),
+        (["--generated", "EMPTY"], "no audio in it"),
+        (["--generated", "TWICE"], "a.wav has the same id|a.flac has the same id"),
+        (["--generated", "BROKEN"], "broken.wav: cannot be read"),
+        (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
+    ],
+)
+def test_mistakes_are_one_line(words, message, real, tmp_path):
+    places = {"REAL": real, "LIST": tmp_path / "list.txt"}
+    places["LIST"].write_text("a waltz\n")
+    for name in ("EMPTY", "TWICE", "BROKEN"):
+        places[name] = tmp_path / name.lower()
+        places[name].mkdir()
+    for suffix in ("wav", "flac"):
+        soundfile.write(tmp_path / "twice" / f"a.{suffix}", tone(1.0), 16000)
+    (tmp_path / "broken" / "broken.wav").write_bytes(b"RIFF")
+    with pytest.raises(UserError, match=message):
+        evaluated(tmp_path / "out", *(places.get(word, word) for word in words))
+    assert not (tmp_path / "out" / "receipt.json").exists()
