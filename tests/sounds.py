@@ -33,12 +33,15 @@ def cut_file(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def put_with_ffmpeg(path, wav, rate, codec, caption="a tone", picture=False, **how):
-    """A file of a format that libsndfile does not write; mono."""
+def put_with_ffmpeg(path, wav, rate, codec, caption="a tone", picture=False, quality=None, **how):
+    """A file of a format that libsndfile does not write; mono. quality: of a variable bit rate."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", **how) as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
-        stream.bit_rate = 128_000
+        if quality is None:
+            stream.bit_rate = 128_000
+        else:
+            stream.options = {"flags": "+qscale", "global_quality": str(118 * quality)}
         if picture:
             video = container.add_stream("mpeg4", rate=10, width=32, height=32)
             image = np.zeros((32, 32, 3), np.uint8)

@@ -257,6 +257,56 @@ def test_files_that_point_to_others_lead_nowhere(tmp_path, sound):
     assert sound(video).shape[1] >= RATE
 
 
+# --- files of which libsndfile would read the beginning alone ------------------------------------
+
+
+@pytest.fixture(scope="module")
+def guessed_mp3(tmp_path_factory):
+    """A loud half and a quiet one as MP3 of variable bit rate, without a header of its length."""
+    rng = np.random.default_rng(0)
+    wav = np.concatenate([rng.normal(0, 0.2, 6 * 44100), 0.001 * rng.normal(0, 0.2, 6 * 44100)])
+    how = {"options": {"write_xing": "0"}, "quality": 2}
+    path = tmp_path_factory.mktemp("mp3") / "a.mp3"
+    put_with_ffmpeg(path, wav[:, None].astype(np.float32), 44100, "libmp3lame", **how)
+    with soundfile.SoundFile(path) as file:
+        assert file.frames < 8 * 44100  # or this would test nothing
+    return path
+
+
+def test_mp3_without_a_header_is_read_to_its_end(guessed_mp3, tmp_path, decoder, sound):
+    wav_CN, facts = read_audio(a_track(guessed_mp3), INTAKE, decoder)
+    assert facts.seconds == pytest.approx(12, abs=0.1)
+    assert wav_CN[0, :RATE].std() > 100 * wav_CN[0, -RATE:].std() > 0
+    part = sound(guessed_mp3, start=5.0, duration=3.0)
+    assert part.shape == (1, 3 * RATE) and part[0, :8000].std() > 100 * part[0, -8000:].std()
+    # tags and padding at the end are no damage, what lies in between is
+    data = guessed_mp3.read_bytes()
+    for i, end in enumerate((b"TAG" + bytes(125), bytes(5000), b"some words " * 50)):
+        (tmp_path / f"{i}.mp3").write_bytes(data + end)
+        np.testing.assert_array_equal(sound(tmp_path / f"{i}.mp3"), wav_CN)
+    half = len(data) // 2
+    (tmp_path / "damaged.mp3").write_bytes(data[:half] + bytes(20_000) + data[half:])
+    with pytest.raises(RejectedError, match="unreadable"):
+        sound(tmp_path / "damaged.mp3")
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_of_several_streams_is_read_to_its_end(tmp_path, sound, subtype):
+    how = {"format": "OGG", "subtype": subtype}
+    first = put(tmp_path / "a.ogg", tone(2, 48000, frequency=300), 48000, **how)
+    second = put(tmp_path / "b.ogg", tone(3, 48000, frequency=500), 48000, **how)
+    chained = tmp_path / "chained.ogg"
+    chained.write_bytes(first.read_bytes() + second.read_bytes())
+    wav_CN = sound(chained)
+    assert wav_CN.shape[1] == pytest.approx(5 * RATE, abs=400)
+    error = wav_CN[0, -2 * RATE : -RATE] - tone(3, frequency=500)[-2 * RATE : -RATE, 0]
+    assert np.sqrt(np.mean(error**2)) < 0.02
+    data = chained.read_bytes()
+    chained.write_bytes(data[: data.rindex(b"OggS")])
+    with pytest.raises(RejectedError, match="cut off"):
+        sound(chained)
+
+
 # --- channels, levels, clipping -----------------------------------------------------------------
 
 

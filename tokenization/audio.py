@@ -4,6 +4,7 @@
 people's files crash and hang.
 """
 
+import functools
 import io
 import json
 import math
@@ -13,7 +14,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate, chain
 from typing import Any, BinaryIO, Literal
 
@@ -53,11 +53,13 @@ _CUT_OFF = [
 _CUT_OFF_SOMEWHERE = "Seems to be a truncated file."  # VOC
 _UNKNOWN_LENGTH = 2**31 - 2**16  # streamed files promise about 2**31 or 2**32 bytes
 _LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
+_FIRST_MP3_FRAME = 2**13  # bytes that hold it, where a header may note how long the sound is
 # What FFmpeg may take a file for: no playlists and no pictures, which lead to other files.
 _FFMPEG_FORMATS = (
     "aac,ac3,aiff,amr,ape,asf,caf,eac3,flac,flv,loas,matroska,mov,mp3,mpeg,mpegts,ogg,tta,wav,wv"
 )
 _FFMPEG_TIMED = ("mov", "matroska", "asf")  # their headers note how long the sound is
+_MPEG = ("mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float")  # FFmpeg's decoders
 _SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
 
 
@@ -68,6 +70,10 @@ class RejectedError(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+class _MisreadError(Exception):
+    """A file of which libsndfile would give the beginning as the whole."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -343,7 +349,7 @@ def _check_length(track: Track, opened: _Opened, count: int) -> None:
 
 @contextmanager
 def _opened(track: Track) -> Iterator[_Opened]:
-    """Opens a track's file with libsndfile, or with FFmpeg if that does not know it."""
+    """Opens a track's file with libsndfile, or with FFmpeg if that would not read all of it."""
     with ExitStack() as stack:
         try:
             with open_bytes(track.place) as file:
@@ -351,7 +357,7 @@ def _opened(track: Track) -> Iterator[_Opened]:
                     raise RejectedError("empty", "a file of 0 bytes")
             try:
                 opened = stack.enter_context(_open_sndfile(track))
-            except soundfile.LibsndfileError:
+            except (soundfile.LibsndfileError, _MisreadError):
                 opened = stack.enter_context(_open_ffmpeg(track))
             if not LOWEST_RATE <= opened.sample_rate <= HIGHEST_RATE:
                 raise RejectedError("odd sample rate", f"{opened.sample_rate} Hz")
@@ -378,6 +384,8 @@ def _open_sndfile(track: Track) -> Iterator[_Opened]:
         else:
             source = stack.enter_context(open_bytes(place))
         file = stack.enter_context(soundfile.SoundFile(source))
+        if _is_guessed_mp3(track, file) or _is_chained_ogg(track, file):
+            raise _MisreadError
 
         def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
             if skip:
@@ -424,7 +432,10 @@ def _open_ffmpeg(track: Track) -> Iterator[_Opened]:
             if not container.streams.audio:
                 raise RejectedError("unreadable", "no sound in it")
             stream = container.streams.audio[0]
-            frames = container.decode(stream)
+            decoded = container.decode
+            if stream.codec_context.name in _MPEG:
+                decoded = functools.partial(_mpeg_frames, container)
+            frames = decoded(stream)
             # (a header may name another rate than the sound has, as that of HE-AAC does)
             first = next(frames, None)
             if first is None:
@@ -443,7 +454,7 @@ def _open_ffmpeg(track: Track) -> Iterator[_Opened]:
                 if skip <= _SEEK_AHEAD * rate:
                     return blocks(chain([first], frames), 0, skip, wanted)
                 container.seek(int((origin + skip / rate - _SEEK_AHEAD) * av.time_base))
-                after = container.decode(stream)
+                after = decoded(stream)
                 landed = next(after, None)
                 if landed is None:
                     return iter(())
@@ -458,12 +469,32 @@ def _open_ffmpeg(track: Track) -> Iterator[_Opened]:
                 channels=first.layout.nb_channels,
                 full_scale=0.9999,
                 frames=None if seconds is None else round(seconds * rate),
-                loss=None,
+                loss=_cut_off_ogg(track) if container_name == "ogg" else None,
                 read=read,
             )
     except av.FFmpegError as error:
         detail = f"neither libsndfile nor FFmpeg reads it ({error.strerror})"
         raise RejectedError("unreadable", detail) from None
+
+
+def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """What cannot be decoded before the first frame, or after the last, is no sound.
+
+    MP3 files often have padding there, and tags that FFmpeg does not know.
+    """
+    import av
+
+    begun, damage = False, None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError as error:
+            damage = error if begun else None
+            continue
+        if frames and damage:
+            raise damage
+        begun = begun or bool(frames)
+        yield from frames
 
 
 def _ffmpeg_seconds(container: Any, stream: Any) -> float | None:
@@ -519,19 +550,52 @@ def _cut_off(track: Track, file: soundfile.SoundFile) -> str | None:
                 return f"its header says {declared}, and there are {actual}"
     if _CUT_OFF_SOMEWHERE in log:
         return "shorter than its header says"
-    if file.format == "OGG":
-        with open_bytes(track.place) as raw:
-            size = raw.seek(0, os.SEEK_END)
-            raw.seek(max(0, size - _LARGEST_OGG_PAGE))
-            end = raw.read()
-        page = end[max(0, end.rfind(b"OggS\0")) :]
-        # header of 27 bytes: [5] flags, of which 4 ends the stream; [26] number of segments, whose
-        # lengths follow
-        if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-            return "ends within a page"
-        if not page[5] & 4:
-            return "the page that ends the stream is missing"
+    return _cut_off_ogg(track) if file.format == "OGG" else None
+
+
+def _cut_off_ogg(track: Track) -> str | None:
+    page = _last_ogg_page(track)
+    # header of 27 bytes: [5] flags, of which 4 ends the stream; [14:18] number of the stream;
+    # [26] number of segments, whose lengths follow
+    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
+        return "ends within a page"
+    if not page[5] & 4:
+        return "the page that ends the stream is missing"
     return None
+
+
+def _last_ogg_page(track: Track) -> bytes:
+    with open_bytes(track.place) as raw:
+        size = raw.seek(0, os.SEEK_END)
+        raw.seek(max(0, size - _LARGEST_OGG_PAGE))
+        end = raw.read()
+    return end[max(0, end.rfind(b"OggS\0")) :]
+
+
+def _is_chained_ogg(track: Track, file: soundfile.SoundFile) -> bool:
+    """Whether other streams follow the first, or run beside it: libsndfile reads no other."""
+    if file.format != "OGG":
+        return False
+    with open_bytes(track.place) as raw:
+        first, last = raw.read(18), _last_ogg_page(track)
+    whole = len(last) >= 18 and first[:4] == last[:4] == b"OggS"
+    return whole and first[14:18] != last[14:18]
+
+
+def _is_guessed_mp3(track: Track, file: soundfile.SoundFile) -> bool:
+    """Whether libsndfile takes the length from the first frame's bit rate, and stops there."""
+    if not file.subtype.startswith("MPEG_LAYER"):
+        return False
+    with open_bytes(track.place) as raw:
+        at = 0
+        # tags of ID3v2: 10 bytes, of which the last four hold the length, 7 bits in each
+        while (head := raw.read(10))[:3] == b"ID3" and len(head) == 10:
+            at += 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
+            raw.seek(at)
+        raw.seek(at)
+        frame = raw.read(_FIRST_MP3_FRAME)
+    # (an odd number is the flag that the number of frames follows)
+    return not re.search(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]", frame)
 
 
 class _Range(io.RawIOBase):
@@ -578,14 +642,14 @@ def _row_bytes(place: RowBytes) -> bytes:
 
 
 # Tracks are read in the order of their rows, so that what is open serves the next one too.
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _arrow_rows(path: str, column: str) -> Any:
     import pyarrow as pa
 
     return pa.ipc.open_stream(pa.memory_map(path)).read_all().column(column)
 
 
-@lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)
 def _parquet_rows(path: str, column: str) -> "_ParquetRows":
     return _ParquetRows(path, column)
 
