@@ -743,6 +743,34 @@ def test_a_damaged_tar_loses_what_is_damaged(tmp_path, decoder):
     np.testing.assert_allclose(wav_CN, wav_of("b").T, atol=1e-4)
 
 
+@pytest.mark.parametrize("damage", ["header", "zeros", "no end", "within a header", "another tar"])
+def test_a_tar_that_does_not_end_where_its_members_do_is_damaged(tmp_path, damage):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in "abc":
+            add_to_tar(tar, f"{name}.flac", flac(name))
+            add_to_tar(tar, f"{name}.txt", caption_of(name).encode())
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third = tar.getmember("c.flac").offset
+    assert len(scan(Source(audio=path)).tracks) == 3
+    path.write_bytes(
+        {
+            "header": data[: third + 150] + b"x" + data[third + 151 :],  # its checksum
+            "zeros": data[:third] + bytes(512) + data[third + 512 :],
+            "no end": data[:third],
+            "within a header": data[: third + 100],
+            "another tar": data + data,
+        }[damage]
+    )
+    found = scan(Source(audio=path))
+    assert [track.track_id for track in found.tracks][:2] == ["a/a", "a/b"]
+    (reject,) = found.rejects
+    whole = 6 if damage == "another tar" else 4
+    assert (reject.path, reject.reason) == ("a.tar", "damaged tar")
+    assert reject.detail.startswith(f"after {whole} whole files: ")
+
+
 def test_files_of_one_name_in_a_tar_are_not_one_clip(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name in "ab":

@@ -449,8 +449,26 @@ def _tar_tasks(source: Source, paths: list[Path], ignored: Counter[str]) -> Iter
                     members = list(members)
                     count += len(members)
                     yield from _sample_tasks(source, path, key, members, ignored)
-        except tarfile.TarError:
-            yield printable(path.name), refuse("damaged tar", f"ends after {count} whole files")
+                _check_end(path, tar.offset)
+        except tarfile.TarError as error:
+            detail = f"after {count} whole files: {error}"
+            yield printable(path.name), refuse("damaged tar", detail)
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Raises `TarError` unless a tar ends as it should where its members do, with zeros alone.
+
+    The library takes a damaged header for the end, and the end of the file.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("cut off")
+        while block:
+            if block.strip(b"\0"):
+                raise tarfile.ReadError("a damaged header, or another tar")
+            block = file.read(2**20)
 
 
 def _regular(tar: tarfile.TarFile, ignored: Counter[str]) -> Iterator[tarfile.TarInfo]:
