@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -7,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -389,6 +392,67 @@ def test_a_wrong_out_is_left_as_it_was(tmp_path, monkeypatch):
             patch.setattr(module, name, refuse)
             with pytest.raises(UserError, match=r"out: cannot be written \(Permission denied\)"):
                 run(Job(audio=folder, out=tmp_path / "out"))
+
+
+def test_locks_of_network_file_systems(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def as_nfs(file, kind):
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        if mode == (os.O_WRONLY if kind & fcntl.LOCK_SH else os.O_RDONLY):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, kind)
+
+    def as_lustre(file, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    place = place_module.Folder(tmp_path / "out")
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    with (
+        place.held("0/2"),
+        place.held("1/2"),
+        pytest.raises(UserError, match="another job is writing there"),
+        place.held("0/1"),
+    ):
+        pass
+    with place.held("0/1"):
+        assert place.create("job.json", "{}") == b"{}"
+    monkeypatch.setattr(fcntl, "flock", as_lustre)
+    with (
+        pytest.raises(UserError, match="its file system has no locks .*-o flock"),
+        place.held("0/1"),
+    ):
+        pass
+
+
+def test_of_two_machines_that_begin_at_once_one_says_what_is_begun(tmp_path, monkeypatch):
+    write, begun, go_on = records.write_text, threading.Event(), threading.Event()
+
+    def write_text(path, text):
+        if text == "first":
+            begun.set()
+            assert go_on.wait(60)
+        write(path, text)
+
+    monkeypatch.setattr(records, "write_text", write_text)
+    place = place_module.Folder(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(place.create, "job.json", "first")
+        assert begun.wait(60)
+        second = pool.submit(place.create, "job.json", "second")
+        wait([second], timeout=0.5)
+        go_on.set()
+        assert first.result() == second.result() == b"first"
+
+
+def test_record_files_of_unknown_settings_are_not_gone_on_with(tmp_path):
+    job = Job(audio=album(tmp_path / "audio", 2), out=tmp_path / "out", validation_percent=0)
+    run(dataclasses.replace(job, shard="0/2"))
+    (job.out / "job.json").unlink()
+    before = content(job.out)
+    with pytest.raises(UserError, match="record files in units, but no job.json"):
+        run(dataclasses.replace(job, min_seconds=1.05))
+    assert content(job.out) == before and len(before) == 2
 
 
 def test_a_damaged_note_means_that_the_unit_is_made_again(tmp_path):

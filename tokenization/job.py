@@ -246,6 +246,11 @@ def _check_out(job: Job, place: Place) -> None:
     others = sorted(name for name in names if name[0] != "." and name != "units")
     if "job.json" in names:
         return
+    if "units" in names and any(name.startswith("units/") for name in place.sizes()):
+        raise UserError(
+            f"--out {place}: has record files in units, but no job.json, which tells what they "
+            "were made of; name a new folder"
+        )
     is_audio = not bucket.is_url(job.out) and Path(job.out).resolve() == job.audio.resolve()
     if others or is_audio:
         what = others[0] if others else "the audio"

@@ -5,6 +5,7 @@ unit's note only after its records. The data set's metadata come last.
 """
 
 import contextlib
+import errno
 import fcntl
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from magnet_jax.errors import UserError
 from magnet_jax.records import Shard
 
 Example = Mapping[str, Any]
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def place_at(out: str | Path) -> "Place":
@@ -64,10 +67,15 @@ class Folder:
         return found
 
     def create(self, name: str, text: str) -> bytes:
-        """Writes a file unless it is there, and returns what is there then."""
-        if not (self._path / name).exists():
-            self.write(name, text)
-        return (self._path / name).read_bytes()
+        """Writes a file unless it is there, and returns what is there then.
+
+        Of several who do so at once one writes.
+        """
+        with (self._path / ".lock-create").open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not (self._path / name).exists():
+                self.write(name, text)
+            return (self._path / name).read_bytes()
 
     def write(self, name: str, text: str) -> None:
         records.write_text(self._path / name, text)
@@ -95,12 +103,20 @@ class Folder:
         names = [".lock"] if whole else [".lock", f".lock-{shard.replace('/', '-')}"]
         with contextlib.ExitStack() as stack:
             for name in names:
-                file = stack.enter_context((self._path / name).open("w"))
+                # (NFS locks for reading only what is open for reading, and for writing likewise)
+                file = stack.enter_context((self._path / name).open("a+"))
                 kind = fcntl.LOCK_SH if name == ".lock" and not whole else fcntl.LOCK_EX
                 try:
                     fcntl.flock(file, kind | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise UserError(f"--out {self}: another job is writing there") from None
+                except OSError as error:
+                    if error.errno not in _NO_LOCKS:
+                        raise
+                    raise UserError(
+                        f"--out {self}: its file system has no locks ({error.strerror}); mount it "
+                        "with them (Lustre: -o flock), or name a folder elsewhere"
+                    ) from None
             yield
 
 
