@@ -1,6 +1,7 @@
 """Decodes as the real process does, but for files whose names say how they kill it."""
 
 import ctypes
+import errno
 import os
 import signal
 import time
@@ -22,6 +23,8 @@ def decode(track, intake):
         raise ZeroDivisionError
     if "memory" in track.path:
         raise MemoryError
+    if "outage" in track.path:
+        raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
     if "greedy" in track.path:
         np.ones(9 * 2**30, np.uint8)
     blocks = audio.decode(track, intake)

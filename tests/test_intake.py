@@ -1,5 +1,6 @@
 """One file as samples, or why not; in a process that may die of it."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import soundfile
 from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax.errors import UserError
-from tokenization import audio
+from tokenization import audio, listing
 from tokenization import decoder as decoder_module
 from tokenization.audio import FileBytes, Intake, RejectedError, Track
 from tokenization.decoder import Decoder, measure, open_audio, read_audio, read_header, readers
@@ -168,6 +169,33 @@ def test_a_file_that_cannot_be_opened_is_a_reject(tmp_path, monkeypatch):
     with pytest.raises(RejectedError) as caught:
         next(audio.decode(a_track(path), Intake(sample_rate=RATE, channels=1)))
     assert (caught.value.reason, caught.value.detail) == ("unreadable", "Permission denied")
+
+
+OUTAGES = [(errno.ENOTCONN, None, True), (errno.EIO, "a.wav", True), (errno.EIO, None, False)]
+
+
+@pytest.mark.parametrize(("number", "name", "is_outage"), OUTAGES)
+def test_a_file_out_of_reach_is_no_reject(tmp_path, monkeypatch, number, name, is_outage):
+    path = put(tmp_path / "a.wav", tone(1.1))
+    error = OSError(number, os.strerror(number), name)
+
+    def refuse(*how):
+        raise error
+
+    places = [(audio, "open_bytes"), (listing, "range_ends"), (listing, "open_regular")]
+    for module, function in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, refuse)
+            if module is listing and is_outage:
+                with pytest.raises(UserError, match=f"out of reach .{os.strerror(number)}"):
+                    scan(Source(audio=tmp_path))
+            elif module is listing:
+                (reject,) = scan(Source(audio=tmp_path)).rejects
+                assert reject.reason in ("unreadable", "no caption")
+            else:
+                with pytest.raises(OSError if is_outage else RejectedError) as caught:
+                    next(audio.decode(a_track(path), INTAKE))
+                assert not is_outage or caught.value is error
 
 
 def test_a_file_that_vanishes_is_no_reject(tmp_path, sound):
@@ -535,6 +563,15 @@ def test_a_decoder_ends_with_its_parent(tmp_path):
         while time.monotonic() < deadline:
             os.kill(child, 0)
             time.sleep(0.05)
+
+
+def test_an_outage_ends_the_job_and_not_the_file(tmp_path, fragile):
+    path = put(tmp_path / "outage.wav", tone(2))
+    for read in (read_audio, measure):
+        with pytest.raises(UserError, match="outage.wav: Transport endpoint is not connected; "):
+            read(a_track(path), INTAKE, fragile)
+    good = a_track(put(tmp_path / "good.wav", tone(2)))
+    assert read_audio(good, INTAKE, fragile)[0].shape == (1, 2 * RATE)
 
 
 def test_a_decoder_that_cannot_start_is_an_error(tmp_path, monkeypatch, capfd):

@@ -4,6 +4,7 @@
 people's files crash and hang.
 """
 
+import errno
 import functools
 import io
 import json
@@ -34,6 +35,14 @@ LARGEST_PEAK = 8.0  # full scale is 1; samples of +-32768 are no float audio
 LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # in Hz; what is beyond comes of damaged headers
 CLIPPED = 1e-3  # a track of which a larger share is clipped counts as clipped
 
+# What the machine, its network and its mounts have, and no file by itself.
+_OUTAGES = frozenset(
+    {
+        errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ECONNREFUSED,
+        errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    }
+)  # fmt: skip
 _BLOCK = 2**17  # frames read at once
 # Compressed formats may miss their header's length by a few of their own frames.
 _MISSING_SECONDS = 0.1
@@ -205,7 +214,8 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
     """Yields the samples in blocks [n, C] (float32), mixed and resampled; returns its `Facts`.
 
     However long the track is, a few blocks are in memory. Raises `RejectedError` as soon as the
-    track is known not to be fit, which may be after its last block, and FileNotFoundError.
+    track is known not to be fit, which may be after its last block, FileNotFoundError, and OSError
+    that `is_outage`.
     """
     with _opened(track) as opened:
         rate = opened.sample_rate
@@ -292,6 +302,15 @@ def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
     return io.BufferedReader(_Range(place.path, place.offset, place.size), _BLOCK)
 
 
+def is_outage(error: OSError) -> bool:
+    """Whether a file could not be had through no fault of its own, so that it is no reject.
+
+    EIO counts where a file could not be opened, as when the bucket behind a mount is out of reach:
+    such errors have its name. Within a file it is the disk's damage.
+    """
+    return error.errno in _OUTAGES or (error.errno == errno.EIO and error.filename is not None)
+
+
 def part_of(track: Track) -> str:
     """For the details of rejects: which part of its file a track is; '' for a whole one."""
     return f" ({track.track_id})" if _is_part(track) else ""
@@ -367,6 +386,8 @@ def _opened(track: Track) -> Iterator[_Opened]:
         except (
             soundfile.SoundFileError, OSError, ValueError, RuntimeError, ArithmeticError
         ) as error:  # fmt: skip
+            if isinstance(error, OSError) and is_outage(error):
+                raise
             detail = getattr(error, "error_string", None) or getattr(error, "strerror", None)
             # (messages may hold the whole path, which differs between machines)
             name = os.path.basename(track.place.path)

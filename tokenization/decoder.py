@@ -39,7 +39,7 @@ class Stream:
     """A track being read: iterate once, over blocks [C, n] (float32); then `facts` are known.
 
     Iterating raises `RejectedError` as soon as the track is known not to be fit, which may be
-    after blocks of it, and `UserError` if the file is gone.
+    after blocks of it, and `UserError` if the file is gone or its file system out of reach.
     """
 
     def __init__(self, answers: Iterator[Any]):
@@ -135,6 +135,8 @@ class Decoder:
                     raise RejectedError(*value)
                 if what == "gone":
                     raise UserError(f"{value}: vanished while the job ran; run the job again")
+                if what == "out":
+                    raise UserError(f"{value}; mend that, the same command goes on from here")
         finally:
             # Whoever stopped reading before the end leaves blocks behind.
             if not finished:
@@ -162,16 +164,23 @@ class Decoder:
         ours, theirs = Pipe()
         # (as multiprocessing does, so that it finds what this process found)
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-        self._process = subprocess.Popen(
-            [sys.executable, *PROGRAM, str(theirs.fileno())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            # (numpy's threads would have nothing to do)
-            env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is for the parent to see
-        )
-        theirs.close()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, *PROGRAM, str(theirs.fileno())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # (numpy's threads would have nothing to do)
+                env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is for the parent to see
+            )
+        except OSError as error:  # too many processes, no memory
+            ours.close()
+            raise UserError(
+                f"the process that decodes audio cannot be started ({error.strerror})"
+            ) from None
+        finally:
+            theirs.close()
         self._connection = ours
         try:
             ready = ours.poll(_START_SECONDS) and ours.recv()
@@ -245,7 +254,7 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
     ("decode", track, intake) -> ("more", block) ..., ("done", facts)
     ("measure", track, intake) -> ("more", None) ..., ("done", facts)
     ("read_header", track, intake) -> ("done", facts)
-    or in the end ("rejected", (reason, detail)) or ("gone", path).
+    or in the end ("rejected", (reason, detail)), ("gone", path) or ("out", what is out of reach).
     """
     connection.send("ready")
     while True:
@@ -265,7 +274,10 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
             answer = ("gone", track.place.path)
         except MemoryError:
             answer = ("rejected", ("unreadable", "asks for more memory than there is"))
-        except Exception:
+        except Exception as error:
+            if isinstance(error, OSError) and audio.is_outage(error):
+                connection.send(("out", f"{track.place.path}: {error.strerror}"))
+                continue
             # (its last line alone, and without the path, which differs between machines)
             what = traceback.format_exc().strip().splitlines()[-1]
             what = what.replace(track.place.path, os.path.basename(track.place.path))

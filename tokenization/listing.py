@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from magnet_jax.errors import UserError
-from tokenization.audio import RejectedError, Track
+from tokenization.audio import RejectedError, Track, is_outage
 
 # Where captions and paths are looked for unless the user names the place.
 CAPTION_NAMES = ("description", "caption", "text")
@@ -284,6 +284,8 @@ def read_sidecar(source: Source, root: Root, stem: str) -> Texts:
         except FileNotFoundError:
             continue
         except OSError as error:
+            if is_outage(error):
+                raise
             raise RejectedError("no caption", f"{shown}: {error.strerror}") from None
         read = read_json if path.endswith(".json") else read_text
         return read(content, shown, source.columns)

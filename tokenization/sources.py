@@ -31,6 +31,7 @@ from tokenization.audio import (
     RejectedError,
     RowBytes,
     Track,
+    is_outage,
     open_bytes,
     part_of,
 )
@@ -234,7 +235,14 @@ def _result(make: Make) -> tuple[Track, Ends | None] | Exception:
     except (RejectedError, _IgnoredError) as error:
         return error
     except OSError as error:
+        _check_outage(error)
         return RejectedError("unreadable", error.strerror or str(error))
+
+
+def _check_outage(error: OSError) -> None:
+    if is_outage(error):
+        where = "audio" if error.filename is None else printable(os.fsdecode(error.filename))
+        raise UserError(f"{where}: out of reach ({error.strerror})") from None
 
 
 def _described_track(track: Track, ends: Ends | None) -> bytes:
@@ -281,7 +289,8 @@ def _hash(place: FileBytes | RowBytes) -> bytes:
     try:
         with open_bytes(place) as file:
             return hashlib.file_digest(file, "sha256").digest()
-    except OSError:
+    except OSError as error:
+        _check_outage(error)
         return repr(place).encode()
 
 
@@ -432,7 +441,9 @@ def _read_info(root: Root, info_path: str, open_zip: Callable[[str], zipfile.Zip
         with opened as file:
             return read_caption(file, os.path.basename(info_path))
     # (RuntimeError: encrypted, or compressed in a way that zipfile does not know)
-    except (OSError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error):
+    except (OSError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, OSError) and is_outage(error):
+            raise
         raise RejectedError("no caption", f"{info_path} cannot be read") from None
 
 
