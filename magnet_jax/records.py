@@ -9,12 +9,13 @@ A data set is one folder that TFDS opens by itself, `tfds.builder_from_directory
 A record is at most two minutes of one track (see `features`).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,18 +192,24 @@ def _write_shard(
     try:
         for example in examples:
             if writer is None:
-                writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+                with _written():
+                    writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
             # (TFDS leaves the order of the fields to chance, which differs between processes)
             record = tf_example_pb2.Example.FromString(types.serialize_example(example))
             record = record.SerializeToString(deterministic=True)
-            writer.write(record)
+            with _written():
+                writer.write(record)
             count += 1
             num_bytes += len(record)
-    finally:
+    except BaseException:
         if writer is not None:
-            writer.close()
+            with contextlib.suppress(RuntimeError):  # (it says again what went wrong)
+                writer.close()
+        raise
     if count == 0:
         return Shard(path=path, num_examples=0, num_bytes=0, file_bytes=0)
+    with _written():
+        writer.close()
     _sync(temporary)
     reader = ArrayRecordReader(str(temporary))
     whole = reader.ok() and reader.num_records() == count
@@ -213,6 +220,16 @@ def _write_shard(
     temporary.replace(path)
     _sync(path.parent)
     return Shard(path=path, num_examples=count, num_bytes=num_bytes, file_bytes=file_bytes)
+
+
+@contextlib.contextmanager
+def _written() -> Iterator[None]:
+    """Makes `OSError` of what ArrayRecord's writer raises of a full disk and the like."""
+    try:
+        yield
+    except RuntimeError as error:
+        # ("write() failed: No space left on device; writing ...; at byte ...")
+        raise OSError(str(error).partition(";")[0]) from None
 
 
 def final_names(shards: Mapping[str, Sequence[Shard]]) -> list[tuple[Shard, str]]:

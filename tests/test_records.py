@@ -1,5 +1,6 @@
 import json
 import pickle
+import resource
 
 import numpy as np
 import pytest
@@ -46,6 +47,27 @@ def write(folder, counts):
             i += number
     records.finalise(folder, shards, SPEC, {"hours": 1.0})
     return shards
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    many = (example(i, 3000) for i in range(60))
+    # (the limit has the effect of a full disk, with another number)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large$"):
+            records.write_shard(tmp_path / "a", 3, many)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+    def broken():
+        yield example(0)
+        raise RuntimeError("not of the writer")
+
+    with pytest.raises(RuntimeError, match="not of the writer"):
+        records.write_shard(tmp_path / "a", 3, broken())
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_written_is_read(tmp_path):
