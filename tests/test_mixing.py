@@ -12,7 +12,7 @@ from sounds import RATE, put, tone
 from magnet_jax import records
 from magnet_jax.errors import UserError
 from tokenization import mixing
-from tokenization.audio import Intake
+from tokenization.audio import Intake, RejectedError
 from tokenization.decoder import Decoder, read_audio
 from tokenization.job import Job, cut, run, split_of
 from tokenization.listing import Source
@@ -209,6 +209,13 @@ def test_a_reject_of_a_part_rejects_the_mix_and_counts_as_one_file(folder, tmp_p
     assert all(r["detail"].startswith(("short.wav: ", "9.wav: ")) for r in rejects)
     mixed, others = read_out(job.out)
     assert 0 < len(mixed) == len(mixes) - len(unfit) and len(others) == 4
+
+
+def test_a_track_too_long_for_the_job_is_in_no_mix(folder):
+    (mix,) = mixing.draw(scan(Source(audio=folder)).tracks[:2], ratio=0.5, seed=0, snr=(0, 0))
+    intake = dataclasses.replace(MONO, max_track_seconds=1.05)  # of 1.0 and 1.1 s
+    with Decoder(60) as decoder, pytest.raises(RejectedError, match="too long"):
+        mixing.read(mix, intake, decoder)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def read(mix: Mix, intake: Intake, decoder: Decoder) -> Mixed:
     Raises `RejectedError` where a part is not fit or longer than `MOST_SECONDS`, and `UserError`
     if a file is gone.
     """
-    intake = replace(intake, max_track_seconds=MOST_SECONDS)
+    intake = replace(intake, max_track_seconds=min(MOST_SECONDS, intake.max_track_seconds))
     wavs, levels = [], []
     for part in mix.parts:
         try:
