@@ -653,6 +653,12 @@ def test_a_worker_that_dies_ends_the_job_in_one_line(tmp_path):
     assert content(out) == content(unbroken)
 
 
+def test_a_worker_that_cannot_load_the_codec_says_so(tmp_path):
+    job = Job(audio=album(tmp_path / "audio", 1), out=tmp_path / "out", workers=2, device="cuda:99")
+    with pytest.raises(UserError, match="device cuda:99: cannot hold codec embedded"):
+        run(job)
+
+
 def command(*arguments, **kwargs):
     return subprocess.Popen(
         [sys.executable, "-m", "tokenization.job", *map(str, arguments)],

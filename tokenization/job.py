@@ -633,7 +633,7 @@ def _examples(
 
 # --- workers ------------------------------------------------------------------------------------
 
-_worker: tuple[Maker, Callable[[int, float], None]] | None = None  # of this process
+_worker: Callable[[Unit], Done] | None = None  # of this process
 
 
 def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
@@ -641,10 +641,18 @@ def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch = import_torch()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.workers))
-    device = job.device
-    if device == "cuda":
-        device = f"cuda:{numbers.get() % max(torch.cuda.device_count(), 1)}"
-    _worker = (Maker(job, device), lambda files, seconds: events.put((files, seconds)))
+
+    @functools.cache
+    def maker() -> Maker:  # (made with the first unit: what is raised here says nothing)
+        device = job.device
+        if device == "cuda":
+            device = f"cuda:{numbers.get() % max(torch.cuda.device_count(), 1)}"
+        return Maker(job, device)
+
+    def work(unit: Unit) -> Done:
+        return maker()(unit, lambda files, seconds: events.put((files, seconds)))
+
+    _worker = work
 
 
 def _end_with(parent: int) -> None:
@@ -655,8 +663,7 @@ def _end_with(parent: int) -> None:
 
 
 def _make_in_worker(unit: Unit) -> Done:
-    make, progress = _worker
-    return make(unit, progress)
+    return _worker(unit)
 
 
 # --- the end ------------------------------------------------------------------------------------
