@@ -565,6 +565,19 @@ def test_a_decoder_ends_with_its_parent(tmp_path):
             time.sleep(0.05)
 
 
+def test_a_track_left_in_the_middle_leaves_nothing_to_the_next(tmp_path, decoder):
+    left = a_track(put(tmp_path / "left.wav", tone(60, frequency=300)))
+    next_ = a_track(put(tmp_path / "next.wav", tone(60, frequency=500)))
+    expected, _ = read_audio(next_, INTAKE, decoder)
+    held = iter(open_audio(left, INTAKE, decoder))
+    next(held)  # as the frames of an exception may hold it
+    blocks = iter(open_audio(next_, INTAKE, decoder))
+    first = next(blocks)
+    held.close()
+    del held
+    np.testing.assert_array_equal(np.concatenate([first, *blocks], axis=1), expected)
+
+
 def test_an_outage_ends_the_job_and_not_the_file(tmp_path, fragile):
     path = put(tmp_path / "outage.wav", tone(2))
     for read in (read_audio, measure):

@@ -71,6 +71,7 @@ class Decoder:
     def __init__(self, timeout: float):
         self._timeout = timeout
         self._killed = False
+        self._busy = False  # with a track, as far as this process has read its answers
         self._process: subprocess.Popen | None = None
         self._connection: Connection | None = None
 
@@ -88,6 +89,7 @@ class Decoder:
             self._process.stdin.close()
             self._connection.close()
             self._process = self._connection = None
+        self._busy = False
 
     def kill(self) -> None:
         """Ends what another thread waits for; no track is decoded after that."""
@@ -111,14 +113,14 @@ class Decoder:
                     raise error.verdict from None
 
     def _ask_once(self, kind: str, *arguments: Any) -> Iterator[Any]:
-        if self._process is not None and self._process.poll() is not None:
-            self.close()  # something ended it between two tracks
+        if self._process is not None and (self._busy or self._process.poll() is not None):
+            self.close()  # a track was left in the middle, or something ended it between two
         if self._process is None:
             self._start()
         if self._killed:  # (while it started)
             self.close()
             raise _LostError(UserError("the process that decodes audio was ended"))
-        finished = False
+        process, finished, self._busy = self._process, False, True
         try:
             with contextlib.suppress(BrokenPipeError):  # the answer will be that it has ended
                 self._connection.send((kind, *arguments))
@@ -138,9 +140,12 @@ class Decoder:
                 if what == "out":
                     raise UserError(f"{value}; mend that, the same command goes on from here")
         finally:
-            # Whoever stopped reading before the end leaves blocks behind.
-            if not finished:
-                self.close()
+            # Whoever stopped reading before the end leaves blocks behind. (Python may tell of it
+            # late, when another process reads another track.)
+            if self._process is process:
+                self._busy = False
+                if not finished:
+                    self.close()
 
     def _answer(self) -> tuple[str, Any]:
         try:
