@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import GOLDEN
+from sounds import put, tone
 
 from launch.benchmark import __main__ as command
 from launch.benchmark import decoding, loading, models, peaks, savings, tokenizing, training
@@ -257,6 +258,55 @@ def test_options_that_do_not_fit_the_model(run, no_peaks):
         command.main(["decode", "--checkpoint", str(run), "--seconds", "0.01"])
     with pytest.raises(UserError, match="--peer-device abacus"):
         command.main(["decode", "--checkpoint", str(run), "--peer", "--peer-device", "abacus"])
+
+
+def test_the_tradeoff_of_a_hybrid(small, capsys):
+    command.main(
+        ["tradeoff", "--model", "small", "--seconds", "0.24", "--repeats", "1",
+         "--prompt-seconds", "0.1", "9", "--first-steps", "--other-steps", "1"]
+    )  # fmt: skip
+    lines = [line.split()[:-2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert lines == [
+        ["prompt", "0.1"],
+        ["prompt", "0.24"],
+        ["other", "codebooks", "1"],
+    ]
+
+
+def test_the_tradeoff_with_scores(run, tmp_path, capsys):
+    """Of a MAGNeT, which rescores itself; each point is what its options make launch.sample do."""
+    (tmp_path / "prompts.txt").write_text("a slow organ\nsomething else\n")
+    out, real = tmp_path / "tradeoff", put(tmp_path / "real" / "a.wav", tone(3))
+    command.main(
+        ["tradeoff", "--checkpoint", str(run), "--repeats", "1", "--out", str(out),
+         "--first-steps", "--other-steps", "--rescorer", str(run), "--limit", "1",
+         "--prompts", str(tmp_path / "prompts.txt"), "--reference", str(real.parent)]
+    )  # fmt: skip
+    rows = json.loads((out / "tradeoff.json").read_text())
+    assert [(row["kind"], row["value"]) for row in rows] == [
+        ("rescoring", "without"),
+        ("rescoring", "with"),
+    ]
+    assert rows[0]["options"] == "--decode.steps 2 1 1 1"
+    assert rows[1]["options"] == f"--decode.steps 2 1 1 1 --rescorer {run}"
+    assert all(0 <= row["tag_top5"] <= 1 and row["seconds"] > 0 for row in rows)
+    settings = json.loads((out / "rescoring_with" / "settings" / "00000.json").read_text())
+    assert settings["rescorer"]["checkpoint"] == str(run)
+    assert (out / "tradeoff.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "small", "--repeats", "0"], "--repeats and --batch-size"),
+        (["--model", "small", "--first-steps", "0"], "--first-steps and --other-steps"),
+        (["--model", "small", "--prompt-seconds", "-1"], "must not be negative"),
+        (["--model", "small", "--prompts", "x.txt"], "scores need --prompts"),
+    ],
+)
+def test_mistakes_about_the_tradeoff(words, message):
+    with pytest.raises(UserError, match=message):
+        command.main(["tradeoff", *words])
 
 
 def test_the_other_command():

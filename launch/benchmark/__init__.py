@@ -6,5 +6,6 @@ python -m launch.benchmark decode --checkpoint RUN     time, FLOPs and programs 
 python -m launch.benchmark decode --model small --peer     the same at full size, against PyTorch
 python -m launch.benchmark compile                time to compile, from nothing and from the cache
 python -m launch.benchmark savings                each exact saving of decoding, left out
+python -m launch.benchmark tradeoff --model small     latency by prompt, steps and rescoring
 python -m launch.benchmark import                 time and memory of importing a 420 M checkpoint
 """

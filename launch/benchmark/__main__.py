@@ -6,7 +6,16 @@ from typing import Annotated
 import tyro
 
 from launch import benchmark, cli
-from launch.benchmark import compiling, decoding, importing, loading, savings, tokenizing, training
+from launch.benchmark import (
+    compiling,
+    decoding,
+    importing,
+    loading,
+    savings,
+    tokenizing,
+    tradeoff,
+    training,
+)
 from magnet_jax import errors
 
 Command = (
@@ -18,6 +27,7 @@ Command = (
         tokenizing.Args, tyro.conf.subcommand("tokenize", description=tokenizing.Args.__doc__)
     ]
     | Annotated[savings.Args, tyro.conf.subcommand("savings", description=savings.Args.__doc__)]
+    | Annotated[tradeoff.Args, tyro.conf.subcommand("tradeoff", description=tradeoff.Args.__doc__)]
     | Annotated[importing.Args, tyro.conf.subcommand("import", description=importing.Args.__doc__)]
 )
 
@@ -34,6 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
         compiling.Args: compiling.measure,
         tokenizing.Args: tokenizing.measure,
         savings.Args: savings.measure,
+        tradeoff.Args: tradeoff.measure,
         importing.Args: importing.measure,
     }
     measure[type(args)](args)

@@ -1,0 +1,235 @@
+"""What a clip costs by length of the prompt, decoding steps and rescoring, and how good it is."""
+
+import dataclasses
+import functools
+import json
+import shlex
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+from tqdm import tqdm
+
+from launch import cli
+from launch.benchmark import models
+from launch.benchmark.decoding import TEXTS
+from launch.benchmark.peaks import seconds_of
+from launch.evaluate import __main__ as evaluate
+from magnet_jax import pretrained, rescore, sampling
+from magnet_jax.config import (
+    DecodeConfig,
+    HybridConfig,
+    SamplingConfig,
+    with_hybrid_objective,
+)
+from magnet_jax.errors import UserError
+
+PROMPT = "prompt"
+FIRST = "first codebook"
+OTHERS = "other codebooks"
+RESCORED = "rescoring"
+TITLES = {
+    PROMPT: "Seconds generated one step after another (Fig. 2c)",
+    FIRST: "Steps of the first codebook (Fig. 7)",
+    OTHERS: "Steps of each other codebook (Fig. 7)",
+    RESCORED: "Rescoring (Table 3)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Latency against prompt length, steps a codebook, and rescoring: the paper's Table 3, Fig. 2c
+    and Fig. 7."""
+
+    checkpoint: Path | None = None
+    """A MAGNeT, or a hybrid for the prompts as well, as for launch.sample; or --model."""
+    model: Literal["small", "medium"] | None = None
+    """A hybrid of a published size with random weights, made in memory; or --checkpoint."""
+    seconds: float | None = None
+    """Length of a clip, cut down to whole spans; None is what the model was trained on."""
+    batch_size: int = 1
+    """Clips at once."""
+    repeats: int = 3
+    """Calls timed for each point, of which the fastest counts; the first compiles beforehand."""
+    prompt_seconds: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 5.0)
+    """Of a hybrid: lengths of its autoregressive beginning; the whole clip comes in addition."""
+    first_steps: tuple[int, ...] = (5, 10, 20, 40)
+    """Steps of the first codebook; the others have theirs from the model."""
+    other_steps: tuple[int, ...] = (1, 2, 5, 10)
+    """Steps of each of the other codebooks; the first has its from the model."""
+    rescorer: str | Path | None = None
+    """A second model, as for launch.sample: also with and without it."""
+    prompts: Path | None = None
+    """Captions, as for launch.evaluate: also generates a clip for each at each point, and scores
+    them. Needs --checkpoint, --reference and --out."""
+    limit: int | None = None
+    """Only so many of them."""
+    reference: Path | None = None
+    """Folder of real audio to score against."""
+    out: Path | None = None
+    """Folder for the generated clips, their scores, tradeoff.json and tradeoff.png."""
+
+    def __post_init__(self):
+        if self.repeats < 1 or self.batch_size < 1:
+            raise UserError("--repeats and --batch-size must be at least 1")
+        if min((*self.first_steps, *self.other_steps), default=1) < 1:
+            raise UserError("--first-steps and --other-steps must be numbers of at least 1")
+        if min(self.prompt_seconds, default=0) < 0:
+            raise UserError("--prompt-seconds must not be negative")
+        scored = (self.prompts, self.reference)
+        if any(scored) and not (all(scored) and self.checkpoint and self.out):
+            raise UserError(
+                "scores need --prompts, --reference, --checkpoint and --out, all of them"
+            )
+
+
+class Point(NamedTuple):
+    """One way to make a clip."""
+
+    kind: str
+    value: float | int | str
+    sampling: SamplingConfig
+    rescored: bool
+
+    def options(self, rescorer: str | Path | None) -> str:
+        """What makes `launch.sample` do it."""
+        hybrid = isinstance(self.sampling, HybridConfig)
+        steps = (self.sampling.decode if hybrid else self.sampling).steps
+        words = ["--decode.steps", *map(str, steps)]
+        words += ["--hybrid-prompt-seconds", str(self.sampling.prompt_seconds)] if hybrid else []
+        return shlex.join(words + (["--rescorer", str(rescorer)] if self.rescored else []))
+
+
+def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
+    """All that is to be measured; what is not varied is the model's `own`, without any prompt."""
+    hybrid = isinstance(own, HybridConfig)
+    decode: DecodeConfig = own.decode if hybrid else own
+
+    def point(
+        kind: str, value: float | str, steps: tuple[int, ...], prompt: float = 0.0, by: bool = False
+    ) -> Point:
+        settings = dataclasses.replace(decode, steps=steps)
+        if hybrid:
+            settings = dataclasses.replace(own, decode=settings, prompt_seconds=prompt)
+        return Point(kind, value, settings, by)
+
+    found, (first, *others) = [], decode.steps
+    if hybrid:
+        lengths = sorted({s for s in args.prompt_seconds if s < clip_seconds} | {clip_seconds})
+        found += [point(PROMPT, seconds, decode.steps, seconds) for seconds in lengths]
+    found += [point(FIRST, count, (count, *others)) for count in sorted(args.first_steps)]
+    found += [
+        point(OTHERS, count, (first, *(count for _ in others)))
+        for count in sorted(args.other_steps)
+    ]
+    if args.rescorer is not None:
+        found += [
+            point(RESCORED, "without", decode.steps),
+            point(RESCORED, "with", decode.steps, by=True),
+        ]
+    return found
+
+
+def measure(args: Args) -> None:
+    """Measures, prints, and writes what `args` asks for."""
+    with models.opened(args.checkpoint, args.model) as (name, loaded):
+        if args.model is not None:
+            loaded = loaded._replace(config=with_hybrid_objective(loaded.config))
+        config, spec = loaded.config, loaded.codec
+        if not config.model.parallel:
+            raise UserError(f"a model of kind {config.model.kind} has no decoding steps to vary")
+        span = config.decode.span_length or config.model.span_length
+        seconds = config.data.segment_seconds if args.seconds is None else args.seconds
+        frames = round(seconds * spec.frame_rate) // span * span
+        if frames < span:
+            raise UserError(f"--seconds {seconds}: shorter than one span of {span} frames")
+        clip_seconds = frames / spec.frame_rate
+        loaded = sampling.prepare(loaded)
+        rescorer = None
+        if args.rescorer is not None:
+            rescorer = rescore.from_model(
+                rescore.load(args.rescorer), loaded, guidance=1.0, name=str(args.rescorer)
+            )
+        rows = []
+        print(
+            f"{name}, {args.batch_size} clip(s) of {clip_seconds:g} s, "
+            f"{sampling.compute_dtype(config).name} on {jax.devices()[0].device_kind}; from text "
+            f"to tokens, the fastest of {args.repeats}",
+            flush=True,
+        )
+        for point in tqdm(points(args, config.sampling, clip_seconds), "points", leave=False):
+            latency = latency_of(loaded, point, rescorer, frames, args)
+            row = {"kind": point.kind, "value": point.value, "seconds": latency}
+            row["options"] = point.options(args.rescorer)
+            if args.prompts is not None:
+                row |= quality_of(args, point, clip_seconds)
+            rows.append(row)
+            tqdm.write(line(row))
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "tradeoff.json").write_text(json.dumps(rows, indent=2) + "\n")
+        draw(args.out / "tradeoff.png", rows, f"{name}, {clip_seconds:g} s")
+        print(f"{args.out}/tradeoff.json, {args.out}/tradeoff.png")
+
+
+def latency_of(
+    loaded: pretrained.Loaded,
+    point: Point,
+    rescorer: sampling.Rescorer | None,
+    num_frames: int,
+    args: Args,
+) -> float:
+    """Seconds from texts to tokens."""
+
+    def generate(seed: int) -> None:
+        sampling.generate(
+            loaded,
+            [TEXTS[i % len(TEXTS)] for i in range(args.batch_size)],
+            num_frames=num_frames,
+            decoding=point.sampling,
+            seed=seed,
+            rescorer=rescorer if point.rescored else None,
+        )
+
+    generate(0)
+    return min(seconds_of(functools.partial(generate, seed)) for seed in range(args.repeats))
+
+
+def quality_of(args: Args, point: Point, clip_seconds: float) -> dict[str, float]:
+    """The scores of `launch.evaluate` with the embedder that ships, without intervals."""
+    out = args.out / f"{point.kind}_{point.value}".replace(" ", "_")
+    words = ["--checkpoint", args.checkpoint, "--prompts", args.prompts, "--out", out]
+    words += ["--reference", args.reference, "--seconds", clip_seconds, "--resamples", 0]
+    words += [] if args.limit is None else ["--limit", args.limit]
+    words = [*map(str, words), f"--sample-options={point.options(args.rescorer)}"]
+    evaluation = cli.parse(evaluate.Args, words, prog="python -m launch.evaluate")
+    scores = evaluate.run(evaluation, words)["scores"]["generated"]["musicnn"]
+    return {name: score["value"] for name, score in scores.items() if isinstance(score, dict)}
+
+
+def line(row: dict[str, float | str]) -> str:
+    scores = {k: v for k, v in row.items() if k not in ("kind", "value", "seconds", "options")}
+    return "  ".join(
+        [f"{row['kind']:<16}", f"{row['value']!s:>8}", f"{row['seconds']:8.3f} s"]
+        + [f"{name} {value:.3g}" for name, value in scores.items()]
+    )
+
+
+def draw(path: Path, rows: list[dict], title: str) -> None:
+    """A panel for each thing that is varied: latency, and FAD where it is known."""
+    from matplotlib.figure import Figure
+
+    kinds = [kind for kind in TITLES if any(row["kind"] == kind for row in rows)]
+    figure = Figure(figsize=(4.2 * len(kinds), 3.6), layout="constrained")
+    for kind, axes in zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0]):
+        own = [row for row in rows if row["kind"] == kind]
+        values = [str(row["value"]) for row in own]
+        axes.plot(values, [row["seconds"] for row in own], "o-", label="latency (s)")
+        axes.set(title=TITLES[kind], ylim=(0, None), ylabel="latency (s)")
+        axes.grid(alpha=0.3)
+        if all("fad" in row for row in own):
+            beside = axes.twinx()
+            beside.plot(values, [row["fad"] for row in own], "s--", color="tab:orange")
+            beside.set_ylabel("FAD (dashed)")
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
