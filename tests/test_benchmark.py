@@ -15,6 +15,7 @@ from sounds import put, tone
 
 from launch.benchmark import __main__ as command
 from launch.benchmark import decoding, loading, models, peaks, savings, tokenizing, training
+from launch.benchmark.musicgen_peer import Peer as MusicgenPeer
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from magnet_jax import convert, flops, t5, train
 from magnet_jax.audiocraft import read_file
@@ -67,6 +68,23 @@ def test_our_parameters_reach_the_peer_unchanged(peer):
     found = Peer(convert.to_audiocraft(params, model), model).network.state_dict()
     for name, tensor in peer.network.state_dict().items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_transformers_generates_the_reference_tokens():
+    """Of the longer text: those of the other attend to zeros in the reference, and not here. (No
+    frame hangs on how many come after it.)"""
+    folder = GOLDEN / "musicgen_tiny"
+    model, params, *_ = convert.read_audiocraft(folder)
+    text = np.load(folder / "forward.npz")
+    expected = np.load(folder / "generate.npz")["greedy"][..., :9]
+    states_BSE, lengths_B = text["t5_hidden"][:1], text["text_lengths"][:1]
+    assert lengths_B == states_BSE.shape[1]
+    found = MusicgenPeer(convert.to_audiocraft(params, model), model).generate(
+        states_BSE, lengths_B, num_frames=expected.shape[-1], guidance=3.0
+    )
+    np.testing.assert_array_equal(found, expected[:1])
+    with pytest.raises(UserError, match="lacks this model's delays"):
+        MusicgenPeer({}, dataclasses.replace(model, delays=(0,) * model.num_codebooks))
 
 
 def test_the_peer_samples_from_the_nucleus():
@@ -187,6 +205,18 @@ def test_a_model_with_random_weights(small, capsys, no_peaks):
          "--steps", "1", "1", "1", "1", "--no-parts"]
     )  # fmt: skip
     assert "random weights" in capsys.readouterr().out
+
+
+def test_decoding_one_step_after_another_is_measured_against_transformers(small, tmp_path, capsys):
+    file = tmp_path / "figures.json"
+    command.main(
+        ["autoregressive", "--model", "small", "--seconds", "0.2", "--repeats", "1", "--json",
+         str(file)]
+    )  # fmt: skip
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["ratio"] == pytest.approx(row["ours"] / row["peer"])
+    assert row["equal"] > 0.9
+    assert "same tokens" in capsys.readouterr().out
 
 
 def test_rescoring_is_measured_against_the_rescorers_own_passes(small, tmp_path, capsys, no_peaks):

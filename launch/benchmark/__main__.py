@@ -7,6 +7,7 @@ import tyro
 
 from launch import benchmark, cli
 from launch.benchmark import (
+    autoregressive,
     compiling,
     decoding,
     importing,
@@ -21,6 +22,10 @@ from magnet_jax import errors
 Command = (
     Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]
     | Annotated[decoding.Args, tyro.conf.subcommand("decode", description=decoding.Args.__doc__)]
+    | Annotated[
+        autoregressive.Args,
+        tyro.conf.subcommand("autoregressive", description=autoregressive.Args.__doc__),
+    ]
     | Annotated[training.Args, tyro.conf.subcommand("train", description=training.Args.__doc__)]
     | Annotated[compiling.Args, tyro.conf.subcommand("compile", description=compiling.Args.__doc__)]
     | Annotated[
@@ -40,6 +45,7 @@ def main(words: Sequence[str] | None = None) -> None:
     measure = {
         loading.Args: loading.measure,
         decoding.Args: decoding.measure,
+        autoregressive.Args: autoregressive.measure,
         training.Args: training.measure,
         compiling.Args: compiling.measure,
         tokenizing.Args: tokenizing.measure,

@@ -19,8 +19,10 @@ SEGMENT_SECONDS = 10.0  # of the model with random weights, as of the published 
 
 
 @contextlib.contextmanager
-def opened(checkpoint: Path | None, size: str | None) -> Iterator[tuple[str, pretrained.Loaded]]:
-    """A model's name in words, and the model.
+def opened(
+    checkpoint: Path | None, size: str | None, kind: str = "magnet"
+) -> Iterator[tuple[str, pretrained.Loaded]]:
+    """A model's name in words, and the model; `kind` is that of one with random weights.
 
     Raises `UserError` unless either a checkpoint or a size is given, or if nothing is there.
     """
@@ -32,15 +34,16 @@ def opened(checkpoint: Path | None, size: str | None) -> Iterator[tuple[str, pre
     # A codec is loaded from a file; it lives as long as the model does.
     with tempfile.TemporaryDirectory() as folder:
         name = f"{size}, random weights, text encoder of t5-base's size, EnCodec of 32 kHz"
-        yield name, random_model(size, Path(folder))
+        yield name, random_model(size, Path(folder), kind)
 
 
-def random_model(size: str, codec_folder: Path) -> pretrained.Loaded:
+def random_model(size: str, codec_folder: Path, kind: str = "magnet") -> pretrained.Loaded:
     """A model in memory, all parts of a published one's size; its codec is written to a folder."""
     random_checkpoint.write_codec(codec_folder, SEED)
     codec_source = str(codec_folder / CODEC_FILE)
     codec = read_spec(codec_source, random_checkpoint.NUM_CODEBOOKS)
-    model = ModelConfig(**random_checkpoint.SIZES[size])
+    delays = tuple(range(random_checkpoint.NUM_CODEBOOKS)) if kind == "musicgen" else ()
+    model = ModelConfig(kind=kind, delays=delays, **random_checkpoint.SIZES[size])
     t5_config, t5_params, tokenizer = random_checkpoint.make_text_encoder(SEED)
     init = jax.jit(transformer.init_params, static_argnames="config")
     return pretrained.Loaded(

@@ -138,7 +138,7 @@ _PEER_COLUMNS = ("peer", "TFLOP/clip", "GFLOP/s", "of peak", "peer/ours")
 
 
 def column_names(facts: Facts) -> str:
-    return _aligned(_COLUMNS + (_PEER_COLUMNS if facts.peer_peak else ()))
+    return aligned(_COLUMNS + (_PEER_COLUMNS if facts.peer_peak else ()))
 
 
 def line(row: Row, facts: Facts) -> str:
@@ -163,10 +163,11 @@ def line(row: Row, facts: Facts) -> str:
             f"{row.peer_rate / facts.peer_peak:.1%}",
             f"{row.speedup:.2f} x",
         ]
-    return _aligned(cells)
+    return aligned(cells)
 
 
-def _aligned(cells: Sequence[str]) -> str:
+def aligned(cells: Sequence[str]) -> str:
+    """Cells of a row in columns."""
     return "".join(f"{cell:>12}" for cell in cells)
 
 

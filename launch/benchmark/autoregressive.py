@@ -1,0 +1,131 @@
+"""Time of decoding one step after another, against transformers' MusicGen with the same weights."""
+
+import dataclasses
+import functools
+import json
+import time
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from launch.benchmark import models, report
+from launch.benchmark.decoding import TEXTS
+from magnet_jax import convert, sampling
+from magnet_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Seconds from texts to tokens of a MusicGen, greedy and guided, beside transformers' own."""
+
+    checkpoint: Path | None = None
+    """Folder of a MusicGen; or --model."""
+    model: Literal["small", "medium"] | None = None
+    """A model of a published size with random weights, made in memory; or --checkpoint."""
+    seconds: float = 2.0
+    """Length of a clip."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Clips at once."""
+    repeats: int = 3
+    """Calls timed a batch size, of which the fastest counts."""
+    peer: bool = True
+    """Time transformers' MusicGen as well, in turns with ours."""
+    json: Path | None = None
+    """File for all figures."""
+
+    def __post_init__(self):
+        if not self.batch_sizes or min(self.batch_sizes) < 1:
+            raise UserError("--batch-sizes must be numbers of at least 1")
+        if self.repeats < 1:
+            raise UserError("--repeats must be at least 1")
+        if not 0 < self.seconds <= 30:
+            raise UserError("--seconds must be positive, and at most 30")
+        if self.json and not self.json.absolute().parent.is_dir():
+            raise UserError(f"--json {self.json}: no such folder {self.json.parent}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One batch size; the fastest call of each, in seconds."""
+
+    batch_size: int
+    ours: float
+    peer: float | None
+    equal: float | None
+    """Share of the tokens that are the same: the weights are, and rounding decides the rest."""
+
+    @property
+    def ratio(self) -> float | None:
+        return self.peer and self.ours / self.peer
+
+
+def measure(args: Args) -> None:
+    """Measures, prints, and writes what `args` asks for."""
+    with models.opened(args.checkpoint, args.model, "musicgen") as (name, loaded):
+        model = loaded.config.model
+        if model.kind != "musicgen":
+            raise UserError(f"a model of kind {model.kind}: this measures those of kind musicgen")
+        loaded = loaded._replace(config=dataclasses.replace(loaded.config, compute_dtype="float32"))
+        num_frames = max(1, round(args.seconds * loaded.codec.frame_rate))
+        print(
+            f"model   {name}\nclip    {num_frames} frames, guidance "
+            f"{loaded.config.autoregressive.guidance:g}, greedy, float32 on "
+            f"{jax.devices()[0].device_kind}",
+            flush=True,
+        )
+        peer = None
+        if args.peer:  # (its module imports torch)
+            from launch.benchmark.musicgen_peer import Peer
+
+            peer = Peer(convert.to_audiocraft(loaded.params["lm"], model), model)
+        loaded = sampling.prepare(loaded)
+        print(report.aligned(("batch", "ours", "a step", "theirs", "ratio", "same tokens")))
+        rows = []
+        for batch in args.batch_sizes:
+            rows.append(_measure(loaded, peer, batch, num_frames, args.repeats))
+            print(_line(rows[-1], num_frames + max(model.delays)), flush=True)
+    if args.json:
+        found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
+        args.json.write_text(json.dumps({"num_frames": num_frames, "rows": found}, indent=2) + "\n")
+
+
+def _measure(loaded, peer, batch: int, num_frames: int, repeats: int) -> Row:
+    """Ours and the peer take turns, so that a busy moment hits both."""
+    texts = [TEXTS[i % len(TEXTS)] for i in range(batch)]
+    decoding = dataclasses.replace(loaded.config.autoregressive, greedy=True)
+    ours = functools.partial(
+        sampling.generate, loaded, texts, num_frames=num_frames, decoding=decoding, seed=0
+    )
+    ours()  # compiles
+    calls = {"ours": lambda: ours().codes_BKT}
+    if peer is not None:
+        text = sampling.tokenize_texts(loaded, texts)
+        lengths_B = text.mask_BS.sum(-1)
+        states_BSE = np.array(sampling.encode_texts(loaded, text))[:, : lengths_B.max()]
+        calls["peer"] = functools.partial(
+            peer.generate, states_BSE, lengths_B, num_frames=num_frames, guidance=decoding.guidance
+        )
+        peer.generate(states_BSE, lengths_B, num_frames=1, guidance=decoding.guidance)
+    seconds, tokens = {name: [] for name in calls}, {}
+    for _ in tqdm(range(repeats), f"batch {batch}", leave=False):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            tokens[name] = call()
+            seconds[name].append(time.perf_counter() - started)
+    with_peer = peer is not None
+    return Row(
+        batch_size=batch,
+        ours=min(seconds["ours"]),
+        peer=min(seconds["peer"]) if with_peer else None,
+        equal=float((tokens["ours"] == tokens["peer"]).mean()) if with_peer else None,
+    )
+
+
+def _line(row: Row, num_steps: int) -> str:
+    cells = [str(row.batch_size), f"{row.ours:.3f} s", f"{row.ours / num_steps * 1e3:.1f} ms"]
+    if row.peer is not None:
+        cells += [f"{row.peer:.3f} s", f"{row.ratio:.2f}", f"{row.equal:.1%}"]
+    return report.aligned(cells)
