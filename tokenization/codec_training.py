@@ -544,8 +544,8 @@ def _begin(settings: Training, clips: Clips, *, is_new: bool) -> None:
     before = read_object(path, "the run's settings")
     changed = sorted(k for k in before.keys() | begun.keys() if before.get(k) != begun.get(k))
     if changed == ["clips"]:
-        raise UserError(f"--audio {settings.audio}: changed since {settings.out} was begun")
-    if changed:
+        print(f"--audio {settings.audio}: changed since the run was begun, which goes on with it")
+    elif changed:
         raise UserError(
             f"--out {settings.out}: begun with other settings ({', '.join(changed)}); use the "
             "same, or name another folder"

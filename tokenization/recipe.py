@@ -570,8 +570,8 @@ melody in common. No group is in two splits.
 | --- | --- | --- |
 {instruments}
 
-Speeds are notes that begin in a second, not beats: {speeds}. Levels are {level} RMS, {spread:g} dB
-more or less.
+Speeds are notes that begin in a second, not beats: {speeds}.
+Levels are {level} RMS, up to {spread:g} dB more or less.
 
 ## Music
 

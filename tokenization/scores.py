@@ -288,7 +288,7 @@ def _tune(score: Any, tune_id: str, rhythm: str, collection: Collection) -> Tune
                 n._replace(start=round(n.start, 4), length=round(n.length, 4))
                 for n in notes.values()
             )
-            parts.append(sorted(rounded))
+            parts.append(sorted(rounded, key=lambda n: (n.start, n.pitch)))
     if sum(map(len, parts)) < 16:
         raise ValueError("fewer than 16 notes")
     moved = {_moved(float(start), endings) for start in bars} - {None}
