@@ -14,7 +14,6 @@ from sounds import put, tone
 
 from launch.evaluate import __main__ as command
 from launch.evaluate import baselines, prompts
-from magnet_jax import train
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import embedders, scores
 from magnet_jax.evaluation.embedders import Embedded, Embedder
@@ -31,16 +30,6 @@ def real(tmp_path_factory):
     for i, (name, caption) in enumerate(CAPTIONS.items()):
         wav = tone(1.5, rate=22050 if i else 16000, channels=1 + i % 2, frequency=220 * (i + 1))
         put(folder / f"{name}.wav", wav, rate=22050 if i else 16000, caption=caption)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("evaluate")
-    tiny.write_noise(folder / "tokens", {"train": 8})
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.use_one_device(patch)
-        train.train(tiny.run_config(folder / "tokens", folder / "run", steps=1))
     return folder
 
 
@@ -132,47 +121,16 @@ def test_clap_and_pairs_follow_the_ids():
     assert right["fad"]["value"] == wrong["fad"]["value"] == pytest.approx(0, abs=1e-9)
 
 
-def loudness_embedder(name, weights):
-    """Two numbers a second and two labels: enough to tell clips apart, in no time."""
-
-    def embed(wav_N):
-        seconds = np.array_split(wav_N, 3)
-        rows = np.array([[piece.std(), np.abs(np.diff(piece)).mean()] for piece in seconds])
-        return Embedded(rows, 5 * np.log(rows + 1e-6))
-
-    return Embedder("toy", 16_000, embed, weights, "hash", "a third", tags=("piano", "slow"))
-
-
-def test_a_checkpoint_beside_its_baselines(run, real, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load", loudness_embedder)
-    words = [
-        "--checkpoint", run / "run", "--prompts", real, "--reference", real,
-        "--sample-options=--batch-size 2 --codec-backend torch", "--seed", "3",
-    ]  # fmt: skip
-    receipt = evaluated(tmp_path, *words, "--baselines", "--data", run / "tokens")
-    rows = receipt["scores"]
-    assert set(rows) == {
-        "generated", "shuffled captions", "unigram tokens", "codec round trip", "reference",
-    }  # fmt: skip
-    assert sorted(p.name for p in (tmp_path / "generated").iterdir()) == [
-        f"{name}.wav" for name in CAPTIONS
-    ]
-    fad = {name: row["toy"]["fad"]["value"] for name, row in rows.items()}
-    assert 0 < fad["codec round trip"] < fad["unigram tokens"]
-    # Nothing but what it is held against changes, so as sets of clips the two are the same.
-    same = (rows["generated"]["toy"], rows["shuffled captions"]["toy"])
-    assert same[0]["fad"] == same[1]["fad"] and same[0]["kl"] != same[1]["kl"]
-    assert receipt["model"]["seed"] == 3 and receipt["model"]["checkpoint"] == str(run / "run")
-    assert receipt["sets"]["codec round trip"]["seconds"] == pytest.approx([1.5, 1.5], abs=0.01)
-    assert receipt["sets"]["unigram tokens"]["seconds"] == pytest.approx([0.6, 0.6])
-    listed = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-    assert {line["id"]: line["caption"] for line in listed} == CAPTIONS
-    # Again, nothing is made anew, and the scores are the same.
-    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.wav")}
-    assert evaluated(tmp_path, *words)["scores"]["generated"] == rows["generated"]
-    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.wav")}
-    with pytest.raises(UserError, match="other settings .seed."):
-        evaluated(tmp_path, *words[:-1], "4")
+def test_a_baseline_that_was_made_of_something_else_is_not_taken(tmp_path):
+    out, notes = tmp_path / "codec", tmp_path / "settings"
+    made = baselines._begin(out, notes, ["a", "b"], {"seed": 1})
+    assert made == {"a": out / "a.wav", "b": out / "b.wav"}
+    put(made["a"], tone(0.1))
+    assert baselines._begin(out, notes, ["a", "b"], {"seed": 1}) == made
+    with pytest.raises(UserError, match="codec: was made with other settings"):
+        baselines._begin(out, notes, ["a", "b"], {"seed": 2})
+    with pytest.raises(UserError, match="codec: was made with other settings"):
+        baselines._begin(out, tmp_path / "elsewhere", ["a"], {"seed": 1})
 
 
 def test_unigram_tokens_are_as_frequent_as_in_the_data(tmp_path):
@@ -344,7 +302,7 @@ def test_vggish_is_taken_before_its_last_relu(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "weights", "message"),
     [
-        ("vggish", None, r"needs the package torchvggish: pip install -e '.\[eval\]'"),
+        ("vggish", None, "torchvggish: pip install --no-deps -r requirements-eval.txt"),
         ("passt", None, "needs the package hear21passt"),
         ("clap", None, "offline, name a folder with .*tokenizer.json: --weights.clap DIR"),
         ("ast", "owner/none", "not to be had from the Hugging Face hub"),

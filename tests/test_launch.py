@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+from sounds import put, tone
 
 from launch import cli, sample
 from launch import train as launch_train
+from launch.evaluate import __main__ as evaluate
 from magnet_jax import audio, errors, train
 from magnet_jax.config import DecodeConfig, RunConfig
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation.embedders import Embedded, Embedder
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,59 @@ def test_unconditional_length_and_loudness(run, tmp_path):
     assert path.name == "000-unconditional-seed0.wav"
     assert soundfile.info(path).frames == 8000
     assert json.loads(path.with_suffix(".json").read_text())["reached_lufs"] is None
+
+
+def loudness_embedder(name, weights):
+    """Two numbers a second and two labels: enough to tell clips apart, in no time."""
+
+    def embed(wav_N):
+        seconds = np.array_split(wav_N, 3)
+        rows = np.array([[piece.std(), np.abs(np.diff(piece)).mean()] for piece in seconds])
+        return Embedded(rows, 5 * np.log(rows + 1e-6))
+
+    return Embedder("toy", 16_000, embed, weights, "hash", "a third", tags=("piano", "slow"))
+
+
+def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load", loudness_embedder)
+    real, out, tokens = tmp_path / "real", tmp_path / "out", run.parent / "tokens"
+    captions = {"a": "a slow piano", "b": "a fast violin", "c": "a piano"}
+    for i, (name, caption) in enumerate(captions.items()):
+        put(real / f"{name}.wav", tone(1.5, frequency=220 * (i + 1)), caption=caption)
+
+    def evaluated(*words):
+        cache = ["--cache", str(tmp_path / "cache"), "--resamples", "5"]
+        evaluate.main([*map(str, words), "--out", str(out), *cache])
+        return json.loads((out / "receipt.json").read_text())
+
+    words = [
+        "--checkpoint", run, "--prompts", real, "--reference", real,
+        "--sample-options=--batch-size 2", "--seed", "3",
+    ]  # fmt: skip
+    receipt = evaluated(*words, "--baselines", "--data", tokens)
+    rows = receipt["scores"]
+    assert set(rows) == {
+        "generated", "shuffled captions", "unigram tokens", "codec round trip", "reference",
+    }  # fmt: skip
+    assert sorted(p.name for p in (out / "generated").iterdir()) == [
+        f"{name}.wav" for name in captions
+    ]
+    fad = {name: row["toy"]["fad"]["value"] for name, row in rows.items()}
+    assert 0 < fad["codec round trip"] < fad["unigram tokens"]
+    # Nothing but what it is held against changes, so as sets of clips the two are the same.
+    same = (rows["generated"]["toy"], rows["shuffled captions"]["toy"])
+    assert same[0]["fad"] == same[1]["fad"] and same[0]["kl"] != same[1]["kl"]
+    assert receipt["model"]["seed"] == 3 and receipt["model"]["checkpoint"] == str(run)
+    assert receipt["sets"]["codec round trip"]["seconds"] == pytest.approx([1.5, 1.5], abs=0.01)
+    assert receipt["sets"]["unigram tokens"]["seconds"] == pytest.approx([0.6, 0.6])
+    listed = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    assert {line["id"]: line["caption"] for line in listed} == captions
+    # Again, nothing is made anew, and the scores are the same.
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
+    assert evaluated(*words)["scores"]["generated"] == rows["generated"]
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
+    with pytest.raises(UserError, match="other settings .seed."):
+        evaluated(*words[:-1], "4")
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,9 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     listening = Listening(lufs=args.lufs, seconds=args.seconds)
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
-    folders = {"generated": args.generated or args.out / "generated"}
-    model = None
-    if args.checkpoint is not None:
-        model = _generate(args, listed, folders["generated"])
-    generated = scores.find_audio(folders["generated"])
+    folder = args.generated or args.out / "generated"
+    model = None if args.checkpoint is None else _generate(args, listed, folder)
+    generated = scores.find_audio(folder)
     captions, pairs = _match(args, generated, listed, reference)
     if listed is not None:
         generated = {prompt.id: generated[prompt.id] for prompt in listed if prompt.id in generated}
@@ -103,8 +101,11 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         for name, path in reference.items():
             if name not in real_captions and (text := prompts.sidecar(path)):
                 real_captions[name] = text
+    sets = {"generated": generated}
     if args.baselines:
-        folders |= _write_baselines(args, model, generated, reference, listening)
+        sets |= _write_baselines(args, model, generated, reference, listening)
+    if reference is not None:
+        sets["reference"] = reference
 
     found: dict[str, dict[str, Any]] = {}
     for network in networks:
@@ -134,11 +135,10 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
                 {name: captions[other] for name, other in others.items()},
                 {name: pairs[other] for name, other in others.items() if other in pairs},
             )
-            files = scores.find_audio(folders["unigram tokens"])
-            add("unigram tokens", scores.embed(network, files, listening), captions, pairs)
-            files = scores.find_audio(folders["codec round trip"])
-            same = {name: name for name in files}
-            add("codec round trip", scores.embed(network, files, listening), real_captions, same)
+            clips = scores.embed(network, sets["unigram tokens"], listening, what="unigram")
+            add("unigram tokens", clips, captions, pairs)
+            clips = scores.embed(network, sets["codec round trip"], listening, what="codec")
+            add("codec round trip", clips, real_captions, {name: name for name in reference})
         if real is not None:
             found.setdefault("reference", {})[network.name] = scores.score_reference(
                 network, real, captions=real_captions, settings=settings
@@ -165,11 +165,9 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         "prompts": args.prompts and {"path": str(args.prompts), "sha256": _hash(listed)},
         "clips_with_captions": len(captions),
         "clips_with_reference": len(pairs),
-        "sets": {row: _described(folder) for row, folder in folders.items()},
+        "sets": {row: _described(files) for row, files in sets.items()},
         "scores": found,
     }
-    if reference is not None:
-        receipt["sets"]["reference"] = _described(args.reference)
     with replacing_file(args.out / "receipt.json") as temporary:
         temporary.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
     print(table(found))
@@ -265,7 +263,7 @@ def _write_baselines(
     generated: Mapping[str, Path],
     reference: Mapping[str, Path],
     listening: Listening,
-) -> dict[str, Path]:
+) -> dict[str, dict[str, Path]]:
     from launch.evaluate import baselines
     from magnet_jax import pretrained  # JAX is slow to load
 
@@ -276,17 +274,22 @@ def _write_baselines(
         args.checkpoint, weights=parsed.weights, step=parsed.step,
         text_encoder=parsed.text_encoder, codec=parsed.codec,
     )  # fmt: skip
-    folders = {name: args.out / name.replace(" ", "-") for name in _BASELINES}
-    baselines.codec_round_trip(loaded, reference, listening, folders["codec round trip"])
-    baselines.unigram_tokens(
-        loaded, args.checkpoint, args.data, list(generated),
-        num_frames=round(model["seconds"] * loaded.codec.frame_rate), seed=args.seed,
-        out=folders["unigram tokens"],
-    )  # fmt: skip
-    return folders
-
-
-_BASELINES = ("codec round trip", "unigram tokens")
+    codec = pretrained.load_decoder(loaded, args.checkpoint, "torch")  # which encodes as well
+    notes = args.out / "settings"
+    return {
+        "codec round trip": baselines.codec_round_trip(
+            codec, reference, listening, out=args.out / "codec-round-trip", notes=notes
+        ),
+        "unigram tokens": baselines.unigram_tokens(
+            codec,
+            args.data,
+            list(generated),
+            num_frames=round(model["seconds"] * codec.spec.frame_rate),
+            seed=args.seed,
+            out=args.out / "unigram-tokens",
+            notes=notes,
+        ),
+    }
 
 
 def _shuffled(names: list[str], seed: int) -> dict[str, str]:
@@ -295,12 +298,11 @@ def _shuffled(names: list[str], seed: int) -> dict[str, str]:
     return {names[i]: names[j] for i, j in zip(order, np.roll(order, 1))}
 
 
-def _described(folder: Path) -> dict[str, Any]:
-    files = scores.find_audio(folder)
+def _described(files: Mapping[str, Path]) -> dict[str, Any]:
     headers = [soundfile.info(path) for path in files.values()]
     lengths = [header.duration for header in headers]
     return {
-        "path": str(folder),
+        "path": str(next(iter(files.values())).parent),
         "sha256": scores.digest(files),
         "clips": len(files),
         "sample_rates": sorted({header.samplerate for header in headers}),

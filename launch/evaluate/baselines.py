@@ -1,59 +1,68 @@
 """What a model's scores are held against: its codec alone, and tokens drawn without a model."""
 
+import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from magnet_jax import audio, pretrained, records, sampling
-from magnet_jax.codec import load_codec
+from magnet_jax import audio, files, records
+from magnet_jax.codec import Codec, check_same_codec
+from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.evaluation.scores import Listening
-from magnet_jax.pretrained import Loaded
 
 
 def codec_round_trip(
-    loaded: Loaded, files: Mapping[str, Path], listening: Listening, out: Path
-) -> None:
-    """Writes each clip through the model's codec: the best that any model of its tokens can do.
+    codec: Codec, clips: Mapping[str, Path], listening: Listening, *, out: Path, notes: Path
+) -> dict[str, Path]:
+    """Writes each clip through the codec: the best that any model of its tokens can do.
 
-    Encoding takes PyTorch. A clip is mixed to mono first, as embedders hear it.
+    A clip is mixed to mono first, as embedders hear it. For `out`, `notes`, errors and what is
+    returned see `_begin`.
     """
-    spec = loaded.codec
-    codec = load_codec(
-        loaded.codec_source, num_codebooks=spec.num_codebooks, interleaved=spec.interleaved
-    )
-    for name, path in _missing(files, out, "codec round trip"):
-        wav_N = scores.read_mono(path, spec.sample_rate, listening)
+    spec = codec.spec
+    about = {"codec": spec.sha256, "clips": scores.digest(clips), **dataclasses.asdict(listening)}
+    written = _begin(out, notes, list(clips), about)
+    for name, path in tqdm(written.items(), desc="codec", unit="clip", leave=False, delay=2):
+        if path.exists():
+            continue
+        wav_N = scores.read_mono(clips[name], spec.sample_rate, listening)
         wav_CN = np.repeat(wav_N[None], spec.channels, axis=0)
         decoded_CN = codec.decode(codec.encode(wav_CN[None]))[0][:, : len(wav_N)]
-        audio.write_wav(out / f"{name}.wav", decoded_CN, spec.sample_rate)
+        audio.write_wav(path, decoded_CN, spec.sample_rate)
+    return written
 
 
 def unigram_tokens(
-    loaded: Loaded,
-    where: str,
+    codec: Codec,
     data: Path,
     names: list[str],
     *,
     num_frames: int,
     seed: int,
     out: Path,
-) -> None:
+    notes: Path,
+) -> dict[str, Path]:
     """Writes clips of tokens drawn one by one as often as they occur in a data set: the floor.
 
     Args:
-      loaded, where: the model whose codec decodes them, and what it is called.
+      codec: decodes them.
       data: the data set, of the same codec.
       names: of the clips.
       num_frames: token frames of a clip.
-      seed, out: of the draws, and the folder to write to.
+      seed: of the draws.
+      out, notes: see `_begin`, as for errors and what is returned.
     """
-    decoder = pretrained.load_decoder(loaded, where)
-    cumulative_KV = token_counts(data, loaded.codec.codebook_size).cumsum(1)
-    for index, name in enumerate(names):
-        if (out / f"{name}.wav").exists():
+    about = {"data": records.digest(data), "num_frames": num_frames, "seed": seed}
+    written = _begin(out, notes, names, about)
+    check_same_codec(records.read_codec_spec(data), codec.spec, str(data))
+    cumulative_KV = token_counts(data, codec.spec.codebook_size).cumsum(1)
+    for index, path in enumerate(written.values()):
+        if path.exists():
             continue
         random = np.random.default_rng([seed, index])
         codes_KT = np.stack(
@@ -62,8 +71,8 @@ def unigram_tokens(
                 for counts_V in cumulative_KV
             ]
         )
-        wav_CN = sampling.decode_audio(decoder, codes_KT[None].astype(np.int32))[0]
-        audio.write_wav(out / f"{name}.wav", wav_CN, loaded.codec.sample_rate)
+        audio.write_wav(path, codec.decode(codes_KT[None])[0], codec.spec.sample_rate)
+    return written
 
 
 def token_counts(data: Path, codebook_size: int) -> np.ndarray:
@@ -76,6 +85,22 @@ def token_counts(data: Path, codebook_size: int) -> np.ndarray:
     return counts_KV
 
 
-def _missing(files: Mapping[str, Path], out: Path, what: str) -> tqdm:
-    wanted = [item for item in files.items() if not (out / f"{item[0]}.wav").exists()]
-    return tqdm(wanted, desc=what, unit="clip", leave=False, delay=2)
+def _begin(out: Path, notes: Path, names: list[str], about: dict[str, Any]) -> dict[str, Path]:
+    """The files of a baseline by the names of their clips; those that are there are kept.
+
+    Args:
+      out: folder of the files.
+      notes: folder that what they were made of is noted in.
+      names: of the clips.
+      about: what they are made of.
+
+    Raises:
+      UserError: files are there that were made of something else.
+    """
+    path = notes / f"{out.name}.json"
+    before = files.read_object(path, "") if path.exists() else None
+    if before != about and out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: was made with other settings; name another --out, or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.write_text(path, json.dumps(about, indent=2) + "\n")
+    return {name: out / f"{name}.wav" for name in names}

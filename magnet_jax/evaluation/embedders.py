@@ -8,6 +8,8 @@ import functools
 import hashlib
 import importlib
 import io
+import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -126,7 +128,7 @@ def _package(name: str, embedder: Name) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"embedder {embedder} needs the package {name.split('.')[0]}: "
-            f"pip install -e '.[eval]' ({reason})"
+            f"pip install --no-deps -r requirements-eval.txt ({reason})"
         ) from None
 
 
@@ -176,7 +178,7 @@ def _passt(weights: str) -> Embedder:
     torch = import_torch()
     # (hear21passt finds it as an attribute)
     _package("torchaudio.compliance.kaldi", "passt")
-    base = _package("hear21passt.base", "passt")
+    base = _import_hear21passt()
     path = _fetch_file(weights, "passt")
     with redirect_stdout(io.StringIO()):  # it prints the network
         net = base.get_model_passt(arch="passt_s_swa_p16_128_ap476", pretrained=False)
@@ -190,12 +192,30 @@ def _passt(weights: str) -> Embedder:
     def embed(wav_N: np.ndarray) -> Embedded:
         rows = []
         for piece_N in cut(wav_N, 32_000, 10.0):
-            with torch.inference_mode(), warnings.catch_warnings(action="ignore"):
+            # (it prints shapes, and warns of them)
+            with (
+                torch.inference_mode(),
+                redirect_stdout(io.StringIO()),
+                warnings.catch_warnings(action="ignore"),
+            ):
                 rows.append(model(torch.from_numpy(piece_N)[None]).numpy()[0])
         logits_PL, embeddings_PE = np.split(np.stack(rows), [527], axis=1)
         return Embedded(embeddings_PE, logits_PL)
 
     return Embedder("passt", 32_000, embed, weights, _digest([path]), "10 s")
+
+
+def _import_hear21passt() -> Any:
+    # Of timm it takes one function, for downloads that are not asked of it here; and timm would
+    # take a torchvision that loads, which PyPI does not have for a CPU torch.
+    name = "timm.models._hub"
+    if name in sys.modules:
+        return _package("hear21passt.base", "passt")
+    sys.modules[name] = types.SimpleNamespace(download_cached_file=None)
+    try:
+        return _package("hear21passt.base", "passt")
+    finally:
+        del sys.modules[name]
 
 
 def _fill(model: Any, state: Any, path: Path) -> None:

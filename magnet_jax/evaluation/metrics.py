@@ -35,7 +35,7 @@ def gaussian(embeddings_PE: np.ndarray) -> Gaussian:
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), as Kilgour et al. 2018 have it, squared.
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), as in Kilgour et al. 2018.
 
     The trace of that root is the sum of the singular values of C_a^(1/2) C_b^(1/2): real and
     symmetric in a and b, also where a set has fewer rows than dimensions.
