@@ -347,8 +347,9 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypa
         (["--generated", "REAL", "--embedders", "vgish"], "--embedders"),
         (["--generated", "nowhere"], "nowhere: no such folder"),
         (["--generated", "EMPTY"], "no audio in it"),
+        (["--generated", "BARE"], "no captions beside its clips; give --prompts FILE"),
         (["--generated", "TWICE"], "a.wav has the same id|a.flac has the same id"),
-        (["--generated", "BROKEN"], "broken.wav: cannot be read"),
+        (["--generated", "BROKEN", "--reference", "REAL"], "broken.wav: cannot be read"),
         (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
     ],
 )
@@ -360,6 +361,7 @@ def test_mistakes_are_one_line(words, message, real, tmp_path):
         places[name].mkdir()
     for suffix in ("wav", "flac"):
         soundfile.write(tmp_path / "twice" / f"a.{suffix}", tone(1.0), 16000)
+    places["BARE"] = put(tmp_path / "bare" / "a.wav", tone(1.0), caption=None).parent
     (tmp_path / "broken" / "broken.wav").write_bytes(b"RIFF")
     with pytest.raises(UserError, match=message):
         evaluated(tmp_path / "out", *(places.get(word, word) for word in words))

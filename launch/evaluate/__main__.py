@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -20,7 +20,7 @@ from launch.evaluate import prompts
 from magnet_jax import bucket, errors
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
-from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
+from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Name, load
 from magnet_jax.evaluation.scores import Clips, Listening
 from magnet_jax.files import replacing_file
 
@@ -77,6 +77,15 @@ class Args:
     """Folder in which what embedders make of the reference is kept."""
 
 
+class _Row(NamedTuple):
+    """A line of the table: clips, and what they are held against."""
+
+    files: dict[str, Path]
+    captions: dict[str, str]
+    pairs: dict[str, str]
+    """Ids of their reference clips."""
+
+
 def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     """Scores, prints the table, writes the receipt and returns it; `words` are kept in it.
 
@@ -84,66 +93,50 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     """
     _check(args)
     listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
-    reference = None if args.reference is None else scores.find_audio(args.reference)
+    reference = {} if args.reference is None else scores.find_audio(args.reference)
     # Whatever is missing is to be said before hours of sampling.
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
     listening = Listening(lufs=args.lufs, seconds=args.seconds)
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
+    model, sampler = None, None
+    if args.checkpoint is not None:
+        sampler = _sampler(args, listed)
+        model = _generate(args, sampler, listed)
     folder = args.generated or args.out / "generated"
-    model = None if args.checkpoint is None else _generate(args, listed, folder)
-    generated = scores.find_audio(folder)
-    captions, pairs = _match(args, generated, listed, reference)
-    if listed is not None:
-        generated = {prompt.id: generated[prompt.id] for prompt in listed if prompt.id in generated}
-    real_captions = {pairs[name]: captions[name] for name in pairs if name in captions}
-    if reference is not None:
-        for name, path in reference.items():
-            if name not in real_captions and (text := prompts.sidecar(path)):
-                real_captions[name] = text
-    sets = {"generated": generated}
+    generated = _match(folder, scores.find_audio(folder), listed, reference)
+    rows = {"generated": generated}
+    both = generated.pairs.keys() & generated.captions.keys()
+    real_captions = {generated.pairs[name]: generated.captions[name] for name in both}
+    for name, path in reference.items():
+        if name not in real_captions and (text := prompts.sidecar(path)):
+            real_captions[name] = text
     if args.baselines:
-        sets |= _write_baselines(args, model, generated, reference, listening)
-    if reference is not None:
-        sets["reference"] = reference
+        rows |= _baselines(args, sampler, model["seconds"], generated, reference, real_captions)
 
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {name: {} for name in rows}
     for network in networks:
         real = None
-        if reference is not None:
+        if reference:
             real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
-
-        def add(
-            row: str,
-            clips: Clips,
-            texts: Mapping[str, str],
-            same: Mapping[str, str],
-            network: Embedder = network,
-            real: Clips | None = real,
-        ) -> None:
-            found.setdefault(row, {})[network.name] = scores.score(
-                network, clips, captions=texts, reference=real, pairs=same, settings=settings
+        heard: dict[tuple[Path, ...], Clips] = {}  # shuffled captions are of the same clips
+        for name, row in rows.items():
+            key = tuple(row.files.values())
+            if key not in heard:
+                heard[key] = scores.embed(network, row.files, listening, what=name)
+            found[name][network.name] = scores.score(
+                network,
+                heard[key],
+                captions=row.captions,
+                reference=real,
+                pairs=row.pairs,
+                settings=settings,
             )
-
-        clips = scores.embed(network, generated, listening, what="generated")
-        add("generated", clips, captions, pairs)
-        if args.baselines:
-            others = _shuffled(list(captions), args.seed)
-            add(
-                "shuffled captions",
-                clips,
-                {name: captions[other] for name, other in others.items()},
-                {name: pairs[other] for name, other in others.items() if other in pairs},
-            )
-            clips = scores.embed(network, sets["unigram tokens"], listening, what="unigram")
-            add("unigram tokens", clips, captions, pairs)
-            clips = scores.embed(network, sets["codec round trip"], listening, what="codec")
-            add("codec round trip", clips, real_captions, {name: name for name in reference})
         if real is not None:
             found.setdefault("reference", {})[network.name] = scores.score_reference(
                 network, real, captions=real_captions, settings=settings
             )
-
+    sets = {name: row.files for name, row in rows.items()}
     receipt = {
         "format": _FORMAT,
         "command": shlex.join(["python", "-m", "launch.evaluate", *words]),
@@ -163,15 +156,19 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         },
         "model": model,
         "prompts": args.prompts and {"path": str(args.prompts), "sha256": _hash(listed)},
-        "clips_with_captions": len(captions),
-        "clips_with_reference": len(pairs),
-        "sets": {row: _described(files) for row, files in sets.items()},
+        "clips_with_captions": len(generated.captions),
+        "clips_with_reference": len(generated.pairs),
+        "sets": {
+            name: _described(files)
+            for name, files in (sets | {"reference": reference}).items()
+            if files
+        },
         "scores": found,
     }
     with replacing_file(args.out / "receipt.json") as temporary:
         temporary.write_text(json.dumps(receipt, indent=2) + "\n", encoding="utf-8")
     print(table(found))
-    if reference is not None:
+    if reference:
         print("(reference: FAD of one half to the other, KL of each clip to another one)")
     print(args.out / "receipt.json")
     return receipt
@@ -182,8 +179,6 @@ def _check(args: Args) -> None:
         raise UserError("give --generated FOLDER, or --checkpoint MODEL and --prompts LIST")
     if args.checkpoint is not None and args.prompts is None:
         raise UserError("--checkpoint generates from a list: give --prompts FILE")
-    if args.reference is None and args.prompts is None and args.generated is None:
-        raise UserError("nothing to compare with: give --reference FOLDER or --prompts FILE")
     if args.baselines and None in (args.checkpoint, args.reference, args.data):
         raise UserError(
             "--baselines needs --checkpoint MODEL, --reference FOLDER and --data TOKENS"
@@ -209,20 +204,24 @@ def _check(args: Args) -> None:
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
 
 
-def _generate(args: Args, listed: list[prompts.Prompt], folder: Path) -> dict[str, Any]:
-    """Makes the clips, or those of them that are not there; returns what made them."""
-    words = ["--checkpoint", args.checkpoint, "--out", str(folder), "--seed", str(args.seed)]
-    words += ["--lufs", str(args.lufs)]
+def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:
+    """What launch.sample is asked for."""
+    words = ["--checkpoint", args.checkpoint, "--out", str(args.out / "generated")]
+    words += ["--seed", str(args.seed), "--lufs", str(args.lufs)]
     words += [] if args.seconds is None else ["--seconds", str(args.seconds)]
     parsed = sample.parse([*words, *shlex.split(args.sample_options)])
-    parsed = dataclasses.replace(parsed, prompt=tuple(prompt.text for prompt in listed))
+    return dataclasses.replace(parsed, prompt=tuple(prompt.text for prompt in listed))
+
+
+def _generate(args: Args, sampler: sample.Args, listed: list[prompts.Prompt]) -> dict[str, Any]:
+    """Makes the clips, or those of them that are not there; returns what made them."""
     # (fadtk takes whatever lies in the folder for audio, so the settings lie beside it)
     notes = args.out / "settings"
     names = [prompt.id for prompt in listed]
-    sample.sample(parsed, names, notes)
-    rows = "".join(f"{json.dumps({'id': p.id, 'caption': p.text})}\n" for p in listed)
+    sample.sample(sampler, names, notes)
+    lines = "".join(f"{json.dumps({'id': p.id, 'caption': p.text})}\n" for p in listed)
     with replacing_file(args.out / "prompts.jsonl") as temporary:
-        temporary.write_text(rows, encoding="utf-8")
+        temporary.write_text(lines, encoding="utf-8")
     made = json.loads((notes / f"{names[0]}.json").read_text())
     for name in ("prompt", "sample", "reached_lufs"):
         del made[name]
@@ -230,65 +229,93 @@ def _generate(args: Args, listed: list[prompts.Prompt], folder: Path) -> dict[st
 
 
 def _match(
-    args: Args,
-    generated: Mapping[str, Path],
+    folder: Path,
+    files: dict[str, Path],
     listed: list[prompts.Prompt] | None,
-    reference: Mapping[str, Path] | None,
-) -> tuple[dict[str, str], dict[str, str]]:
-    """(captions, reference clips) of generated clips, by their ids."""
-    reference = reference or {}
-    if listed is None:
-        pairs = {name: name for name in generated if name in reference}
-        texts = {name: prompts.sidecar(path) for name, path in generated.items()}
-        for name in pairs:
-            texts[name] = texts[name] or prompts.sidecar(reference[name])
-        return {name: text for name, text in texts.items() if text}, pairs
-    there = [prompt for prompt in listed if prompt.id in generated]
-    if not there:
-        raise UserError(
-            f"{args.generated}: none of its clips is called as --prompts has them, such as "
-            f"{listed[0].id}"
-        )
-    pairs = {}
-    for prompt in there:
-        name = next((name for name in (prompt.id, *prompt.names) if name in reference), None)
-        if name is not None:
-            pairs[prompt.id] = name
-    return {prompt.id: prompt.text for prompt in there}, pairs
-
-
-def _write_baselines(
-    args: Args,
-    model: dict[str, Any],
-    generated: Mapping[str, Path],
     reference: Mapping[str, Path],
-    listening: Listening,
-) -> dict[str, dict[str, Path]]:
+) -> _Row:
+    """The generated clips with their captions and reference clips: by the list, or by sidecars.
+
+    Raises `UserError` if there is nothing to hold any of them against.
+    """
+    if listed is not None:
+        there = [prompt for prompt in listed if prompt.id in files]
+        if not there:
+            raise UserError(
+                f"{folder}: none of its clips is called as --prompts has them, such as "
+                f"{listed[0].id}"
+            )
+        pairs = {}
+        for prompt in there:
+            name = next((name for name in (prompt.id, *prompt.names) if name in reference), None)
+            if name is not None:
+                pairs[prompt.id] = name
+        captions = {prompt.id: prompt.text for prompt in there}
+        return _Row({prompt.id: files[prompt.id] for prompt in there}, captions, pairs)
+    pairs = {name: name for name in files if name in reference}
+    captions = {}
+    for name, path in files.items():
+        text = prompts.sidecar(path) or (name in pairs and prompts.sidecar(reference[name]))
+        if text:
+            captions[name] = text
+    if not captions and not reference:
+        raise UserError(
+            f"{folder}: no captions beside its clips; give --prompts FILE or --reference FOLDER"
+        )
+    return _Row(files, captions, pairs)
+
+
+def _baselines(
+    args: Args,
+    sampler: sample.Args,
+    seconds: float,
+    generated: _Row,
+    reference: dict[str, Path],
+    real_captions: dict[str, str],
+) -> dict[str, _Row]:
     from launch.evaluate import baselines
     from magnet_jax import pretrained  # JAX is slow to load
 
-    parsed = sample.parse(
-        ["--checkpoint", args.checkpoint, "--out", ".", *shlex.split(args.sample_options)]
-    )
+    if len(generated.captions) < 2:
+        raise UserError("--baselines shuffles captions: give two prompts at least")
     loaded = pretrained.load(
-        args.checkpoint, weights=parsed.weights, step=parsed.step,
-        text_encoder=parsed.text_encoder, codec=parsed.codec,
-    )  # fmt: skip
+        args.checkpoint,
+        weights=sampler.weights,
+        step=sampler.step,
+        text_encoder=sampler.text_encoder,
+        codec=sampler.codec,
+    )
     codec = pretrained.load_decoder(loaded, args.checkpoint, "torch")  # which encodes as well
     notes = args.out / "settings"
+    decoded = baselines.codec_round_trip(
+        codec,
+        reference,
+        Listening(lufs=args.lufs, seconds=args.seconds),
+        out=args.out / "codec-round-trip",
+        notes=notes,
+    )
+    drawn = baselines.unigram_tokens(
+        codec,
+        args.data,
+        list(generated.files),
+        num_frames=round(seconds * codec.spec.frame_rate),
+        seed=args.seed,
+        out=args.out / "unigram-tokens",
+        notes=notes,
+    )
+    others = _shuffled(list(generated.captions), args.seed)
     return {
-        "codec round trip": baselines.codec_round_trip(
-            codec, reference, listening, out=args.out / "codec-round-trip", notes=notes
+        "shuffled captions": _Row(
+            generated.files,
+            {name: generated.captions[other] for name, other in others.items()},
+            {
+                name: generated.pairs[other]
+                for name, other in others.items()
+                if other in generated.pairs
+            },
         ),
-        "unigram tokens": baselines.unigram_tokens(
-            codec,
-            args.data,
-            list(generated),
-            num_frames=round(model["seconds"] * codec.spec.frame_rate),
-            seed=args.seed,
-            out=args.out / "unigram-tokens",
-            notes=notes,
-        ),
+        "unigram tokens": _Row(drawn, generated.captions, generated.pairs),
+        "codec round trip": _Row(decoded, real_captions, {name: name for name in reference}),
     }
 
 
@@ -331,12 +358,16 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(score: Mapping[str, float] | None) -> str:
+def _cell(score: Mapping[str, float | None] | None) -> str:
     if score is None:
         return "-"
     # (what is zero but for rounding reads as 0)
-    value, low, high = (f"{round(score[key], 4) + 0.0:.3g}" for key in ("value", "low", "high"))
-    return value if np.isnan(score["low"]) else f"{value} [{low}, {high}]"
+    value, *ends = (
+        f"{round(number, 4) + 0.0:.3g}"
+        for number in (score["value"], score["low"], score["high"])
+        if number is not None
+    )
+    return f"{value} [{', '.join(ends)}]" if ends else value
 
 
 def main(words: Sequence[str]) -> None:

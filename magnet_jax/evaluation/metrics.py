@@ -15,8 +15,9 @@ class Score(NamedTuple):
     """A measured value and the middle 95 % of what other draws of as many clips would give."""
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    """None without draws."""
 
 
 class Gaussian(NamedTuple):
@@ -171,6 +172,6 @@ def _draws(
 
 def _interval(value: float, draws: np.ndarray) -> Score:
     if not np.isfinite(draws).any():  # none were asked for, or none could be measured
-        return Score(value, float("nan"), float("nan"))
+        return Score(value, None, None)
     low, high = np.nanpercentile(draws, [2.5, 97.5])
     return Score(value, float(low), float(high))
