@@ -58,6 +58,36 @@ def test_a_folder_against_itself(real, tmp_path, capsys):
     assert "FAD" in shown and "tag AUC" in shown and "generated" in shown and "e-" not in shown
 
 
+def test_a_probe_is_fitted_to_other_clips(real, tmp_path, monkeypatch):
+    """Of an embedder that hears how high a tone is, and nothing else."""
+
+    def embed(wav_N):
+        pieces = np.array_split(wav_N, 4)
+        pitch = [np.count_nonzero(np.diff(np.sign(piece))) / len(piece) for piece in pieces]
+        return Embedded(np.array(pitch)[:, None] * 1e3, None)
+
+    toy = Embedder("toy", 16_000, embed, "", "hash", "")
+    monkeypatch.setattr(command, "load", lambda name, weights: toy)
+    for name, frequency in {"piano": 220, "violin": 440, "choir": 660}.items():
+        for shift in (-5, 5):
+            path = put(
+                tmp_path / "probe" / f"{name}{shift}.wav", tone(1.5, frequency=frequency + shift)
+            )
+            path.with_suffix(".json").write_text(json.dumps({"instrument": name}))
+    put(tmp_path / "probe" / "unknown.wav", tone(1.0))
+    words = ("--generated", real, "--reference", real, "--probe", tmp_path / "probe")
+    receipt = evaluated(tmp_path / "out", *words)
+    # (the fourth clip, called a piano, is the highest of all)
+    assert receipt["scores"]["generated"]["toy"]["probe"]["value"] == 0.75
+    assert receipt["scores"]["reference"]["toy"]["probe"]["clips"] == 4
+    assert receipt["probe"]["labels"] == ["choir", "piano", "violin"]
+    assert receipt["sets"]["probe"]["clips"] == 6
+    shutil.copy(real / "a.wav", tmp_path / "probe" / "piano.wav")
+    (tmp_path / "probe" / "piano.json").write_text(json.dumps({"instrument": "piano"}))
+    with pytest.raises(UserError, match="1 of its clips are in --reference as well"):
+        evaluated(tmp_path / "out", *words)
+
+
 def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tmp_path):
     calls = []
 
@@ -350,6 +380,7 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypa
         (["--generated", "BARE"], "no captions beside its clips; give --prompts FILE"),
         (["--generated", "TWICE"], "a.wav has the same id|a.flac has the same id"),
         (["--generated", "BROKEN", "--reference", "REAL"], "broken.wav: cannot be read"),
+        (["--generated", "REAL", "--probe", "REAL"], "clips of two labels at least, under 'instr"),
         (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
     ],
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from magnet_jax.evaluation import metrics
+from magnet_jax.evaluation import metrics, probe
 from magnet_jax.evaluation.metrics import Gaussian
 
 
@@ -131,3 +131,32 @@ def test_tags_that_a_caption_names(caption, expected):
     named_L = metrics.named_tags(caption, tags)
     found = {tag for tag, named in zip(tags, named_L) if named}
     assert found == expected
+
+
+def test_a_probe_finds_its_labels_and_is_at_chance_without_any():
+    random = np.random.default_rng(0)
+    labels = {f"{i}": ("piano", "grand piano", "flute", "harp")[i % 4] for i in range(80)}
+    centres = dict(zip(sorted(set(labels.values())), 3 * random.normal(size=(4, 50))))
+
+    def draw(told):
+        return {
+            clip: random.normal(size=(5, 50)) + told * centres[label]
+            for clip, label in labels.items()
+        }
+
+    for told, least, most in ((1, 0.95, 1), (0, 0, 0.5)):
+        fitted = probe.fit(draw(told), labels)
+        heard = {clip: probe.hear(fitted, rows_PE) for clip, rows_PE in draw(told).items()}
+        right = np.mean([heard[clip] == label for clip, label in labels.items()])
+        assert least <= right <= most
+    assert probe.named_label(fitted, "A waltz on a grand piano") == "grand piano"
+    assert probe.named_label(fitted, "two flutes") == "flute"
+    assert probe.named_label(fitted, "a guitar") is None
+    with pytest.raises(ValueError, match="too few for a probe"):
+        probe.fit({"0": np.zeros((3, 2))}, labels)
+
+
+def test_a_probe_takes_fewer_rows_than_dimensions():
+    clips = {"a": np.eye(50)[:3], "b": -np.eye(50)[:3]}
+    fitted = probe.fit(clips, {"a": "left", "b": "right"})
+    assert [probe.hear(fitted, clips[name]) for name in "ab"] == ["left", "right"]

@@ -19,14 +19,21 @@ from launch import cli, evaluate, sample
 from launch.evaluate import prompts
 from magnet_jax import bucket, errors
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation import scores
+from magnet_jax.evaluation import probe, scores
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Name, load
 from magnet_jax.evaluation.scores import Clips, Listening
-from magnet_jax.files import replacing_file
+from magnet_jax.files import read_object, replacing_file
 
 _FORMAT = "magnet_jax evaluation 1"
 # The columns of the table, as far as there is anything in them.
-_COLUMNS = {"fad": "FAD", "kl": "KL", "clap": "CLAP", "tag_auc": "tag AUC", "tag_top5": "tags in 5"}
+_COLUMNS = {
+    "fad": "FAD",
+    "kl": "KL",
+    "clap": "CLAP",
+    "tag_auc": "tag AUC",
+    "tag_top5": "tags in 5",
+    "probe": "probe",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +66,11 @@ class Args:
     """Networks to listen with: musicnn ships, docs/evaluation.md has the others."""
     weights: Weights = Weights()
     """Where the embedders' weights are."""
+    probe: Path | None = None
+    """Folder of further real clips with sidecars: a small classifier learns --probe-field from
+    them, and is asked whether it hears what the captions name."""
+    probe_field: str = "instrument"
+    """Of the .json files in --probe."""
     lufs: float | None = None
     """Bring every clip, real and generated, to this loudness first, such as -14."""
     seconds: float | None = None
@@ -94,6 +106,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     _check(args)
     listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
     reference = {} if args.reference is None else scores.find_audio(args.reference)
+    labelled = None if args.probe is None else _labelled(args, reference)
     # Whatever is missing is to be said before hours of sampling.
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
     listening = Listening(lufs=args.lufs, seconds=args.seconds)
@@ -119,6 +132,11 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         real = None
         if reference:
             real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
+        fitted = None
+        if labelled is not None:
+            clips = scores.embed(network, labelled.files, listening, cache=args.cache, what="probe")
+            rows_of = {name: row.embeddings_PE for name, row in clips.embedded.items()}
+            fitted = probe.fit(rows_of, labelled.labels)
         heard: dict[tuple[Path, ...], Clips] = {}  # shuffled captions are of the same clips
         for name, row in rows.items():
             key = tuple(row.files.values())
@@ -130,13 +148,15 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
                 captions=row.captions,
                 reference=real,
                 pairs=row.pairs,
+                probe=fitted,
                 settings=settings,
             )
         if real is not None:
             found.setdefault("reference", {})[network.name] = scores.score_reference(
-                network, real, captions=real_captions, settings=settings
+                network, real, captions=real_captions, probe=fitted, settings=settings
             )
     sets = {name: row.files for name, row in rows.items()}
+    sets |= {"reference": reference, "probe": {} if labelled is None else labelled.files}
     receipt = {
         "format": _FORMAT,
         "command": shlex.join(["python", "-m", "launch.evaluate", *words]),
@@ -156,13 +176,11 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         },
         "model": model,
         "prompts": args.prompts and {"path": str(args.prompts), "sha256": _hash(listed)},
+        "probe": labelled
+        and {"field": args.probe_field, "labels": sorted(set(labelled.labels.values()))},
         "clips_with_captions": len(generated.captions),
         "clips_with_reference": len(generated.pairs),
-        "sets": {
-            name: _described(files)
-            for name, files in (sets | {"reference": reference}).items()
-            if files
-        },
+        "sets": {name: _described(files) for name, files in sets.items() if files},
         "scores": found,
     }
     with replacing_file(args.out / "receipt.json") as temporary:
@@ -202,6 +220,40 @@ def _check(args: Args) -> None:
             raise UserError(f"--{option} {path}: needs a folder on disk; copy it from there")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
+
+
+class _Labelled(NamedTuple):
+    """Clips to fit a probe to."""
+
+    files: dict[str, Path]
+    labels: dict[str, str]
+
+
+def _labelled(args: Args, reference: Mapping[str, Path]) -> _Labelled:
+    """The clips of --probe whose sidecars have the field.
+
+    Raises `UserError` for fewer than two labels, and for clips that are in the reference as well.
+    """
+    files = scores.find_audio(args.probe)
+    labels = {}
+    for name, path in files.items():
+        beside = path.with_suffix(".json")
+        value = beside.is_file() and read_object(beside, "").get(args.probe_field)
+        if isinstance(value, str) and value.strip():
+            labels[name] = value.strip()
+    if len(set(labels.values())) < 2:
+        raise UserError(
+            f"--probe {args.probe}: needs clips of two labels at least, under "
+            f"{args.probe_field!r} in the .json beside each"
+        )
+    files = {name: files[name] for name in labels}
+    both = set(scores.hashes(files).values()) & set(scores.hashes(reference).values())
+    if both:
+        raise UserError(
+            f"--probe {args.probe}: {len(both)} of its clips are in --reference as well, which "
+            "would tell nothing: name other clips"
+        )
+    return _Labelled(files, labels)
 
 
 def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:

@@ -21,6 +21,7 @@ from magnet_jax import audio
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import metrics
 from magnet_jax.evaluation.embedders import Embedded, Embedder
+from magnet_jax.evaluation.probe import Probe, hear, named_label
 from magnet_jax.files import replacing_file
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
@@ -97,11 +98,18 @@ def read_mono(path: Path, sample_rate: int, listening: Listening) -> np.ndarray:
 
 def digest(files: Mapping[str, Path]) -> str:
     """Tells one set of clips from another: a hash of all ids and contents."""
-    whole = hashlib.sha256()
-    for name in sorted(files):
-        with files[name].open("rb") as file:
-            whole.update(f"{name}\n{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return whole.hexdigest()
+    found = hashes(files)
+    text = "".join(f"{name}\n{found[name]}\n" for name in sorted(found))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hashes(files: Mapping[str, Path]) -> dict[str, str]:
+    """SHA-256 of each file's content."""
+    found = {}
+    for name, path in files.items():
+        with path.open("rb") as file:
+            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def embed(
@@ -173,6 +181,7 @@ def score(
     captions: Mapping[str, str],
     reference: Clips | None,
     pairs: Mapping[str, str],
+    probe: Probe | None = None,
     settings: Settings = Settings(),
 ) -> dict[str, Any]:
     """All that an embedder can say of generated clips.
@@ -183,11 +192,12 @@ def score(
       captions: of clips by their ids; those without are left out of what needs one.
       reference: real clips.
       pairs: id of a generated clip to id of its reference clip, for KL.
+      probe: fitted to the embedder's rows of other clips.
       settings: of the intervals.
 
     Returns:
-      'clips' and, as far as it applies, 'fad', 'kl', 'clap', 'tag_auc', 'tag_top5', each a dict of
-      value, low, high and the number of clips behind it.
+      'clips' and, as far as it applies, 'fad', 'kl', 'clap', 'tag_auc', 'tag_top5', 'probe', each a
+      dict of value, low, high and the number of clips behind it.
     """
     found: dict[str, Any] = {"clips": len(clips.embedded)}
     drawn = {"resamples": settings.resamples, "seed": settings.seed}
@@ -226,6 +236,15 @@ def score(
         ]
         if hits:
             put(f"tag_top{TOP_TAGS}", len(hits), metrics.mean(hits, **drawn))
+    if probe is not None:
+        labels = {name: named_label(probe, captions[name]) for name in named}
+        right = [
+            hear(probe, clips.embedded[name].embeddings_PE) == label
+            for name, label in labels.items()
+            if label is not None
+        ]
+        if right:
+            put("probe", len(right), metrics.mean(right, **drawn))
     return found
 
 
@@ -234,6 +253,7 @@ def score_reference(
     reference: Clips,
     *,
     captions: Mapping[str, str],
+    probe: Probe | None = None,
     settings: Settings = Settings(),
 ) -> dict[str, Any]:
     """The reference scored as if it were generated; see `score` for what is returned.
@@ -249,7 +269,13 @@ def score_reference(
         for half in np.array_split(order, 2)
     ]
     found = score(
-        embedder, reference, captions=captions, reference=None, pairs={}, settings=settings
+        embedder,
+        reference,
+        captions=captions,
+        reference=None,
+        pairs={},
+        probe=probe,
+        settings=settings,
     )
     if all(map(_enough, halves)):
         between = score(
