@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import soundfile
 import soxr
 from conftest import SHIPPED_GOLDEN
 
+from launch import convert_tagger
+from magnet_jax import files
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import metrics, tagger
@@ -121,6 +125,48 @@ def test_what_is_closer_to_the_original_scores_better(one_codec):
     }
     assert sorted(distance, key=distance.get) == ["clean", "codec", "noisy", "noise"], distance
     assert abs(distance["clean"]) < 1e-6 and abs(divergence["clean"]) < 1e-3
+
+
+def test_conversion_folds_batch_norms_and_gives_the_shipped_layout():
+    shipped = files.read_tensors(ASSETS / "tagger" / "model.safetensors")
+    random = np.random.default_rng(0)
+    variables = {}
+    for layer, (weights, norm) in convert_tagger._LAYERS.items():
+        if weights is not None:
+            shape = shipped[f"{layer}/kernel"].shape
+            if layer.startswith("middle"):
+                shape = (shape[0], shape[2], shape[1], shape[3])
+            variables[f"{weights}/kernel"] = random.normal(size=shape)
+            variables[f"{weights}/bias"] = random.normal(size=shape[-1]).astype(np.float32)
+        for part in ("gamma", "beta", "moving_mean", "moving_variance") if norm else ():
+            size = shipped[f"{layer}/scale"].shape
+            variables[f"{norm}/{part}"] = random.uniform(0.5, 2, size)
+    tensors = convert_tagger.convert(variables)
+    assert {name: (t.shape, t.dtype) for name, t in tensors.items()} == {
+        name: (t.shape, t.dtype) for name, t in shipped.items() if name != "spectrogram/mel"
+    }
+    x = random.normal(size=200)
+    gamma, beta, mean, variance = (
+        variables[f"batch_normalization_10/{part}"]
+        for part in ("gamma", "beta", "moving_mean", "moving_variance")
+    )
+    expected = gamma * (x - mean) / np.sqrt(variance + 1e-3) + beta
+    found = x * tensors["hidden/scale"] + tensors["hidden/shift"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_conversion_says_what_it_needs(tmp_path, monkeypatch):
+    wheel = tmp_path / "musicnn.whl"
+    wheel.write_bytes(b"none")
+    with pytest.raises(UserError, match="not musicnn's wheel 0.1.0"):
+        convert_tagger.main(convert_tagger.Args(wheel=wheel, out=tmp_path / "out"))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("musicnn/configuration.py", "")
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
+    with pytest.raises(UserError, match="tensorflow is not installed: pip install tensorflow-cpu"):
+        convert_tagger.main(convert_tagger.Args(wheel=wheel, out=tmp_path / "out"))
+    with pytest.raises(UserError, match="name a new folder"):
+        convert_tagger.main(convert_tagger.Args(wheel=wheel, out=tmp_path))
 
 
 def test_a_missing_file_is_one_line(tmp_path):
