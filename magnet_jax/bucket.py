@@ -24,13 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import PassingError, UserError
 
 TIMEOUT = "MAGNET_JAX_BUCKET_TIMEOUT"  # seconds that a bucket may be out of reach
 SECONDS = 300
 SECONDS_AT_START = 30
 REQUEST_SECONDS = (10, 60)  # to connect, and between two packets
 REQUESTS = 8  # at once
+_OUT_OF_REACH = "out of reach"
 
 
 def is_url(path: str | os.PathLike) -> bool:
@@ -168,7 +169,7 @@ def reason(error: BaseException) -> str:
         )
     if re.search(r"NotFound|NOT_FOUND", text):
         return f"no such bucket or file ({cause}): make the bucket, or mend its name"
-    return f"out of reach ({cause}): mend the network; {TIMEOUT} sets the seconds to wait for it"
+    return f"{_OUT_OF_REACH} ({cause}): mend the network; {TIMEOUT} sets the seconds to wait for it"
 
 
 @contextlib.contextmanager
@@ -179,7 +180,9 @@ def explained(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # three clients, a dozen types, without a common one
-        raise UserError(f"{url}: {reason(error)}") from error
+        text = reason(error)
+        kind = PassingError if text.startswith(_OUT_OF_REACH) else UserError
+        raise kind(f"{url}: {text}") from error
 
 
 def check(url: str, name: str) -> None:

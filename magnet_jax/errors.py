@@ -11,9 +11,18 @@ class UserError(Exception):
     """One line that says what is wrong, where, and how to mend it."""
 
 
+class PassingError(UserError):
+    """A `UserError` that the same command may well not meet again: the network, memory, a lock.
+
+    Its exit status is 75 (EX_TEMPFAIL), which what starts commands by itself may tell from 2.
+    """
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turns a `UserError`, or a file that cannot be had, into one line on stderr and exit status 2.
+
+    (75 for a `PassingError`.)
 
     Bugs keep their traceback.
     """
@@ -25,7 +34,7 @@ def reported() -> Iterator[None]:
             # A library failed underneath, and its threads may still complain while the process
             # ends. The line above is what there is to say.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        raise SystemExit(2) from None
+        raise SystemExit(os.EX_TEMPFAIL if isinstance(error, PassingError) else 2) from None
     except BrokenPipeError:
         # Whoever read the output, a pager or `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

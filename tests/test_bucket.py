@@ -23,7 +23,7 @@ from test_processes import begin, losses
 from launch import export, sample
 from magnet_jax import bucket, checkpoint, steps, train
 from magnet_jax.config import DecodeConfig, MeshConfig, RunConfig, to_json
-from magnet_jax.errors import UserError
+from magnet_jax.errors import PassingError, UserError
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +245,9 @@ def chained(error: Exception, cause: Exception) -> Exception:
 )
 def test_reasons_are_told_apart(error, line):
     assert bucket.reason(error).startswith(line)
+    with pytest.raises(UserError, match=f"^gs://b: {line}") as caught, bucket.explained("gs://b"):
+        raise error
+    assert isinstance(caught.value, PassingError) == (line == "out of reach")
 
 
 def test_what_is_written_locally_is_not_sent_to_a_folder_of_that_name(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import soundfile
 from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import PassingError, UserError
 from tokenization import audio, listing
 from tokenization import decoder as decoder_module
 from tokenization.audio import FileBytes, Intake, RejectedError, Track
@@ -187,7 +187,7 @@ def test_a_file_out_of_reach_is_no_reject(tmp_path, monkeypatch, number, name, i
         with monkeypatch.context() as patch:
             patch.setattr(module, function, refuse)
             if module is listing and is_outage:
-                with pytest.raises(UserError, match=f"out of reach .{os.strerror(number)}"):
+                with pytest.raises(PassingError, match=f"out of reach .{os.strerror(number)}"):
                     scan(Source(audio=tmp_path))
             elif module is listing:
                 (reject,) = scan(Source(audio=tmp_path)).rejects
@@ -581,7 +581,7 @@ def test_a_track_left_in_the_middle_leaves_nothing_to_the_next(tmp_path, decoder
 def test_an_outage_ends_the_job_and_not_the_file(tmp_path, fragile):
     path = put(tmp_path / "outage.wav", tone(2))
     for read in (read_audio, measure):
-        with pytest.raises(UserError, match="outage.wav: Transport endpoint is not connected; "):
+        with pytest.raises(PassingError, match="outage.wav: Transport endpoint is not connected; "):
             read(a_track(path), INTAKE, fragile)
     good = a_track(put(tmp_path / "good.wav", tone(2)))
     assert read_audio(good, INTAKE, fragile)[0].shape == (1, 2 * RATE)

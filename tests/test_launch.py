@@ -188,7 +188,10 @@ def test_errors_are_one_line(capsys):
     with pytest.raises(SystemExit) as exit_, errors.reported():
         raise UserError("two\nlines")
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == "error: two lines\n"
+    with pytest.raises(SystemExit) as exit_, errors.reported():
+        raise errors.PassingError("of today")
+    assert exit_.value.code == 75
+    assert capsys.readouterr().err == "error: two lines\nerror: of today\n"
 
 
 def test_loudness_is_reached_and_peaks_stay_within_full_scale():

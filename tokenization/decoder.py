@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import PassingError, UserError
 from tokenization import audio
 from tokenization.audio import Facts, Intake, RejectedError, Track
 
@@ -138,7 +138,7 @@ class Decoder:
                 if what == "gone":
                     raise UserError(f"{value}: vanished while the job ran; run the job again")
                 if what == "out":
-                    raise UserError(f"{value}; mend that, the same command goes on from here")
+                    raise PassingError(f"{value}; mend that, the same command goes on from here")
         finally:
             # Whoever stopped reading before the end leaves blocks behind. (Python may tell of it
             # late, when another process reads another track.)
@@ -155,7 +155,7 @@ class Decoder:
             status = self._process.wait()
             if status == -signal.SIGKILL:  # nothing that a file could do
                 raise _LostError(
-                    UserError(
+                    PassingError(
                         "the process that decodes audio was killed, twice: out of memory? Fewer "
                         "at once take less; the same command goes on from here"
                     )
@@ -181,7 +181,7 @@ class Decoder:
             )
         except OSError as error:  # too many processes, no memory
             ours.close()
-            raise UserError(
+            raise PassingError(
                 f"the process that decodes audio cannot be started ({error.strerror})"
             ) from None
         finally:

@@ -41,11 +41,19 @@ from launch import cli
 from magnet_jax import bucket, records
 from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
-from magnet_jax.errors import UserError, reported
+from magnet_jax.errors import PassingError, UserError, reported
 from magnet_jax.torch_env import import_torch
 from tokenization import encode as encoding
 from tokenization import mixing
-from tokenization.audio import CLIPPED, Facts, Intake, Reject, RejectedError, Track
+from tokenization.audio import (
+    CLIPPED,
+    Facts,
+    Intake,
+    Reject,
+    RejectedError,
+    Track,
+    is_outage,
+)
 from tokenization.decoder import Decoder, open_audio
 from tokenization.listing import Source
 from tokenization.mixing import Mix
@@ -264,7 +272,8 @@ def writing(place: Place) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--out {place}: cannot be written ({reason})") from None
+        kind = PassingError if is_outage(error) else UserError
+        raise kind(f"--out {place}: cannot be written ({reason})") from None
 
 
 def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
@@ -412,7 +421,7 @@ def _make_in_workers(
         while not events.empty():
             progress.add(*events.get())
     except BrokenProcessPool:
-        raise UserError(
+        raise PassingError(
             "a worker ended by itself: out of memory? Fewer --workers, a smaller --batch-size or "
             "--window-seconds take less; the same command goes on from here"
         ) from None

@@ -14,7 +14,7 @@ from typing import Any
 
 from magnet_jax import bucket, records
 from magnet_jax.config import CodecSpec
-from magnet_jax.errors import UserError
+from magnet_jax.errors import PassingError, UserError
 from magnet_jax.records import Shard
 
 Example = Mapping[str, Any]
@@ -109,7 +109,7 @@ class Folder:
                 try:
                     fcntl.flock(file, kind | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise UserError(f"--out {self}: another job is writing there") from None
+                    raise PassingError(f"--out {self}: another job is writing there") from None
                 except OSError as error:
                     if error.errno not in _NO_LOCKS:
                         raise

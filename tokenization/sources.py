@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import PassingError, UserError
 from tokenization import tables
 from tokenization.audio import (
     SUFFIXES,
@@ -242,7 +242,7 @@ def _result(make: Make) -> tuple[Track, Ends | None] | Exception:
 def _check_outage(error: OSError) -> None:
     if is_outage(error):
         where = "audio" if error.filename is None else printable(os.fsdecode(error.filename))
-        raise UserError(f"{where}: out of reach ({error.strerror})") from None
+        raise PassingError(f"{where}: out of reach ({error.strerror})") from None
 
 
 def _described_track(track: Track, ends: Ends | None) -> bytes:
