@@ -363,6 +363,19 @@ def test_sidecars_that_would_take_for_ever_are_rejects(tmp_path, kind):
     ]
 
 
+def test_links_to_folders_that_are_passed_over_are_rejected(tmp_path):
+    put(tmp_path / ".store" / "music" / "a.wav", tone(1.1))
+    put(tmp_path / "b.wav", tone(1.2))
+    put(tmp_path / "seen" / "c.wav", tone(1.3))
+    (tmp_path / ".config").mkdir()
+    for name, to in (("music", ".store/music"), ("again", "seen"), ("config", ".config")):
+        (tmp_path / name).symlink_to(tmp_path / to)
+    (tmp_path / "up").symlink_to(tmp_path)
+    found = scan(Source(audio=tmp_path))
+    assert [track.path for track in found.tracks] == ["b.wav", "seen/c.wav"]
+    assert [(r.path, r.reason) for r in found.rejects] == [("music", "hidden")]
+
+
 def test_links_out_of_the_folder_of_metadata_are_rejected(tmp_path):
     put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
     (tmp_path / "secret.json").write_text('{"text": "secret"}')

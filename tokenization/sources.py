@@ -82,9 +82,10 @@ def scan(source: Source) -> Manifest:
     """Lists the tracks of a source with their captions.
 
     Audio with the same bytes as an earlier track is rejected. In folders, names that begin with a
-    dot are passed over, links that lead out are rejected, linked folders are not entered, of files
-    that differ in their suffix only the first counts, and a captioned file of another suffix is
-    rejected as audio that cannot be read. Rows of one clip become one track of several captions.
+    dot are passed over, links that lead out, or to audio below such a name, are rejected, other
+    linked folders are not entered, of files that differ in their suffix only the first counts, and
+    a captioned file of another suffix is rejected as audio that cannot be read. Rows of one clip
+    become one track of several captions.
     Raises `UserError` if the source cannot be read, or holds no audio.
     """
     ignored: Counter[str] = Counter()
@@ -312,10 +313,13 @@ def _folder_tasks(
         if entry.name in folders:
             if not entry.is_symlink():
                 yield from _folder_tasks(source, root, ignored, f"{path}/")
-            elif not is_below(os.path.realpath(entry.path), root.real):
-                # (linked folders that stay inside are met where they really are)
+            elif not is_below(real := os.path.realpath(entry.path), root.real):
                 refusal = refuse("outside the folder", "a link out of the folder")
                 yield printable(path), refusal
+            elif _is_hidden(os.path.relpath(real, root.real)) and _holds_audio(Path(real)):
+                refusal = refuse("hidden", "a link to a folder below a name that begins with a dot")
+                yield printable(path), refusal
+            # (other linked folders are met where they really are)
             continue
         stem, suffix = split(entry.name)
         captioned = f"{stem}.json" in names or f"{stem}.txt" in names
@@ -332,6 +336,10 @@ def _folder_tasks(
             ignored[suffix or "none"] += 1
         else:
             yield printable(path), functools.partial(_unknown_format, source, root, path, suffix)
+
+
+def _is_hidden(path: str) -> bool:
+    return path != "." and any(name.startswith(".") for name in path.split("/"))
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry]:
