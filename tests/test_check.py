@@ -104,10 +104,15 @@ def test_what_would_be_rejected_follows_the_settings_of_the_job(folder, tmp_path
         ({"channels": 0}, "--channels must lie between 1 and 8"),
         ({"workers": 0}, "--workers must lie between 1 and 256"),
         ({"json": "no/such/a.json"}, "--json no/such/a.json: no such folder"),
-        ({"picture": "a.txt"}, "--picture a.txt: write .png, .pdf or .svg"),
+        ({"picture": "a.txt"}, "--picture a.txt: the name must end in .png or .pdf or .svg"),
+        ({"json": "folder.json"}, "--json folder.json: is a folder; name a file"),
     ],
 )
-def test_bad_settings_are_told_before_anything_is_read(folder, change, match):
+def test_bad_settings_are_told_before_anything_is_read(
+    folder, tmp_path, monkeypatch, change, match
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
     change = {k: Path(v) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(UserError, match=match):
         run(Check(audio=folder, **change))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from launch import cli
 from magnet_jax.errors import UserError, reported
+from magnet_jax.files import check_new_file, replacing_file
 from tokenization import decoder
 from tokenization.audio import CLIPPED, SILENCE_DBFS, Facts, Intake, Reject, RejectedError, Track
 from tokenization.listing import Source
@@ -82,11 +83,11 @@ def check(settings: Check) -> Found:
         if not low <= getattr(settings, name) <= high:
             option = name.replace("_", "-")
             raise UserError(f"--{option} must lie between {low} and {high}")
+    check_new_file("--json", settings.json, [".json"])
+    check_new_file("--picture", settings.picture, [".png", ".pdf", ".svg"])
     for option, path in (("--json", settings.json), ("--picture", settings.picture)):
         if path and not path.absolute().parent.is_dir():
             raise UserError(f"{option} {path}: no such folder {path.absolute().parent}")
-    if settings.picture and settings.picture.suffix not in (".png", ".pdf", ".svg"):
-        raise UserError(f"--picture {settings.picture}: write .png, .pdf or .svg")
     manifest = scan(settings)
     found = Found(
         facts=[], words=[], rejects=list(manifest.rejects), ignored=manifest.ignored,
@@ -226,7 +227,8 @@ def draw(path: Path, found: Found) -> None:
     clipped = sum((f.clipped or 0) > CLIPPED for f in found.facts)
     title = "not read (--fast)" if found.fast else f"{clipped} of {len(values)} clipped"
     levels.set(xlabel="level (dBFS, RMS)", ylabel="tracks", title=title)
-    figure.savefig(path, dpi=150)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
 def run(settings: Check) -> str:
@@ -235,7 +237,8 @@ def run(settings: Check) -> str:
     summary = summarise(found)
     if settings.json:
         rejects = [dataclasses.asdict(reject) for reject in found.rejects]
-        settings.json.write_text(json.dumps(summary | {"rejects": rejects}, indent=2) + "\n")
+        with replacing_file(settings.json) as temporary:
+            temporary.write_text(json.dumps(summary | {"rejects": rejects}, indent=2) + "\n")
     if settings.picture:
         draw(settings.picture, found)
     table = rows(summary)
