@@ -318,6 +318,18 @@ def test_mp3_without_a_header_is_read_to_its_end(guessed_mp3, tmp_path, decoder,
         sound(tmp_path / "damaged.mp3")
 
 
+def test_mp3_behind_mp3_is_read_to_its_end(tmp_path, sound):
+    parts = [
+        put(tmp_path / f"{n}.mp3", tone(n, 44100, frequency=f), 44100).read_bytes()
+        for n, f in ((3, 300), (4, 500))
+    ]
+    (tmp_path / "both.mp3").write_bytes(b"".join(parts))
+    wav_CN = sound(tmp_path / "both.mp3")
+    assert wav_CN.shape[1] == pytest.approx(7 * RATE, abs=0.15 * RATE)
+    spectrum = np.abs(np.fft.rfft(wav_CN[0, -2 * RATE : -RATE]))
+    assert spectrum.argmax() == pytest.approx(500, abs=2)
+
+
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
 def test_ogg_of_several_streams_is_read_to_its_end(tmp_path, sound, subtype):
     how = {"format": "OGG", "subtype": subtype}

@@ -604,7 +604,11 @@ def _is_chained_ogg(track: Track, file: soundfile.SoundFile) -> bool:
 
 
 def _is_guessed_mp3(track: Track, file: soundfile.SoundFile) -> bool:
-    """Whether libsndfile takes the length from the first frame's bit rate, and stops there."""
+    """Whether libsndfile takes the length from the first frame, which does not know it.
+
+    Without a header of Xing's there it goes by that frame's bit rate. With one there may be more
+    bytes than that tells of: another file behind the first.
+    """
     if not file.subtype.startswith("MPEG_LAYER"):
         return False
     with open_bytes(track.place) as raw:
@@ -615,8 +619,12 @@ def _is_guessed_mp3(track: Track, file: soundfile.SoundFile) -> bool:
             raw.seek(at)
         raw.seek(at)
         frame = raw.read(_FIRST_MP3_FRAME)
-    # (an odd number is the flag that the number of frames follows)
-    return not re.search(rb"(?:Xing|Info)\0\0\0[\x01\x03\x05\x07\x09\x0b\x0d\x0f]", frame)
+        size = raw.seek(0, os.SEEK_END) - at
+    # flags of four bytes: 1 means that the number of frames follows, 2 that of bytes
+    found = re.search(rb"(?:Xing|Info)\0\0\0([\0-\x0f])(.{4})(.{4})", frame, re.DOTALL)
+    if not found or not found[1][0] & 1:
+        return True
+    return bool(found[1][0] & 2) and size - found.start() > 1.01 * int.from_bytes(found[3])
 
 
 class _Range(io.RawIOBase):
