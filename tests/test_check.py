@@ -36,6 +36,7 @@ def folder(tmp_path_factory):
 
 def cells(table):
     lines = table.splitlines()[1:]
+    lines = [line for line in lines if not line.startswith("--json FILE names each")]
     return dict(re.match("  (\\w+(?: \\w+)*)  +(.*)", line).groups() for line in lines)
 
 

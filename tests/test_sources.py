@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import tensorflow_datasets as tfds
-from sounds import RATE, put, tone
+from sounds import RATE, album, put, tone
 
 from magnet_jax import data, records, t5
 from magnet_jax.config import DataConfig
@@ -393,8 +393,8 @@ def test_links_out_of_the_folder_of_metadata_are_rejected(tmp_path):
         (b'{"path": "a.wav"}\n{"pa', "line 2 is not a JSON object with a 'path'"),
         (b"[1]\n", "line 1 is not a JSON object"),
         (b'{"path": 3}\n', "line 1 is not a JSON object"),
-        (gzip.compress(b'{"path": "a.wav"}\n' * 9)[:-9], "damaged after line 9"),
-        (gzip.compress(b'{"path": 3}\n'), "line 1 is not a JSON object"),
+        (gzip.compress(b'{"path": "a.wav"}\n' * 9, mtime=0)[:-9], "damaged after line 9"),
+        (gzip.compress(b'{"path": 3}\n', mtime=0), "line 1 is not a JSON object"),
     ],
 )
 def test_a_damaged_manifest_is_an_error(tmp_path, content, match):
@@ -941,3 +941,19 @@ def test_the_column_of_audio_is_part_of_the_fingerprint(tmp_path):
         for path in (None, "wet", "dry")
     }
     assert len(prints) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "musiccaps"}, "--recipe: for tables; .* is a folder of audio"),
+        (
+            {"columns": Columns(path="x", start="y")},
+            "--columns.path, --columns.start: for tables; .* is a folder of audio",
+        ),
+    ],
+)
+def test_options_about_tables_are_refused_elsewhere(tmp_path, given, message):
+    album(tmp_path, 1)
+    with pytest.raises(UserError, match=message):
+        scan(Source(audio=tmp_path, **given))

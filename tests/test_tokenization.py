@@ -497,6 +497,24 @@ def test_a_folder_belongs_to_one_job(tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
+def test_until_a_shard_is_done_audio_and_settings_may_change(tmp_path):
+    """As after a first look at the rejects, or a device that is not there."""
+    folder, out = album(tmp_path / "audio", 3), tmp_path / "out"
+    bad = put(folder / "bad.wav", tone(1.5), caption=None)
+    job = Job(audio=folder, out=out)
+    with pytest.raises(UserError, match="1 of 4 audio files rejected.*the same command again"):
+        run(dataclasses.replace(job, min_seconds=1.05, tracks_per_shard=1))
+    bad.unlink()
+    (out / "units" / ".train-00000.array_record.killed.tmp").write_bytes(b"half")
+    assert "3 records" in run(job)
+    whole = tmp_path / "whole"
+    run(dataclasses.replace(job, out=whole))
+    assert content(out) == content(whole)
+    put(folder / "silent.wav", tone(1.5) * 0)
+    with pytest.raises(UserError, match="1 of 4 audio files rejected.*a new --out"):
+        run(dataclasses.replace(job, out=tmp_path / "late"))
+
+
 def test_lost_and_cut_record_files_are_made_again(tmp_path):
     folder, out = album(tmp_path / "audio", 4), tmp_path / "out"
     job = Job(audio=folder, out=out, tracks_per_shard=1, validation_percent=0)
@@ -670,16 +688,16 @@ def command(*arguments, **kwargs):
     )
 
 
-def test_command_line_killed_while_encoding(tmp_path):
+def test_command_line_stopped_while_encoding(tmp_path):
     folder, out = album(tmp_path / "audio", 12, 2.0), tmp_path / "out"
     arguments = ["--audio", folder, "--out", out, "--tracks-per-shard", 3]
     first = command(*arguments)
     deadline = time.monotonic() + 120
     while not list(out.glob("units/*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    first.kill()
-    first.communicate()
-    assert first.returncode == -signal.SIGKILL
+    first.terminate()
+    assert "stopped; the same command goes on" in first.communicate()[1]
+    assert first.returncode == 128 + signal.SIGTERM
     assert not (out / "dataset_info.json").exists()
     with pytest.raises(UserError, match="unfinished"):
         records.read_codec_spec(out)

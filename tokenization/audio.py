@@ -254,7 +254,8 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
         variance = max(0.0, square / (count * intake.channels) - np.mean(np.square(total / count)))
         level = 10 * math.log10(variance + 1e-20)
         if level < SILENCE_DBFS:
-            raise RejectedError("silent", f"{level:.0f} dBFS")
+            what = f"mixed to {intake.channels} channels, without its constant part"
+            raise RejectedError("silent", f"{level:.0f} dBFS, {what}")
         share = int(clipped) / (count * opened.channels)
         if share > intake.max_clipped:
             raise RejectedError("clipped", f"{share:.2%} of its samples")

@@ -243,9 +243,10 @@ def run(settings: Check) -> str:
         draw(settings.picture, found)
     table = rows(summary)
     width = max(len(name) for name, _ in table)
-    return "\n".join(
-        [str(settings.audio), *(f"  {name:{width}}  {value}" for name, value in table)]
-    )
+    lines = [str(settings.audio), *(f"  {name:{width}}  {value}" for name, value in table)]
+    if found.rejects and not settings.json:
+        lines.append("--json FILE names each file that would be rejected")
+    return "\n".join(lines)
 
 
 def main() -> None:

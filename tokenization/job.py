@@ -23,6 +23,8 @@ import multiprocessing
 import os
 import queue
 import re
+import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -303,7 +305,10 @@ def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
             "--mix-seed": job.mix_seed,
             "--mix-snr": list(job.mix_snr),
         }
-    found = place.create("job.json", json.dumps(begun, indent=2) + "\n")
+    text = json.dumps(begun, indent=2) + "\n"
+    if job.shard == "0/1" and place.is_held_alone and not _has_records(place):
+        place.write("job.json", text)  # whatever it was begun with, nothing was made of it
+    found = place.create("job.json", text)
     try:
         before = json.loads(found)
         changed = sorted(k for k in before.keys() | begun.keys() if before.get(k) != begun.get(k))
@@ -319,6 +324,11 @@ def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
             f"--out {place}: begun with other settings ({', '.join(changed)}); "
             f"use the same or name a new --out"
         )
+
+
+def _has_records(place: Place) -> bool:
+    """Whether any shard is done, or was; what a kill left of one does not count."""
+    return any(name.startswith(("units/", "tokens-")) for name in place.sizes() if "/." not in name)
 
 
 def plan(job: Job, manifest: Manifest) -> list[Unit]:
@@ -389,6 +399,8 @@ def _making_here(job: Job) -> Making:
 def _make_here(
     job: Job, units: dict[int, Unit], progress: "Progress"
 ) -> Iterator[tuple[int, Done]]:
+    if not units:
+        return
     with Maker(job, job.device) as make:
         for i, unit in units.items():
             yield i, make(unit, progress.add)
@@ -422,8 +434,8 @@ def _make_in_workers(
             progress.add(*events.get())
     except BrokenProcessPool:
         raise PassingError(
-            "a worker ended by itself: out of memory? Fewer --workers, a smaller --batch-size or "
-            "--window-seconds take less; the same command goes on from here"
+            "a worker ended by itself: out of memory? Fewer --workers take less, and the command "
+            "goes on from here; so do a smaller --batch-size or --window-seconds, in a new --out"
         ) from None
     finally:
         for process in list(pool._processes.values()) if pool._processes else []:
@@ -440,7 +452,7 @@ class Progress:
         self.before = seconds_before
         self.seconds = 0.0
         self.began = time.monotonic()
-        self._show()
+        bar.set_postfix_str("loading the codec")
 
     def add(self, files: int, seconds: float) -> None:
         self.seconds += seconds
@@ -692,9 +704,12 @@ def _check_rejects(
         _write_rejects(place, "rejects.jsonl", rejects)
     if too_many:
         when = "" if final else " so far"
+        # (a shard that is done was made of the audio as it was)
+        then = "name a new --out" if _has_records(place) else "run the same command again"
         raise UserError(
             f"{len(rejects)} of {total} audio files rejected{when}, --max-reject-ratio is "
-            f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {place}/rejects.jsonl"
+            f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {place}/rejects.jsonl, mend them "
+            f"and {then}, or raise the ratio"
         )
 
 
@@ -756,7 +771,13 @@ def _finish(
     )
 
 
+def _stop(*_: Any) -> None:
+    tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def main() -> None:
+    signal.signal(signal.SIGTERM, _stop)
     with reported():
         print(run(cli.parse(Job, prog="python -m tokenization.job")))
 

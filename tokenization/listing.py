@@ -241,6 +241,8 @@ def read_json(content: bytes, name: str, columns: Columns) -> Texts:
     """Of the .json file `name`, AudioCraft's music or sound metadata among them."""
     try:
         fields = json.loads(content)
+    except UnicodeDecodeError:
+        raise RejectedError("no caption", f"{name} is not UTF-8") from None
     except (ValueError, RecursionError):
         raise RejectedError("no caption", f"{name} is not valid JSON") from None
     if not isinstance(fields, dict):

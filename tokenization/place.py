@@ -31,6 +31,7 @@ class Folder:
     """A folder of a file system, which all machines at work see."""
 
     poll_seconds = 1.0  # how often to look for what others have done
+    is_held_alone = True  # while `held` for the whole
 
     def __init__(self, path: Path):
         self._path = path
@@ -127,6 +128,7 @@ class Bucket:
     """
 
     poll_seconds = 10.0  # each look is a request
+    is_held_alone = False
 
     def __init__(self, url: str):
         name, folder = bucket.split(url)

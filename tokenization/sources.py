@@ -167,16 +167,28 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
         return _tasks_within(source, ignored, digest)
     name = audio.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")):
+        _refuse_columns(source, "a manifest")
         return _manifest_tasks(source, audio)
     if name.endswith((".csv", ".tsv")):
         return tables.csv_tasks(source, audio)
     if name.endswith(".parquet"):
         return tables.parquet_tasks(source, [audio], digest)
     if name.endswith(".tar"):
+        _refuse_columns(source, "a tar")
         return _tar_tasks(source, [audio], ignored)
     if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
         raise UserError(f"audio {audio}: a compressed tar cannot be read in parts; unpack it once")
     raise UserError(f"audio {audio}: neither a folder nor a .jsonl, .csv, .tsv, .parquet or .tar")
+
+
+def _refuse_columns(source: Source, what: str) -> None:
+    """Raises `UserError` for options about tables, where there is none."""
+    columns = source.columns
+    given = ["--recipe"] if source.recipe else []
+    names = ("path", "start", "duration", "end", "id")
+    given += [f"--columns.{name}" for name in names if getattr(columns, name) is not None]
+    if given:
+        raise UserError(f"{', '.join(given)}: for tables; {source.audio} is {what}")
 
 
 def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> Iterator[Task]:
@@ -188,6 +200,7 @@ def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash"
     suffixes = {split(name)[1] for name in names}
     manifests = [name for name in _MANIFESTS if name in names]
     if manifests:
+        _refuse_columns(source, "a folder with a manifest")
         return _manifest_tasks(source, audio / manifests[0])
     if "dataset_dict.json" in names:
         splits = ", ".join(str(audio / name) for name in folders)
@@ -206,8 +219,10 @@ def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash"
         files = [audio / name for name in shards]
         check_below(source.root or audio, files)
         if ".tar" in suffixes:
+            _refuse_columns(source, "a folder of tars")
             return _tar_tasks(source, files, ignored)
         return tables.parquet_tasks(source, files, digest)
+    _refuse_columns(source, "a folder of audio")
     return _folder_tasks(source, Root(audio), ignored)
 
 
