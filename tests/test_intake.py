@@ -328,6 +328,8 @@ def test_mp3_behind_mp3_is_read_to_its_end(tmp_path, sound):
     assert wav_CN.shape[1] == pytest.approx(7 * RATE, abs=0.15 * RATE)
     spectrum = np.abs(np.fft.rfft(wav_CN[0, -2 * RATE : -RATE]))
     assert spectrum.argmax() == pytest.approx(500, abs=2)
+    part = sound(tmp_path / "both.mp3", start=5.0, duration=1.0)
+    np.testing.assert_allclose(part[0, 50:-50], wav_CN[0, 5 * RATE + 50 : 6 * RATE - 50], atol=0.01)
 
 
 @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
@@ -341,6 +343,9 @@ def test_ogg_of_several_streams_is_read_to_its_end(tmp_path, sound, subtype):
     assert wav_CN.shape[1] == pytest.approx(5 * RATE, abs=400)
     error = wav_CN[0, -2 * RATE : -RATE] - tone(3, frequency=500)[-2 * RATE : -RATE, 0]
     assert np.sqrt(np.mean(error**2)) < 0.02
+    part = sound(chained, start=3.5, duration=1.0)
+    expected = wav_CN[0, 3 * RATE + 8050 : 4 * RATE + 7950]
+    np.testing.assert_allclose(part[0, 50:-50], expected, atol=0.01)
     data = chained.read_bytes()
     chained.write_bytes(data[: data.rindex(b"OggS")])
     with pytest.raises(RejectedError, match="cut off"):

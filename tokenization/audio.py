@@ -82,7 +82,14 @@ class RejectedError(Exception):
 
 
 class _MisreadError(Exception):
-    """A file of which libsndfile would give the beginning as the whole."""
+    """A file of which libsndfile would give the beginning as the whole.
+
+    joined: it is one file behind another, and times within are not those of the whole.
+    """
+
+    def __init__(self, *, joined: bool):
+        super().__init__(joined)
+        self.joined = joined
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -377,8 +384,10 @@ def _opened(track: Track) -> Iterator[_Opened]:
                     raise RejectedError("empty", "a file of 0 bytes")
             try:
                 opened = stack.enter_context(_open_sndfile(track))
-            except (soundfile.LibsndfileError, _MisreadError):
+            except soundfile.LibsndfileError:
                 opened = stack.enter_context(_open_ffmpeg(track))
+            except _MisreadError as error:
+                opened = stack.enter_context(_open_ffmpeg(track, seeks=not error.joined))
             if not LOWEST_RATE <= opened.sample_rate <= HIGHEST_RATE:
                 raise RejectedError("odd sample rate", f"{opened.sample_rate} Hz")
             yield opened
@@ -406,8 +415,7 @@ def _open_sndfile(track: Track) -> Iterator[_Opened]:
         else:
             source = stack.enter_context(open_bytes(place))
         file = stack.enter_context(soundfile.SoundFile(source))
-        if _is_guessed_mp3(track, file) or _is_chained_ogg(track, file):
-            raise _MisreadError
+        _check_all_is_read(track, file)
 
         def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
             if skip:
@@ -441,7 +449,7 @@ def _format_name(file: soundfile.SoundFile) -> str:
 
 
 @contextmanager
-def _open_ffmpeg(track: Track) -> Iterator[_Opened]:
+def _open_ffmpeg(track: Track, *, seeks: bool = True) -> Iterator[_Opened]:
     import av
 
     # (a file of another format that is renamed must lead nowhere)
@@ -473,7 +481,7 @@ def _open_ffmpeg(track: Track) -> Iterator[_Opened]:
                     raise RejectedError("unreadable", error.strerror) from None
 
             def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
-                if skip <= _SEEK_AHEAD * rate:
+                if skip <= _SEEK_AHEAD * rate or not seeks:
                     return blocks(chain([first], frames), 0, skip, wanted)
                 container.seek(int((origin + skip / rate - _SEEK_AHEAD) * av.time_base))
                 after = decoded(stream)
@@ -594,38 +602,30 @@ def _last_ogg_page(track: Track) -> bytes:
     return end[max(0, end.rfind(b"OggS\0")) :]
 
 
-def _is_chained_ogg(track: Track, file: soundfile.SoundFile) -> bool:
-    """Whether other streams follow the first, or run beside it: libsndfile reads no other."""
-    if file.format != "OGG":
-        return False
-    with open_bytes(track.place) as raw:
-        first, last = raw.read(18), _last_ogg_page(track)
-    whole = len(last) >= 18 and first[:4] == last[:4] == b"OggS"
-    return whole and first[14:18] != last[14:18]
-
-
-def _is_guessed_mp3(track: Track, file: soundfile.SoundFile) -> bool:
-    """Whether libsndfile takes the length from the first frame, which does not know it.
-
-    Without a header of Xing's there it goes by that frame's bit rate. With one there may be more
-    bytes than that tells of: another file behind the first.
-    """
-    if not file.subtype.startswith("MPEG_LAYER"):
-        return False
-    with open_bytes(track.place) as raw:
-        at = 0
-        # tags of ID3v2: 10 bytes, of which the last four hold the length, 7 bits in each
-        while (head := raw.read(10))[:3] == b"ID3" and len(head) == 10:
-            at += 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
+def _check_all_is_read(track: Track, file: soundfile.SoundFile) -> None:
+    """Raises `_MisreadError` if libsndfile would stop before the end of a file."""
+    if file.format == "OGG":  # of several streams, chained or side by side, it reads the first
+        with open_bytes(track.place) as raw:
+            first, last = raw.read(18), _last_ogg_page(track)
+        whole = len(last) >= 18 and first[:4] == last[:4] == b"OggS"
+        if whole and first[14:18] != last[14:18]:
+            raise _MisreadError(joined=True)
+    elif file.subtype.startswith("MPEG_LAYER"):  # it reads so much as the first frame tells
+        with open_bytes(track.place) as raw:
+            at = 0
+            # tags of ID3v2: 10 bytes, of which the last four hold the length, 7 bits in each
+            while (head := raw.read(10))[:3] == b"ID3" and len(head) == 10:
+                at += 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
+                raw.seek(at)
             raw.seek(at)
-        raw.seek(at)
-        frame = raw.read(_FIRST_MP3_FRAME)
-        size = raw.seek(0, os.SEEK_END) - at
-    # flags of four bytes: 1 means that the number of frames follows, 2 that of bytes
-    found = re.search(rb"(?:Xing|Info)\0\0\0([\0-\x0f])(.{4})(.{4})", frame, re.DOTALL)
-    if not found or not found[1][0] & 1:
-        return True
-    return bool(found[1][0] & 2) and size - found.start() > 1.01 * int.from_bytes(found[3])
+            frame = raw.read(_FIRST_MP3_FRAME)
+            size = raw.seek(0, os.SEEK_END) - at
+        # flags of four bytes: 1 means that the number of frames follows, 2 that of bytes
+        found = re.search(rb"(?:Xing|Info)\0\0\0([\0-\x0f])(.{4})(.{4})", frame, re.DOTALL)
+        if not found or not found[1][0] & 1:  # a guess, by the bit rate of that frame
+            raise _MisreadError(joined=False)
+        if found[1][0] & 2 and size - found.start() > 1.01 * int.from_bytes(found[3]):
+            raise _MisreadError(joined=True)
 
 
 class _Range(io.RawIOBase):
