@@ -508,9 +508,9 @@ def _open_ffmpeg(track: Track, *, seeks: bool = True) -> Iterator[_Opened]:
 
 
 def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """What cannot be decoded before the first frame, or after the last, is no sound.
+    """Frames of MP3, which may have padding and tags before them, behind them and between files.
 
-    MP3 files often have padding there, and tags that FFmpeg does not know.
+    What cannot be decoded before the first frame or after the last is no sound, nor is a tag.
     """
     import av
 
@@ -519,7 +519,8 @@ def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
         try:
             frames = packet.decode()
         except av.InvalidDataError as error:
-            damage = error if begun else None
+            if begun and bytes(packet)[:3] not in (b"ID3", b"TAG", b"APE"):
+                damage = error
             continue
         if frames and damage:
             raise damage
