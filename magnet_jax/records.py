@@ -332,9 +332,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed writers left in a folder; no other may be writing there."""
+    """Removes what killed writers left in a folder; what goes meanwhile is a slow one's."""
     for path in folder.glob(".*.tmp"):
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

@@ -1,6 +1,7 @@
 import json
 import pickle
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,6 +69,14 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError, match="not of the writer"):
         records.write_shard(tmp_path / "a", 3, broken())
     assert not list(tmp_path.iterdir())
+
+
+def test_temporaries_may_go_by_themselves(tmp_path, monkeypatch):
+    left = tmp_path / ".a.tmp"
+    left.touch()
+    monkeypatch.setattr(Path, "glob", lambda *how: [tmp_path / ".renamed.tmp", left])
+    records.remove_temporaries(tmp_path)
+    assert not left.exists()
 
 
 def test_what_is_written_is_read(tmp_path):
