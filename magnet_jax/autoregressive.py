@@ -98,6 +98,7 @@ def advance(
     num_given: int,
     choice: Choice,
     guided: bool,
+    apart: bool = False,
     spare: int = 0,
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, transformer.Cache]:
@@ -112,6 +113,7 @@ def advance(
       num_given: steps of which nothing is unknown, the first one included.
       choice: how tokens are chosen.
       guided: whether rows without text are computed as well; without, guidance is 1.
+      apart: whether the layers are written out, see `Transformer.layers_apart`.
       spare: steps that the cache has room for beyond those that are in it in the end.
       on_step: called with the number of steps done while the program runs.
 
@@ -130,12 +132,14 @@ def advance(
     if num_given > 1:
         _, cache = model.extend(rows(steps_BKS[..., : num_given - 1]), text, cache, 0)
 
+    layers = model.layers_apart(text) if apart else None
+
     def predict(carry, step):
         """Predicts step `step` from the one before it, which is complete by then."""
         steps_BKS, cache = carry
         before_BK1 = jax.lax.dynamic_slice_in_dim(steps_BKS, step - 1, 1, axis=-1)
         model = transformer.bind(config, params)
-        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1)
+        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers)
         logits_BKV = model.all_heads(states_R1D)[:, :, 0]
         if guided:
             logits_BKV, without_BKV = jnp.split(logits_BKV, 2)

@@ -163,6 +163,8 @@ class Beginning:
     choice: decode.Choice
     guided: bool
     """Whether rows without text are computed as well."""
+    apart: bool = False
+    """Whether the layers are written out, see `Transformer.layers_apart`."""
 
     def num_steps(self, delays: tuple[int, ...]) -> int:
         """Steps of the prompt, the empty first one included, until every codebook is that far."""
@@ -234,8 +236,8 @@ def generate(
     steps_BKS, cache = autoregressive.advance(
         config, params, rows_text, keys_B, steps_BKS, beginning_sampling,
         num_given=1 + beginning.num_given if beginning.num_frames else 1,
-        choice=beginning.choice, guided=with_null, on_step=on_step and report,
-        spare=0 if beginning.whole else 1,
+        choice=beginning.choice, guided=with_null, apart=beginning.apart,
+        spare=0 if beginning.whole else 1, on_step=on_step and report,
     )  # fmt: skip
     made_BKT, _ = patterns.to_frames(steps_BKS, delays, num_frames, first=1)
     prompt_1KT = (frame_T[None] < jnp.asarray(prompt_K)[:, None])[None]

@@ -454,7 +454,7 @@ def clip_arguments(
     beginning, beginning_sampling = None, None
     if model.autoregressive:
         beginning, beginning_sampling, decoding = _beginning(
-            loaded, decoding, num_prompt, num_frames, any_text
+            loaded, decoding, num_prompt, num_frames, any_text, platform
         )
     if decoding.span_length:
         model = dataclasses.replace(model, span_length=decoding.span_length)
@@ -555,6 +555,7 @@ def _beginning(
     num_given: int,
     num_frames: int,
     any_text: bool,
+    platform: str,
 ) -> tuple[hybrid.Beginning, autoregressive.Sampling, DecodeConfig]:
     """How clips of a model that can be autoregressive begin, and how they go on."""
     if isinstance(decoding, AutoregressiveConfig):
@@ -570,6 +571,7 @@ def _beginning(
         whole=first_frames == num_frames,
         choice=choice,
         guided=any_text and first.guidance != 1,
+        apart=platform == "cpu",
     )
     numbers = (first.temperature, limit, first.guidance)
     return beginning, autoregressive.Sampling(*map(np.float32, numbers)), rest

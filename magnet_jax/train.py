@@ -53,7 +53,10 @@ from magnet_jax.steps import Static
 def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
     """Raises `UserError` where data set, model and text encoder do not go together."""
     if not config.model.parallel:
-        raise UserError(f"a model of kind {config.model.kind} can be sampled from, not trained")
+        raise UserError(
+            f"a model of kind {config.model.kind} can be sampled from, and trained further as a "
+            "hybrid alone: give --objective hybrid"
+        )
     model = config.model
     if spec.interleaved and spec.num_codebooks != model.num_codebooks:
         raise UserError(data.not_all_of_stereo(config.data.path, spec, model.num_codebooks))

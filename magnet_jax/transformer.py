@@ -358,8 +358,24 @@ class Transformer(nnx.Module):
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, past))
         return self.norm_final(x_BTD)
 
+    def layers_apart(self, text: TextKeys) -> list[Any]:
+        """Every layer's parameters and keys and values of the text, as `extend` takes them.
+
+        A loop over layers copies a layer's weights out of the stack before it multiplies by them,
+        on CPUs. Where a step is a few rows, that is most of the time; this copies them once.
+        """
+        _, layers = nnx.split(self.blocks)
+        stacked = (layers, text.key_LBSNH, text.value_LBSNH)
+        apart = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_layers)]
+        return jax.lax.optimization_barrier(apart)
+
     def extend(
-        self, codes_BKT: jax.Array, text: TextKeys, cache: Cache, first: jax.Array | int
+        self,
+        codes_BKT: jax.Array,
+        text: TextKeys,
+        cache: Cache,
+        first: jax.Array | int,
+        apart: list[Any] | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Everything below the heads for T more steps of an autoregressive model.
 
@@ -368,6 +384,7 @@ class Transformer(nnx.Module):
           text: as for `trunk`.
           cache: from `empty_cache`, filled by earlier calls.
           first: number of the first of these steps; may be traced.
+          apart: from `layers_apart`: layers are then written out, and not a loop.
 
         Returns:
           final-norm states [B, T, D], from which the next steps are predicted, and the cache with
@@ -390,7 +407,15 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, block)(x_BTD, own, attend)
 
         x_BTD = self._embed(codes_BKT, positions_TD[None], text.key_LBSNH.dtype)
-        x_BTD, new = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, cache))
+        if apart is None:
+            inputs = (layers, text.key_LBSNH, text.value_LBSNH, cache)
+            x_BTD, new = jax.lax.scan(layer, x_BTD, inputs)
+        else:
+            each = []
+            for i, own in enumerate(apart):
+                x_BTD, new = layer(x_BTD, (*own, jax.tree.map(lambda x, i=i: x[i], cache)))
+                each.append(new)
+            new = jax.tree.map(lambda *x: jnp.stack(x), *each)
         # The layers read the cache; what is new is written once, in place, for all of them.
         cache = Cache(
             *(jax.lax.dynamic_update_slice_in_dim(x, y, first, 3) for x, y in zip(cache, new))

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-from unittest.mock import ANY
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +24,7 @@ from magnet_jax import (
     hybrid,
     objective,
     patterns,
+    pretrained,
     sampling,
     train,
     transformer,
@@ -36,6 +36,7 @@ from magnet_jax.config import (
     ModelConfig,
     RunConfig,
     SamplingMeshConfig,
+    TextConfig,
     from_json,
 )
 from magnet_jax.errors import UserError
@@ -162,7 +163,6 @@ def test_the_loss_before_t_depends_on_earlier_steps_alone(params):
 
 def test_the_loss_from_t_on_depends_on_the_whole_prompt_and_the_shifted_window(params):
     first, stage = 8, 2
-    assert leaks(params, "parallel", first, 0).all()  # stage 0 sees everything
     # One span of two frames, or the last frame alone.
     found = leaks(params, "parallel", first, stage, rate=0.0)
     mask_1T = span_mask(
@@ -274,24 +274,23 @@ def test_t_is_uniform_and_spans_hide_the_wanted_share_of_the_rest():
     plain = objective.draw_noise(jax.random.key(0), jnp.arange(8000), 4, 0.0)
     np.testing.assert_array_equal(drawn.masking.starts_BT, plain.starts_BT)
 
+    lengths = np.repeat([0, 2, 17, 50], 500)
     uniform = jax.random.uniform(jax.random.key(1), (2000, 50))
-    for length in (2, 17, 50):
-        first_B = jnp.full(2000, 50 - length)
-        mask = np.asarray(span_mask(uniform, jnp.full(2000, 0.7), 3, first_B))
-        assert not mask[:, : 50 - length].any()
-        if length > 3:
-            assert mask[:, 50 - length :].mean() == pytest.approx(0.7, abs=0.05)
-        assert mask.any(-1).all()
-    assert not span_mask(uniform, jnp.full(2000, 0.7), 3, jnp.full(2000, 50)).any()
+    mask = np.asarray(span_mask(uniform, jnp.full(2000, 0.7), 3, jnp.asarray(50 - lengths)))
+    free = np.arange(50) >= 50 - lengths[:, None]
+    assert not mask[~free].any()
+    for length in (17, 50):
+        assert mask[lengths == length][:, -length:].mean() == pytest.approx(0.7, abs=0.05)
+    np.testing.assert_array_equal(mask.any(-1), lengths > 0)
 
 
-@pytest.mark.parametrize("length", [3, 4, 17, 50])
-def test_spans_are_counted_as_in_the_table(length):
-    rates = jnp.arange(101) / 100
-    found = span_count(jnp.full(101, length), rates, 3, 50)
+def test_spans_are_counted_as_in_the_table():
+    lengths, rates = np.meshgrid([3, 4, 17, 50], np.arange(101) / 100, indexing="ij")
+    found = span_count(jnp.asarray(lengths.ravel()), jnp.asarray(rates.ravel()), 3, 50)
+    expected = np.concatenate([span_counts(length, 3) for length in lengths[:, 0]])
     # (where a rate is met exactly, rounding decides)
-    assert np.abs(found - span_counts(length, 3)).max() <= 1
-    assert (found == span_counts(length, 3)).mean() > 0.9
+    assert np.abs(found - expected).max() <= 1
+    assert (found == expected).mean() > 0.9
 
 
 # --- decoding -----------------------------------------------------------------------------------
@@ -326,7 +325,7 @@ def test_the_rest_sees_what_it_saw_in_training(params):
         np.testing.assert_allclose(found[:, given:], expected[:, given:], atol=1e-5)
 
 
-DECODING = DecodeConfig(steps=(3, 2, 2), greedy=True, max_guidance=3.0)
+DECODING = DecodeConfig(steps=(2, 1, 1), greedy=True, max_guidance=3.0)
 
 
 def generate(params, num_frames, *, given=None, guidance=3.0, decoding=DECODING, on_step=None):
@@ -336,7 +335,7 @@ def generate(params, num_frames, *, given=None, guidance=3.0, decoding=DECODING,
     codes_BKT[..., :num_given] = given if num_given else 0
     beginning = hybrid.Beginning(
         num_given=num_given, num_frames=num_frames, whole=num_frames == FRAMES, choice="greedy",
-        guided=guidance != 1,
+        guided=guidance != 1, apart=True,
     )  # fmt: skip
     schedule = decode.make_schedule(
         decoding, num_frames=FRAMES, num_prompt=beginning.of_codebooks(MODEL.delays, FRAMES),
@@ -367,29 +366,24 @@ def one_after_another(params, prompt_BKP, guidance=3.0):
     )  # fmt: skip
 
 
-def test_a_clip_begins_as_the_autoregressive_one_and_ends_as_the_parallel_one(params):
-    nothing = jnp.zeros((2, 3, 0), jnp.int32)
-    whole = np.asarray(one_after_another(params, nothing))
-    np.testing.assert_array_equal(generate(params, FRAMES).codes_BKT, whole)
+def test_a_clip_begins_as_the_autoregressive_one_and_is_completed(params):
+    """Of what is given, which is kept, five frames; up to the seventh frame, and to the last."""
+    given = (codes()[..., :5] + 1) % 32
+    whole = np.asarray(one_after_another(params, given))
+    np.testing.assert_array_equal(whole[..., :5], given)
+    np.testing.assert_array_equal(generate(params, FRAMES, given=given).codes_BKT, whole)
     seen = []
-    found = generate(params, 7, on_step=lambda *numbers: seen.append(tuple(map(int, numbers))))
+    hear = lambda *numbers: seen.append(tuple(map(int, numbers)))  # noqa: E731
+    found = generate(params, 7, given=given, on_step=hear)
     jax.effects_barrier()
-    total = 7 + 3 + 7
+    total = (7 - 5) + 3 + sum(DECODING.steps)
     assert sorted(seen) == [(i + 1, total) for i in range(total)]
     codes_BKT, hidden_PBT = map(np.asarray, found)
-    assert (codes_BKT < 32).all()
-    for codebook, delay in enumerate(MODEL.delays):
-        prompt = 7 + 3 - delay
+    assert (codes_BKT < 32).all() and (codes_BKT != whole).any()
+    for codebook, first in enumerate((0, 2, 3)):  # step of decoding
+        prompt = 7 + 3 - MODEL.delays[codebook]
         np.testing.assert_array_equal(codes_BKT[:, codebook, :prompt], whole[:, codebook, :prompt])
-        of_codebook = hidden_PBT[[slice(0, 3), slice(3, 5), slice(5, 7)][codebook]]
-        assert of_codebook[0, :, prompt:].all() and not of_codebook[..., :prompt].any()
-    assert (codes_BKT != whole).any()
-    # What is given is kept, and the steps go on from it.
-    given = (codes()[..., :5] + 1) % 32
-    found = np.asarray(generate(params, 7, given=given).codes_BKT)
-    np.testing.assert_array_equal(found[..., :5], given)
-    expected = np.asarray(one_after_another(params, given))
-    np.testing.assert_array_equal(found[..., :7], expected[..., :7])
+        assert hidden_PBT[first, :, prompt:].all() and not hidden_PBT[first, :, :prompt].any()
 
 
 def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):
@@ -445,9 +439,9 @@ def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):
 def run(tmp_path_factory):
     """A run of one step, of the smallest config with the hybrid objective."""
     folder = tmp_path_factory.mktemp("hybrid")
-    tiny.write_noise(folder / "tokens", {"train": 8, "validation": 2})
+    tiny.write_noise(folder / "tokens", {"train": 8})
     config = tiny.run_config(
-        folder / "tokens", folder / "run", steps=1, log_every=1, eval_every=1, eval_batches=1,
+        folder / "tokens", folder / "run", steps=1, log_every=1, text=TextConfig(max_tokens=16),
         decode=DecodeConfig(steps=(1, 1, 1, 1)),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -461,33 +455,46 @@ def test_a_run_tells_both_losses_apart(run):
     config = from_json(RunConfig, run / "config.json")
     assert config.objective == config.model.kind == "hybrid"
     assert config.model.delays == (0, 1, 2, 3)
-    trained, validated = watch.read_scalars(run)
-    halves = trained["train/loss_parallel"], trained["train/loss_autoregressive"]
-    assert min(halves) < trained["train/loss"] < max(halves)
-    for stage in range(4):
-        assert validated[f"validation/loss_{stage}"] > 0
-    halves = validated["validation/loss_parallel"], validated["validation/loss_autoregressive"]
-    assert min(halves) < validated["validation/loss"] < max(halves)
+    (line,) = watch.read_scalars(run)
+    halves = line["train/loss_parallel"], line["train/loss_autoregressive"]
+    assert min(halves) < line["train/loss"] < max(halves)
+    one = objective.Sums(*(np.full(4, x) for x in (6.0, 1.0, 2.0)))  # by masking rate
+    other = objective.Sums(*(np.full(4, x) for x in (4.0, 0.0, 4.0)))
+    found = watch.validation_scalars([hybrid.Sums(one, other)] * 4, 4)
+    assert found["validation/loss_2"] == found["validation/loss_parallel"] == 3.0
+    assert found["validation/loss_autoregressive"] == 1.0
+    assert found["validation/loss"] == pytest.approx((6 + 4 / 4) / (2 + 4 / 4))
 
 
-def test_the_command_samples_exports_and_samples_the_export(run, tmp_path):
-    """One prompt, of the default length; then of all lengths, from the export."""
+def test_a_window_without_a_token_has_no_point():
+    window = watch.Window()
+    for stage, (parallel, other) in enumerate([(1.0, np.nan), (3.0, 5.0), (np.nan, np.nan)]):
+        metrics = {"loss": 2.0, "loss_parallel": parallel, "loss_autoregressive": other, "d": 1.0}
+        window.add(stage, metrics)
+        assert metrics == {"d": 1.0}
+    means = {name: watch._mean(losses) for name, losses in window.halves.items()}
+    assert means == {"loss": 2.0, "loss_parallel": 2.0, "loss_autoregressive": 5.0}
+    assert np.isnan(watch._mean(window.losses[2]))
 
-    def tokens(checkpoint, out, *more):
-        args = ["--checkpoint", str(checkpoint), "--prompt", "x", "--out", str(tmp_path / out)]
-        (path,) = sample.sample(sample.parse([*args, *more]))
-        return path.read_bytes(), json.loads(path.with_suffix(".json").read_text())
 
-    wav, settings = tokens(run, "one")
-    assert settings["decode"]["prompt_seconds"] == 0.2
+def test_the_command_samples_and_exports(run, tmp_path):
+    args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "wavs")]
+    (path,) = sample.sample(sample.parse(args))
+    settings = json.loads(path.with_suffix(".json").read_text())
+    assert settings["decode"]["prompt_seconds"] == 0.2  # the run's own
+    given = sample.parse([*args, "--hybrid-prompt-seconds", "0"])
+    assert given.hybrid_prompt_seconds == 0 and given.decode.steps == (1, 1, 1, 1)
+
+    out = tmp_path / "exported"
     with pytest.raises(UserError, match="AudioCraft has no hybrid models: --no-audiocraft"):
-        export_command.main(export_command.Args(checkpoint=run, out=tmp_path / "exported"))
+        export_command.main(export_command.Args(checkpoint=run, out=out))
     export_command.main(
-        export_command.Args(
-            checkpoint=run, out=tmp_path / "exported", audiocraft=False, verify=True
-        )
-    )
-    assert tokens(tmp_path / "exported", "two") == (wav, settings | {"checkpoint": ANY})
+        export_command.Args(checkpoint=run, out=out, audiocraft=False, verify=True)
+    )  # (with logits from PyTorch)
+    one, other = pretrained.load(run), pretrained.load(out)
+    assert (other.config.model, other.config.sampling) == (one.config.model, one.config.sampling)
+    assert other.config.objective == "hybrid"
+    jax.tree.map(np.testing.assert_array_equal, other.params["lm"], one.params["lm"])
 
 
 def test_the_python_api_and_two_devices(run):
@@ -498,20 +505,17 @@ def test_the_python_api_and_two_devices(run):
     model.set_prompt_params(seconds=0.1, temperature=0)
     model.set_generation_params(decoding_steps=[1, 1, 1, 1], temperature=2.0)
     assert model.generation.autoregressive.greedy and model.generation.decode.temperature == 2.0
-    prompt_BCN = np.random.default_rng(0).normal(0, 0.1, (1, 1, 3200)).astype(np.float32)
-    # (longer than the seconds to begin with, which are then those)
-    wav_BCN, codes_BKT = model.generate_continuation(prompt_BCN, 16000, "a", return_tokens=True)
-    assert wav_BCN.shape == (1, 1, 9600)
-    given_KP = model._encode(prompt_BCN[0], 16000)
-    np.testing.assert_array_equal(codes_BKT[0, :, : given_KP.shape[-1]], given_KP)
+    # Longer than the seconds to begin with, of which it is then all.
+    given = np.random.default_rng(0).integers(0, 1024, (3, 4, 8))
     one, two = (
         sampling.generate(
             model.loaded, ["a", "b", ""], num_frames=30, decoding=model.generation, seed=0,
-            execution=sampling.Execution(mesh=SamplingMeshConfig(data=data)),
+            prompt_BKP=given, execution=sampling.Execution(mesh=SamplingMeshConfig(data=data)),
         ).codes_BKT
         for data in (1, 2)
     )  # fmt: skip
     np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(one[..., :8], given)
 
 
 def test_what_does_not_fit_is_one_line(run, tmp_path):
