@@ -152,18 +152,19 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
             if settings.out is not None:
                 with replacing_file(settings.out / f"{path.stem}_{number}.wav") as temporary:
                     soundfile.write(temporary, made, rate, format="WAV")
+    draws = np.random.default_rng(settings.seed).integers(len(paths), size=(_DRAWS, len(paths)))
+    first = np.array(found[settings.codecs[0]])[:, 0]
     rows = []
     for name, values in found.items():
         distances, ratios, kbps = np.array(values).T
-        rng = np.random.default_rng(settings.seed)
-        draws = rng.integers(len(distances), size=(_DRAWS, len(distances)))
-        low, high = np.percentile(distances[draws].mean(1), [2.5, 97.5])
         rows.append(
             {
                 "version": name,
                 "kbps": float(kbps.mean()),
                 "spectral_distance": float(distances.mean()),
-                "spectral_distance_95": [float(low), float(high)],
+                "spectral_distance_95": _interval(distances[draws]),
+                "minus_first": float((distances - first).mean()),
+                "minus_first_95": _interval((distances - first)[draws]),
                 "snr_db": float(ratios.mean()),
                 "clips": len(paths),
             }
@@ -172,6 +173,11 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
         with replacing_file(settings.out / "comparison.json") as temporary:
             temporary.write_text(json.dumps(rows, indent=2) + "\n")
     return rows
+
+
+def _interval(drawn: np.ndarray) -> list[float]:
+    """Where 95 % of the means of bootstrap draws [draws, clips] lie."""
+    return [float(bound) for bound in np.percentile(drawn.mean(1), [2.5, 97.5])]
 
 
 def _spread(settings: Comparison) -> list[Path]:
@@ -195,17 +201,17 @@ def _read(path: Path, rate: int, seconds: float) -> np.ndarray:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; differences are to the first codec, clip by clip."""
     lines = [
-        "| version | kbit/s | spectral distance (95 % interval) | SNR (dB) |",
-        "| --- | --- | --- | --- |",
+        "| version | kbit/s | spectral distance (95 % interval) | difference | SNR (dB) |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        low, high = row["spectral_distance_95"]
-        lines.append(
-            f"| {row['version']} | {row['kbps']:.3g} | {row['spectral_distance']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {row['snr_db']:.1f} |"
-        )
+        cells = [row["version"], f"{row['kbps']:.3g}"]
+        for name in ("spectral_distance", "minus_first"):
+            low, high = row[f"{name}_95"]
+            cells.append(f"{row[name]:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(f"| {' | '.join([*cells, format(row['snr_db'], '.1f')])} |")
     return "\n".join(lines)
 
 

@@ -219,6 +219,7 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
         "original, 16 bit", "embedded", "Opus, 8 kbit/s asked",
     ]  # fmt: skip
     assert rows[0]["spectral_distance"] < 0.01 < rows[1]["spectral_distance"] < 3
+    assert rows[1]["minus_first_95"] == [0, 0] and rows[0]["minus_first_95"][1] < 0
     assert rows[1]["kbps"] == 2 and rows[1]["clips"] == 2
     assert all(math.isfinite(row["snr_db"]) for row in rows)
     assert len(list(out.glob("*.wav"))) == 6 and "| embedded | 2 |" in capsys.readouterr().out
