@@ -137,7 +137,10 @@ class Clips:
         return np.stack(found)
 
     def read(self, i: int, start: int, length: int) -> np.ndarray:
-        return soundfile.read(self.paths[i], length, start, dtype="float32")[0]
+        try:
+            return soundfile.read(self.paths[i], length, start, dtype="float32")[0]
+        except soundfile.LibsndfileError as error:
+            raise UserError(f"{self.paths[i]}: cannot be read any more ({error})") from None
 
 
 def learning_rate(settings: Training, step: int) -> float:
