@@ -564,7 +564,7 @@ with {versions}, and the sound font {soundfont} (SHA-256 {soundfont_hash}).
 {splits}
 
 A group is all that counts as one tune: the same title, movements of one work, or a quarter of the
-melody in common. No group is in two splits.
+melody in common. No group is in two splits; settings of a tune that have less in common may be.
 
 | instrument | clips | several voices |
 | --- | --- | --- |
