@@ -123,6 +123,11 @@ def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
             f"({its_codec.sample_rate} Hz), the model those of {codec.source} "
             f"({codec.sample_rate} Hz): take a rescorer of the same codec"
         )
+    if its_codec.interleaved != codec.interleaved:
+        raise UserError(
+            f"rescorer {name} learnt {its_codec.layout}, the model {codec.layout}: take a rescorer "
+            "of the same"
+        )
     for what, its, wanted in (
         ("frames a second", its_codec.frame_rate, codec.frame_rate),
         ("codebooks", its_model.num_codebooks, model.num_codebooks),

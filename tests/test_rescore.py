@@ -350,6 +350,11 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen):
     ("codec", "model", "message"),
     [
         ({"sha256": "1" * 64}, {}, "learnt the tokens of codec embedded .32000 Hz., the model"),
+        (
+            {"interleaved": True, "channels": 2},
+            {},
+            "learnt interleaved stereo, the model one stream",
+        ),
         ({"frame_rate": 75.0}, {}, "has 75 frames a second, the model 50"),
         ({}, {"num_codebooks": 2, "delays": (0, 1)}, "has 2 codebooks, the model 4"),
         ({}, {"codebook_size": 64}, "has 64 tokens a codebook, the model 128"),
