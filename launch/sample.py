@@ -63,7 +63,8 @@ class Args:
     """The same for a MusicGen, and for the beginning of a hybrid's clip."""
     hybrid_prompt_seconds: float | None = None
     """Of a hybrid: seconds of a clip that are generated one step after another, before the rest is
-    in parallel (docs/hybrid.md); 0 is none, the clip's length or more is all of it."""
+    in parallel (docs/hybrid.md); 0 is none, the clip's length or more is all of it, None the
+    model's own."""
     rescorer: Annotated[str | Path | None, tyro.conf.arg(metavar="MODEL")] = None
     """A second model that takes part in choosing which spans are kept (docs/rescoring.md): a
     MusicGen, an AudioGen or another MAGNeT of the same codec, as for --checkpoint."""
@@ -180,10 +181,16 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     kind = config.model.kind
     if kind != "hybrid" and args.hybrid_prompt_seconds is not None:
         raise UserError(f"--hybrid-prompt-seconds is for models of kind hybrid; this is a {kind}")
+    for name, missing in (("decode", "musicgen"), ("autoregressive", "magnet")):
+        if kind == missing and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name} is not for models of kind {kind}, and this is one")
     decoding = args.autoregressive if kind == "musicgen" else args.decode
     if kind == "hybrid":
+        prompt_seconds = args.hybrid_prompt_seconds
         decoding = HybridConfig(
-            prompt_seconds=args.hybrid_prompt_seconds,
+            prompt_seconds=config.hybrid_prompt_seconds
+            if prompt_seconds is None
+            else prompt_seconds,
             autoregressive=args.autoregressive,
             decode=args.decode,
         )

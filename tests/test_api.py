@@ -619,6 +619,11 @@ def test_the_command_rescores(imported, sources, tmp_path):
         ([*words, "--rescorer-weight", "0.7"], "need --rescorer MODEL"),
         ([*words, *partner[:3], "1.7"], "rescorer weight must lie between 0"),
         ([*musicgen, *partner], "kind musicgen has no spans to score"),
+        ([*musicgen, *words[8:]], "--decode is not for models of kind musicgen"),
+        (
+            [*words, "--autoregressive.top-k", "5"],
+            "--autoregressive is not for models of kind magnet",
+        ),
         ([*words, "--rescorer", str(sources / "musicgen")], "launch.import_audiocraft"),
     ):
         with pytest.raises(UserError, match=complaint):
@@ -633,7 +638,7 @@ def test_the_command_is_not_misled_by_other_libraries_config(copied):
 
 
 def test_what_the_package_offers():
-    assert set(magnet_jax.__all__) == {"MAGNeT", "MusicGen", "audio_write"}
+    assert set(magnet_jax.__all__) == {"HybridMAGNeT", "MAGNeT", "MusicGen", "audio_write"}
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         magnet_jax.nothing  # noqa: B018
 
