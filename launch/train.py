@@ -54,6 +54,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
         data=dataclasses.replace(config.data, segment_seconds=of.data.segment_seconds),
         decode=of.decode,
         autoregressive=of.autoregressive,
+        hybrid_prompt_seconds=of.hybrid_prompt_seconds,
     )
 
 
@@ -69,9 +70,11 @@ def main(args: list[str]) -> None:
     early.add_argument("--objective", default="")
     given, _ = early.parse_known_args(rest)
     default = load_config(chosen.config)
+    # (a config's objective holds for whatever it begins with)
+    objective = given.objective or default.objective
     if given.init_from:
         default = inherited(default, given.init_from, given.out)
-    if given.objective == "hybrid":
+    if objective == "hybrid":
         default = with_hybrid_objective(default)
     config = cli.parse(
         RunConfig,

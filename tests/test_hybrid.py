@@ -477,11 +477,37 @@ def test_a_window_without_a_token_has_no_point():
     assert np.isnan(watch._mean(window.losses[2]))
 
 
+@pytest.mark.parametrize(
+    ("words", "begun_with", "objective"),
+    [
+        (["--config", "demo"], "hybrid", "hybrid"),
+        (["--config", "music_small_30s_hybrid"], "magnet", "hybrid"),
+        (["--config", "demo", "--objective", "hybrid"], "magnet", "hybrid"),
+        (["--config", "demo"], "magnet", "magnet"),
+    ],
+)
+def test_what_is_begun_with_another_model(run, monkeypatch, words, begun_with, objective):
+    """The objective is the config's, or the model's; settings of sampling are the model's."""
+    settings = from_json(RunConfig, run / "config.json")
+    if begun_with == "magnet":
+        model = dataclasses.replace(settings.model, kind="magnet", delays=())
+        settings = dataclasses.replace(settings, objective="magnet", model=model)
+    monkeypatch.setattr(pretrained, "read_settings", lambda source: settings)
+    begun = []
+    monkeypatch.setattr(train, "train", begun.append)
+    launch_train.main([*words, "--init-from", "another", "--out", str(run.parent / "next")])
+    (config,) = begun
+    assert config.objective == objective
+    assert config.model.delays == ((0, 1, 2, 3) if objective == "hybrid" else ())
+    assert (config.model.width, config.hybrid_prompt_seconds) == (16, 0.2)
+
+
 def test_the_command_samples_and_exports(run, tmp_path):
     args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "wavs")]
-    (path,) = sample.sample(sample.parse(args))
+    (path,) = sample.sample(sample.parse([*args, "--hybrid-prompt-seconds", "None"]))
     settings = json.loads(path.with_suffix(".json").read_text())
     assert settings["decode"]["prompt_seconds"] == 0.2  # the run's own
+    assert sample.parse(args).hybrid_prompt_seconds == 0.2
     given = sample.parse([*args, "--hybrid-prompt-seconds", "0"])
     assert given.hybrid_prompt_seconds == 0 and given.decode.steps == (1, 1, 1, 1)
 
