@@ -451,13 +451,19 @@ def clip_arguments(
     model, axis_size = loaded.config.model, dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
     any_text = bool(text.mask_BS.any())
     num_prompt = prompt_BKP.shape[-1]
+    spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+    if isinstance(spans, DecodeConfig):
+        if spans.span_length:
+            model = dataclasses.replace(model, span_length=spans.span_length)
+        # (first, as a hybrid's beginning may be all that is left of a clip)
+        num_frames, _ = decoded_frames(model, spans, num_frames)
+    if num_prompt >= num_frames:
+        raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
     beginning, beginning_sampling = None, None
     if model.autoregressive:
         beginning, beginning_sampling, decoding = _beginning(
             loaded, decoding, num_prompt, num_frames, any_text, platform
         )
-    if decoding.span_length:
-        model = dataclasses.replace(model, span_length=decoding.span_length)
     whole = beginning is not None and beginning.whole  # then nothing is decoded in spans
     if not whole and len(decoding.steps) != model.num_codebooks:
         raise UserError(
@@ -470,15 +476,13 @@ def clip_arguments(
         prompts = num_frames
     else:
         _, usual = decoded_frames(model, decoding, usual)
-        num_frames, num_decoded = decoded_frames(model, decoding, num_frames)
+        _, num_decoded = decoded_frames(model, decoding, num_frames)
         shards = axis_size["frames"]
         grid = 1 if decoding.span_arrangement == "stride1" else model.span_length
         bucket = frame_bucket(num_decoded, usual, math.lcm(shards, grid))
         prompts = num_prompt
         if beginning is not None:
             prompts = beginning.of_codebooks(model.delays, num_decoded)
-    if not whole and num_prompt >= num_frames:
-        raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
     dtype = compute_dtype(loaded.config, platform)
     savings = execution.savings or decode.default_savings(platform)
     kernels = attention.choose_kernels(

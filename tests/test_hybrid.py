@@ -544,6 +544,21 @@ def test_the_python_api_and_two_devices(run):
     np.testing.assert_array_equal(one[..., :8], given)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.26, 9.0])
+def test_whole_spans_cut_a_clip_alike_however_it_begins(run, seconds):
+    """Of 14 frames, and a beginning of none, of one beyond the last whole span, and of all."""
+    loaded = pretrained.load(run)
+    settings = dataclasses.replace(loaded.config.sampling, prompt_seconds=seconds)
+    decoding = dataclasses.replace(
+        settings, decode=dataclasses.replace(settings.decode, whole_spans=True)
+    )
+    make = functools.partial(sampling.generate, loaded, ["x"], num_frames=14, seed=0)
+    codes_BKT = make(decoding=decoding).codes_BKT
+    assert codes_BKT.shape == (1, 4, 12) and codes_BKT.max() < 1024
+    with pytest.raises(UserError, match="leaves nothing to generate of 12 whole-span frames"):
+        make(decoding=decoding, prompt_BKP=codes_BKT)
+
+
 def test_what_does_not_fit_is_one_line(run, tmp_path):
     args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path)]
     for more, message in (
