@@ -286,6 +286,7 @@ def decode(
     reach: int | None = None,
     savings: Savings = ALL_SAVINGS,
     axis: str | None = None,
+    predicts_given: bool = True,
     rescoring: Rescoring | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> Decoded:
@@ -307,6 +308,8 @@ def decode(
       reach: frames to each side on which a local stage's logits depend; None is all.
       savings: what to leave out.
       axis: the mesh axis over which the network's states are split by frames.
+      predicts_given: whether the network predicts given frames too. Where it does, they count in
+        the score of a span in which the prompt ends, as in the reference; else hidden ones alone.
       rescoring: scores spans by a second model as well. It is not asked after a codebook's last
         step, whose scores nothing reads.
       on_step: called with (steps done, steps in all) while the program runs.
@@ -325,6 +328,8 @@ def decode(
     window = span_length + 2 * (num_frames if reach is None else reach)
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
+    by_surest = span_score == "max" and span_length > 1  # single frames are scored alike by both
+    no_say = 0.0 if grid and by_surest else 1.0  # a probability that changes no span's score
 
     def draw(states_RMD, frame_BM, step, guide):
         """Tokens and their probabilities [B, M] at some frames, of the states there."""
@@ -424,8 +429,11 @@ def decode(
         row_BT = jnp.where(hidden_BT, token_BT, row_BT)
         codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, row_BT, step.stage, axis=1)
 
+        if not predicts_given:
+            prob_BT = jnp.where(hidden_BT, prob_BT, no_say)
         if rescoring is not None and not last:
             other_BT = rescoring.probabilities(codes_BKT, hidden_BT, step.stage, local=local)
+            other_BT = jnp.where(hidden_BT, other_BT, no_say)
             # (in this form, weights of 0 and 1 leave the bits of one side as they are)
             prob_BT = (1 - rescoring.weight) * prob_BT + rescoring.weight * other_BT
         surprise_BT = -jnp.log(jnp.maximum(prob_BT, 1e-30))
@@ -433,7 +441,7 @@ def decode(
             score_BU = jnp.where(hidden_BT, surprise_BT, jnp.minimum(score_BU, KEPT))
         else:
             in_spans = (batch, units, span_length)
-            if span_score == "max" and span_length > 1:  # single frames are scored alike by both
+            if by_surest:
                 new_BU = 1 - prob_BT.reshape(in_spans).max(-1)
             else:
                 new_BU = surprise_BT.reshape(in_spans).sum(-1)

@@ -269,6 +269,7 @@ def generate(
         guided=guided,
         length=length,
         savings=savings,
+        predicts_given=False,
         rescoring=rescoring,
         on_step=on_step and later,
     )

@@ -328,7 +328,10 @@ def test_the_rest_sees_what_it_saw_in_training(params):
 DECODING = DecodeConfig(steps=(2, 1, 1), greedy=True, max_guidance=3.0)
 
 
-def generate(params, num_frames, *, given=None, guidance=3.0, decoding=DECODING, on_step=None):
+def generate(
+    params, num_frames, *, given=None, guidance=3.0, decoding=DECODING, span_score="max",
+    on_step=None,
+):  # fmt: skip
     """Two clips that begin with so many frames one step after another."""
     num_given = 0 if given is None else given.shape[-1]
     codes_BKT = np.full((2, 3, FRAMES), MODEL.mask_id, np.int32)
@@ -347,7 +350,7 @@ def generate(params, num_frames, *, given=None, guidance=3.0, decoding=DECODING,
             config=MODEL,
             beginning=beginning,
             choice="greedy",
-            span_score="max",
+            span_score=span_score,
             guided=decode.guided_steps(decoding, True),
             on_step=on_step,
         )  # fmt: skip
@@ -384,6 +387,18 @@ def test_a_clip_begins_as_the_autoregressive_one_and_is_completed(params):
         prompt = 7 + 3 - MODEL.delays[codebook]
         np.testing.assert_array_equal(codes_BKT[:, codebook, :prompt], whole[:, codebook, :prompt])
         assert hidden_PBT[first, :, prompt:].all() and not hidden_PBT[first, :, :prompt].any()
+
+
+def test_a_span_in_which_the_prompt_ends_is_scored_by_what_is_predicted_of_it(params):
+    """Predictions are sure. What is given is not predicted, and makes no span less sure."""
+    sure = params | {"heads": 10 * params["heads"]}
+    decoding = dataclasses.replace(DECODING, steps=(3, 3, 3))
+    _, hidden_PBT = generate(sure, 7, decoding=decoding, span_score="prod")
+    for codebook, given in enumerate((10, 9, 7)):
+        first, _, last = hidden_PBT[3 * codebook : 3 * codebook + 3]  # steps of the codebook
+        assert first[:, given:].all() and not first[:, :given].any()
+        assert (last.sum(-1) == 2).all()  # one span, and not the half one
+        assert not last[:, : given + given % 2].any()
 
 
 def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):

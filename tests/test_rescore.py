@@ -184,8 +184,12 @@ def table_network():
     return decode.Network(trunk, head), logits_TV
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "planted", "arrangement"))
-def decode_table(weight, *, planted, steps=(3, 2), arrangement="nonoverlap"):
+@functools.partial(
+    jax.jit, static_argnames=("steps", "planted", "arrangement", "given", "span_score")
+)
+def decode_table(
+    weight, *, planted, steps=(3, 2), arrangement="nonoverlap", given=0, span_score="max"
+):  # fmt: skip
     """Greedily; `planted` gives the rescorer's probabilities, None is no rescorer."""
     network, _ = table_network()
     num_frames = NUM_SPANS * SPAN
@@ -194,15 +198,15 @@ def decode_table(weight, *, planted, steps=(3, 2), arrangement="nonoverlap"):
     )
     return decode.decode(
         network,
-        decode.make_schedule(config, num_frames=num_frames, num_prompt=0, span_length=SPAN),
+        decode.make_schedule(config, num_frames=num_frames, num_prompt=given, span_length=SPAN),
         decode.sample_keys(0, jnp.arange(1)),
-        jnp.full((1, 2, num_frames), VOCAB, jnp.int32),
-        0,
+        jnp.full((1, 2, num_frames), VOCAB, jnp.int32).at[..., :given].set(0),
+        given,
         0.0,
         mask_id=VOCAB,
         span_length=SPAN,
         choice="greedy",
-        span_score="max",
+        span_score=span_score,
         span_arrangement=arrangement,
         guided="none",
         rescoring=planted and decode.Rescoring(planted, weight),
@@ -257,6 +261,23 @@ def test_tokens_that_a_rescorer_favours_are_kept():
     np.testing.assert_array_equal(
         np.flatnonzero(~spans_hidden_again(decode_table(0.9, planted=planted))), liked_S
     )
+
+
+@pytest.mark.parametrize(
+    ("span_score", "at_given", "sure", "hidden"),
+    [("max", 1.0, (0.1, 0.9), [5]), ("prod", 1e-9, (0.9, 0.1), [27, 28, 29])],
+)
+def test_given_frames_have_no_say_in_the_span_that_a_prompt_ends_in(
+    span_score, at_given, sure, hidden
+):
+    """Of five given frames two are in the second span: they make it neither surer nor less so."""
+    given, sure_T = 5, jnp.asarray(np.linspace(*sure, NUM_SPANS * SPAN), jnp.float32)
+
+    def planted(codes_BKT, hidden_BT, stage, *, local):
+        return jnp.where(jnp.arange(NUM_SPANS * SPAN) < given, at_given, sure_T)[None]
+
+    found = decode_table(1.0, planted=planted, given=given, span_score=span_score, steps=(2, 1))
+    np.testing.assert_array_equal(np.flatnonzero(found.hidden_PBT[1, 0]), hidden)
 
 
 def test_nothing_is_asked_after_the_last_step_of_a_codebook():
