@@ -270,7 +270,9 @@ def test_compiling_is_measured_with_a_cache_alone(monkeypatch):
         (["--model", "small", "--repeats", "0"], "--repeats must be"),
         (["--model", "small", "--seconds", "nan"], "--seconds must be positive"),
         (["--model", "small", "--peer-steps", "1"], "needs --peer"),
-        (["--model", "small", "--rescorer-guidance", "3"], "needs --rescorer"),
+        (["--model", "small", "--rescorer-guidance", "3"], "need --rescorer"),
+        (["--model", "small", "--rescorer-weight", "0.7"], "need --rescorer"),
+        (["--model", "small", "--rescorer", "x", "--rescorer-weight", "0"], "nothing to time"),
         (["--model", "small", "--picture", "x.mp3"], "must end in .png"),
         (["--model", "small", "--json", "nowhere/x.json"], "no such folder nowhere"),
     ],
@@ -308,7 +310,8 @@ def test_the_tradeoff_with_scores(run, tmp_path, capsys):
     out, real = tmp_path / "tradeoff", put(tmp_path / "real" / "a.wav", tone(3))
     command.main(
         ["tradeoff", "--checkpoint", str(run), "--repeats", "1", "--out", str(out),
-         "--first-steps", "--other-steps", "--rescorer", str(run), "--limit", "1",
+         "--first-steps", "--other-steps", "--rescorer", str(run), "--rescorer-weight", "0.7",
+         "--limit", "1",
          "--prompts", str(tmp_path / "prompts.txt"), "--reference", str(real.parent)]
     )  # fmt: skip
     rows = json.loads((out / "tradeoff.json").read_text())
@@ -317,10 +320,12 @@ def test_the_tradeoff_with_scores(run, tmp_path, capsys):
         ("rescoring", "with"),
     ]
     assert rows[0]["options"] == "--decode.steps 2 1 1 1"
-    assert rows[1]["options"] == f"--decode.steps 2 1 1 1 --rescorer {run}"
+    assert rows[1]["options"] == (
+        f"--decode.steps 2 1 1 1 --rescorer {run} --rescorer-weight 0.7 --rescorer-guidance 1.0"
+    )
     assert all(0 <= row["tag_top5"] <= 1 and row["seconds"] > 0 for row in rows)
     settings = json.loads((out / "rescoring_with" / "settings" / "00000.json").read_text())
-    assert settings["rescorer"]["checkpoint"] == str(run)
+    assert (settings["rescorer"]["checkpoint"], settings["rescorer"]["weight"]) == (str(run), 0.7)
     assert (out / "tradeoff.png").stat().st_size > 10_000
 
 
@@ -331,6 +336,8 @@ def test_the_tradeoff_with_scores(run, tmp_path, capsys):
         (["--model", "small", "--first-steps", "0"], "--first-steps and --other-steps"),
         (["--model", "small", "--prompt-seconds", "-1"], "must not be negative"),
         (["--model", "small", "--prompts", "x.txt"], "scores need --prompts"),
+        (["--model", "small", "--rescorer-weight", "0.7"], "need --rescorer"),
+        (["--model", "small", "--rescorer", "x", "--rescorer-weight", "7"], "must lie between 0"),
     ],
 )
 def test_mistakes_about_the_tradeoff(words, message):

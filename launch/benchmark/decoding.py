@@ -55,6 +55,8 @@ class Args:
     """Time the parts of a call at the first batch size, which compiles one more program."""
     rescorer: str | Path | None = None
     """Also time rescoring by this model at the first batch size, against its own passes alone."""
+    rescorer_weight: float = RescoreConfig.weight
+    """The rescorer's share of the scores, as for launch.sample; above 0, it changes no cost."""
     rescorer_guidance: float = RescoreConfig.guidance
     """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
     peer: bool = False
@@ -85,8 +87,11 @@ class Args:
             raise UserError("--seconds must be positive, and at most 600")
         if not self.peer and (self.peer_device, self.peer_dtype) != ("cpu", "float32"):
             raise UserError("--peer-device and --peer-dtype need --peer")
-        if self.rescorer is None and self.rescorer_guidance != RescoreConfig.guidance:
-            raise UserError("--rescorer-guidance needs --rescorer")
+        rescoring = RescoreConfig(weight=self.rescorer_weight, guidance=self.rescorer_guidance)
+        if self.rescorer is None and rescoring != RescoreConfig():
+            raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer")
+        if self.rescorer_weight == 0:
+            raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to time")
         if self.peer_steps is not None and (self.peer_steps < 1 or not self.peer):
             raise UserError("--peer-steps must be at least 1, and needs --peer")
         if self.picture and self.picture.suffix not in (".png", ".pdf", ".svg"):
@@ -115,6 +120,7 @@ class Job:
         repeat: int,
         on_step: Callable | None = None,
         rescorer: sampling.Rescorer | None = None,
+        rescorer_weight: float = RescoreConfig.weight,
     ) -> np.ndarray:
         """From texts to tokens, as users have it, with settings that differ a repeat."""
         # Other numbers, not other shapes: no new program.
@@ -127,6 +133,7 @@ class Job:
             decoding=decoding,
             seed=repeat,
             rescorer=rescorer,
+            rescorer_weight=rescorer_weight,
             on_step=on_step,
         ).codes_BKT
 
@@ -177,7 +184,9 @@ def measure(args: Args) -> None:
             print(report.parts_table(parts, rows[0], facts), flush=True)
         rescored = None
         if rescorer is not None:
-            rescored = rescoring.measure(job, rescorer, args.batch_sizes[0], args.repeats)
+            rescored = rescoring.measure(
+                job, rescorer, args.rescorer_weight, args.batch_sizes[0], args.repeats
+            )
             print(report.rescoring_line(rescored), flush=True)
         if args.vs:
             print(report.vs_line(args.vs, vs_seconds, rows[0]), flush=True)

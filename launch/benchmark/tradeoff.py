@@ -19,6 +19,7 @@ from magnet_jax import pretrained, rescore, sampling
 from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,
+    RescoreConfig,
     SamplingConfig,
     with_hybrid_objective,
 )
@@ -59,6 +60,10 @@ class Args:
     """Steps of each of the other codebooks; the first has its from the model."""
     rescorer: str | Path | None = None
     """A second model, as for launch.sample: also with and without it."""
+    rescorer_weight: float = RescoreConfig.weight
+    """The rescorer's share of the scores, as for launch.sample."""
+    rescorer_guidance: float = RescoreConfig.guidance
+    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
     prompts: Path | None = None
     """Captions, as for launch.evaluate: also generates a clip for each at each point, and scores
     them. Needs --checkpoint, --reference and --out."""
@@ -76,6 +81,11 @@ class Args:
             raise UserError("--first-steps and --other-steps must be numbers of at least 1")
         if min(self.prompt_seconds, default=0) < 0:
             raise UserError("--prompt-seconds must not be negative")
+        rescoring = RescoreConfig(weight=self.rescorer_weight, guidance=self.rescorer_guidance)
+        if self.rescorer is None and rescoring != RescoreConfig():
+            raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer")
+        if self.rescorer_weight == 0:
+            raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to compare")
         scored = (self.prompts, self.reference)
         if any(scored) and not (all(scored) and self.checkpoint and self.out):
             raise UserError(
@@ -91,13 +101,17 @@ class Point(NamedTuple):
     sampling: SamplingConfig
     rescored: bool
 
-    def options(self, rescorer: str | Path | None) -> str:
+    def options(self, args: Args) -> str:
         """What makes `launch.sample` do it."""
         hybrid = isinstance(self.sampling, HybridConfig)
         steps = (self.sampling.decode if hybrid else self.sampling).steps
         words = ["--decode.steps", *map(str, steps)]
         words += ["--hybrid-prompt-seconds", str(self.sampling.prompt_seconds)] if hybrid else []
-        return shlex.join(words + (["--rescorer", str(rescorer)] if self.rescored else []))
+        if self.rescored:
+            words += ["--rescorer", str(args.rescorer)]
+            words += ["--rescorer-weight", str(args.rescorer_weight)]
+            words += ["--rescorer-guidance", str(args.rescorer_guidance)]
+        return shlex.join(words)
 
 
 def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
@@ -148,7 +162,10 @@ def measure(args: Args) -> None:
         rescorer = None
         if args.rescorer is not None:
             rescorer = rescore.from_model(
-                rescore.load(args.rescorer), loaded, guidance=1.0, name=str(args.rescorer)
+                rescore.load(args.rescorer),
+                loaded,
+                guidance=args.rescorer_guidance,
+                name=str(args.rescorer),
             )
         rows = []
         print(
@@ -160,7 +177,7 @@ def measure(args: Args) -> None:
         for point in tqdm(points(args, config.sampling, clip_seconds), "points", leave=False):
             latency = latency_of(loaded, point, rescorer, frames, args)
             row = {"kind": point.kind, "value": point.value, "seconds": latency}
-            row["options"] = point.options(args.rescorer)
+            row["options"] = point.options(args)
             if args.prompts is not None:
                 row |= quality_of(args, point, clip_seconds)
             rows.append(row)
@@ -189,6 +206,7 @@ def latency_of(
             decoding=point.sampling,
             seed=seed,
             rescorer=rescorer if point.rescored else None,
+            rescorer_weight=args.rescorer_weight,
         )
 
     generate(0)
@@ -201,7 +219,7 @@ def quality_of(args: Args, point: Point, clip_seconds: float) -> dict[str, float
     words = ["--checkpoint", args.checkpoint, "--prompts", args.prompts, "--out", out]
     words += ["--reference", args.reference, "--seconds", clip_seconds, "--resamples", 0]
     words += [] if args.limit is None else ["--limit", args.limit]
-    words = [*map(str, words), f"--sample-options={point.options(args.rescorer)}"]
+    words = [*map(str, words), f"--sample-options={point.options(args)}"]
     evaluation = cli.parse(evaluate.Args, words, prog="python -m launch.evaluate")
     scores = evaluate.run(evaluation, words)["scores"]["generated"]["musicnn"]
     return {name: score["value"] for name, score in scores.items() if isinstance(score, dict)}
