@@ -585,7 +585,7 @@ def attempt(out, die_at, after):
                 os.kill(os.getpid(), signal.SIGKILL)
         os.replace = replace
         run(Job(audio=audio, out=out, tracks_per_shard=2, validation_percent=30,
-                max_reject_ratio=0.5))
+                max_reject_ratio=0.5, batch_size=1))
         os._exit(count)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
