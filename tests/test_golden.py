@@ -21,6 +21,7 @@ from magnet_jax import (
     convert,
     convert_codec,
     decode,
+    hybrid,
     masking,
     objective,
     sharding,
@@ -297,6 +298,36 @@ def test_musicgen_tokens(musicgen, name):
         choice="greedy",
     )
     np.testing.assert_array_equal(codes_BKT, reference[name])
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_musicgen_tokens_of_the_program_that_users_run(musicgen, apart):
+    """(`sampling` makes of a MusicGen a hybrid's beginning.)"""
+    reference = np.load(MUSICGEN / "generate.npz")
+    num_given, (batch, num_codebooks, num_frames) = (
+        reference["prompt"].shape[-1],
+        reference["prompted"].shape,
+    )
+    codes_BKT = np.full((batch, num_codebooks, num_frames), musicgen.model.mask_id, np.int32)
+    codes_BKT[..., :num_given] = reference["prompt"]
+    beginning = hybrid.Beginning(
+        num_given=num_given, num_frames=num_frames, whole=True, choice="greedy", guided=True,
+        apart=apart,
+    )  # fmt: skip
+    run = functools.partial(
+        hybrid.generate, config=musicgen.model, beginning=beginning, choice="greedy",
+        span_score="max",
+    )  # fmt: skip
+    found = jax.jit(run)(
+        musicgen.params,
+        *read_text(MUSICGEN / "forward.npz"),
+        decode.sample_keys(0, jnp.arange(batch)),
+        codes_BKT,
+        autoregressive.Sampling(1.0, 0.0, 3.0),
+        (),
+        0.0,
+    )
+    np.testing.assert_array_equal(found.codes_BKT, reference["prompted"])
 
 
 # --- checkpoints --------------------------------------------------------------------------------

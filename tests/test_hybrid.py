@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,9 @@ from magnet_jax import (
     patterns,
     pretrained,
     sampling,
+    sharding,
+    steps,
+    t5,
     train,
     transformer,
     watch,
@@ -33,11 +38,14 @@ from magnet_jax import (
 from magnet_jax.config import (
     DecodeConfig,
     KernelConfig,
+    MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     SamplingMeshConfig,
     TextConfig,
     from_json,
+    with_hybrid_objective,
 )
 from magnet_jax.errors import UserError
 from magnet_jax.masking import span_count, span_counts, span_mask
@@ -481,6 +489,44 @@ def test_a_run_tells_both_losses_apart(run):
     assert found["validation/loss"] == pytest.approx((6 + 4 / 4) / (2 + 4 / 4))
 
 
+def test_a_mesh_and_parts_train_as_one_device():
+    """Clips of several lengths and prompts, so that parts have unlike numbers of tokens."""
+    config = with_hybrid_objective(
+        tiny.run_config(
+            Path("no data"), Path("no run"), optimizer=OptimizerConfig(warmup_steps=0, eps=1e-3)
+        )
+    )
+    t5_config, t5_params, tokenizer = t5.load("embedded")
+    t5_params, frames = jax.tree.map(np.asarray, t5_params), 18
+    rng = np.random.default_rng(0)
+    batch = {
+        "codes_BKT": rng.integers(0, 1024, (8, 4, frames)).astype(np.int32),
+        "valid_BT": np.arange(frames)[None] < rng.integers(3, frames + 1, (8, 1)),
+        "text_ids_BS": rng.integers(1, 99, (8, 6)).astype(np.int32),
+        "text_mask_BS": np.arange(6)[None] < rng.integers(0, 7, (8, 1)),
+        "seed_B": np.arange(8, dtype=np.int32),
+    }
+
+    def step(sizes, parts):
+        mesh = sharding.make_mesh(
+            MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
+        )
+        static = steps.static(config, t5_config, np.dtype("float32"), frames, mesh)
+        static = static._replace(num_parts=parts)
+        setup = train.Setup(None, t5_config, t5_params, tokenizer, None, frames, static)
+        state, metrics = steps.train_step(
+            train.first_state(setup, jax.random.key(0)), {}, train.to_devices(batch, mesh),
+            jax.random.key(0), 1, static=static, local=True,
+        )  # fmt: skip
+        return state["params"], {name: float(x) for name, x in metrics.items()}
+
+    expected, metrics = step((1, 1, 1), 1)
+    found, others = step((2, 1, 2), 2)
+    assert others == pytest.approx(metrics, rel=1e-5)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
 def test_a_window_without_a_token_has_no_point():
     window = watch.Window()
     for stage, (parallel, other) in enumerate([(1.0, np.nan), (3.0, 5.0), (np.nan, np.nan)]):
@@ -557,6 +603,34 @@ def test_the_python_api_and_two_devices(run):
     )  # fmt: skip
     np.testing.assert_array_equal(one, two)
     np.testing.assert_array_equal(one[..., :8], given)
+
+
+def test_a_rescorer_has_its_say_in_what_is_completed(run):
+    """It is sure of every third span alone, and of nothing that the text does not tell."""
+    span_length = ModelConfig().span_length
+
+    def read(params, texts_B, *, num_frames, length):
+        span_T = jnp.arange(num_frames) // span_length
+        sure_BT = (span_T[None] + texts_B[:, None]) % 3 == 0
+        return lambda codes_BKT, hidden_BT, stage, *, local: sure_BT.astype(jnp.float32)
+
+    planted = sampling.Rescorer(
+        read, (), lambda texts, text_pad_len: np.array([len(text) for text in texts])
+    )
+    loaded = pretrained.load(run)
+    settings = loaded.config.sampling
+    decoding = dataclasses.replace(
+        settings, decode=dataclasses.replace(settings.decode, steps=(4, 1, 1, 1))
+    )
+    found = sampling.generate(
+        loaded, ["a", "bb"], num_frames=60, decoding=decoding, seed=0, rescorer=planted,
+        rescorer_weight=1.0,
+    )  # fmt: skip
+    given = 10 + 3  # frames of the first codebook that one step after another makes
+    for hidden_T, length in zip(found.hidden_PBT[1], (1, 2)):
+        kept_S = np.flatnonzero(~hidden_T[15:].reshape(-1, span_length).any(-1)) + 5
+        assert 2 <= len(kept_S) <= 3 and ((kept_S + length) % 3 == 0).all()
+        assert not hidden_T[:given].any()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.26, 9.0])

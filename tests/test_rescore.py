@@ -55,7 +55,8 @@ def score_of(monkeypatch, loaded, states, num_frames, *, guidance=1.0, length=No
     states_BSE, mask_BS, zeros_B = states
     monkeypatch.setattr(t5, "encode", lambda *_, **__: states_BSE)
     served = dataclasses.replace(loaded.config.model, kind="magnet", delays=())
-    partner = loaded._replace(config=dataclasses.replace(loaded.config, model=served))
+    config = dataclasses.replace(loaded.config, objective="magnet", model=served)
+    partner = loaded._replace(config=config)
     rescorer = rescore.from_model(loaded, partner, guidance=guidance)
     text = sampling.Text(np.zeros(mask_BS.shape, np.int32), mask_BS, zeros_B)
 
@@ -82,20 +83,29 @@ def golden(name):
 
 
 @pytest.mark.parametrize(
-    ("codes", "logits", "with_text"),
+    ("kind", "codes", "logits", "with_text"),
     [
-        ("codes", "logits", True),
-        ("codes", "null_logits", False),
-        ("partial_codes", "partial_logits", True),
+        ("musicgen", "codes", "logits", True),
+        ("musicgen", "codes", "null_logits", False),
+        ("musicgen", "partial_codes", "partial_logits", True),
+        ("hybrid", "partial_codes", "partial_logits", True),
     ],
 )
-def test_musicgen_gives_the_teacher_forced_probabilities(monkeypatch, codes, logits, with_text):
+def test_musicgen_gives_the_teacher_forced_probabilities(
+    monkeypatch, kind, codes, logits, with_text
+):
+    """And a hybrid, which reads as one."""
     reference = np.load(MUSICGEN / "forward.npz")
     codes_BKT = reference[codes].astype(np.int32)
     probs_BKTV = jax.nn.softmax(reference[logits], axis=-1)
     mask_id = probs_BKTV.shape[-1]
     text = read_text(MUSICGEN / "forward.npz", with_text)
-    score = score_of(monkeypatch, golden("musicgen"), text, codes_BKT.shape[-1])
+    loaded = golden("musicgen")
+    model = dataclasses.replace(loaded.config.model, kind=kind)
+    objective = "hybrid" if kind == "hybrid" else "magnet"
+    config = dataclasses.replace(loaded.config, objective=objective, model=model)
+    loaded = loaded._replace(config=config)
+    score = score_of(monkeypatch, loaded, text, codes_BKT.shape[-1])
     compared = 0
     for stage, token_BT in enumerate(codes_BKT.swapaxes(0, 1)):
         there_BT = reference["valid"][:, stage] & (token_BT != mask_id)
