@@ -116,7 +116,7 @@ def test_checkpoints_come_back_and_compute_the_same_in_pytorch(settings, kind, t
             found_BTV = found_BKTV[:, stage]
         else:
             found_BTV = export._stage_logits(
-                params, *texts(model), codes_BKT, stage, model, stage > 0
+                params, *texts(model), codes_BKT, stage, 0, model, stage > 0
             )
         expected = torch_lm.logits(state, model, codes_BKT, states_BSE, LENGTHS, stage)
         np.testing.assert_allclose(found_BTV, expected, atol=1e-4, rtol=0)

@@ -592,10 +592,10 @@ def attempt(out, die_at, after):
 renames = attempt(root / "whole", 0, False)
 print(renames)
 for n in range(1, renames + 1):
-    for after in (False, True):
-        out = root / f"killed{n}{after}"
-        assert attempt(out, n, after) == -signal.SIGKILL, out
-        assert attempt(out, 0, False) > 0, out
+    after = n % 2 == 0  # just before one rename, just after the next
+    out = root / f"killed{n}{after}"
+    assert attempt(out, n, after) == -signal.SIGKILL, out
+    assert attempt(out, 0, False) > 0, out
 # one that is killed again and again, always a little further on
 tries = 1
 while attempt(root / "often", 6, True) == -signal.SIGKILL:
@@ -619,7 +619,7 @@ def test_killed_at_any_rename_and_run_again_gives_the_same_bytes(tmp_path):
     renames = int(finished.stdout)
     whole = content(tmp_path / "outs" / "whole")
     assert renames >= 12 and b"too short" in whole["rejects.jsonl"]
-    assert len(list((tmp_path / "outs").iterdir())) == 2 * renames + 2
+    assert len(list((tmp_path / "outs").iterdir())) == renames + 2
     for out in (tmp_path / "outs").iterdir():
         assert content(out) == whole, out.name
         assert len(read(out)) + len(read(out, "validation")) == 5

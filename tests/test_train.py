@@ -265,10 +265,8 @@ def twenty_steps(tokens):
 @pytest.mark.parametrize(
     ("sizes", "parts", "remat"),
     [
-        ((1, 1, 1), 4, "none"),
         ((8, 1, 1), 1, "none"),
         ((1, 8, 1), 1, "full"),
-        ((2, 2, 2), 1, "none"),
         ((2, 2, 2), 2, "attention"),
         ((1, 4, 2), 1, "products"),
     ],
