@@ -21,6 +21,7 @@ from launch import cli
 from magnet_jax import errors
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation.scores import Listening, read_mono
 from magnet_jax.files import replacing_file
 
 # (window, hop) in samples
@@ -145,7 +146,7 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
         )
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in versions}
     for path in tqdm(paths, unit="clip"):
-        wav = _read(path, rate, settings.seconds)
+        wav = read_mono(path, rate, Listening(seconds=settings.seconds))
         for number, (name, version) in enumerate(versions.items()):
             made, kbps = version(wav)
             found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
@@ -190,14 +191,6 @@ def _spread(settings: Comparison) -> list[Path]:
         raise UserError(f"--audio {settings.audio}: no .flac or .wav in it")
     places = np.unique(np.linspace(0, len(paths) - 1, settings.clips).astype(int))
     return [paths[i] for i in places]
-
-
-def _read(path: Path, rate: int, seconds: float) -> np.ndarray:
-    try:
-        wav, own = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    return soxr.resample(wav.mean(1), own, rate, "VHQ")[: round(seconds * rate)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

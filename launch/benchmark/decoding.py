@@ -210,18 +210,31 @@ def make_job(args: Args, loaded: pretrained.Loaded) -> Job:
     steps = own_steps(args, loaded)
     if args.peer_steps:
         steps = tuple(min(count, args.peer_steps) for count in steps)
-    frames = sampling.segment_frames(loaded.config, loaded.codec)
-    if args.seconds is not None:
-        frames = round(args.seconds * loaded.codec.frame_rate)
-    span = loaded.config.decode.span_length or model.span_length
-    if frames < span:
-        raise UserError(f"--seconds {args.seconds}: shorter than one span of {span} frames")
+    num_frames = clip_frames(loaded, args.seconds)
     return Job(
         loaded=sampling.prepare(loaded),
         decoder=pretrained.load_decoder(loaded, str(args.checkpoint)),
-        num_frames=frames // span * span,
+        num_frames=num_frames,
         decoding=dataclasses.replace(loaded.config.decode, steps=steps),
     )
+
+
+def clip_frames(loaded: pretrained.Loaded, seconds: float | None) -> int:
+    """Frames of a clip (None: of training), cut to whole spans; `UserError` below one of them."""
+    frames = sampling.segment_frames(loaded.config, loaded.codec)
+    if seconds is not None:
+        frames = round(seconds * loaded.codec.frame_rate)
+    span = loaded.config.decode.span_length or loaded.config.model.span_length
+    if frames < span:
+        raise UserError(f"--seconds {seconds}: shorter than one span of {span} frames")
+    return frames // span * span
+
+
+def open_rescorer(
+    source: str | Path, loaded: pretrained.Loaded, guidance: float
+) -> sampling.Rescorer:
+    """The second model; raises `UserError` where there is none that fits."""
+    return rescore.from_model(rescore.load(source), loaded, guidance=guidance, name=str(source))
 
 
 def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
@@ -230,12 +243,7 @@ def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
         return None
     if max(job.decoding.steps) == 1:
         raise UserError("nothing is rescored where every codebook has one step: give more --steps")
-    return rescore.from_model(
-        rescore.load(args.rescorer),
-        job.loaded,
-        guidance=args.rescorer_guidance,
-        name=str(args.rescorer),
-    )
+    return open_rescorer(args.rescorer, job.loaded, args.rescorer_guidance)
 
 
 def measure_batches(args: Args, job: Job, facts: report.Facts) -> list[report.Row]:

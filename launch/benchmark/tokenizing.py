@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-import soxr
 
 from magnet_jax.codec import load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation.scores import Listening, read_mono
 from tokenization import encode
 from tokenization import job as tokenization
 
@@ -134,8 +134,7 @@ def equal_tokens(args: Args, folder: Path) -> list[float]:
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".wav", ".flac", ".mp3"))
     parts = []
     for path in files:
-        wav_NC, own_rate = soundfile.read(path, dtype="float32", always_2d=True)
-        wav_N = soxr.resample(wav_NC.mean(1), own_rate, rate)
+        wav_N = read_mono(path, rate, Listening())
         parts.append(np.broadcast_to(wav_N, (codec.spec.channels, len(wav_N))))
     if not parts or not sum(part.shape[1] for part in parts):
         raise UserError(f"{folder}: no audio in it (--whole wants .wav, .flac or .mp3)")

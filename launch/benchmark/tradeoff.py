@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from launch import cli
 from launch.benchmark import models
-from launch.benchmark.decoding import TEXTS
+from launch.benchmark.decoding import TEXTS, clip_frames, open_rescorer
 from launch.benchmark.peaks import seconds_of
 from launch.evaluate import __main__ as evaluate
-from magnet_jax import pretrained, rescore, sampling
+from magnet_jax import pretrained, sampling
 from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,
@@ -149,24 +149,15 @@ def measure(args: Args) -> None:
     with models.opened(args.checkpoint, args.model) as (name, loaded):
         if args.model is not None:
             loaded = loaded._replace(config=with_hybrid_objective(loaded.config))
-        config, spec = loaded.config, loaded.codec
+        config = loaded.config
         if not config.model.parallel:
             raise UserError(f"a model of kind {config.model.kind} has no decoding steps to vary")
-        span = config.decode.span_length or config.model.span_length
-        seconds = config.data.segment_seconds if args.seconds is None else args.seconds
-        frames = round(seconds * spec.frame_rate) // span * span
-        if frames < span:
-            raise UserError(f"--seconds {seconds}: shorter than one span of {span} frames")
-        clip_seconds = frames / spec.frame_rate
+        frames = clip_frames(loaded, args.seconds)
+        clip_seconds = frames / loaded.codec.frame_rate
         loaded = sampling.prepare(loaded)
         rescorer = None
         if args.rescorer is not None:
-            rescorer = rescore.from_model(
-                rescore.load(args.rescorer),
-                loaded,
-                guidance=args.rescorer_guidance,
-                name=str(args.rescorer),
-            )
+            rescorer = open_rescorer(args.rescorer, loaded, args.rescorer_guidance)
         rows = []
         print(
             f"{name}, {args.batch_size} clip(s) of {clip_seconds:g} s, "
