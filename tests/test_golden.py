@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import GOLDEN
 
 from magnet_jax import (
@@ -287,7 +288,7 @@ def test_musicgen_tokens(musicgen, name):
     prompt_BKP = np.zeros((batch, num_codebooks, 0), np.int32)
     if name == "prompted":
         prompt_BKP = reference["prompt"].astype(np.int32)
-    codes_BKT = autoregressive.generate(
+    codes_BKT = tiny.one_after_another(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz"),
         decode.sample_keys(0, jnp.arange(batch)),

@@ -370,7 +370,7 @@ def generate(
 
 
 def one_after_another(params, prompt_BKP, guidance=3.0):
-    return autoregressive.generate(
+    return tiny.one_after_another(
         params, *texts(), jnp.zeros(2, jnp.int32), decode.sample_keys(0, jnp.arange(2)),
         prompt_BKP, autoregressive.Sampling(1.0, 0.0, guidance), config=MODEL, num_frames=FRAMES,
         choice="greedy",

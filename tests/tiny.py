@@ -1,16 +1,18 @@
 """The smallest data sets and runs that exercise everything."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
 import soxr
 
-from magnet_jax import codec, convert, records, sharding
+from magnet_jax import autoregressive, codec, convert, patterns, records, sharding, transformer
 from magnet_jax.config import (
     ASSETS,
     CodecSpec,
@@ -139,3 +141,23 @@ def assert_same_bits(found: dict, expected: dict) -> None:
         a, b = np.asarray(found[name]), np.asarray(expected[name])
         assert (a.dtype, a.shape) == (b.dtype, b.shape), name
         assert a.tobytes() == b.tobytes(), name
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_frames", "choice"))
+def one_after_another(
+    params, states_BSE, text_mask_BS, num_zero_keys_B, keys_B, prompt_BKP, sampling, *, config,
+    num_frames, choice,
+):  # fmt: skip
+    """Tokens [B, K, T] of a MusicGen, said plainly: what `hybrid.generate` is held to."""
+    model = transformer.bind(config, params)
+    text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=jnp.float32)
+    if not config.null_text_adds_nothing:
+        text = transformer.with_null_rows(text)
+    batch, num_codebooks, num_prompt = prompt_BKP.shape
+    left = (batch, num_codebooks, num_frames - num_prompt)
+    known_BKT = jnp.concatenate([prompt_BKP, jnp.full(left, autoregressive.UNKNOWN)], axis=-1)
+    steps_BKS, _ = autoregressive.advance(
+        config, params, text, keys_B, patterns.to_steps(known_BKT, config.delays, config.mask_id),
+        sampling, num_given=1 + num_prompt, choice=choice, guided=True,
+    )  # fmt: skip
+    return patterns.to_frames(steps_BKS, config.delays, num_frames, first=1)[0]

@@ -42,19 +42,20 @@ def random_model(size: str, codec_folder: Path, kind: str = "magnet") -> pretrai
     random_checkpoint.write_codec(codec_folder, SEED)
     codec_source = str(codec_folder / CODEC_FILE)
     codec = read_spec(codec_source, random_checkpoint.NUM_CODEBOOKS)
-    delays = tuple(range(random_checkpoint.NUM_CODEBOOKS)) if kind == "musicgen" else ()
-    model = ModelConfig(kind=kind, delays=delays, **random_checkpoint.SIZES[size])
+    delays = () if kind == "magnet" else tuple(range(random_checkpoint.NUM_CODEBOOKS))
+    config = RunConfig(
+        model=ModelConfig(kind=kind, delays=delays, **random_checkpoint.SIZES[size]),
+        objective="hybrid" if kind == "hybrid" else "magnet",
+        text=TextConfig(max_tokens=pretrained.MAX_TOKENS),
+        data=DataConfig(segment_seconds=SEGMENT_SECONDS),
+    )
     t5_config, t5_params, tokenizer = random_checkpoint.make_text_encoder(SEED)
     init = jax.jit(transformer.init_params, static_argnames="config")
     return pretrained.Loaded(
-        config=RunConfig(
-            model=model,
-            text=TextConfig(max_tokens=pretrained.MAX_TOKENS),
-            data=DataConfig(segment_seconds=SEGMENT_SECONDS),
-        ),
+        config=config,
         codec=codec,
         codec_source=codec_source,
-        params={"lm": init(config=model, key=jax.random.key(SEED))},
+        params={"lm": init(config=config.model, key=jax.random.key(SEED))},
         t5_config=t5_config,
         t5_params=t5_params,
         tokenizer=tokenizer,

@@ -21,7 +21,6 @@ from magnet_jax.config import (
     HybridConfig,
     RescoreConfig,
     SamplingConfig,
-    with_hybrid_objective,
 )
 from magnet_jax.errors import UserError
 
@@ -146,9 +145,7 @@ def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
 
 def measure(args: Args) -> None:
     """Measures, prints, and writes what `args` asks for."""
-    with models.opened(args.checkpoint, args.model) as (name, loaded):
-        if args.model is not None:
-            loaded = loaded._replace(config=with_hybrid_objective(loaded.config))
+    with models.opened(args.checkpoint, args.model, "hybrid") as (name, loaded):
         config = loaded.config
         if not config.model.parallel:
             raise UserError(f"a model of kind {config.model.kind} has no decoding steps to vary")
