@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from magnet_jax import amx
 from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig
 from magnet_jax.errors import UserError
 
@@ -44,11 +45,12 @@ def choose_kernels(
     num_frames: int,
     dtype: jnp.dtype,
     *,
+    num_devices: int = 1,
     split: bool = False,
 ) -> KernelConfig:
     """The kernels for this platform ('cpu', 'gpu', 'tpu') and length, those asked for first.
 
-    `num_frames` are on one device; `split` says that others have more of the same clip.
+    `num_frames` are on one of `num_devices`; `split` says that others have more of the same clip.
 
     Raises `UserError` for a kernel that the platform, the model, the precision or a split does not
     have, and for a split so fine that a device's frames see beyond its neighbours.
@@ -87,7 +89,17 @@ def choose_kernels(
             "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)"
         )
     block = asked.local_block or LOCAL_BLOCK[platform]
-    return KernelConfig(full=full, local=local, local_block=block)
+    products = asked.products
+    tiles = platform == "cpu" and half and num_devices == 1 and amx.is_available()
+    if products == "auto":
+        products = "amx" if tiles else "rows" if platform == "cpu" else "axes"
+    if products == "amx" and not tiles:
+        raise UserError(
+            "kernels.products amx needs one CPU device with AMX (Linux tells of amx_bf16 in "
+            f"/proc/cpuinfo) and bfloat16 (compute_dtype); here are {num_devices} of {platform} "
+            f"and {jnp.dtype(dtype)}"
+        )
+    return KernelConfig(full=full, local=local, local_block=block, products=products)
 
 
 def self_attention(

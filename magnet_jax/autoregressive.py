@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax import attention, patterns, transformer
-from magnet_jax.config import ModelConfig
+from magnet_jax.config import ModelConfig, Products
 from magnet_jax.decode import Choice, choose_token
 
 UNKNOWN = -1  # stands where a code is still to be generated
@@ -100,6 +100,7 @@ def advance(
     guided: bool,
     apart: bool = False,
     spare: int = 0,
+    products: Products = "axes",
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, transformer.Cache]:
     """Fills in what is `UNKNOWN` in steps [B, K, S], one step after another. To be traced.
@@ -115,6 +116,7 @@ def advance(
       guided: whether rows without text are computed as well; without, guidance is 1.
       apart: whether the layers are written out, see `Transformer.layers_apart`.
       spare: steps that the cache has room for beyond those that are in it in the end.
+      products: see `transformer.product`.
       on_step: called with the number of steps done while the program runs.
 
     Returns:
@@ -130,7 +132,8 @@ def advance(
     model = transformer.bind(config, params)
     cache = model.empty_cache(rows(steps_BKS).shape[0], num_steps - 1 + spare, dtype)
     if num_given > 1:
-        _, cache = model.extend(rows(steps_BKS[..., : num_given - 1]), text, cache, 0)
+        given = rows(steps_BKS[..., : num_given - 1])
+        _, cache = model.extend(given, text, cache, 0, products=products)
 
     layers = model.layers_apart(text) if apart else None
 
@@ -139,7 +142,7 @@ def advance(
         steps_BKS, cache = carry
         before_BK1 = jax.lax.dynamic_slice_in_dim(steps_BKS, step - 1, 1, axis=-1)
         model = transformer.bind(config, params)
-        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers)
+        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers, products)
         logits_BKV = model.all_heads(states_R1D)[:, :, 0]
         if guided:
             logits_BKV, without_BKV = jnp.split(logits_BKV, 2)

@@ -18,6 +18,7 @@ ASSETS = Path(__file__).parent / "assets"
 KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen", "hybrid": "HybridMAGNeT"}
 FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
+Products = Literal["auto", "axes", "rows", "amx"]
 LoraTarget = Literal["self", "cross", "mlp"]
 Remat = Literal["none", "products", "attention", "full"]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
@@ -453,7 +454,8 @@ class HybridConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How frames' attention to frames is computed (attention.py); it changes rounding alone."""
+    """How attention (attention.py) and the layers' products (`transformer.product`) are computed;
+    it changes rounding alone."""
 
     full: FullKernel = "auto"
     """Attention over everything; auto goes by platform and length."""
@@ -462,12 +464,20 @@ class KernelConfig:
     local_block: int = 0
     """Queries a block of local attention in blocks or slices, at least twice the context; 0 goes
     by platform."""
+    products: Products = _added("auto")
+    """Matrix products of the layers. amx: on the tiles of CPUs that have them, of bfloat16; auto
+    takes it where it can be had."""
 
     def __post_init__(self):
-        for name in ("full", "local"):
+        for name in ("full", "local", "products"):
             hint = typing.get_type_hints(KernelConfig)[name]
             _checked(hint, getattr(self, name), f"kernels.{name}")
         _require(self.local_block >= 0, "kernels.local_block must not be negative")
+
+    @property
+    def of_attention(self) -> "KernelConfig":
+        """What was asked of attention alone."""
+        return dataclasses.replace(self, products="auto")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -539,7 +539,12 @@ def guided_network(
         else:
             attend = functools.partial(attend, length=length)
         return transformer.bind(config, params).trunk(
-            codes_BKT, rows_text, local=local, attend=attend, positions_BTD=positions_BTD
+            codes_BKT,
+            rows_text,
+            local=local,
+            attend=attend,
+            positions_BTD=positions_BTD,
+            products=kernels.products,
         )
 
     def head(states_RMD, stage, *, guided):

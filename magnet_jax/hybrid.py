@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax import attention, autoregressive, decode, objective, patterns, transformer
-from magnet_jax.config import ModelConfig, Remat
+from magnet_jax.config import ModelConfig, Products, Remat
 from magnet_jax.masking import span_mask
 
 
@@ -103,7 +103,8 @@ def sums(
     dtype: jnp.dtype = jnp.float32,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-    flat: bool = False,
+    products: Products = "axes",
+    written_out: bool = False,
 ) -> Sums:
     """Each row's share of both losses, from one pass; arguments as of `objective.sums`."""
     num_frames, delays = codes_BKT.shape[-1], jnp.asarray(config.delays)
@@ -123,7 +124,8 @@ def sums(
         ),
         remat=remat,
         sharding=sharding,
-        flat=flat,
+        products=products,
+        written_out=written_out,
     )
 
     def at_frames(codebook, behind):
@@ -196,6 +198,7 @@ def generate(
     guided: decode.GuidedSteps = "all",
     length: jax.Array | int | None = None,
     dtype: jnp.dtype = jnp.float32,
+    products: Products = "axes",
     savings: decode.Savings = decode.ALL_SAVINGS,
     rescoring: decode.Rescoring | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -207,6 +210,7 @@ def generate(
     Args:
       codes_BKT: the given first frames, then anything.
       beginning, beginning_sampling: of the steps one after another.
+      products: see `transformer.product`.
       schedule: from `decode.make_schedule`, with the prompt that `Beginning.of_codebooks` tells.
       params, states_BSE, text_mask_BS, num_zero_keys_B, keys_B, limit, config, choice, span_score,
         span_arrangement, guided, length, dtype, savings, rescoring, on_step: see `decode.generate`.
@@ -237,7 +241,7 @@ def generate(
         config, params, rows_text, keys_B, steps_BKS, beginning_sampling,
         num_given=1 + beginning.num_given if beginning.num_frames else 1,
         choice=beginning.choice, guided=with_null, apart=beginning.apart,
-        spare=0 if beginning.whole else 1, on_step=on_step and report,
+        spare=0 if beginning.whole else 1, products=products, on_step=on_step and report,
     )  # fmt: skip
     made_BKT, _ = patterns.to_frames(steps_BKS, delays, num_frames, first=1)
     prompt_1KT = (frame_T[None] < jnp.asarray(prompt_K)[:, None])[None]
@@ -248,13 +252,15 @@ def generate(
     # The last step of the prompt predicts nothing; the rest attends to it.
     last_BK1 = steps_BKS[..., -1:]
     rows = jnp.concatenate([last_BK1] * (1 + with_null))
-    _, cache = model.extend(rows, rows_text, cache, prompt_steps - 1)
+    _, cache = model.extend(rows, rows_text, cache, prompt_steps - 1, products=products)
 
     def later(done: jax.Array, _: int) -> None:
         on_step(done + num_first, total)
 
     return decode.decode(
-        _completing_network(config, params, text, cache, prompt_steps, num_frames, length),
+        _completing_network(
+            config, params, text, cache, prompt_steps, num_frames, length, products
+        ),
         schedule,
         # (0 is no step of the prompt's, whose own keys are made with their numbers)
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 0),
@@ -283,6 +289,7 @@ def _completing_network(
     prompt_steps: int,
     num_frames: int,
     length: jax.Array | int,
+    products: Products,
 ) -> decode.Network:
     """The steps after a prompt as `decode` sees them, by frames of the codebook to predict."""
     delays = jnp.asarray(config.delays)
@@ -308,6 +315,7 @@ def _completing_network(
             ),
             positions_BTD=positions_1SD[:, prompt_steps:],
             past=jax.tree.map(lambda x: x[:, : len(rows)], cache),
+            products=products,
         )
         # (the prompt is not predicted, and its frames' states may be anything)
         states_RSD = jnp.pad(states_RSD, ((0, 0), (prompt_steps, 0), (0, 0)))

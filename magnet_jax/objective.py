@@ -9,7 +9,7 @@ import numpy as np
 
 from magnet_jax import transformer
 from magnet_jax.attention import self_attention
-from magnet_jax.config import ModelConfig, Remat
+from magnet_jax.config import ModelConfig, Products, Remat
 from magnet_jax.masking import masking_rate, span_mask
 
 
@@ -121,7 +121,8 @@ def sums(
     attend: Callable[..., jax.Array] = self_attention,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-    flat: bool = False,
+    products: Products = "axes",
+    written_out: bool = False,
 ) -> Sums:
     """Each row's share of the training loss of one stage (sections 2 and 3.1).
 
@@ -131,7 +132,7 @@ def sums(
       codes_BKT, valid_BT: true tokens, and which frames are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      attend, remat, sharding, flat: see `Transformer.trunk`.
+      attend, remat, sharding, products, written_out: see `Transformer.trunk`.
     """
     mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
     corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
@@ -144,6 +145,7 @@ def sums(
         attend=attend,
         remat=remat,
         sharding=sharding,
-        flat=flat,
+        products=products,
+        written_out=written_out,
     )
     return score(model.head(states_BTD, stage), corrupted.target_BT, corrupted.mask_BT)

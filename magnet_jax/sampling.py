@@ -396,7 +396,11 @@ def _clips_of(
             frames_axis="frames" if axis_size["frames"] > 1 else None,
         )
     else:
-        generate = functools.partial(hybrid.generate, beginning=made_for.beginning)
+        generate = functools.partial(
+            hybrid.generate,
+            beginning=made_for.beginning,
+            products=made_for.kernels.products,
+        )
     decoded = generate(
         params,
         states_BSE,
@@ -491,6 +495,7 @@ def clip_arguments(
         model,
         bucket // axis_size["frames"],
         dtype,
+        num_devices=mesh.size if mesh else 1,
         split=axis_size["frames"] > 1,
     )
     # (a bucket that is full by chance shares its program with shorter clips)
@@ -641,10 +646,11 @@ _encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
 def check_execution(model: ModelConfig, execution: Execution) -> None:
     """Raises `UserError` for what a model of kind musicgen or hybrid does not have."""
     mesh = dataclasses.replace(execution.mesh, data=1)
-    if model.autoregressive and (mesh, execution.kernels) != (SamplingMeshConfig(), KernelConfig()):
+    asked = (mesh, execution.kernels.of_attention)
+    if model.autoregressive and asked != (SamplingMeshConfig(), KernelConfig()):
         raise UserError(
             f"a model of kind {model.kind} has one kernel of attention, and splits a batch alone: "
-            "leave out kernels, mesh.guidance and mesh.frames"
+            "leave out kernels (but for .products), mesh.guidance and mesh.frames"
         )
 
 

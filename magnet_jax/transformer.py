@@ -28,8 +28,9 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from magnet_jax import amx
 from magnet_jax.attention import cached_attention, cross_attention, self_attention
-from magnet_jax.config import ModelConfig, Remat
+from magnet_jax.config import ModelConfig, Products, Remat
 
 ATTENDED = "attended"  # name of what attention gives, for the backward pass to keep
 # What the backward pass keeps of a layer; everything else is computed again.
@@ -96,18 +97,22 @@ def exact_products(run: Callable) -> Callable:
     return wrapped
 
 
-def product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1, *, flat: bool) -> jax.Array:
+def product(
+    x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1, *, products: Products
+) -> jax.Array:
     """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`.
 
-    `flat` multiplies one matrix of all frames: XLA for CPUs then reads it as it lies where the
-    gradient of the kernel sums over clips and frames, and would copy it with two axes. On TPUs
-    joining the axes is itself a copy.
+    "axes" leaves clips and frames as they are. "rows" multiplies one matrix of all frames: XLA for
+    CPUs then reads it as it lies where the gradient of the kernel sums over clips and frames, and
+    would copy it with two axes. On TPUs joining the axes is itself a copy. "amx" does the same by
+    `amx.matmul`.
     """
-    if not flat:
+    if products == "axes":
         return jnp.tensordot(x_BTD, kernel, num_axes)
     b, t = x_BTD.shape[:2]
     rows = x_BTD.reshape(b * t, -1)
-    rows = rows @ kernel.reshape(rows.shape[1], -1)
+    multiply = amx.matmul if products == "amx" else jnp.matmul
+    rows = multiply(rows, kernel.reshape(rows.shape[1], -1))
     return rows.reshape(b, t, *kernel.shape[num_axes:])
 
 
@@ -140,7 +145,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, normed: bool):
         d, n, h = config.width, config.num_heads, config.head_size
-        self.biased, self.normed, self.flat = config.attention_bias, normed, False
+        self.biased, self.normed, self.products = config.attention_bias, normed, "axes"
         for name in ("query", "key", "value"):
             axes = ("embed", "heads", None)
             setattr(self, name, _param(rngs.params(), (d, n, h), d, axes))
@@ -155,7 +160,7 @@ class Attention(nnx.Module):
     def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
         kernel_DNH = getattr(self, name)[...].astype(x_BTD.dtype)
-        return self.finish(name, product(x_BTD, kernel_DNH, flat=self.flat))
+        return self.finish(name, product(x_BTD, kernel_DNH, products=self.products))
 
     def finish(self, name: str, x_BTNH: jax.Array) -> jax.Array:
         """Adds to a product what there is of bias and norm."""
@@ -174,14 +179,14 @@ class Attention(nnx.Module):
         return self.finish("key", zeros_11NH), self.finish("value", zeros_11NH)
 
     def merge(self, x_BTNH: jax.Array) -> jax.Array:
-        x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2, flat=self.flat)
+        x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2, products=self.products)
         return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f = config.width, config.mlp_ratio * config.width
-        self.biased, self.flat = config.mlp_bias, False
+        self.biased, self.products = config.mlp_bias, "axes"
         self.up = _param(rngs.params(), (d, f), d, ("embed", "mlp"))
         self.down = _param(rngs.params(), (f, d), f, ("mlp", "embed"))
         if self.biased:
@@ -189,10 +194,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        hidden_BTF = product(x_BTD, self.up[...].astype(dtype), flat=self.flat)
+        hidden_BTF = product(x_BTD, self.up[...].astype(dtype), products=self.products)
         if self.biased:
             hidden_BTF = hidden_BTF + self.up_bias[...][None, None].astype(dtype)
-        x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype), flat=self.flat)
+        x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype), products=self.products)
         return x_BTD + self.down_bias[...][None, None].astype(dtype) if self.biased else x_BTD
 
 
@@ -307,7 +312,8 @@ class Transformer(nnx.Module):
         past: Cache | None = None,
         remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
-        flat: bool = False,
+        products: Products = "axes",
+        written_out: bool = False,
     ) -> jax.Array:
         """Everything below the heads.
 
@@ -323,9 +329,9 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
-          flat: see `product`; layers are also written out, eight at a time. The gradient of a
-            loop copies each of its activations into a stack and out again, which XLA for CPUs
-            does in passes of their own.
+          products: see `product`.
+          written_out: the layers are, eight at a time. The gradient of a loop copies each of its
+            activations into a stack and out again, which XLA for CPUs does in passes of their own.
 
         Returns:
           final-norm states [B, T, D].
@@ -340,7 +346,7 @@ class Transformer(nnx.Module):
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
-        self.blocks.set_attributes(flat=flat)
+        self.blocks.set_attributes(products=products)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
@@ -358,7 +364,7 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
         inputs = (layers, text.key_LBSNH, text.value_LBSNH, past)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs, unroll=8 if flat else 1)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs, unroll=8 if written_out else 1)
         return self.norm_final(x_BTD)
 
     def layers_apart(self, text: TextKeys) -> list[Any]:
@@ -379,6 +385,7 @@ class Transformer(nnx.Module):
         cache: Cache,
         first: jax.Array | int,
         apart: list[Any] | None = None,
+        products: Products = "axes",
     ) -> tuple[jax.Array, Cache]:
         """Everything below the heads for T more steps of an autoregressive model.
 
@@ -388,6 +395,7 @@ class Transformer(nnx.Module):
           cache: from `empty_cache`, filled by earlier calls.
           first: number of the first of these steps; may be traced.
           apart: from `layers_apart`: layers are then written out, and not a loop.
+          products: see `product`.
 
         Returns:
           final-norm states [B, T, D], from which the next steps are predicted, and the cache with
@@ -397,6 +405,7 @@ class Transformer(nnx.Module):
         positions_TD = jax.lax.dynamic_slice_in_dim(
             jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
         )
+        self.blocks.set_attributes(products=products)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):

@@ -18,11 +18,16 @@ SMALL = ModelConfig(
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "local", "remat", "flat"))
-def logits(params, states, mask, zeros, codes, stage, *, config, local, remat="none", flat=False):
+@functools.partial(jax.jit, static_argnames=("config", "local", "remat", "products"))
+def logits(
+    params, states, mask, zeros, codes, stage, *, config, local, remat="none", products="axes"
+):
     model = transformer.bind(config, params)
     text = model.read_text(states, mask, zeros)
-    return model.head(model.trunk(codes, text, local=local, remat=remat, flat=flat), stage)
+    x_BTD = model.trunk(
+        codes, text, local=local, remat=remat, products=products, written_out=products != "axes"
+    )
+    return model.head(x_BTD, stage)
 
 
 def text_of(model, batch=1):
@@ -105,23 +110,24 @@ def test_rows_beyond_the_texts_are_rows_without_text(local):
 
 
 @pytest.mark.parametrize(
-    ("policy", "flat"),
-    [("products", False), ("attention", False), ("full", False), ("none", True), ("full", True)],
-)
-def test_neither_remat_nor_flat_products_change_values_or_gradients(policy, flat):
+    ("policy", "products"),
+    [("products", "axes"), ("attention", "axes"), ("full", "axes"), ("none", "rows"),
+     ("full", "rows")],
+)  # fmt: skip
+def test_neither_remat_nor_the_way_of_products_changes_values_or_gradients(policy, products):
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
     codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
 
-    def total(params, remat, flat):
+    def total(params, remat, products):
         out = logits(
             params, states, jnp.ones((2, 3), bool), jnp.zeros(2, jnp.int32), codes, 1,
-            config=SMALL, local=True, remat=remat, flat=flat,
+            config=SMALL, local=True, remat=remat, products=products,
         )  # fmt: skip
         return jnp.square(out).sum()
 
     both = jax.jit(jax.value_and_grad(total), static_argnums=(1, 2))
-    plain, changed = both(params, "none", False), both(params, policy, flat)
+    plain, changed = both(params, "none", "axes"), both(params, policy, products)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
