@@ -34,6 +34,8 @@ class Args:
     AudioCraft finds text encoders by published names only."""
     audiocraft: bool = True
     """Write the AudioCraft pair as well; without it the model is written as safetensors alone."""
+    half: bool = False
+    """Round the weights to float16, which halves the file of safetensors."""
     verify: bool = False
     """Run what was written in PyTorch and compare its logits with those of the model in JAX."""
     overwrite: bool = False
@@ -58,6 +60,7 @@ def main(args: Args) -> None:
         license=args.license,
         t5_name=args.t5_name,
         audiocraft=args.audiocraft,
+        half=args.half,
         logits=args.verify,
     )
     lines = export.export_model(loaded, args.out, options, str(args.checkpoint))

@@ -54,11 +54,12 @@ class Bundle:
     """{'lm': ...} and, where the text encoder was trained along, {'text': ...}; float32."""
 
 
-def write_safetensors(directory: Path, bundle: Bundle) -> None:
+def write_safetensors(directory: Path, bundle: Bundle, *, half: bool = False) -> None:
     """Writes `model.safetensors`, `config.json`, `generation_config.json` into an existing folder.
 
     Tensors are named by their path, 'lm/blocks/self/query' or 'text/...'. `text.source` and
-    `codec.source` may name what lies inside `directory`.
+    `codec.source` may name what lies inside `directory`. `half` writes all of them as float16, as
+    is done with the transformer of a model that came so: nothing is lost of numbers that are.
     """
     directory = Path(directory)
     tensors = {
@@ -79,8 +80,9 @@ def write_safetensors(directory: Path, bundle: Bundle) -> None:
         "lineage": bundle.lineage,
         "audiocraft": bundle.origin and dataclasses.asdict(bundle.origin),
     }
-    if bundle.origin and bundle.origin.lm_dtype == "float16":  # they came so: nothing is lost
-        tensors |= {f"lm/{path}": tensors[f"lm/{path}"].astype(np.float16) for path in lm}
+    came_so = bundle.origin is not None and bundle.origin.lm_dtype == "float16"
+    halved = tensors if half else {f"lm/{path}" for path in lm} if came_so else ()
+    tensors |= {path: tensors[path].astype(np.float16) for path in halved}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "np"})
     (directory / "generation_config.json").write_text(to_json(bundle.generation))
     # Written last: it is what makes the folder an export.

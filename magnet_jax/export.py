@@ -53,6 +53,8 @@ class Options:
     """Copy the text encoder and the codec along even if they are published under a name."""
     logits: bool = False
     """Compare the logits of what was written with the model's."""
+    half: bool = False
+    """Round the weights to float16, which halves the file; what is written is what is compared."""
     overwrite: bool = False
     """Replace an earlier export."""
 
@@ -103,10 +105,21 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
         "/" in codec.source and hub.is_hub_id(codec.source)
     ):
         raise UserError(f"codec {codec.source}: no such folder or file; put it there again")
+    if options.half:
+        params = _rounded(loaded.params, where)
+        loaded = loaded._replace(params=params, t5_params=params.get("text", loaded.t5_params))
     encoder = text_encoder_name(loaded, options.t5_name)
     with files.replacing(out) as partial:
         written = _write(loaded, options, partial, codec, encoder)
         return _check(partial, written, loaded, options)
+
+
+def _rounded(params: dict, where: str) -> dict:
+    """Float32 numbers that are float16's."""
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), params)
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded)):
+        raise UserError(f"{where}: has weights beyond float16's 65504: leave out --half")
+    return rounded
 
 
 def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
@@ -177,7 +190,7 @@ def _write(
             folder, loaded.params["lm"], config.model, xp_cfg, codec, loaded.origin
         )
         seconds = convert.segment_seconds(config)
-    bundle.write_safetensors(folder, written)
+    bundle.write_safetensors(folder, written, half=options.half)
     card = folder / "README.md"
     card.write_text(bundle.model_card(written, license_name, encoder, seconds))
     for path in folder.rglob("*.safetensors"):

@@ -5,9 +5,11 @@ import json
 import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from tiny import PUBLISHED_CODEC, TINY, assert_same_bits, random_params
 
 from launch import export as command
@@ -169,7 +171,7 @@ def test_export_writes_a_whole_folder(loaded, tmp_path):
     "error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
 )
 def test_a_full_disk_is_one_line_and_leaves_no_half_folder(loaded, tmp_path, monkeypatch, error):
-    def fail(*_):
+    def fail(*_, **__):
         raise error
 
     monkeypatch.setattr(bundles, "write_safetensors", fail)
@@ -342,3 +344,19 @@ def test_an_export_samples_as_its_run_does_and_can_be_exported_again(loaded, tmp
     command.main(command.Args(checkpoint=out, out=tmp_path / "again", verify=True))
     for name in ("model.safetensors", "config.json", "generation_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_half_the_numbers_are_rounded_and_read_back_as_they_were_written(loaded, tmp_path):
+    line = run_export(loaded, tmp_path, half=True)
+    assert "every bit equal" in line
+    out = tmp_path / "out"
+    found = pretrained.load(out)
+    for name in ("lm", "text"):
+        for a, b in zip(jax.tree.leaves(found.params[name]), jax.tree.leaves(loaded.params[name])):
+            np.testing.assert_array_equal(np.asarray(a), np.float32(np.float16(b)))
+    tensors = load_file(out / "model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
+    huge = jax.tree.map(lambda x: np.full_like(x, 7e4), loaded.params["lm"])
+    with pytest.raises(UserError, match="beyond float16's 65504: leave out --half"):
+        run_export(loaded._replace(params={"lm": huge}), tmp_path, half=True, overwrite=True)
+    assert pretrained.load(out).step == 5
