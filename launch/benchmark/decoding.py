@@ -51,6 +51,8 @@ class Args:
     """Decoding steps of each codebook; None is the model's own."""
     preset: Preset | None = None
     """Decoding steps by name: paper, paper-30s, balanced or draft."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Precision of the products; None is the model's own."""
     parts: bool = True
     """Time the parts of a call at the first batch size, which compiles one more program."""
     rescorer: str | Path | None = None
@@ -151,6 +153,9 @@ class Job:
 def measure(args: Args) -> None:
     """Measures, prints, and writes what `args` asks for."""
     with models.opened(args.checkpoint, args.model) as (name, loaded):
+        if args.compute_dtype is not None:
+            config = dataclasses.replace(loaded.config, compute_dtype=args.compute_dtype)
+            loaded = loaded._replace(config=config)
         if args.peer:  # (its module imports torch)
             from launch.benchmark.torch_peer import check_device
 
