@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 
 from launch import cli
-from magnet_jax import bucket, errors
+from magnet_jax import bucket, errors, memory
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
@@ -152,6 +152,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     from magnet_jax import audio, pretrained, programs, records, rescore, sampling
 
     programs.keep_on_disk()
+    memory.keep_freed()
     loaded = pretrained.load(
         args.checkpoint,
         weights=args.weights,

@@ -12,7 +12,7 @@ import sys
 import configs
 from configs import ablations
 from launch import cli
-from magnet_jax import errors
+from magnet_jax import errors, memory
 from magnet_jax.config import RunConfig, with_hybrid_objective
 
 
@@ -59,6 +59,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
 
 
 def main(args: list[str]) -> None:
+    memory.keep_freed()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="demo")
     chosen, rest = first.parse_known_args(args)

@@ -40,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from launch import cli
-from magnet_jax import bucket, records
+from magnet_jax import bucket, memory, records
 from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import PassingError, UserError, reported
@@ -660,6 +660,7 @@ _worker: Callable[[Unit], Done] | None = None  # of this process
 def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
     global _worker
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    memory.keep_freed()
     torch = import_torch()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.workers))
 
@@ -778,6 +779,7 @@ def _stop(*_: Any) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
+    memory.keep_freed()
     with reported():
         print(run(cli.parse(Job, prog="python -m tokenization.job")))
 
