@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4  # of glibc's mallopt
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt
 
 
 def keep_freed() -> None:
@@ -19,5 +19,6 @@ def keep_freed() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
         library.mallopt(_M_MMAP_MAX, 0)
+        library.mallopt(_M_ARENA_MAX, 1)  # those of threads hold 64 MB at most
         library.mallopt(_M_TRIM_THRESHOLD, -1)  # never
         library.mallopt(_M_TOP_PAD, 64 << 20)

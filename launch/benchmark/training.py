@@ -5,6 +5,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Literal
 
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
@@ -20,11 +21,12 @@ class Args:
     data: Path
     """A data set of `python -m tokenization.job`."""
     config: str = "demo"
-    """Config of the run; its width, layers, clip length and batch can be changed below."""
+    """Config of the run; its sizes, clip length, batch and precision can be changed below."""
     width: int | None = None
     layers: int | None = None
     seconds: float | None = None
     batch_size: int | None = None
+    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
     steps: int = 24
     """Steps to measure, after as many that compile and warm up."""
     json: Path | None = None
@@ -42,6 +44,8 @@ def _config(args: Args, out: Path) -> RunConfig:
         data = dataclasses.replace(data, segment_seconds=args.seconds)
     if args.batch_size is not None:
         data = dataclasses.replace(data, batch_size=args.batch_size)
+    if args.compute_dtype is not None:
+        config = dataclasses.replace(config, compute_dtype=args.compute_dtype)
     return dataclasses.replace(
         config, model=model, data=data, out=str(out), steps=2 * args.steps, log_every=args.steps,
         eval_every=0, sample_every=0, save_every=10 * args.steps,
