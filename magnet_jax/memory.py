@@ -4,6 +4,7 @@ import ctypes
 import os
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt
+_SETTINGS = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad", "arena_max")
 
 
 def keep_freed() -> None:
@@ -11,10 +12,13 @@ def keep_freed() -> None:
 
     Large arrays would else be taken from the kernel anew each time, which clears them page by page:
     up to half of the time of a job that allocates as much at every step. For programs, not for a
-    library's callers. Leaves alone what the environment says of malloc, and other C libraries.
+    library's callers. Does nothing where the environment says how to keep memory, or under
+    another C library.
     """
     settings = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc." in settings or any(name.startswith("MALLOC_") for name in os.environ):
+    if any(name in settings for name in _SETTINGS) or any(
+        name.startswith("MALLOC_") for name in os.environ
+    ):
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
