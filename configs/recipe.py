@@ -19,8 +19,9 @@ config = RunConfig(
     text=TextConfig(max_tokens=64, finetune=True),
     data=DataConfig(segment_seconds=10.0, batch_size=8, word_dropout=0.1),
     optimizer=OptimizerConfig(
-        schedule="inverse_sqrt", peak_lr=1.5e-3, warmup_steps=500, ema_decay=0.998
+        schedule="inverse_sqrt", peak_lr=2.5e-3, warmup_steps=120, ema_decay=0.998
     ),
+    init_codes="codec",
     compute_dtype="bfloat16",  # on CPUs with AMX it is the faster one as well
     steps=40_000,
     log_every=20,

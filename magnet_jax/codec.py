@@ -213,6 +213,15 @@ def load_decoder(
     return Decoder(spec, weights.config, jax.tree.map(jax.numpy.asarray, params))
 
 
+def codebook_vectors(
+    source: str, num_codebooks: int | None = None, interleaved: bool = False
+) -> tuple[CodecSpec, np.ndarray]:
+    """What each token stands for: float32 [K, V, E]; arguments and errors as of `load_codec`."""
+    spec, weights = _read(source, num_codebooks, interleaved)
+    params = decoder_params(weights.tensors, weights.config, spec.num_codebooks // spec.sides)
+    return spec, np.repeat(np.asarray(params["codebooks"], np.float32), spec.sides, axis=0)
+
+
 def _read(
     source: str, num_codebooks: int | None, interleaved: bool = False
 ) -> tuple[CodecSpec, _Weights]:

@@ -547,6 +547,9 @@ class RunConfig:
     init_from: str = _added("")
     """Begin with the parameters of this run, export or imported AudioCraft checkpoint; a folder, or
     its gs:// URL."""
+    init_codes: Literal["random", "codec"] = _added("random")
+    """Embeddings and heads of a new model's tokens: random numbers, as in the reference, or
+    projections of the codec's own vectors, so that tokens that sound alike begin alike."""
     init_partial: bool = _added(False)
     """Let init_from match in part; what matches is listed, the rest is initialised."""
     lora: LoraConfig = _added(LoraConfig())
@@ -605,6 +608,11 @@ class RunConfig:
         _require(
             not (self.lora.rank and self.text.finetune),
             "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
+        )
+        _checked(typing.get_type_hints(RunConfig)["init_codes"], self.init_codes, "init_codes")
+        _require(
+            self.init_codes == "random" or not self.init_from,
+            "init_codes codec is for a new model: leave it out, or init_from",
         )
         _require(
             not self.init_partial or bool(self.init_from),

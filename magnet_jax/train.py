@@ -130,6 +130,15 @@ def _text_and_lm(
     return (loaded.t5_config, loaded.t5_params, loaded.tokenizer), lm
 
 
+def _begun_with_codec(config: RunConfig, spec: CodecSpec) -> dict:
+    """A new transformer with the codec's vectors."""
+    found, vectors_KVE = codec.codebook_vectors(spec.source, spec.num_codebooks, spec.interleaved)
+    codec.check_same_codec(spec, found, config.data.path)
+    keys = jax.random.split(jax.random.key(config.seed))
+    fresh = transformer.init_params(config.model, keys[0])
+    return jax.tree.map(np.asarray, transformer.with_code_vectors(fresh, vectors_KVE, keys[1]))
+
+
 def set_up(config: RunConfig) -> Setup:
     """Checks that settings, data, model and devices go together, and prepares the run's folder.
 
@@ -153,6 +162,8 @@ def set_up(config: RunConfig) -> Setup:
         spec = records.read_codec_spec(config.data.path)
         text, lm = _text_and_lm(config, run, spec, begun)
         check_fit(config, spec, text[0])
+        if config.init_codes == "codec" and not begun:
+            lm = _begun_with_codec(config, spec)
         # Codebooks beyond the model's are neither learnt nor decoded.
         spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
         frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)

@@ -471,6 +471,28 @@ class Transformer(nnx.Module):
         return logits_BTV
 
 
+def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> dict:
+    """Fresh parameters, whose tokens begin as a codec's vectors in their embeddings and heads.
+
+    Vectors are taken from their codebook's mean, brought to one size, and projected at random to
+    the model's width. An embedding then counts as much as a position does; heads are as large as
+    random ones.
+    """
+    width = params["embed"].shape[-1]
+    vectors_KVE = vectors_KVE - vectors_KVE.mean(1, keepdims=True)
+    vectors_KVE = vectors_KVE / np.sqrt(np.square(vectors_KVE).mean((1, 2), keepdims=True))
+    vectors_KVE = vectors_KVE[: len(params["embed"])]
+    num_codebooks, size, code_width = vectors_KVE.shape
+    shape = (num_codebooks, code_width, width)
+    projection_KED = jax.random.normal(key, shape) / math.sqrt(width)
+    embed_KVD = jnp.einsum("KVE,KED->KVD", vectors_KVE, projection_KED)
+    heads_KDV = jnp.swapaxes(embed_KVD, 1, 2) / math.sqrt(code_width)
+    return params | {
+        "embed": params["embed"].at[:, :size].set(embed_KVD),  # (the last one is 'masked')
+        "heads": heads_KDV,
+    }
+
+
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh parameters as a nested dict (shapes in the module's docstring)."""
     with nnx.use_eager_sharding(False):
