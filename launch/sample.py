@@ -48,7 +48,11 @@ class Args:
     seed: int = 0
     """Clip i depends on the seed, on i and on its text: not on the other clips."""
     seconds: float | None = None
-    """Length of a clip; by default what the model was trained on."""
+    """Length of a clip; by default what the model was trained on. Longer clips of a MusicGen are
+    generated in windows of that length, which overlap."""
+    extend_stride: float | None = None
+    """Of a MusicGen's clip longer than that: seconds by which the windows lie apart; None is 0.6
+    of a window."""
     step: int | None = None
     """Checkpoint to use; by default the newest."""
     weights: Literal["ema", "raw"] | None = None
@@ -199,6 +203,14 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     num_frames = round(seconds * spec.frame_rate)
     if num_frames < 1:
         raise UserError(f"--seconds {seconds:g} is shorter than a frame, {1 / spec.frame_rate:g} s")
+    stride = sampling.window_stride(loaded, args.extend_stride, "--extend-stride")
+    if kind != "musicgen" or num_frames <= sampling.segment_frames(config, spec):
+        stride = None  # (one window holds the clip)
+        if args.extend_stride is not None:
+            raise UserError(
+                "--extend-stride is for a MusicGen's clips of more than "
+                f"{config.data.segment_seconds:g} seconds: leave it out"
+            )
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)
@@ -206,6 +218,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         print(f"rescorer: {note}")
     common = {
         "seconds": seconds,
+        "extend_stride": stride,
         "checkpoint": str(args.checkpoint),
         "adapter": args.adapter and str(args.adapter),
         "step": loaded.step,
@@ -226,6 +239,11 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         "wanted_lufs": args.lufs,
         "sample_rate": spec.sample_rate,
     }
+    generate = sampling.generate
+    if stride is None:
+        generate = functools.partial(generate, rescorer=rescorer, rescorer_weight=rescoring.weight)
+    else:
+        generate = functools.partial(sampling.generate_in_windows, stride_seconds=stride)
     stems = names or [_file_name(i, text, args.seed) for i, text in enumerate(texts)]
     files = [args.out / f"{stem}.wav" for stem in stems]
     jsons = [(notes or args.out) / f"{stem}.json" for stem in stems]
@@ -242,7 +260,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             continue
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
-        generated = sampling.generate(
+        generated = generate(
             loaded,
             filled,
             num_frames=num_frames,
@@ -250,8 +268,6 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             seed=args.seed,
             first_sample=first,
             decoder=decoder,
-            rescorer=rescorer,
-            rescorer_weight=rescoring.weight,
             execution=execution,
         )
         took = time.perf_counter() - started

@@ -476,43 +476,20 @@ class MusicGen(Generator):
             self.loaded.config.sampling, use_sampling, top_k, top_p, temperature, cfg_coef
         )
         self.duration = _checked_duration(duration, self.max_duration)
-        if extend_stride is not None and not 0 < extend_stride < self.max_duration:
-            raise UserError(
-                f"extend_stride must lie between 0 and {self.max_duration:g} seconds, the length "
-                f"of a window, not {extend_stride}"
-            )
+        if extend_stride is not None:
+            sampling.window_stride(self.loaded, extend_stride, "extend_stride")  # checks it
         self.extend_stride = extend_stride
 
-    def _clips(
-        self, texts, *, num_frames, prompt_BKP, seed, text_pad_len, on_step
-    ) -> sampling.Generated:
-        window = round(self.max_duration * self.frame_rate)
-        stride = self.extend_stride or 0.6 * self.max_duration
-        stride = max(1, round(stride * self.frame_rate))
-        if prompt_BKP is None:
-            prompt_BKP = np.zeros((len(texts), self.loaded.config.model.num_codebooks, 0), np.int32)
-        if prompt_BKP.shape[-1] >= min(window, num_frames):
-            raise UserError(
-                f"a prompt of {prompt_BKP.shape[-1] / self.frame_rate:g} s leaves nothing to "
-                f"generate of {min(window, num_frames) / self.frame_rate:g} s"
-            )
-        codes_BKT, start, number = prompt_BKP, 0, 0
-        while codes_BKT.shape[-1] < num_frames:
-            generated_BKT = sampling.generate(
-                self.loaded,
-                texts,
-                decoding=self.generation,
-                num_frames=min(window, num_frames - start),
-                seed=seed,
-                first_sample=number * 2**16,  # each window has random numbers of its own
-                prompt_BKP=codes_BKT[..., start:],
-                text_pad_len=text_pad_len,
-                execution=self.execution,
-                on_step=on_step,
-            ).codes_BKT
-            codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
-            start, number = start + stride, number + 1
-        return sampling.Generated(codes_BKT, None, self.generate_audio(codes_BKT))
+    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
+        return sampling.generate_in_windows(
+            self.loaded,
+            texts,
+            stride_seconds=sampling.window_stride(self.loaded, self.extend_stride, "extend_stride"),
+            decoding=self.generation,
+            decoder=self.decoder,
+            execution=self.execution,
+            **keywords,
+        )
 
 
 def _say(line: str) -> None:

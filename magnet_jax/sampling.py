@@ -275,6 +275,67 @@ def generate(
     return generated
 
 
+def window_stride(loaded: Loaded, seconds: float | None, name: str) -> float:
+    """Seconds by which the windows of `generate_in_windows` lie apart; None is 0.6 of a window.
+
+    Raises `UserError`, which calls the number `name`, for what is no part of a window.
+    """
+    window = loaded.config.data.segment_seconds
+    if seconds is None:
+        return 0.6 * window
+    if not 0 < seconds < window:
+        raise UserError(
+            f"{name} must lie between 0 and {window:g} seconds, the length of a window, not "
+            f"{seconds:g}"
+        )
+    return seconds
+
+
+def generate_in_windows(
+    loaded: Loaded,
+    texts: Sequence[str],
+    *,
+    num_frames: int,
+    stride_seconds: float,
+    decoder: codec.Decoder | codec.Codec,
+    first_sample: int = 0,
+    prompt_BKP: np.ndarray | None = None,
+    **keywords,
+) -> Generated:
+    """`generate` of a MusicGen, which knows no positions beyond the length it was trained on.
+
+    Longer clips are made in windows of that length, each of which goes on from what the one before
+    made of it.
+
+    Args:
+      stride_seconds: by which windows lie apart, see `window_stride`.
+      loaded, texts, num_frames, decoder, first_sample, prompt_BKP, keywords: see `generate`.
+    """
+    rate, window = loaded.codec.frame_rate, segment_frames(loaded.config, loaded.codec)
+    if prompt_BKP is None:
+        prompt_BKP = np.zeros((len(texts), loaded.config.model.num_codebooks, 0), np.int32)
+    if prompt_BKP.shape[-1] >= min(window, num_frames):
+        raise UserError(
+            f"a prompt of {prompt_BKP.shape[-1] / rate:g} s leaves nothing to generate of "
+            f"{min(window, num_frames) / rate:g} s"
+        )
+    stride = max(1, round(stride_seconds * rate))
+    codes_BKT, start, number = prompt_BKP, 0, 0
+    while codes_BKT.shape[-1] < num_frames:
+        generated_BKT = generate(
+            loaded,
+            texts,
+            num_frames=min(window, num_frames - start),
+            # each window has random numbers of its own
+            first_sample=first_sample + number * 2**16,
+            prompt_BKP=codes_BKT[..., start:],
+            **keywords,
+        ).codes_BKT
+        codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
+        start, number = start + stride, number + 1
+    return Generated(codes_BKT, None, decode_audio(decoder, codes_BKT))
+
+
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
     """What a program is for, in words."""
     seconds = num_frames / loaded.codec.frame_rate

@@ -9,6 +9,7 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
+import soundfile
 import tiny
 import yaml
 from conftest import GOLDEN
@@ -546,6 +547,34 @@ def test_longer_than_the_window(musicgen):
         prompt_BKP=window[..., stride:], text_pad_len=None, on_step=None,
     )  # fmt: skip
     np.testing.assert_array_equal(again.codes_BKT, tokens[..., stride:])
+
+
+def test_the_command_generates_long_clips_in_windows_as_the_api_does(musicgen, imported, tmp_path):
+    seconds = round(1.4 * musicgen.max_duration, 2)
+    words = ["--checkpoint", str(imported / "musicgen"), "--prompt", "a waltz", "--seed", "3"]
+
+    def command(name, seconds, *more):
+        out = ["--out", str(tmp_path / name), "--lufs", "None", "--seconds", str(seconds)]
+        (path,) = sample.sample(sample.parse([*words, *out, *more]))
+        wav, _ = soundfile.read(path, always_2d=True)
+        return wav.T, json.loads(path.with_suffix(".json").read_text())["extend_stride"]
+
+    heard = {}
+    for name, stride in (("default", None), ("given", 0.5 * musicgen.max_duration)):
+        musicgen.set_generation_params(duration=seconds, extend_stride=stride)
+        (heard[name],) = musicgen.generate("a waltz", seed=3)
+        given = [] if stride is None else ["--extend-stride", str(stride)]
+        found, recorded = command(name, seconds, *given)
+        np.testing.assert_allclose(found, heard[name].clip(-1, 1), atol=1e-4)  # (of 16 bits)
+        assert recorded == (stride or 0.6 * musicgen.max_duration)
+    assert (heard["default"] != heard["given"]).any()
+    assert command("short", 0.4)[1] is None
+    for more, complaint in (
+        (("--extend-stride", "999"), "--extend-stride must lie between 0 and"),
+        (("--extend-stride", "0.5"), "--extend-stride is for a MusicGen's clips of more than"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            command("short", 0.4, *more)
 
 
 def test_a_checkpoint_needs_no_import(sources, imported):
