@@ -116,7 +116,8 @@ class Codec:
         sides = self.spec.sides
         wav_BCN = wav_BCN.reshape(-1, self.spec.channels // sides, wav_BCN.shape[2])
         with torch.inference_mode(), exactly(torch):
-            wav = torch.from_numpy(np.ascontiguousarray(wav_BCN, np.float32)).to(self.device)
+            # (arrays that come from JAX cannot be written to, of which PyTorch warns)
+            wav = torch.from_numpy(np.require(wav_BCN, np.float32, "CW")).to(self.device)
             if self.config.normalize:
                 wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
             codes_KBT = self.quantizer.encode(self.encoder(wav))

@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import urllib.error
+import warnings
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def test_codes_do_not_depend_on_the_batch(embedded):
     alone = np.concatenate([embedded.encode(wav_CN[None]) for wav_CN in wav_BCN])
     np.testing.assert_array_equal(embedded.encode(wav_BCN), alone)
     assert len(np.unique(alone)) > 50
+
+
+def test_audio_that_cannot_be_written_to_is_encoded_without_a_word(embedded):
+    """Such as `generate` returns, from JAX."""
+    torch, wav = import_torch(), noise(1, 1, 640)
+    wav.flags.writeable = False
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # (or it would warn once a process)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = embedded.encode(wav)
+    finally:
+        torch.set_warn_always(before)
+    np.testing.assert_array_equal(found, embedded.encode(wav.copy()))
 
 
 def test_fewer_codebooks_are_the_first_ones(embedded):
