@@ -149,6 +149,10 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         raise UserError("--seed must lie between 0 and 2147483647")
     if args.unconditional < 0:
         raise UserError("--unconditional must not be negative")
+    if args.hybrid_prompt_seconds is not None and not args.hybrid_prompt_seconds >= 0:
+        raise UserError(
+            f"--hybrid-prompt-seconds must be at least 0, not {args.hybrid_prompt_seconds:g}"
+        )
     rescoring = RescoreConfig(weight=args.rescorer_weight, guidance=args.rescorer_guidance)
     if args.rescorer is None and rescoring != RescoreConfig():
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
@@ -170,16 +174,6 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
     )
     loaded = sampling.prepare(loaded, execution)
-    second, rescorer = None, None
-    if args.rescorer is not None:
-        second = rescore.load(args.rescorer)
-        rescorer = rescore.from_model(
-            second,
-            loaded,
-            guidance=rescoring.guidance,
-            execution=execution,
-            name=str(args.rescorer),
-        )
     if args.codec_backend == "jax":
         decoder = sampling.place(decoder, execution)
     config, spec = loaded.config, loaded.codec
@@ -190,16 +184,16 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         if kind == missing and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name} is not for models of kind {kind}, and this is one")
     decoding = args.autoregressive if kind == "musicgen" else args.decode
+    seconds = args.seconds or config.data.segment_seconds
     if kind == "hybrid":
         prompt_seconds = args.hybrid_prompt_seconds
+        if prompt_seconds is None:
+            prompt_seconds = config.hybrid_prompt_seconds
         decoding = HybridConfig(
-            prompt_seconds=config.hybrid_prompt_seconds
-            if prompt_seconds is None
-            else prompt_seconds,
+            prompt_seconds=min(prompt_seconds, seconds),  # (which is what the JSON is to say)
             autoregressive=args.autoregressive,
             decode=args.decode,
         )
-    seconds = args.seconds or config.data.segment_seconds
     num_frames = round(seconds * spec.frame_rate)
     if num_frames < 1:
         raise UserError(f"--seconds {seconds:g} is shorter than a frame, {1 / spec.frame_rate:g} s")
@@ -211,6 +205,19 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
                 "--extend-stride is for a MusicGen's clips of more than "
                 f"{config.data.segment_seconds:g} seconds: leave it out"
             )
+    second, rescorer = None, None
+    if args.rescorer is not None:
+        if config.model.parallel and rescoring.weight:
+            whole = kind == "hybrid" and decoding.prompt_seconds >= seconds
+            sampling.check_rescored(decoding, whole=whole)
+        second = rescore.load(args.rescorer)
+        rescorer = rescore.from_model(
+            second,
+            loaded,
+            guidance=rescoring.guidance,
+            execution=execution,
+            name=str(args.rescorer),
+        )
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)

@@ -379,6 +379,13 @@ class MAGNeT(Generator):
         Raises:
           UserError: no such model, or one whose tokens are not this model's.
         """
+        if rescorer is None and (weight, guidance) != (None, None):
+            raise UserError("weight and guidance need a rescorer: None takes it away, give a model")
+        if not isinstance(rescorer, str | Path | Generator | sampling.Rescorer | None):
+            raise UserError(
+                "rescorer must be a folder, a hub id, a MusicGen or MAGNeT that is loaded, a "
+                f"sampling.Rescorer or None, not {rescorer!r}"
+            )
         settings = _replaced(RescoreConfig(), weight=weight, guidance=guidance)
         model = None
         if rescorer is not None and not isinstance(rescorer, sampling.Rescorer):

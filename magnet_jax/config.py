@@ -385,7 +385,8 @@ class RescoreConfig:
             f"{self.weight}",
         )
         _require(
-            math.isfinite(self.guidance), f"rescorer guidance must be a number, not {self.guidance}"
+            0 <= self.guidance < math.inf,
+            f"rescorer guidance must be a number of at least 0, not {self.guidance:g}",
         )
 
 
@@ -448,7 +449,7 @@ class HybridConfig:
     def __post_init__(self):
         _require(
             self.prompt_seconds >= 0,
-            f"hybrid_prompt_seconds must not be negative, and not {self.prompt_seconds}",
+            f"hybrid_prompt_seconds must be at least 0, not {self.prompt_seconds:g}",
         )
 
 

@@ -54,12 +54,13 @@ class _Reading:
 
 def load(source: Path | str) -> Loaded:
     """`pretrained.load`, with errors that are a rescorer's."""
-    folder = pretrained.locate(source)
+    folder = None
     try:
+        folder = pretrained.locate(source)
         return pretrained.load(source)
     except UserError as error:
-        if not pretrained.is_audiocraft(folder):
-            raise
+        if folder is None or not pretrained.is_audiocraft(folder):
+            raise type(error)(f"rescorer: {error}") from error.__cause__
         # (options such as --text-encoder are the other model's)
         raise UserError(
             f"rescorer {source}: import it with launch.import_audiocraft, which takes the options "
@@ -120,6 +121,13 @@ def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
         (one.codec, one.config.model) for one in (partner, loaded)
     )
     if its_codec.sha256 != codec.sha256:
+        called = its_codec.source, its_codec.sample_rate
+        if called == (codec.source, codec.sample_rate):
+            raise UserError(
+                f"rescorer {name} and the model learnt the tokens of two codecs called "
+                f"{codec.source} ({codec.sample_rate} Hz), whose weights differ: take a rescorer "
+                "of the same codec"
+            )
         raise UserError(
             f"rescorer {name} learnt the tokens of codec {its_codec.source} "
             f"({its_codec.sample_rate} Hz), the model those of {codec.source} "

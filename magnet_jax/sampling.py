@@ -535,6 +535,8 @@ def clip_arguments(
             f"decode.steps has {len(decoding.steps)} numbers, the model {model.num_codebooks} "
             "codebooks: give one number a codebook"
         )
+    if rescoring is not None:
+        check_rescored(decoding, whole=whole)
     usual = segment_frames(loaded.config, loaded.codec)
     if whole:
         usual = bucket = num_decoded = num_frames
@@ -617,6 +619,21 @@ def clip_arguments(
         *rescorer_arguments,
     )
     return arrays, made_for
+
+
+def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
+    """Raises `UserError` where a rescorer would never be asked; `whole` as of `Beginning`."""
+    if whole:
+        raise UserError(
+            "nothing is rescored of a clip that is made one step after another to its end: leave "
+            "out the rescorer, or give a hybrid fewer prompt seconds"
+        )
+    spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+    if max(spans.steps) == 1:
+        raise UserError(
+            "nothing is rescored where every codebook has one step: leave out the rescorer, or "
+            "give more decoding steps"
+        )
 
 
 def _beginning(

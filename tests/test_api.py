@@ -619,11 +619,22 @@ def test_a_rescorer_takes_part(magnet, musicgen, imported):
         ]
         np.testing.assert_array_equal(tokens(None), without)
         for given, complaint in (
-            (("nowhere", 0.5), "nowhere: no such folder"),
+            (("nowhere", 0.5), "^rescorer: nowhere: no such folder"),
             ((musicgen, 1.5), "rescorer weight must lie between 0"),
+            ((3,), "rescorer must be a folder, .* not 3"),
+            ((None, 0.5), "weight and guidance need a rescorer"),
         ):
             with pytest.raises(UserError, match=complaint):
                 magnet.set_rescorer(*given)
+        for settings, complaint in (
+            ({"rescorer": None, "guidance": 3.0}, "weight and guidance need a rescorer"),
+            ({"rescorer": musicgen, "guidance": -1.0}, "must be a number of at least 0, not -1"),
+        ):
+            with pytest.raises(UserError, match=complaint):
+                magnet.set_rescorer(**settings)
+        magnet.set_generation_params(decoding_steps=[1, 1, 1, 1], duration=0.5)
+        with pytest.raises(UserError, match="nothing is rescored where every codebook has one"):
+            tokens(musicgen)
     finally:
         magnet.set_rescorer(None)
 
@@ -647,6 +658,8 @@ def test_the_command_rescores(imported, sources, tmp_path):
     for given, complaint in (
         ([*words, "--rescorer-weight", "0.7"], "need --rescorer MODEL"),
         ([*words, *partner[:3], "1.7"], "rescorer weight must lie between 0"),
+        ([*words[:9], "1", *words[10:], *partner], "every codebook has one step"),
+        ([*words, "--rescorer", "nowhere"], "^rescorer: nowhere: no such folder"),
         ([*musicgen, *partner], "kind musicgen has no spans to score"),
         ([*musicgen, *words[8:]], "--decode is not for models of kind musicgen"),
         (

@@ -27,6 +27,7 @@ from magnet_jax import (
     objective,
     patterns,
     pretrained,
+    rescore,
     sampling,
     sharding,
     steps,
@@ -569,6 +570,9 @@ def test_the_command_samples_and_exports(run, tmp_path):
     settings = json.loads(path.with_suffix(".json").read_text())
     assert settings["decode"]["prompt_seconds"] == 0.2  # the run's own
     assert sample.parse(args).hybrid_prompt_seconds == 0.2
+    again = [*args[:4], "--out", str(tmp_path / "whole"), "--hybrid-prompt-seconds", "9"]
+    (path,) = sample.sample(sample.parse(again))  # (0.6 s are the clip)
+    assert json.loads(path.with_suffix(".json").read_text())["decode"]["prompt_seconds"] == 0.6
     given = sample.parse([*args, "--hybrid-prompt-seconds", "0"])
     assert given.hybrid_prompt_seconds == 0 and given.decode.steps == (1, 1, 1, 1)
 
@@ -651,12 +655,25 @@ def test_whole_spans_cut_a_clip_alike_however_it_begins(run, seconds):
 def test_what_does_not_fit_is_one_line(run, tmp_path):
     args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path)]
     for more, message in (
-        (["--hybrid-prompt-seconds", "-1"], "must not be negative"),
-        (["--mesh.frames", "2"], "leave out kernels, mesh.guidance and mesh.frames"),
+        (
+            ["--hybrid-prompt-seconds", "-1"],
+            "^--hybrid-prompt-seconds must be at least 0, not -1$",
+        ),
+        (
+            ["--hybrid-prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"]
+            + ["--rescorer", str(run)],
+            "nothing is rescored of a clip that is made one step after another to its end",
+        ),
+        (["--mesh.frames", "2"], "leave out kernels .*mesh.guidance and mesh.frames"),
         (["--kernels.full", "blocks"], "leave out kernels"),
     ):
         with pytest.raises(UserError, match=message):
             sample.sample(sample.parse([*args, *more]))
+    loaded, decode = pretrained.load(run), DecodeConfig(steps=(2, 1, 1, 1))
+    decoding = dataclasses.replace(loaded.config.sampling, prompt_seconds=9.0, decode=decode)
+    second = rescore.from_model(loaded, loaded)
+    with pytest.raises(UserError, match="nothing is rescored of a clip that is made one step"):
+        sampling.generate(loaded, ["x"], num_frames=14, decoding=decoding, seed=0, rescorer=second)
     config = from_json(RunConfig, run / "config.json")
     with pytest.raises(UserError, match="--objective hybrid and --model.kind hybrid go together"):
         dataclasses.replace(config, objective="magnet")

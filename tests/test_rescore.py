@@ -380,7 +380,17 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen):
 @pytest.mark.parametrize(
     ("codec", "model", "message"),
     [
-        ({"sha256": "1" * 64}, {}, "learnt the tokens of codec embedded .32000 Hz., the model"),
+        (
+            {"sha256": "1" * 64, "source": "other"},
+            {},
+            "learnt the tokens of codec other .32000 Hz., the model those of embedded",
+        ),
+        (
+            {"sha256": "1" * 64},
+            {},
+            "and the model learnt the tokens of two codecs called embedded .32000 Hz., whose "
+            "weights differ",
+        ),
         (
             {"interleaved": True, "channels": 2},
             {},
@@ -406,7 +416,8 @@ def test_weights_are_shares_and_musicgen_is_not_rescored(loaded, musicgen):
     for weight in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="rescorer weight must lie between 0"):
             clips(loaded, rescorer=PLANTED, rescorer_weight=weight)
-    with pytest.raises(UserError, match="rescorer guidance must be a number"):
-        RescoreConfig(guidance=float("inf"))
+    for guidance in (float("inf"), float("nan"), -1.0):
+        with pytest.raises(UserError, match="rescorer guidance must be a number of at least 0"):
+            RescoreConfig(guidance=guidance)
     with pytest.raises(UserError, match="kind musicgen has no spans to score"):
         clips(musicgen, decoding=musicgen.config.autoregressive, rescorer=PLANTED)

@@ -37,7 +37,7 @@ TEXTS = (
 class Args:
     """Seconds and FLOPs a clip for several batch sizes, by part, and the programs compiled."""
 
-    checkpoint: Path | None = None
+    checkpoint: str | Path | None = None
     """Folder of a training run, an export or an AudioCraft checkpoint; or --model."""
     model: Literal["small", "medium"] | None = None
     """A model of a published size with random weights, made in memory; or --checkpoint."""
@@ -246,8 +246,7 @@ def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
     """The second model, if one is asked for; raises `UserError` where there is none that fits."""
     if args.rescorer is None:
         return None
-    if max(job.decoding.steps) == 1:
-        raise UserError("nothing is rescored where every codebook has one step: give more --steps")
+    sampling.check_rescored(job.decoding)
     return open_rescorer(args.rescorer, job.loaded, args.rescorer_guidance)
 
 
