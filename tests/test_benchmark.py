@@ -13,11 +13,21 @@ import tiny
 from conftest import GOLDEN
 from sounds import put, tone
 
+from launch import cli
 from launch.benchmark import __main__ as command
-from launch.benchmark import decoding, loading, models, peaks, savings, tokenizing, training
+from launch.benchmark import (
+    decoding,
+    loading,
+    models,
+    peaks,
+    savings,
+    tokenizing,
+    tradeoff,
+    training,
+)
 from launch.benchmark.musicgen_peer import Peer as MusicgenPeer
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
-from magnet_jax import convert, flops, t5, train
+from magnet_jax import convert, flops, pretrained, t5, train
 from magnet_jax.audiocraft import read_file
 from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
 from magnet_jax.errors import UserError
@@ -296,8 +306,9 @@ def test_the_tradeoff_of_a_hybrid(small, capsys):
         ["tradeoff", "--model", "small", "--seconds", "0.24", "--repeats", "1",
          "--prompt-seconds", "0.1", "9", "--first-steps", "--other-steps", "1"]
     )  # fmt: skip
-    lines = [line.split()[:-2] for line in capsys.readouterr().out.splitlines()[1:]]
-    assert lines == [
+    _, left_out, *lines = capsys.readouterr().out.splitlines()
+    assert left_out == "left out, as longer than the clip: --prompt-seconds 9"
+    assert [line.split()[:-2] for line in lines] == [
         ["prompt", "0.1"],
         ["prompt", "0.24"],
         ["other", "codebooks", "1"],
@@ -324,7 +335,9 @@ def test_the_tradeoff_with_scores(run, tmp_path, capsys):
         f"--decode.steps 2 1 1 1 --rescorer {run} --rescorer-weight 0.7 --rescorer-guidance 1.0"
     )
     assert all(0 <= row["tag_top5"] <= 1 and row["seconds"] > 0 for row in rows)
-    settings = json.loads((out / "rescoring_with" / "settings" / "00000.json").read_text())
+    settings = json.loads(
+        (out / "rescoring_with_0.7_guidance_1" / "settings" / "00000.json").read_text()
+    )
     assert (settings["rescorer"]["checkpoint"], settings["rescorer"]["weight"]) == (str(run), 0.7)
     assert (out / "tradeoff.png").stat().st_size > 10_000
 
@@ -334,7 +347,9 @@ def test_the_tradeoff_with_scores(run, tmp_path, capsys):
     [
         (["--model", "small", "--repeats", "0"], "--repeats and --batch-size"),
         (["--model", "small", "--first-steps", "0"], "--first-steps and --other-steps"),
-        (["--model", "small", "--prompt-seconds", "-1"], "must not be negative"),
+        (["--model", "small", "--prompt-seconds", "-1"], "must be numbers of at least 0"),
+        (["--model", "small", "--prompt-seconds", "1", "nan"], "must be numbers of at least 0"),
+        (["--model", "small", "--limit", "2"], "--limit must be at least 1, and goes with"),
         (["--model", "small", "--prompts", "x.txt"], "scores need --prompts"),
         (["--model", "small", "--rescorer-weight", "0.7"], "need --rescorer"),
         (["--model", "small", "--rescorer", "x", "--rescorer-weight", "7"], "must lie between 0"),
@@ -343,6 +358,60 @@ def test_the_tradeoff_with_scores(run, tmp_path, capsys):
 def test_mistakes_about_the_tradeoff(words, message):
     with pytest.raises(UserError, match=message):
         command.main(["tradeoff", *words])
+
+
+def test_what_the_tradeoff_knows_to_fail_is_said_before_anything_is_loaded(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pretrained, "load", None)
+    (tmp_path / "prompts.csv").write_text("what,for\n1,2\n")
+    (tmp_path / "prompts.txt").write_text("a slow organ\n")
+    (tmp_path / "empty").mkdir()
+    none = ["--first-steps", "--other-steps"]
+    scored = ["--out", str(tmp_path / "out"), "--reference", str(tmp_path / "empty"), "--prompts"]
+    for words, message in (
+        (none, "nothing is to be varied: give --first-steps"),
+        (["--prompt-seconds", "1"], "--prompt-seconds is for models of kind hybrid"),
+        ([*scored, str(tmp_path / "prompts.csv")], "prompts.csv"),
+        ([*scored, str(tmp_path / "prompts.txt")], "empty: no audio in it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command.main(["tradeoff", "--checkpoint", str(run), *words])
+    silent = dataclasses.replace(pretrained.read_settings(run).decode, steps=(1, 1, 1, 1))
+    found = pretrained.read_defaults(run)[0], silent
+    monkeypatch.setattr(pretrained, "read_defaults", lambda source: found)
+    with pytest.raises(UserError, match="nothing is rescored where every codebook has one step"):
+        command.main(["tradeoff", "--checkpoint", str(run), "--rescorer", str(run)])
+
+
+def test_the_tradeoffs_points_are_kept_where_a_later_one_fails(run, tmp_path, monkeypatch):
+    seconds = iter([0.5])
+    monkeypatch.setattr(tradeoff, "latency_of", lambda *_: next(seconds))
+    words = ["--first-steps", "1", "2", "--other-steps", "--out", str(tmp_path)]
+    with pytest.raises(StopIteration):
+        command.main(["tradeoff", "--checkpoint", str(run), *words])
+    (row,) = json.loads((tmp_path / "tradeoff.json").read_text())
+    assert (row["kind"], row["value"], row["seconds"]) == ("first codebook", 1, 0.5)
+
+
+def test_the_tradeoff_is_drawn_to_scale(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self)
+    )
+    points = [("prompt", 0.5), ("prompt", 5.0), ("rescoring", "without"), ("rescoring", "with")]
+    rows = [{"kind": k, "value": v, "seconds": 1.0 + i} for i, (k, v) in enumerate(points)]
+    tradeoff.draw(tmp_path / "x.png", rows, "x")
+    ((prompt, rescored),) = [figure.axes for figure in drawn]
+    assert list(prompt.lines[0].get_xdata()) == [0.5, 5.0]
+    assert [axes.lines[0].get_linestyle() for axes in (prompt, rescored)] == ["-", "None"]
+    assert prompt.get_ylim()[1] > 2.0 and rescored.get_ylim()[1] > 4.0
+
+
+def test_a_checkpoint_may_be_a_url():
+    for name in ("decode", "autoregressive", "tradeoff"):
+        words = [name, "--checkpoint", "gs://bucket/run"]
+        assert cli.parse(command.Command, words, prog="x").checkpoint == "gs://bucket/run"
 
 
 def test_the_other_command():

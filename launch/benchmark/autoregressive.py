@@ -21,7 +21,7 @@ from magnet_jax.errors import UserError
 class Args:
     """Seconds from texts to tokens of a MusicGen, greedy and guided, beside transformers' own."""
 
-    checkpoint: Path | None = None
+    checkpoint: str | Path | None = None
     """Folder of a MusicGen; or --model."""
     model: Literal["small", "medium"] | None = None
     """A model of a published size with random weights, made in memory; or --checkpoint."""

@@ -20,7 +20,7 @@ SEGMENT_SECONDS = 10.0  # of the model with random weights, as of the published 
 
 @contextlib.contextmanager
 def opened(
-    checkpoint: Path | None, size: str | None, kind: str = "magnet"
+    checkpoint: str | Path | None, size: str | None, kind: str = "magnet"
 ) -> Iterator[tuple[str, pretrained.Loaded]]:
     """A model's name in words, and the model; `kind` is that of one with random weights.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -15,7 +16,8 @@ from launch.benchmark import models
 from launch.benchmark.decoding import TEXTS, clip_frames, open_rescorer
 from launch.benchmark.peaks import seconds_of
 from launch.evaluate import __main__ as evaluate
-from magnet_jax import pretrained, sampling
+from launch.evaluate import prompts
+from magnet_jax import bucket, pretrained, records, sampling
 from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,
@@ -23,7 +25,9 @@ from magnet_jax.config import (
     SamplingConfig,
 )
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation import scores
 
+PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 PROMPT = "prompt"
 FIRST = "first codebook"
 OTHERS = "other codebooks"
@@ -41,7 +45,7 @@ class Args:
     """Latency against prompt length, steps a codebook, and rescoring: the paper's Table 3, Fig. 2c
     and Fig. 7."""
 
-    checkpoint: Path | None = None
+    checkpoint: str | Path | None = None
     """A MAGNeT, or a hybrid for the prompts as well, as for launch.sample; or --model."""
     model: Literal["small", "medium"] | None = None
     """A hybrid of a published size with random weights, made in memory; or --checkpoint."""
@@ -51,8 +55,9 @@ class Args:
     """Clips at once."""
     repeats: int = 3
     """Calls timed for each point, of which the fastest counts; the first compiles beforehand."""
-    prompt_seconds: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 5.0)
-    """Of a hybrid: lengths of its autoregressive beginning; the whole clip comes in addition."""
+    prompt_seconds: tuple[float, ...] | None = None
+    """Of a hybrid: lengths of its autoregressive beginning, by default 0, 0.5, 1, 2 and 5; the
+    whole clip comes in addition."""
     first_steps: tuple[int, ...] = (5, 10, 20, 40)
     """Steps of the first codebook; the others have theirs from the model."""
     other_steps: tuple[int, ...] = (1, 2, 5, 10)
@@ -78,13 +83,16 @@ class Args:
             raise UserError("--repeats and --batch-size must be at least 1")
         if min((*self.first_steps, *self.other_steps), default=1) < 1:
             raise UserError("--first-steps and --other-steps must be numbers of at least 1")
-        if min(self.prompt_seconds, default=0) < 0:
-            raise UserError("--prompt-seconds must not be negative")
+        # (nan is not even below 0)
+        if not all(seconds >= 0 for seconds in self.prompt_seconds or ()):
+            raise UserError("--prompt-seconds must be numbers of at least 0")
         rescoring = RescoreConfig(weight=self.rescorer_weight, guidance=self.rescorer_guidance)
         if self.rescorer is None and rescoring != RescoreConfig():
             raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer")
         if self.rescorer_weight == 0:
             raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to compare")
+        if self.limit is not None and (self.limit < 1 or self.prompts is None):
+            raise UserError("--limit must be at least 1, and goes with --prompts")
         scored = (self.prompts, self.reference)
         if any(scored) and not (all(scored) and self.checkpoint and self.out):
             raise UserError(
@@ -128,7 +136,8 @@ def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
 
     found, (first, *others) = [], decode.steps
     if hybrid:
-        lengths = sorted({s for s in args.prompt_seconds if s < clip_seconds} | {clip_seconds})
+        asked = PROMPT_SECONDS if args.prompt_seconds is None else args.prompt_seconds
+        lengths = sorted({s for s in asked if s < clip_seconds} | {clip_seconds})
         found += [point(PROMPT, seconds, decode.steps, seconds) for seconds in lengths]
     found += [point(FIRST, count, (count, *others)) for count in sorted(args.first_steps)]
     found += [
@@ -143,12 +152,37 @@ def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
     return found
 
 
+def check(args: Args) -> None:
+    """Raises `UserError` for what can be known to fail before anything is loaded."""
+    if args.checkpoint is not None and args.model is None:
+        model, own = pretrained.read_defaults(args.checkpoint)
+        if not model.parallel:
+            raise UserError(f"a model of kind {model.kind} has no decoding steps to vary")
+        if model.kind != "hybrid" and args.prompt_seconds is not None:
+            raise UserError(
+                f"--prompt-seconds is for models of kind hybrid, and this is a {model.kind}: "
+                "leave it out"
+            )
+        if not points(args, own, math.inf):  # (whatever the clip's length is)
+            raise UserError(
+                "nothing is to be varied: give --first-steps, --other-steps or --rescorer"
+            )
+        if args.rescorer is not None:
+            sampling.check_rescored(own)
+    if args.prompts is not None:
+        prompts.read(args.prompts, args.limit)
+        scores.find_audio(args.reference)
+    if args.out is not None and bucket.is_url(args.out):
+        raise UserError(f"--out {args.out}: needs a folder on disk; copy it from there")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file, and the scores need a folder")
+
+
 def measure(args: Args) -> None:
     """Measures, prints, and writes what `args` asks for."""
+    check(args)
     with models.opened(args.checkpoint, args.model, "hybrid") as (name, loaded):
         config = loaded.config
-        if not config.model.parallel:
-            raise UserError(f"a model of kind {config.model.kind} has no decoding steps to vary")
         frames = clip_frames(loaded, args.seconds)
         clip_seconds = frames / loaded.codec.frame_rate
         loaded = sampling.prepare(loaded)
@@ -162,6 +196,9 @@ def measure(args: Args) -> None:
             f"to tokens, the fastest of {args.repeats}",
             flush=True,
         )
+        beyond = [f"{s:g}" for s in args.prompt_seconds or () if s > clip_seconds]
+        if beyond:
+            print(f"left out, as longer than the clip: --prompt-seconds {' '.join(beyond)}")
         for point in tqdm(points(args, config.sampling, clip_seconds), "points", leave=False):
             latency = latency_of(loaded, point, rescorer, frames, args)
             row = {"kind": point.kind, "value": point.value, "seconds": latency}
@@ -170,9 +207,10 @@ def measure(args: Args) -> None:
                 row |= quality_of(args, point, clip_seconds)
             rows.append(row)
             tqdm.write(line(row))
+            if args.out is not None:  # (at once, as a later point may fail)
+                args.out.mkdir(parents=True, exist_ok=True)
+                records.write_text(args.out / "tradeoff.json", json.dumps(rows, indent=2) + "\n")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "tradeoff.json").write_text(json.dumps(rows, indent=2) + "\n")
         draw(args.out / "tradeoff.png", rows, f"{name}, {clip_seconds:g} s")
         print(f"{args.out}/tradeoff.json, {args.out}/tradeoff.png")
 
@@ -203,7 +241,10 @@ def latency_of(
 
 def quality_of(args: Args, point: Point, clip_seconds: float) -> dict[str, float]:
     """The scores of `launch.evaluate` with the embedder that ships, without intervals."""
-    out = args.out / f"{point.kind}_{point.value}".replace(" ", "_")
+    name = f"{point.kind}_{point.value}".replace(" ", "_")
+    if point.rescored:  # (others are made otherwise, and may lie beside these)
+        name += f"_{args.rescorer_weight:g}_guidance_{args.rescorer_guidance:g}"
+    out = args.out / name
     words = ["--checkpoint", args.checkpoint, "--prompts", args.prompts, "--out", out]
     words += ["--reference", args.reference, "--seconds", clip_seconds, "--resamples", 0]
     words += [] if args.limit is None else ["--limit", args.limit]
@@ -229,13 +270,18 @@ def draw(path: Path, rows: list[dict], title: str) -> None:
     figure = Figure(figsize=(4.2 * len(kinds), 3.6), layout="constrained")
     for kind, axes in zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0]):
         own = [row for row in rows if row["kind"] == kind]
-        values = [str(row["value"]) for row in own]
-        axes.plot(values, [row["seconds"] for row in own], "o-", label="latency (s)")
-        axes.set(title=TITLES[kind], ylim=(0, None), ylabel="latency (s)")
+        values = [row["value"] for row in own]
+        joined = "" if kind == RESCORED else "-"  # (nothing lies between with and without)
+        seconds = [row["seconds"] for row in own]
+        axes.plot(values, seconds, f"o{joined}", label="latency (s)")
+        axes.set(title=TITLES[kind], ylim=(0, 1.1 * max(seconds)), ylabel="latency (s)")
+        if kind == RESCORED:
+            axes.margins(x=0.5)
         axes.grid(alpha=0.3)
         if all("fad" in row for row in own):
             beside = axes.twinx()
-            beside.plot(values, [row["fad"] for row in own], "s--", color="tab:orange")
-            beside.set_ylabel("FAD (dashed)")
+            dashed = joined and "--"
+            beside.plot(values, [row["fad"] for row in own], f"s{dashed}", color="tab:orange")
+            beside.set_ylabel("FAD (squares)")
     figure.suptitle(title, fontsize="medium")
     figure.savefig(path, dpi=150)
