@@ -69,7 +69,14 @@ def main(args: list[str]) -> None:
     early.add_argument("--init-from", "--init_from", default="")
     early.add_argument("--out", default="")
     early.add_argument("--objective", default="")
+    early.add_argument("--model.kind", dest="kind", default="")
     given, _ = early.parse_known_args(rest)
+    if given.kind == "musicgen":
+        raise errors.UserError(
+            "--model.kind musicgen: a MusicGen is imported (launch.import_audiocraft), not trained "
+            "here; train a hybrid with --objective hybrid, which with the whole clip as its prompt "
+            "(--hybrid-prompt-seconds) is autoregressive"
+        )
     default = load_config(chosen.config)
     # (a config's objective holds for whatever it begins with)
     objective = given.objective or default.objective
@@ -77,6 +84,11 @@ def main(args: list[str]) -> None:
         default = inherited(default, given.init_from, given.out)
     if objective == "hybrid":
         default = with_hybrid_objective(default)
+    if given.kind == "hybrid" != default.model.kind:
+        raise errors.UserError(
+            "--model.kind hybrid: give --objective hybrid instead, which sets the kind and the "
+            "delays of its codebooks as well"
+        )
     config = cli.parse(
         RunConfig,
         rest,

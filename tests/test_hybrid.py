@@ -674,6 +674,12 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
     second = rescore.from_model(loaded, loaded)
     with pytest.raises(UserError, match="nothing is rescored of a clip that is made one step"):
         sampling.generate(loaded, ["x"], num_frames=14, decoding=decoding, seed=0, rescorer=second)
+    for words, message in (
+        (["--model.kind", "musicgen"], "a MusicGen is imported .* with --objective hybrid"),
+        (["--model.kind", "hybrid"], "--model.kind hybrid: give --objective hybrid"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch_train.main(["--config", "demo", *words])
     config = from_json(RunConfig, run / "config.json")
     with pytest.raises(UserError, match="--objective hybrid and --model.kind hybrid go together"):
         dataclasses.replace(config, objective="magnet")
