@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -35,6 +36,7 @@ from magnet_jax import (
     steps,
     t5,
     train,
+    transformer,
     watch,
 )
 from magnet_jax.config import (
@@ -201,6 +203,7 @@ def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
         (None, {"keep_best": 1, "eval_every": 300, "save_every": 1000}, "keep_best"),
         (None, {"profile": (3, 2)}, "profile"),
         (None, {"init_partial": True}, "init_partial"),
+        (None, {"init_from": "a", "init_codes": "codec"}, "init_codes codec is for a new model"),
         ("decode", {"steps": (1, 1)}, "one number a codebook"),
     ],
 )
@@ -210,6 +213,40 @@ def test_impossible_settings_are_refused(section, settings, message):
         if section:
             settings = {section: dataclasses.replace(getattr(config, section), **settings)}
         dataclasses.replace(config, **settings)
+
+
+def test_a_new_model_begins_with_what_tokens_sound_like(tokens, tmp_path, monkeypatch):
+    config = tiny.run_config(tokens, tmp_path / "run", init_codes="codec")
+    setup = train.set_up(config)
+    lm = train.first_state(setup, jax.random.key(0))["params"]["lm"]
+    _, vectors_KVE = codec.codebook_vectors("embedded", 4)
+    assert vectors_KVE.shape[:2] == (4, 1024)
+    fresh = transformer.init_params(config.model, jax.random.key(0))
+    wide = {
+        "embed": np.zeros((4, 1025, 256), np.float32) - 1,
+        "heads": np.zeros((4, 256, 1024), np.float32),
+    }
+    wide = jax.tree.map(jnp.asarray, wide)
+    wide = transformer.with_code_vectors(wide, vectors_KVE, jax.random.key(1))
+    assert (wide["embed"][:, -1] == -1).all()  # 'masked' is no token
+
+    def cosines(vectors_VE):
+        unit = vectors_VE - vectors_VE.mean(0)
+        unit = unit / np.linalg.norm(unit, axis=1, keepdims=True)
+        return (unit[:200] @ unit[:200].T)[np.triu_indices(200, 1)]
+
+    for k in range(4):  # projections keep angles, the better the wider they are
+        expected = cosines(vectors_KVE[k])
+        for found, least in ((lm["embed"][k, :-1], 0.4), (wide["embed"][k, :-1], 0.9)):
+            assert np.corrcoef(cosines(np.asarray(found)), expected)[0, 1] > least
+        np.testing.assert_allclose(
+            np.asarray(lm["heads"][k]).T * 64**0.5, lm["embed"][k, :-1], rtol=1e-5
+        )
+    assert 0.5 < np.std(lm["heads"]) / np.std(fresh["heads"]) < 2
+    spec = dataclasses.replace(setup.spec, sha256="0" * 64)
+    monkeypatch.setattr(train.records, "read_codec_spec", lambda path: spec)
+    with pytest.raises(UserError, match="tokenize again with that codec"):
+        train.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
 def test_sigterm_saves_and_exits(tokens, tmp_path):
