@@ -27,6 +27,7 @@ from magnet_jax import (
     convert,
     finetune,
     pretrained,
+    sampling,
     t5,
     train,
     watch,
@@ -550,31 +551,23 @@ def test_longer_than_the_window(musicgen):
 
 
 def test_the_command_generates_long_clips_in_windows_as_the_api_does(musicgen, imported, tmp_path):
-    seconds = round(1.4 * musicgen.max_duration, 2)
+    window = musicgen.max_duration
+    seconds, stride = round(1.4 * window, 2), 0.5 * window
+    musicgen.set_generation_params(duration=seconds, extend_stride=stride)
+    (expected,) = musicgen.generate("a waltz", seed=3)
     words = ["--checkpoint", str(imported / "musicgen"), "--prompt", "a waltz", "--seed", "3"]
-
-    def command(name, seconds, *more):
-        out = ["--out", str(tmp_path / name), "--lufs", "None", "--seconds", str(seconds)]
-        (path,) = sample.sample(sample.parse([*words, *out, *more]))
-        wav, _ = soundfile.read(path, always_2d=True)
-        return wav.T, json.loads(path.with_suffix(".json").read_text())["extend_stride"]
-
-    heard = {}
-    for name, stride in (("default", None), ("given", 0.5 * musicgen.max_duration)):
-        musicgen.set_generation_params(duration=seconds, extend_stride=stride)
-        (heard[name],) = musicgen.generate("a waltz", seed=3)
-        given = [] if stride is None else ["--extend-stride", str(stride)]
-        found, recorded = command(name, seconds, *given)
-        np.testing.assert_allclose(found, heard[name].clip(-1, 1), atol=1e-4)  # (of 16 bits)
-        assert recorded == (stride or 0.6 * musicgen.max_duration)
-    assert (heard["default"] != heard["given"]).any()
-    assert command("short", 0.4)[1] is None
+    words += ["--out", str(tmp_path), "--lufs", "None", "--seconds"]
+    (path,) = sample.sample(sample.parse([*words, str(seconds), "--extend-stride", str(stride)]))
+    found, _ = soundfile.read(path, always_2d=True)
+    np.testing.assert_allclose(found.T, expected.clip(-1, 1), atol=1e-4)  # (of 16 bits)
+    assert json.loads(path.with_suffix(".json").read_text())["extend_stride"] == stride
+    assert sampling.window_stride(musicgen.loaded, None, "x") == 0.6 * window
     for more, complaint in (
-        (("--extend-stride", "999"), "--extend-stride must lie between 0 and"),
-        (("--extend-stride", "0.5"), "--extend-stride is for a MusicGen's clips of more than"),
+        ((str(seconds), "--extend-stride", "999"), "--extend-stride must lie between 0 and"),
+        (("0.4", "--extend-stride", "0.5"), "--extend-stride is for a MusicGen's clips of more"),
     ):
         with pytest.raises(UserError, match=complaint):
-            command("short", 0.4, *more)
+            sample.sample(sample.parse([*words, *more]))
 
 
 def test_a_checkpoint_needs_no_import(sources, imported):
@@ -594,7 +587,7 @@ def test_the_command_samples_from_imports(imported, tmp_path):
             sample.parse([*args, "--prompt", "a waltz", "--seconds", "0.4", *options])
         )
         settings = json.loads(paths[0].with_suffix(".json").read_text())
-        assert settings["seconds"] == 0.4
+        assert settings["seconds"] == 0.4 and settings["extend_stride"] is None
         key = {"magnet": "span_arrangement", "musicgen": "top_k"}[name]
         assert settings["decode"][key] == {"magnet": "stride1", "musicgen": 5}[name]
 
