@@ -211,6 +211,10 @@ def test_plain_lists(tmp_path, real):
     found = prompts.read(tmp_path / "list.jsonl")
     assert [prompt[:2] for prompt in found] == [("x", "a waltz"), ("y", "a march")]
     assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
+    folder = tmp_path / "several"  # as tokenization.recipe writes them
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps({"description": ["", "a waltz", "a dance"]}))
+    assert [prompt[:2] for prompt in prompts.read(folder)] == [("a", "a waltz")]
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,8 @@ def _prompt(row: Mapping, where: str, patterns: list[str]) -> Prompt:
 def _first(row: Mapping, names: tuple[str, ...]) -> str | None:
     for name in names:
         value = row.get(name)
+        if isinstance(value, list):  # several captions of one clip: the first, as in tokenization
+            value = next((text for text in value if isinstance(text, str) and text.strip()), None)
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if isinstance(value, str) and value.strip():
