@@ -19,7 +19,6 @@ from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
 from magnet_jax.config import (
-    ASSETS,
     CodecSpec,
     DataConfig,
     ModelConfig,
@@ -33,7 +32,6 @@ from magnet_jax.errors import UserError
 
 CodecBackend = Literal["jax", "torch"]
 
-SHIPPED = {"demo": ASSETS / "demo"}  # models of the package, by name
 # AudioCraft cuts no text; this many tokens hold about 90 words.
 MAX_TOKENS = 128
 
@@ -122,12 +120,8 @@ def load_decoder(
 def locate(source: Path | str) -> Path:
     """The folder of a model; a hub id's is fetched, and a bucket's, but for its checkpoints.
 
-    A model that ships is meant by its name, even where a folder is called so: that is ./demo.
-
     Raises `UserError` where there is no model.
     """
-    if str(source) in SHIPPED:
-        return SHIPPED[str(source)]
     folder = _mirror(str(source)).folder if bucket.is_url(source) else Path(source)
     if folder.is_dir():
         if (folder / "config.json").exists() or (folder / LM_FILE).exists():
