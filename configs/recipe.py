@@ -22,7 +22,6 @@ config = RunConfig(
         schedule="inverse_sqrt", peak_lr=2.5e-3, warmup_steps=120, ema_decay=0.998
     ),
     init_codes="codec",
-    compute_dtype="bfloat16",  # on CPUs with AMX it is the faster one as well
     steps=40_000,
     log_every=20,
     eval_every=500,

@@ -11,7 +11,7 @@ import tyro
 
 from launch import cli
 from magnet_jax import export, finetune, pretrained
-from magnet_jax.errors import reported
+from magnet_jax.errors import UserError, reported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,8 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if args.adapter_only and args.half:
+        raise UserError("--half is not for --adapter-only: adapters are small")
     if args.adapter_only:
         adapters, config, lineage = pretrained.read_adapters(
             args.checkpoint, args.weights, args.step

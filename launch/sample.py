@@ -88,7 +88,7 @@ class Args:
     codec_backend: Literal["jax", "torch"] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
     kernels: KernelConfig = KernelConfig()
-    """How attention is computed."""
+    """How attention and products are computed."""
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """How many devices are used."""
     text_encoder: str | None = None
@@ -105,8 +105,10 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
     """Whether a WAV is there that was made so; raises `UserError` if it was made otherwise."""
     try:
         before = json.loads(notes.read_text())
+        if "kernels" in before:  # (settings that were added since had their defaults)
+            before["kernels"] = dataclasses.asdict(KernelConfig()) | before["kernels"]
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return False  # nobody's, or not ours
     if changed and path.exists():
         raise UserError(
@@ -157,6 +159,10 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     if args.rescorer is None and rescoring != RescoreConfig():
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
     # JAX is slow to load
+    if args.kernels.products == "amx":
+        from magnet_jax import amx
+
+        amx.use_synchronous_dispatch()
     from magnet_jax import audio, pretrained, programs, records, rescore, sampling
 
     programs.keep_on_disk()
@@ -197,14 +203,15 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     num_frames = round(seconds * spec.frame_rate)
     if num_frames < 1:
         raise UserError(f"--seconds {seconds:g} is shorter than a frame, {1 / spec.frame_rate:g} s")
-    stride = sampling.window_stride(loaded, args.extend_stride, "--extend-stride")
+    stride = None
     if kind != "musicgen" or num_frames <= sampling.segment_frames(config, spec):
-        stride = None  # (one window holds the clip)
         if args.extend_stride is not None:
             raise UserError(
                 "--extend-stride is for a MusicGen's clips of more than "
                 f"{config.data.segment_seconds:g} seconds: leave it out"
             )
+    else:  # (one window does not hold the clip)
+        stride = sampling.window_stride(loaded, args.extend_stride, "--extend-stride")
     second, rescorer = None, None
     if args.rescorer is not None:
         if config.model.parallel and rescoring.weight:

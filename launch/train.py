@@ -47,6 +47,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
     return dataclasses.replace(
         config,
         init_from=source,
+        init_codes="random",  # (a setting for new models)
         objective=of.objective,
         model=of.model,
         # It has learnt; a run that trains it further says so again.
@@ -101,7 +102,12 @@ def main(args: list[str]) -> None:
         raise errors.UserError(
             "--text.source goes with --init-from: the text encoder is that of the model begun with"
         )
-    from magnet_jax import train  # after the command line is known to be right: it is slow to load
+    # After the command line is known to be right: these are slow to load.
+    if config.kernels.products == "amx":
+        from magnet_jax import amx
+
+        amx.use_synchronous_dispatch()
+    from magnet_jax import train
 
     train.train(config)
 

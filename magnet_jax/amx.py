@@ -6,10 +6,11 @@ writes XLA's own memory. The structures are those of xla/ffi/api/c_api.h, of whi
 compiler here: ctypes calls from C, too.
 """
 
+import _thread
 import ctypes
-import functools
 import math
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +78,30 @@ class _Extension(ctypes.Structure):
 _Handler = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.POINTER(_Call))
 
 
-@functools.cache
-def is_available() -> bool:
-    """Whether this machine's CPUs have such tiles, and this JAX the interface."""
+def use_synchronous_dispatch() -> None:
+    """To be called before JAX starts: programs then run in the thread that calls them.
+
+    A program in a thread of XLA's would wait for Python for ever where Python ends meanwhile.
+    """
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def hindrance() -> str | None:
+    """Why `matmul` cannot be used in this process; None if it can."""
     processors = Path("/proc/cpuinfo")
     if not processors.exists() or "amx_bf16" not in processors.read_text():
-        return False
+        return "this machine's CPUs have no AMX (amx_bf16 in /proc/cpuinfo)"
     header = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
-    numbers = re.findall(r"#define XLA_FFI_API_M\w+ (\d+)", header.read_text())
-    return tuple(map(int, numbers)) == _VERSION
+    text = header.read_text() if header.exists() else ""
+    version = tuple(map(int, re.findall(r"#define XLA_FFI_API_M\w+ (\d+)", text)))
+    if version != _VERSION:
+        return f"this JAX calls foreign functions in another way ({version}, not {_VERSION})"
+    if jax.config.read("jax_cpu_enable_async_dispatch"):
+        return (
+            "programs must run in the thread that calls them: set JAX_CPU_ENABLE_ASYNC_DISPATCH to "
+            "false in the environment"
+        )
+    return None
 
 
 def _tensor(buffer: _Buffer) -> Any:
@@ -98,57 +114,67 @@ def _tensor(buffer: _Buffer) -> Any:
     return torch.frombuffer(memory, dtype=torch.bfloat16).view(shape)
 
 
-@functools.cache
-def _register() -> list[Any]:
-    """Makes the products known to XLA; the caller keeps what C calls alive."""
+def _handler(turn_first: bool, turn_second: bool) -> Any:
+    """What XLA calls for one of the products."""
     torch = import_torch()
 
-    def handler(turned_first: bool, turned_second: bool) -> Any:
-        def multiply(call: _Call) -> None:
-            first, second = (_tensor(call.args.buffers[i].contents) for i in range(2))
-            first = first.T if turned_first else first
-            second = second.T if turned_second else second
-            torch.mm(first, second, out=_tensor(call.rets.buffers[0].contents))
+    def multiply(call: Any) -> None:
+        first, second = (_tensor(call.args.buffers[i].contents) for i in range(2))
+        first = first.T if turn_first else first
+        second = second.T if turn_second else second
+        torch.mm(first, second, out=_tensor(call.rets.buffers[0].contents))
 
-        def handle(pointer: Any) -> int | None:
-            call = pointer.contents
-            try:
-                if call.extensions:
-                    extension = _Extension.from_address(call.extensions)
-                    if extension.type == _METADATA:
-                        version = extension.metadata.contents.version
-                        version.major, version.minor = _VERSION
-                        return None
-                if call.stage == _EXECUTE:
-                    multiply(call)
-                return None
-            except Exception as error:  # C has no exceptions: what is not told is lost
-                complaint = _Complaint(
-                    ctypes.sizeof(_Complaint), None, f"amx: {error}".encode(), _INTERNAL
-                )
-                return call.api.contents.create_error(ctypes.byref(complaint))
+    def handle(pointer: Any) -> int | None:
+        call = pointer.contents
+        try:
+            if call.extensions:
+                extension = _Extension.from_address(call.extensions)
+                if extension.type == _METADATA:
+                    version = extension.metadata.contents.version
+                    version.major, version.minor = _VERSION
+                    return None
+            if call.stage == _EXECUTE:
+                multiply(call)
+            return None
+        except BaseException as error:  # C has no exceptions, and reads what is returned
+            if isinstance(error, KeyboardInterrupt):
+                _thread.interrupt_main()  # again, where Python can tell of it
+            message = f"amx: {error!r}".encode(errors="replace")
+            complaint = _Complaint(ctypes.sizeof(_Complaint), None, message, _INTERNAL)
+            return call.api.contents.create_error(ctypes.byref(complaint))
 
-        return _Handler(handle)
+    return _Handler(handle)
 
-    handlers = []
-    for name, lie in _PRODUCTS.items():
-        handlers.append(handler(*lie))
-        capsule = jax.ffi.pycapsule(handlers[-1])
-        jax.ffi.register_ffi_target(f"magnet_jax_amx_{name}", capsule, platform="cpu")
-    return handlers
+
+_handlers: dict[str, Any] = {}  # kept, as XLA calls them until the process ends
+_registering = threading.Lock()
+
+
+def _register() -> None:
+    """Makes the products known to XLA, once."""
+    with _registering:
+        for name, turned in _PRODUCTS.items():
+            if name not in _handlers:
+                _handlers[name] = _handler(*turned)
+                capsule = jax.ffi.pycapsule(_handlers[name])
+                jax.ffi.register_ffi_target(f"magnet_jax_amx_{name}", capsule, platform="cpu")
 
 
 def _product(name: str, first: jax.Array, second: jax.Array) -> jax.Array:
-    _register()
+    if (first.dtype, second.dtype) != (jnp.bfloat16, jnp.bfloat16):
+        raise TypeError(f"amx multiplies bfloat16, not {first.dtype} by {second.dtype}")
     rows, columns = _PRODUCTS[name]
     shape = (first.shape[1 if rows else 0], second.shape[0 if columns else 1])
+    if 0 in first.shape + second.shape:
+        return jnp.zeros(shape, jnp.bfloat16)
+    _register()
     result = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     return jax.ffi.ffi_call(f"magnet_jax_amx_{name}", result)(first, second)
 
 
 @jax.custom_vjp
 def matmul(first_MC: jax.Array, second_CN: jax.Array) -> jax.Array:
-    """[M, N] bfloat16, summed in float32 and rounded once, where `is_available`.
+    """[M, N] bfloat16, summed in float32 and rounded once, where there is no `hindrance`.
 
     For programs of one device: XLA cannot split it.
     """

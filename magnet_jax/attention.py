@@ -90,15 +90,16 @@ def choose_kernels(
         )
     block = asked.local_block or LOCAL_BLOCK[platform]
     products = asked.products
-    tiles = platform == "cpu" and half and num_devices == 1 and amx.is_available()
     if products == "auto":
-        products = "amx" if tiles else "rows" if platform == "cpu" else "axes"
-    if products == "amx" and not tiles:
-        raise UserError(
-            "kernels.products amx needs one CPU device with AMX (Linux tells of amx_bf16 in "
-            f"/proc/cpuinfo) and bfloat16 (compute_dtype); here are {num_devices} of {platform} "
-            f"and {jnp.dtype(dtype)}"
-        )
+        products = "rows" if platform == "cpu" else "axes"
+    if products == "amx":
+        if platform != "cpu" or num_devices > 1 or jnp.dtype(dtype) != jnp.bfloat16:
+            raise UserError(
+                "kernels.products amx is for one CPU device and bfloat16 (compute_dtype); here are "
+                f"{num_devices} of {platform} and {jnp.dtype(dtype)}"
+            )
+        if (reason := amx.hindrance()) is not None:
+            raise UserError(f"kernels.products amx: {reason}")
     return KernelConfig(full=full, local=local, local_block=block, products=products)
 
 

@@ -466,8 +466,8 @@ class KernelConfig:
     """Queries a block of local attention in blocks or slices, at least twice the context; 0 goes
     by platform."""
     products: Products = _added("auto")
-    """Matrix products of the layers. amx: on the tiles of CPUs that have them, of bfloat16; auto
-    takes it where it can be had."""
+    """Matrix products of the layers. amx: of bfloat16, on the tiles of CPUs that have them; auto
+    goes by platform, and never takes it."""
 
     def __post_init__(self):
         for name in ("full", "local", "products"):

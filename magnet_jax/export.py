@@ -116,10 +116,11 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
 
 def _rounded(params: dict, where: str) -> dict:
     """Float32 numbers that are float16's."""
-    rounded = jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), params)
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(rounded)):
-        raise UserError(f"{where}: has weights beyond float16's 65504: leave out --half")
-    return rounded
+    if not all((np.abs(leaf) <= 65504).all() for leaf in jax.tree.leaves(params)):
+        raise UserError(
+            f"{where}: has weights that are no number, or beyond float16's 65504: leave out --half"
+        )
+    return jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), params)
 
 
 def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8  # of glibc's mallopt
 _SETTINGS = ("mmap_max", "mmap_threshold", "trim_threshold", "top_pad", "arena_max")
@@ -16,9 +17,10 @@ def keep_freed() -> None:
     another C library.
     """
     settings = os.environ.get("GLIBC_TUNABLES", "")
-    if any(name in settings for name in _SETTINGS) or any(
+    said = any(name in settings for name in _SETTINGS) or any(
         name.startswith("MALLOC_") for name in os.environ
-    ):
+    )
+    if said or sys.platform != "linux":
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):

@@ -275,15 +275,18 @@ def generate(
     return generated
 
 
+_SAMPLES = 2**16  # by which the numbers of a clip's windows lie apart
+
+
 def window_stride(loaded: Loaded, seconds: float | None, name: str) -> float:
     """Seconds by which the windows of `generate_in_windows` lie apart; None is 0.6 of a window.
 
     Raises `UserError`, which calls the number `name`, for what is no part of a window.
     """
-    window = loaded.config.data.segment_seconds
+    window, frames = loaded.config.data.segment_seconds, segment_frames(loaded.config, loaded.codec)
     if seconds is None:
         return 0.6 * window
-    if not 0 < seconds < window:
+    if not 0 < seconds < window or not 1 <= round(seconds * loaded.codec.frame_rate) < frames:
         raise UserError(
             f"{name} must lie between 0 and {window:g} seconds, the length of a window, not "
             f"{seconds:g}"
@@ -319,6 +322,8 @@ def generate_in_windows(
             f"a prompt of {prompt_BKP.shape[-1] / rate:g} s leaves nothing to generate of "
             f"{min(window, num_frames) / rate:g} s"
         )
+    if first_sample + len(texts) > _SAMPLES:
+        raise UserError(f"clips longer than a window are numbered up to {_SAMPLES - 1}")
     stride = max(1, round(stride_seconds * rate))
     codes_BKT, start, number = prompt_BKP, 0, 0
     while codes_BKT.shape[-1] < num_frames:
@@ -327,7 +332,7 @@ def generate_in_windows(
             texts,
             num_frames=min(window, num_frames - start),
             # each window has random numbers of its own
-            first_sample=first_sample + number * 2**16,
+            first_sample=first_sample + number * _SAMPLES,
             prompt_BKP=codes_BKT[..., start:],
             **keywords,
         ).codes_BKT

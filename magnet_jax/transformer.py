@@ -332,6 +332,7 @@ class Transformer(nnx.Module):
           products: see `product`.
           written_out: the layers are, eight at a time. The gradient of a loop copies each of its
             activations into a stack and out again, which XLA for CPUs does in passes of their own.
+            Not with `remat`: outside of a loop XLA would keep what is to be computed again.
 
         Returns:
           final-norm states [B, T, D].
@@ -364,7 +365,9 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
         inputs = (layers, text.key_LBSNH, text.value_LBSNH, past)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs, unroll=8 if written_out else 1)
+        x_BTD, _ = jax.lax.scan(
+            layer, x_BTD, inputs, unroll=8 if written_out and remat == "none" else 1
+        )
         return self.norm_final(x_BTD)
 
     def layers_apart(self, text: TextKeys) -> list[Any]:
@@ -474,13 +477,22 @@ class Transformer(nnx.Module):
 def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> dict:
     """Fresh parameters, whose tokens begin as a codec's vectors in their embeddings and heads.
 
-    Vectors are taken from their codebook's mean, brought to one size, and projected at random to
-    the model's width. An embedding then counts as much as a position does; heads are as large as
-    random ones.
+    Vectors are taken from their codebook's mean, brought to one size (elements of mean square 1),
+    and projected at random to the model's width, lengths kept on average: an embedding of E
+    numbers is sqrt(E) long, where a position is sqrt(D / 2). Heads are as long as random ones, 1.
+
+    Args:
+      params: from `init_params`.
+      vectors_KVE: from `codec.codebook_vectors`; further codebooks are left out.
+      key: of the projections.
+
+    Returns:
+      `params` with another 'embed', whose id for 'masked' stays, and other 'heads'.
     """
     width = params["embed"].shape[-1]
     vectors_KVE = vectors_KVE - vectors_KVE.mean(1, keepdims=True)
-    vectors_KVE = vectors_KVE / np.sqrt(np.square(vectors_KVE).mean((1, 2), keepdims=True))
+    size_K11 = np.sqrt(np.square(vectors_KVE).mean((1, 2), keepdims=True))
+    vectors_KVE = vectors_KVE / np.where(size_K11 > 0, size_K11, 1)  # (0: all alike)
     vectors_KVE = vectors_KVE[: len(params["embed"])]
     num_codebooks, size, code_width = vectors_KVE.shape
     shape = (num_codebooks, code_width, width)

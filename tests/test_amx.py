@@ -1,18 +1,29 @@
-import re
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from magnet_jax import amx, attention, transformer
-from magnet_jax.config import KernelConfig, ModelConfig
+from magnet_jax import amx, attention, sharding, steps, t5, transformer
+from magnet_jax.config import (
+    DecodeConfig,
+    KernelConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    with_hybrid_objective,
+)
 from magnet_jax.errors import UserError
 
 MODEL = ModelConfig(
     num_codebooks=2, codebook_size=32, width=32, num_heads=2, num_layers=3, text_width=8
 )
-needs_tiles = pytest.mark.skipif(not amx.is_available(), reason="no AMX on this machine")
+HAS_TILES = "no AMX" not in str(amx.hindrance())
+needs_tiles = pytest.mark.skipif(not HAS_TILES, reason="no AMX on this machine")
 
 
 def choose(products, platform="cpu", dtype="bfloat16", num_devices=1):
@@ -40,7 +51,7 @@ def test_products_and_gradients_are_those_of_the_factors_rounded_once(sizes):
 def test_what_goes_wrong_within_reaches_the_caller():
     amx._register()
     call = jax.ffi.ffi_call("magnet_jax_amx_plain", jax.ShapeDtypeStruct((3, 4), jnp.float32))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="amx: a factor or result of type 11"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="amx: .*a factor or result of type 11"):
         jax.jit(call)(jnp.ones((3, 2)), jnp.ones((2, 4)))
 
 
@@ -65,23 +76,74 @@ def test_a_layers_gradients_are_those_of_the_products_of_xla(remat):
         np.testing.assert_allclose(one, other, atol=0.03 * scale + 1e-9)
 
 
-def test_products_are_chosen_by_platform_and_precision():
-    assert [choose("auto", platform) for platform in ("tpu", "gpu")] == ["axes", "axes"]
-    assert choose("auto", dtype="float32") == choose("auto", num_devices=2) == "rows"
-    assert choose("auto") == ("amx" if amx.is_available() else "rows")
-    assert choose("rows") == "rows"
+@pytest.mark.parametrize("kind", ["magnet", "hybrid"])
+def test_training_takes_them_where_it_is_told_to(kind, monkeypatch):
+    monkeypatch.setattr(amx, "hindrance", lambda: None)
+    config = RunConfig(model=MODEL, decode=DecodeConfig(steps=(1, 1)))
+    if kind == "hybrid":
+        config = with_hybrid_objective(config)
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    t5_config = t5.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
+    for products, count in (("amx", 3), ("rows", 0)):
+        config = dataclasses.replace(config, kernels=KernelConfig(products=products))
+        static = steps.static(config, t5_config, jnp.dtype(jnp.bfloat16), 12, mesh)
+        text = steps.lower(static, 2, 12, 4, 1).as_text()
+        found = {name for name in amx._PRODUCTS if f"magnet_jax_amx_{name}" in text}
+        assert len(found) == count
 
 
-@pytest.mark.parametrize(
-    "where",
-    [{"dtype": "float32"}, {"num_devices": 2}, {"platform": "tpu"}],
-    ids=lambda where: next(iter(where)),
-)
-def test_tiles_that_cannot_be_used_are_refused(where):
-    with pytest.raises(UserError, match=re.escape("kernels.products amx needs one CPU device")):
-        choose("amx", **where)
+def test_an_empty_product_is_zeros():
+    found = amx.matmul(jnp.zeros((4, 0), jnp.bfloat16), jnp.zeros((0, 3), jnp.bfloat16))
+    assert found.shape == (4, 3) and not found.any()
 
 
-def test_an_interface_of_another_version_is_not_called(monkeypatch):
+def test_products_are_chosen_by_platform():
+    assert [choose("auto", platform) for platform in ("cpu", "gpu", "tpu")] == [
+        "rows", "axes", "axes",
+    ]  # fmt: skip
+    assert choose("axes") == "axes"
+
+
+def test_tiles_are_taken_where_nothing_hinders(monkeypatch):
+    monkeypatch.setattr(amx, "hindrance", lambda: None)
+    assert choose("amx") == "amx"
+    for where in ({"dtype": "float32"}, {"num_devices": 2}, {"platform": "tpu"}):
+        with pytest.raises(UserError, match="for one CPU device and bfloat16"):
+            choose("amx", **where)
+    monkeypatch.setattr(amx, "hindrance", lambda: "there are none")
+    with pytest.raises(UserError, match="products amx: there are none"):
+        choose("amx")
+
+
+def test_what_hinders_is_named(monkeypatch, tmp_path):
+    processors = tmp_path / "cpuinfo"
+    monkeypatch.setattr(amx, "Path", lambda name: processors if "cpuinfo" in name else Path(name))
+    assert "no AMX" in amx.hindrance()
+    processors.write_text("flags: amx_bf16")
+    assert "JAX_CPU_ENABLE_ASYNC_DISPATCH" in amx.hindrance()
     monkeypatch.setattr(amx, "_VERSION", (0, 99))
-    assert not amx.is_available.__wrapped__()
+    assert "in another way ((0, 3), not (0, 99))" in amx.hindrance()
+
+
+@needs_tiles
+def test_a_process_may_end_and_be_interrupted_while_products_run():
+    """As a program of its own runs them: the signal finds it in the midst of one."""
+    script = """
+import os, signal, sys, threading
+import jax, jax.numpy as jnp
+from magnet_jax import amx
+amx.use_synchronous_dispatch()
+assert amx.hindrance() is None
+x = jnp.ones((512, 512), jnp.bfloat16)
+run = jax.jit(lambda x: jax.lax.scan(lambda x, _: (amx.matmul(x, x), None), x, length=20_000)[0])
+if sys.argv[1] == "interrupt":
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+else:
+    run = jax.jit(lambda x: amx.matmul(x, x))
+run(x)
+"""
+    for how, status in (("end", 0), ("interrupt", 1)):
+        words = [sys.executable, "-c", script, how]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        assert done.returncode == status or (how == "interrupt" and done.returncode == -2), done
+        assert ("KeyboardInterrupt" in done.stderr) == (how == "interrupt")

@@ -357,6 +357,6 @@ def test_half_the_numbers_are_rounded_and_read_back_as_they_were_written(loaded,
     tensors = load_file(out / "model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
     huge = jax.tree.map(lambda x: np.full_like(x, 7e4), loaded.params["lm"])
-    with pytest.raises(UserError, match="beyond float16's 65504: leave out --half"):
+    with pytest.raises(UserError, match="beyond float16's 65504"):
         run_export(loaded._replace(params={"lm": huge}), tmp_path, half=True, overwrite=True)
     assert pretrained.load(out).step == 5

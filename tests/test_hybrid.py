@@ -546,6 +546,7 @@ def test_a_window_without_a_token_has_no_point():
         (["--config", "music_small_30s_hybrid"], "magnet", "hybrid"),
         (["--config", "demo", "--objective", "hybrid"], "magnet", "hybrid"),
         (["--config", "demo"], "magnet", "magnet"),
+        (["--config", "recipe"], "magnet", "magnet"),  # (whose own models begin with their codec)
     ],
 )
 def test_what_is_begun_with_another_model(run, monkeypatch, words, begun_with, objective):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -22,9 +23,12 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 @pytest.mark.parametrize("settings", [{}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}])
 def test_what_is_freed_is_kept_but_where_the_environment_says_otherwise(settings):
+    said = ("GLIBC_TUNABLES", "MALLOC_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(said)} | settings
+
     def faults(how):
         words = [sys.executable, "-c", FAULTS, how]
-        return int(subprocess.run(words, env=settings, capture_output=True, check=True).stdout)
+        return int(subprocess.run(words, env=environ, capture_output=True, check=True).stdout)
 
     usual, kept = faults("plain"), faults("keep")
     if settings:
@@ -34,5 +38,12 @@ def test_what_is_freed_is_kept_but_where_the_environment_says_otherwise(settings
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    asked = []
+    monkeypatch.setattr(memory.os, "environ", {})
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: asked.append(name))
+    memory.keep_freed()  # (would fail if it called anything)
+    assert asked == [None]
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
     memory.keep_freed()
+    assert asked == [None]

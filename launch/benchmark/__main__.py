@@ -39,7 +39,7 @@ Command = (
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the benchmark that the words (None: of the process) ask for."""
-    memory.keep_freed()  # as the programs do that it measures
+    memory.keep_freed()  # as training, sampling and tokenization do
     args = cli.parse(
         Command, words, prog="python -m launch.benchmark", description=benchmark.__doc__
     )

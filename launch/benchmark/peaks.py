@@ -6,8 +6,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from magnet_jax import amx
-
 SIZES = (1024, 2048, 4096, 8192)  # rows and columns
 REPEATS = 4
 LONG_ENOUGH = 0.25  # seconds; a product that takes longer is not followed by a larger one
@@ -15,8 +13,7 @@ LONG_ENOUGH = 0.25  # seconds; a product that takes longer is not followed by a 
 
 def jax_peak(dtype: jnp.dtype) -> float:
     """FLOP/s of the fastest product through JAX on its default device."""
-    tiles = jax.default_backend() == "cpu" and dtype == jnp.bfloat16 and amx.is_available()
-    multiply = jax.jit(amx.matmul if tiles else jnp.matmul)
+    multiply = jax.jit(jnp.matmul)
 
     def product(size: int) -> Callable[[], object]:
         a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)

@@ -9,8 +9,8 @@ from typing import Literal
 
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
-from magnet_jax import flops, records, sampling, sharding, steps, t5, train, watch
-from magnet_jax.config import RunConfig
+from magnet_jax import amx, flops, records, sampling, sharding, steps, t5, train, watch
+from magnet_jax.config import Products, RunConfig
 from magnet_jax.errors import UserError
 
 
@@ -27,6 +27,8 @@ class Args:
     seconds: float | None = None
     batch_size: int | None = None
     compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    products: Products = "auto"
+    """Where the layers' products are computed, as --kernels.products of launch.train."""
     steps: int = 24
     """Steps to measure, after as many that compile and warm up."""
     json: Path | None = None
@@ -46,9 +48,10 @@ def _config(args: Args, out: Path) -> RunConfig:
         data = dataclasses.replace(data, batch_size=args.batch_size)
     if args.compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=args.compute_dtype)
+    kernels = dataclasses.replace(config.kernels, products=args.products)
     return dataclasses.replace(
-        config, model=model, data=data, out=str(out), steps=2 * args.steps, log_every=args.steps,
-        eval_every=0, sample_every=0, save_every=10 * args.steps,
+        config, model=model, data=data, kernels=kernels, out=str(out), steps=2 * args.steps,
+        log_every=args.steps, eval_every=0, sample_every=0, save_every=10 * args.steps,
     )  # fmt: skip
 
 
@@ -70,6 +73,8 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
 
 
 def measure(args: Args) -> None:
+    if args.products == "amx":
+        amx.use_synchronous_dispatch()
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
     with tempfile.TemporaryDirectory() as folder:
