@@ -289,7 +289,7 @@ def _completing_network(
     prompt_steps: int,
     num_frames: int,
     length: jax.Array | int,
-    products: Products,
+    products: Products = "axes",
 ) -> decode.Network:
     """The steps after a prompt as `decode` sees them, by frames of the codebook to predict."""
     delays = jnp.asarray(config.delays)
