@@ -7,10 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile
+import soxr
 from sounds import RATE, put, tone
 
 from launch import compare_codecs, train_codec
 from magnet_jax.codec import load_codec
+from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch
 from tokenization import codec_training
@@ -54,6 +56,29 @@ def test_a_resumed_run_ends_with_the_same_bits(settings, capsys):
     put(settings.audio / "more.flac", tone(1.0))
     assert [values["step"] for values in train(replace(parts, steps=4))] == [4]
     assert "changed since the run was begun" in capsys.readouterr().out
+
+
+def test_the_discriminator_learns_before_the_codec_hears_of_it(settings):
+    settings = replace(settings, adversarial_from=2, discriminator_lead=1)
+    names = ("discriminator", "adversarial", "feature")
+    found = [[name in values for name in names] for values in train(settings)]
+    assert found[1:] == [[False] * 3, [True, False, False], [True] * 3]
+
+
+def test_the_recipes_codec_is_the_nearer_one_on_other_renders():
+    """Of the clips that ship, which neither was trained on."""
+    names = sorted((ASSETS / "clips").glob("*.flac"))[::5]
+    clips = [soxr.resample(soundfile.read(path)[0], 32000, 16000) for path in names]
+    distances = []
+    for source in ("embedded", str(ASSETS / "recipe_codec")):
+        codec = load_codec(source)
+        made = [codec.decode(codec.encode(np.float32(wav)[None, None])) for wav in clips]
+        spectral = [
+            codec_training.spectral_loss(*(torch.from_numpy(np.float32(x)[None]) for x in pair))
+            for pair in zip((m[0, 0, : len(wav)] for m, wav in zip(made, clips)), clips)
+        ]
+        distances.append(np.mean([float(x) for x in spectral]))
+    assert distances[1] < 0.97 * distances[0]
 
 
 def test_what_is_written_is_the_codec_in_training(settings):

@@ -84,6 +84,9 @@ class Training:
     """Of the quantizer's commitment loss, which is not balanced with the others."""
     adversarial_from: int = 10_000
     """Step from which the discriminator takes part; from `steps` on: never."""
+    discriminator_lead: int = 1000
+    """Steps for which the discriminator learns before the codec is told what it finds: one that
+    knows nothing says nothing, and does not catch up with a codec that moves against it."""
     discriminator_filters: int = 8
     discriminator_probability: float = 0.67
     """How often the discriminator is updated."""
@@ -411,6 +414,7 @@ class Run:
             "spectral": spectral_loss(audio[:, 0], real[:, 0]),
         }
         adversarial = self.step >= s.adversarial_from
+        discriminating = self.step >= s.adversarial_from - s.discriminator_lead
         if adversarial:
             self.discriminator.requires_grad_(False)
             losses["adversarial"], losses["feature"] = _adversarial(self.discriminator, audio, real)
@@ -430,7 +434,8 @@ class Run:
         _update(self.optimizer, rate)
         for layer, vectors in zip(self.codec["quantizer"].vq.layers, self._quantized):
             revive(layer._codebook, vectors)
-        if adversarial and rng.random() < s.discriminator_probability:
+        chance = s.discriminator_probability if adversarial else 1.0
+        if discriminating and rng.random() < chance:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
             losses["discriminator"] = _discriminate(self.discriminator, made.detach(), real)
             losses["discriminator"].backward()
@@ -519,7 +524,7 @@ def _check(settings: Training) -> None:
         "steps", "batch_size", "warmup_steps", "validate_every", "save_every", "threads",
         "discriminator_filters",
     )  # fmt: skip
-    for name in (*from_one, "seed", "adversarial_from"):
+    for name in (*from_one, "seed", "adversarial_from", "discriminator_lead"):
         if getattr(settings, name) < (name in from_one):
             raise UserError(f"--{name.replace('_', '-')} must be at least {int(name in from_one)}")
     for name in ("time", "spectral", "adversarial", "feature", "commitment"):
