@@ -63,6 +63,8 @@ def test_the_discriminator_learns_before_the_codec_hears_of_it(settings):
     names = ("discriminator", "adversarial", "feature")
     found = [[name in values for name in names] for values in train(settings)]
     assert found[1:] == [[False] * 3, [True, False, False], [True] * 3]
+    never = replace(settings, out=settings.out.with_name("never"), adversarial_from=3)
+    assert not any("discriminator" in values for values in train(never))
 
 
 def test_the_recipes_codec_is_the_nearer_one_on_other_renders():

@@ -414,7 +414,8 @@ class Run:
             "spectral": spectral_loss(audio[:, 0], real[:, 0]),
         }
         adversarial = self.step >= s.adversarial_from
-        discriminating = self.step >= s.adversarial_from - s.discriminator_lead
+        wanted = s.adversarial_from < s.steps  # (or it would learn for nothing)
+        discriminating = wanted and self.step >= s.adversarial_from - s.discriminator_lead
         if adversarial:
             self.discriminator.requires_grad_(False)
             losses["adversarial"], losses["feature"] = _adversarial(self.discriminator, audio, real)
