@@ -27,6 +27,7 @@ from magnet_jax.codec import Codec, Decoder
 from magnet_jax.config import (
     KIND_NAMES,
     AutoregressiveConfig,
+    ComputeDtype,
     DecodeConfig,
     HybridConfig,
     KernelConfig,
@@ -93,7 +94,7 @@ class Generator:
         step: int | None = None,
         text_encoder: str | None = None,
         codec: str | None = None,
-        compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+        compute_dtype: ComputeDtype = "auto",
         codec_backend: pretrained.CodecBackend = "jax",
         kernels: KernelConfig = KernelConfig(),
         mesh: SamplingMeshConfig = SamplingMeshConfig(),

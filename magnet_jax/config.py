@@ -19,6 +19,7 @@ KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen", "hybrid": "HybridMAGNe
 FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
 Products = Literal["auto", "axes", "rows", "amx"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 LoraTarget = Literal["self", "cross", "mlp"]
 Remat = Literal["none", "products", "attention", "full"]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
@@ -536,7 +537,7 @@ class RunConfig:
     """Training ends after this many steps."""
     condition_dropout: float = 0.3
     """Probability that a clip is trained without its text."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
     remat: Remat = _was("none", {True: "full", False: "none"})
     """What the backward pass computes again to save memory: nothing; all but matrix products; all

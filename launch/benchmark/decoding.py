@@ -19,7 +19,7 @@ from launch.benchmark import models, peaks, report, rescoring
 from launch.benchmark.peaks import seconds_of
 from magnet_jax import convert, flops, pretrained, programs, rescore, sampling
 from magnet_jax.codec import Decoder
-from magnet_jax.config import DecodeConfig, Preset, RescoreConfig, preset_steps
+from magnet_jax.config import ComputeDtype, DecodeConfig, Preset, RescoreConfig, preset_steps
 from magnet_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Args:
     """Decoding steps of each codebook; None is the model's own."""
     preset: Preset | None = None
     """Decoding steps by name: paper, paper-30s, balanced or draft."""
-    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    compute_dtype: ComputeDtype | None = None
     """Precision of the products; None is the model's own."""
     parts: bool = True
     """Time the parts of a call at the first batch size, which compiles one more program."""

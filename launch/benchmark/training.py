@@ -5,12 +5,11 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal
 
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
 from magnet_jax import amx, flops, records, sampling, sharding, steps, t5, train, watch
-from magnet_jax.config import Products, RunConfig
+from magnet_jax.config import ComputeDtype, Products, RunConfig
 from magnet_jax.errors import UserError
 
 
@@ -26,7 +25,7 @@ class Args:
     layers: int | None = None
     seconds: float | None = None
     batch_size: int | None = None
-    compute_dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    compute_dtype: ComputeDtype | None = None
     products: Products = "auto"
     """Where the layers' products are computed, as --kernels.products of launch.train."""
     steps: int = 24
