@@ -88,6 +88,42 @@ def test_a_probe_is_fitted_to_other_clips(real, tmp_path, monkeypatch):
         evaluated(tmp_path / "out", *words)
 
 
+def test_a_second_probe_knows_how_a_codec_sounds(real, tmp_path, monkeypatch):
+    """Of a stand-in that adds 100 Hz to every tone: the borders move by half of that."""
+
+    def embed(wav_N):
+        pieces = np.array_split(wav_N, 4)
+        pitch = [np.count_nonzero(np.diff(np.sign(piece))) / len(piece) for piece in pieces]
+        return Embedded(np.array(pitch)[:, None] * 8e3, None)
+
+    def encode(wav_BCN):
+        (pitch_P1, _) = embed(wav_BCN[0, 0])
+        return tone(1.5, frequency=float(pitch_P1.mean()) + 100).reshape(1, 1, -1)
+
+    spec = types.SimpleNamespace(sample_rate=16_000, channels=1, sha256="of the stand-in")
+    codec = types.SimpleNamespace(spec=spec, encode=encode, decode=lambda codes: codes)
+    monkeypatch.setattr("magnet_jax.codec.load_codec", lambda source: codec)
+    toy = Embedder("toy", 16_000, embed, "", "hash", "")
+    monkeypatch.setattr(command, "load", lambda name, weights: toy)
+    for name, frequency in {"piano": 220, "violin": 440, "choir": 660}.items():
+        for shift in (-5, 5):
+            path = put(
+                tmp_path / "probe" / f"{name}{shift}.wav", tone(1.5, frequency=frequency + shift)
+            )
+            path.with_suffix(".json").write_text(json.dumps({"instrument": name}))
+    for name, frequency in {"a piano": 220, "piano music": 355, "a choir": 640}.items():
+        put(tmp_path / "made" / f"{frequency}.wav", tone(1.5, frequency=frequency), caption=name)
+    receipt = evaluated(
+        tmp_path / "out", "--generated", tmp_path / "made", "--reference", real,
+        "--probe", tmp_path / "probe", "--probe-codec", "a codec",
+    )  # fmt: skip
+    found = receipt["scores"]["generated"]["toy"]
+    assert found["probe"]["value"] == pytest.approx(2 / 3)  # 355 Hz is nearer to a violin's 440 ...
+    assert found["probe_codec"]["value"] == 1  # ... but to the 270 of pianos in both versions, too
+    assert receipt["probe"]["codec"] == "of the stand-in"
+    assert len(list((tmp_path / "out" / "probe-round-trip").iterdir())) == 6
+
+
 def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tmp_path):
     calls = []
 
@@ -385,6 +421,7 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypa
         (["--generated", "TWICE"], "a.wav has the same id|a.flac has the same id"),
         (["--generated", "BROKEN", "--reference", "REAL"], "broken.wav: cannot be read"),
         (["--generated", "REAL", "--probe", "REAL"], "clips of two labels at least, under 'instr"),
+        (["--generated", "REAL", "--probe-codec", "embedded"], "goes with --probe FOLDER"),
         (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
     ],
 )

@@ -20,7 +20,7 @@ from launch.evaluate import prompts
 from magnet_jax import bucket, errors
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import probe, scores
-from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Name, load
+from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
 from magnet_jax.evaluation.scores import Clips, Listening
 from magnet_jax.files import read_object, replacing_file
 
@@ -33,6 +33,7 @@ _COLUMNS = {
     "tag_auc": "tag AUC",
     "tag_top5": "tags in 5",
     "probe": "probe",
+    "probe_codec": "probe, codec",
 }
 
 
@@ -71,6 +72,9 @@ class Args:
     them, and is asked whether it hears what the captions name."""
     probe_field: str = "instrument"
     """Of the .json files in --probe."""
+    probe_codec: Annotated[str | None, tyro.conf.arg(metavar="CODEC")] = None
+    """Fit a second classifier to the clips of --probe and to what this codec makes of them, which
+    does not take a codec's sound for another instrument; as for tokenization.job."""
     lufs: float | None = None
     """Bring every clip, real and generated, to this loudness first, such as -14."""
     seconds: float | None = None
@@ -106,10 +110,10 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     _check(args)
     listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
     reference = {} if args.reference is None else scores.find_audio(args.reference)
-    labelled = None if args.probe is None else _labelled(args, reference)
+    listening = Listening(lufs=args.lufs, seconds=args.seconds)
+    labelled = None if args.probe is None else _labelled(args, reference, listening)
     # Whatever is missing is to be said before hours of sampling.
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
-    listening = Listening(lufs=args.lufs, seconds=args.seconds)
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
     model, sampler = None, None
@@ -132,11 +136,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         real = None
         if reference:
             real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
-        fitted = None
-        if labelled is not None:
-            clips = scores.embed(network, labelled.files, listening, cache=args.cache, what="probe")
-            rows_of = {name: row.embeddings_PE for name, row in clips.embedded.items()}
-            fitted = probe.fit(rows_of, labelled.labels)
+        fitted = _fit(args, network, listening, labelled)
         heard: dict[tuple[Path, ...], Clips] = {}  # shuffled captions are of the same clips
         for name, row in rows.items():
             key = tuple(row.files.values())
@@ -148,12 +148,12 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
                 captions=row.captions,
                 reference=real,
                 pairs=row.pairs,
-                probe=fitted,
+                probes=fitted,
                 settings=settings,
             )
         if real is not None:
             found.setdefault("reference", {})[network.name] = scores.score_reference(
-                network, real, captions=real_captions, probe=fitted, settings=settings
+                network, real, captions=real_captions, probes=fitted, settings=settings
             )
     sets = {name: row.files for name, row in rows.items()}
     sets |= {"reference": reference, "probe": {} if labelled is None else labelled.files}
@@ -177,7 +177,11 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         "model": model,
         "prompts": args.prompts and {"path": str(args.prompts), "sha256": _hash(listed)},
         "probe": labelled
-        and {"field": args.probe_field, "labels": sorted(set(labelled.labels.values()))},
+        and {
+            "field": args.probe_field,
+            "labels": sorted(set(labelled.labels.values())),
+            "codec": labelled.codec_sha256,
+        },
         "clips_with_captions": len(generated.captions),
         "clips_with_reference": len(generated.pairs),
         "sets": {name: _described(files) for name, files in sets.items() if files},
@@ -201,6 +205,8 @@ def _check(args: Args) -> None:
         raise UserError(
             "--baselines needs --checkpoint MODEL, --reference FOLDER and --data TOKENS"
         )
+    if args.probe_codec is not None and args.probe is None:
+        raise UserError("--probe-codec goes with --probe FOLDER")
     if args.data is not None and not args.baselines:
         raise UserError("--data is for --baselines")
     if args.limit is not None and (args.limit < 1 or args.prompts is None):
@@ -227,9 +233,12 @@ class _Labelled(NamedTuple):
 
     files: dict[str, Path]
     labels: dict[str, str]
+    decoded: dict[str, Path]
+    """The same clips as --probe-codec plays them; {} without one."""
+    codec_sha256: str | None
 
 
-def _labelled(args: Args, reference: Mapping[str, Path]) -> _Labelled:
+def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -> _Labelled:
     """The clips of --probe whose sidecars have the field.
 
     Raises `UserError` for fewer than two labels, and for clips that are in the reference as well.
@@ -253,7 +262,36 @@ def _labelled(args: Args, reference: Mapping[str, Path]) -> _Labelled:
             f"--probe {args.probe}: {len(both)} of its clips are in --reference as well, which "
             "would tell nothing: name other clips"
         )
-    return _Labelled(files, labels)
+    if args.probe_codec is None:
+        return _Labelled(files, labels, {}, None)
+    from launch.evaluate import baselines  # (which imports JAX, slowly)
+    from magnet_jax.codec import load_codec
+
+    codec = load_codec(args.probe_codec)
+    decoded = baselines.codec_round_trip(
+        codec, files, listening, out=args.out / "probe-round-trip", notes=args.out / "settings"
+    )
+    return _Labelled(files, labels, decoded, codec.spec.sha256)
+
+
+def _fit(
+    args: Args, network: Embedder, listening: Listening, labelled: _Labelled | None
+) -> dict[str, probe.Probe]:
+    """The probes by their names in the scores."""
+    if labelled is None:
+        return {}
+    clips = scores.embed(network, labelled.files, listening, cache=args.cache, what="probe")
+    rows = {name: row.embeddings_PE for name, row in clips.embedded.items()}
+    fitted = {"probe": probe.fit(rows, labelled.labels)}
+    if labelled.decoded:
+        # (what the codec made was brought to its length and loudness before)
+        clips = scores.embed(network, labelled.decoded, what="probe, codec")
+        rows = {
+            name: np.concatenate([rows[name], row.embeddings_PE])
+            for name, row in clips.embedded.items()
+        }
+        fitted["probe_codec"] = probe.fit(rows, labelled.labels)
+    return fitted
 
 
 def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:

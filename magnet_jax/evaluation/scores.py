@@ -181,7 +181,7 @@ def score(
     captions: Mapping[str, str],
     reference: Clips | None,
     pairs: Mapping[str, str],
-    probe: Probe | None = None,
+    probes: Mapping[str, Probe] = {},
     settings: Settings = Settings(),
 ) -> dict[str, Any]:
     """All that an embedder can say of generated clips.
@@ -192,12 +192,12 @@ def score(
       captions: of clips by their ids; those without are left out of what needs one.
       reference: real clips.
       pairs: id of a generated clip to id of its reference clip, for KL.
-      probe: fitted to the embedder's rows of other clips.
+      probes: fitted to the embedder's rows of other clips, by the names of their scores.
       settings: of the intervals.
 
     Returns:
-      'clips' and, as far as it applies, 'fad', 'kl', 'clap', 'tag_auc', 'tag_top5', 'probe', each a
-      dict of value, low, high and the number of clips behind it.
+      'clips' and, as far as it applies, 'fad', 'kl', 'clap', 'tag_auc', 'tag_top5' and the probes'
+      names, each a dict of value, low, high and the number of clips behind it.
     """
     found: dict[str, Any] = {"clips": len(clips.embedded)}
     drawn = {"resamples": settings.resamples, "seed": settings.seed}
@@ -236,7 +236,7 @@ def score(
         ]
         if hits:
             put(f"tag_top{TOP_TAGS}", len(hits), metrics.mean(hits, **drawn))
-    if probe is not None:
+    for key, probe in probes.items():
         labels = {name: named_label(probe, captions[name]) for name in named}
         right = [
             hear(probe, clips.embedded[name].embeddings_PE) == label
@@ -244,7 +244,7 @@ def score(
             if label is not None
         ]
         if right:
-            put("probe", len(right), metrics.mean(right, **drawn))
+            put(key, len(right), metrics.mean(right, **drawn))
     return found
 
 
@@ -253,7 +253,7 @@ def score_reference(
     reference: Clips,
     *,
     captions: Mapping[str, str],
-    probe: Probe | None = None,
+    probes: Mapping[str, Probe] = {},
     settings: Settings = Settings(),
 ) -> dict[str, Any]:
     """The reference scored as if it were generated; see `score` for what is returned.
@@ -274,7 +274,7 @@ def score_reference(
         captions=captions,
         reference=None,
         pairs={},
-        probe=probe,
+        probes=probes,
         settings=settings,
     )
     if all(map(_enough, halves)):
