@@ -19,7 +19,13 @@ config = RunConfig(
     text=TextConfig(max_tokens=64, finetune=True),
     data=DataConfig(segment_seconds=10.0, batch_size=8, word_dropout=0.1),
     optimizer=OptimizerConfig(
-        schedule="inverse_sqrt", peak_lr=2.5e-3, warmup_steps=120, ema_decay=0.998
+        schedule="inverse_sqrt",
+        peak_lr=1.8e-3,
+        warmup_steps=200,
+        embed_lr_ratio=60.0,
+        head_lr_ratio=6.0,
+        weight_decay=0.01,
+        ema_decay=0.998,
     ),
     init_codes="codec",
     steps=40_000,

@@ -240,6 +240,12 @@ class OptimizerConfig:
     """Learning rate after the warm-up; with dadam leave it near 1."""
     final_lr_ratio: float = 0.0
     """cosine: learning rate at the end of the schedule, as a share of peak_lr."""
+    embed_lr_ratio: float = _added(1.0)
+    """Learning rate of the tokens' embeddings, as a multiple of the others'. A batch has few of
+    each token: in a training of thousands of steps, not hundreds of thousands, 30 to 60 learns
+    much faster (docs/recipe.md)."""
+    head_lr_ratio: float = _added(1.0)
+    """The same of the heads, which turn states into logits."""
     warmup_steps: int = 4000
     """Linear warm-up."""
     schedule_steps: int = 1_000_000
@@ -290,7 +296,7 @@ class OptimizerConfig:
         )
         for name in ("b1", "b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
-        for name in ("eps", "clip_norm", "d0"):
+        for name in ("eps", "clip_norm", "d0", "embed_lr_ratio", "head_lr_ratio"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
         for name in ("weight_decay", "final_lr_ratio"):
             _require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative")
@@ -610,6 +616,11 @@ class RunConfig:
         _require(
             not (self.lora.rank and self.text.finetune),
             "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
+        )
+        ratios = (self.optimizer.embed_lr_ratio, self.optimizer.head_lr_ratio)
+        _require(
+            not self.lora.rank or ratios == (1, 1),
+            "lora trains no embeddings or heads: leave optimizer.embed_lr_ratio and head_lr_ratio",
         )
         _checked(typing.get_type_hints(RunConfig)["init_codes"], self.init_codes, "init_codes")
         _require(

@@ -4,6 +4,7 @@ Gradients are clipped by their global norm in front of both, and the learning ra
 linearly before its schedule.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -130,7 +131,18 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         steps = dadam(learning_rate(config), **adam, d0=config.d0, growth_rate=config.growth_rate)
     else:
         steps = optax.adamw(learning_rate(config), **adam)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), steps)
+    chained = [optax.clip_by_global_norm(config.clip_norm), steps]
+    ratios = {"embed": config.embed_lr_ratio, "heads": config.head_lr_ratio}
+    if set(ratios.values()) != {1.0}:
+        chained.append(optax.stateless(lambda updates, _: _scaled(updates, ratios)))
+    return optax.chain(*chained)
+
+
+def _scaled(updates: dict, ratios: Mapping[str, float]) -> dict:
+    """The steps of parameters of the transformer multiplied, by their names."""
+    lm = updates.get("lm", {})  # (adapters are trained without it)
+    scaled = {name: lm[name] * ratio for name, ratio in ratios.items() if name in lm}
+    return updates | ({"lm": lm | scaled} if scaled else {})
 
 
 def step_size(opt_state: Any) -> jax.Array | None:

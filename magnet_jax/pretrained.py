@@ -2,7 +2,7 @@
 
 `load` takes the folder of a training run, of an exported model, or of an AudioCraft checkpoint, and
 hub ids of the latter two; any folder may be in a bucket (gs://). Of AudioCraft's it takes MAGNeT
-and the text-conditioned MusicGen.
+and the text-conditioned MusicGen. 'demo' is the model that ships with the package.
 """
 
 import functools
@@ -19,6 +19,7 @@ from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
 from magnet_jax.config import (
+    ASSETS,
     CodecSpec,
     DataConfig,
     ModelConfig,
@@ -31,6 +32,8 @@ from magnet_jax.config import (
 from magnet_jax.errors import UserError
 
 CodecBackend = Literal["jax", "torch"]
+
+SHIPPED = {"demo": ASSETS / "demo"}  # exports that come with the package, by name
 
 # AudioCraft cuts no text; this many tokens hold about 90 words.
 MAX_TOKENS = 128
@@ -63,7 +66,8 @@ def load(
     """Reads a model onto one device.
 
     Args:
-      source: folder of a run, an export or an AudioCraft checkpoint, or its gs:// URL; or a hub id.
+      source: folder of a run, an export or an AudioCraft checkpoint, or its gs:// URL; a hub id; or
+        'demo', the model that ships ('./demo' is a folder).
       weights: of a run: 'ema' for the averaged parameters (as does None), 'raw' for the last ones.
       step: of a run: the checkpoint; None is the newest.
       text_encoder: of an AudioCraft checkpoint: where its text encoder lies, if not where it says.
@@ -122,6 +126,8 @@ def locate(source: Path | str) -> Path:
 
     Raises `UserError` where there is no model.
     """
+    if source in SHIPPED:
+        return SHIPPED[source]
     folder = _mirror(str(source)).folder if bucket.is_url(source) else Path(source)
     if folder.is_dir():
         if (folder / "config.json").exists() or (folder / LM_FILE).exists():
@@ -132,7 +138,10 @@ def locate(source: Path | str) -> Path:
         )
     name = str(source)
     if "/" not in name or not hub.is_hub_id(name) or folder.exists():
-        raise UserError(f"{source}: no such folder, and not a hub id (owner/name)")
+        raise UserError(
+            f"{source}: no such folder, and neither a hub id (owner/name) nor "
+            f"{', '.join(SHIPPED)}, which ships"
+        )
     # A first look, as such repositories may hold gigabytes for other libraries.
     instead = f"a folder with its files, such as {LM_FILE} and {CODEC_FILE}"
     folder = hub.fetch(name, ("config.json", "README.md"), "model", instead)

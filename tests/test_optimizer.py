@@ -179,6 +179,24 @@ def test_step_size_is_found_in_a_chain():
     assert optimizer.step_size(adamw.init(weights())) is None
 
 
+def test_embeddings_and_heads_can_learn_faster():
+    params = {"lm": {"embed": jnp.ones(3), "heads": jnp.ones(3), "norm": jnp.ones(3)}}
+    params["text"] = {"embed": jnp.ones(3)}  # of another network
+    g = jax.tree.map(lambda p: 0.1 * p, params)
+    for name in ("adamw", "dadam"):
+        steps = []
+        for ratios in ({}, {"embed_lr_ratio": 30.0, "head_lr_ratio": 0.5}):
+            config = OptimizerConfig(name=name, peak_lr=0.1, warmup_steps=0, schedule="constant")
+            made = optimizer.make_optimizer(dataclasses.replace(config, **ratios))
+            steps.append(made.update(g, made.init(params), params)[0])
+        plain, scaled = steps
+        assert float(plain["lm"]["embed"][0]) < 0
+        np.testing.assert_allclose(scaled["lm"]["embed"], 30 * plain["lm"]["embed"], rtol=1e-6)
+        np.testing.assert_allclose(scaled["lm"]["heads"], 0.5 * plain["lm"]["heads"], rtol=1e-6)
+        np.testing.assert_array_equal(scaled["lm"]["norm"], plain["lm"]["norm"])
+        np.testing.assert_array_equal(scaled["text"]["embed"], plain["text"]["embed"])
+
+
 # --- schedules and settings ----------------------------------------------------------------------
 
 
