@@ -59,8 +59,11 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
     )
 
 
-def main(args: list[str]) -> None:
-    memory.keep_freed()
+def parse(args: list[str]) -> RunConfig:
+    """The run that a command line asks for.
+
+    Raises `UserError` for settings that there are not, or that do not go together.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="demo")
     chosen, rest = first.parse_known_args(args)
@@ -102,6 +105,12 @@ def main(args: list[str]) -> None:
         raise errors.UserError(
             "--text.source goes with --init-from: the text encoder is that of the model begun with"
         )
+    return config
+
+
+def main(args: list[str]) -> None:
+    memory.keep_freed()
+    config = parse(args)
     # After the command line is known to be right: these are slow to load.
     if config.kernels.products == "amx":
         from magnet_jax import amx

@@ -75,6 +75,9 @@ class Args:
     probe_codec: Annotated[str | None, tyro.conf.arg(metavar="CODEC")] = None
     """Fit a second classifier to the clips of --probe and to what this codec makes of them, which
     does not take a codec's sound for another instrument; as for tokenization.job."""
+    probe_round_trip: Path | None = None
+    """Folder for what that codec makes of them, which several evaluations may share; by default
+    OUT/probe-round-trip."""
     lufs: float | None = None
     """Bring every clip, real and generated, to this loudness first, such as -14."""
     seconds: float | None = None
@@ -90,7 +93,7 @@ class Args:
     sample_options: str = ""
     """Further options of launch.sample, as --sample-options="--preset draft --batch-size 4"."""
     cache: Path = Path(platformdirs.user_cache_dir("magnet_jax")) / "evaluation"
-    """Folder in which what embedders make of the reference is kept."""
+    """Folder in which what embedders make of real clips is kept."""
 
 
 class _Row(NamedTuple):
@@ -196,6 +199,23 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     return receipt
 
 
+def prepare(args: Args) -> None:
+    """Makes what is kept of real clips, in --cache and --probe-round-trip, for later calls of
+    `run`.
+
+    Raises `UserError` for what cannot be had.
+    """
+    _check(args)
+    reference = {} if args.reference is None else scores.find_audio(args.reference)
+    listening = Listening(lufs=args.lufs, seconds=args.seconds)
+    labelled = None if args.probe is None else _labelled(args, reference, listening)
+    for name in args.embedders:
+        network = load(name, getattr(args.weights, name))
+        if reference:
+            scores.embed(network, reference, listening, cache=args.cache, what="reference")
+        _fit(args, network, listening, labelled)
+
+
 def _check(args: Args) -> None:
     if (args.generated is None) == (args.checkpoint is None):
         raise UserError("give --generated FOLDER, or --checkpoint MODEL and --prompts LIST")
@@ -207,6 +227,8 @@ def _check(args: Args) -> None:
         )
     if args.probe_codec is not None and args.probe is None:
         raise UserError("--probe-codec goes with --probe FOLDER")
+    if args.probe_round_trip is not None and args.probe_codec is None:
+        raise UserError("--probe-round-trip goes with --probe-codec CODEC")
     if args.data is not None and not args.baselines:
         raise UserError("--data is for --baselines")
     if args.limit is not None and (args.limit < 1 or args.prompts is None):
@@ -238,38 +260,47 @@ class _Labelled(NamedTuple):
     codec_sha256: str | None
 
 
-def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -> _Labelled:
-    """The clips of --probe whose sidecars have the field.
+def labelled_clips(
+    folder: Path, field: str, reference: Mapping[str, Path]
+) -> tuple[dict[str, Path], dict[str, str]]:
+    """The clips of --probe whose sidecars have the field, and what they have there.
 
     Raises `UserError` for fewer than two labels, and for clips that are in the reference as well.
     """
-    files = scores.find_audio(args.probe)
+    files = scores.find_audio(folder)
     labels = {}
     for name, path in files.items():
         beside = path.with_suffix(".json")
-        value = beside.is_file() and read_object(beside, "").get(args.probe_field)
+        value = beside.is_file() and read_object(beside, "").get(field)
         if isinstance(value, str) and value.strip():
             labels[name] = value.strip()
     if len(set(labels.values())) < 2:
         raise UserError(
-            f"--probe {args.probe}: needs clips of two labels at least, under "
-            f"{args.probe_field!r} in the .json beside each"
+            f"--probe {folder}: needs clips of two labels at least, under {field!r} in the .json "
+            "beside each"
         )
     files = {name: files[name] for name in labels}
     both = set(scores.hashes(files).values()) & set(scores.hashes(reference).values())
     if both:
         raise UserError(
-            f"--probe {args.probe}: {len(both)} of its clips are in --reference as well, which "
+            f"--probe {folder}: {len(both)} of its clips are in --reference as well, which "
             "would tell nothing: name other clips"
         )
+    return files, labels
+
+
+def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -> _Labelled:
+    """`labelled_clips`, and the same as --probe-codec plays them."""
+    files, labels = labelled_clips(args.probe, args.probe_field, reference)
     if args.probe_codec is None:
         return _Labelled(files, labels, {}, None)
     from launch.evaluate import baselines  # (which imports JAX, slowly)
     from magnet_jax.codec import load_codec
 
     codec = load_codec(args.probe_codec)
+    folder = args.probe_round_trip or args.out / "probe-round-trip"
     decoded = baselines.codec_round_trip(
-        codec, files, listening, out=args.out / "probe-round-trip", notes=args.out / "settings"
+        codec, files, listening, out=folder, notes=folder.parent / "settings"
     )
     return _Labelled(files, labels, decoded, codec.spec.sha256)
 
@@ -285,7 +316,7 @@ def _fit(
     fitted = {"probe": probe.fit(rows, labelled.labels)}
     if labelled.decoded:
         # (what the codec made was brought to its length and loudness before)
-        clips = scores.embed(network, labelled.decoded, what="probe, codec")
+        clips = scores.embed(network, labelled.decoded, cache=args.cache, what="probe, codec")
         rows = {
             name: np.concatenate([rows[name], row.embeddings_PE])
             for name, row in clips.embedded.items()
