@@ -1,0 +1,255 @@
+"""What came out of a study: its numbers, its table and its picture, from the cells' receipts."""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.ablate.studies import Setting, Study
+from magnet_jax.errors import UserError
+from magnet_jax.files import read_object, replacing_file
+
+_FORMAT = "magnet_jax ablation 1"
+_LISTENER = "musicnn"
+# Scores by their names in receipts, and those of the paper that are not here.
+TITLES = {
+    "fad": "FAD",
+    "kl": "KL",
+    "clap": "CLAP",
+    "tag_auc": "tag AUC",
+    "tag_top5": "tags in 5",
+    "probe": "probe",
+    "probe_codec": "probe, codec",
+    "validation": "validation loss",
+}
+_UNLIKE = ("fad", "kl")  # of which the reference's own mean something else
+
+
+def cell_folder(out: Path, setting: Setting, seed: int) -> Path:
+    """Where a setting's clips and receipt of one seed lie."""
+    return out / "cells" / f"{setting.cell}-seed{seed}"
+
+
+def run_folder(out: Path, model: str, seed: int) -> Path:
+    """Where a model of `studies.MODELS` is trained with a seed."""
+    return out / "runs" / f"{model}-seed{seed}"
+
+
+def gather(out: Path, study: Study, seeds: Sequence[int]) -> dict[str, Any]:
+    """All numbers of a study, as far as they are there.
+
+    Args:
+      out: the folder of all studies.
+      study: whose cells.
+      seeds: which of them.
+
+    Returns:
+      'rows', of which each has 'scores', {seed: {score: value}}, with their 'mean' and 'sd'; and
+      'reference', the same of real audio. A standard deviation is that of a sample, over seeds;
+      where there is one seed alone, it is left out.
+
+    Raises:
+      UserError: a receipt that is damaged.
+    """
+    rows, real = [], {}
+    for setting in study.settings:
+        found = {}
+        for seed in seeds:
+            path = cell_folder(out, setting, seed) / "receipt.json"
+            if not path.exists():
+                continue
+            scores = _scores(path)
+            real.setdefault(str(seed), scores["reference"])
+            found[str(seed)] = scores["generated"]
+            if setting.model is not None:
+                loss = validation_loss(run_folder(out, setting.model, seed))
+                found[str(seed)] |= {} if loss is None else {"validation": loss}
+        rows.append(
+            {"setting": setting.label, "line": setting.line, "place": setting.place,
+             "cells": setting.cell, **_summary(found), "paper": dict(setting.paper)}
+        )  # fmt: skip
+    return {
+        "format": _FORMAT,
+        "study": study.name,
+        "title": study.title,
+        "axis": study.axis,
+        "seeds": list(seeds),
+        "rows": rows,
+        "reference": _summary(real),
+        "paper": study.paper,
+    }
+
+
+def _scores(receipt: Path) -> dict[str, dict[str, float]]:
+    """The values of a receipt, of the generated clips and of the reference."""
+    rows = read_object(receipt, "").get("scores")
+    try:
+        return {
+            name: {
+                key: float(rows[name][_LISTENER][key]["value"])
+                for key in TITLES
+                if key in rows[name][_LISTENER]
+            }
+            for name in ("generated", "reference")
+        }
+    except (TypeError, KeyError, ValueError):
+        raise UserError(f"{receipt}: not a receipt of launch.evaluate; remove it") from None
+
+
+def validation_loss(run: Path) -> float | None:
+    """The last one that a run has logged; None where there is none."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
+    return losses[-1] if losses else None
+
+
+def _summary(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Scores by seed with their mean and standard deviation."""
+    names = [name for name in TITLES if any(name in scores for scores in found.values())]
+    values = {name: [scores[name] for scores in found.values() if name in scores] for name in names}
+    return {
+        "scores": dict(found),
+        "mean": {name: statistics.fmean(row) for name, row in values.items()},
+        "sd": {name: statistics.stdev(row) for name, row in values.items() if len(row) > 1},
+    }
+
+
+def write(out: Path, found: Mapping[str, Any]) -> str:
+    """Writes OUT/STUDY.json, .md and .png, and returns the table."""
+    text = table(found)
+    for suffix, content in (("json", json.dumps(found, indent=2) + "\n"), ("md", text)):
+        with replacing_file(out / f"{found['study']}.{suffix}") as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    with replacing_file(out / f"{found['study']}.png") as temporary:
+        draw(temporary, found)
+    return text
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def _measured(found: Mapping[str, Any]) -> list[str]:
+    return [name for name in TITLES if any(name in row["mean"] for row in found["rows"])]
+
+
+def _papers(found: Mapping[str, Any]) -> list[str]:
+    return [name for name in TITLES if any(name in row["paper"] for row in found["rows"])]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """What `gather` found, in Markdown."""
+    names, papers = _measured(found), _papers(found)
+    header = [found["axis"], "seeds", *(TITLES[name] for name in names)]
+    header += [f"paper's {TITLES[name]}" for name in papers]
+    lines = []
+    for row in (*found["rows"], {"setting": "real audio", "paper": {}, **found["reference"]}):
+        cells = [row["setting"], str(len(row["scores"]))]
+        cells += [_cell(name, row["mean"].get(name), row["sd"].get(name)) for name in names]
+        cells += [f"{row['paper'][name]:g}" if name in row["paper"] else "" for name in papers]
+        lines.append(cells)
+    widths = [max(map(len, column)) for column in zip(header, *lines)]
+    rule = ["-" * width for width in widths]
+    rows = [
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |"
+        for row in (header, rule, *lines)
+    ]
+    deviation = (
+        "mean ± standard deviation over the seeds" if len(found["seeds"]) > 1 else "one seed"
+    )
+    notes = [
+        f"Seeds {' '.join(map(str, found['seeds']))}; {deviation}. Less is better of FAD, KL and "
+        "the validation loss, more of all else. Real audio: FAD of one half to the other, KL of "
+        "each clip to another one.",
+        f"The paper's: {found['paper']}"
+        + (
+            " Other data, another size and other listeners (VGGish, PaSST and CLAP), so that only "
+            "the order compares."
+            if papers
+            else ""
+        ),
+    ]
+    return "\n\n".join([f"# {found['title']}", "\n".join(rows), *notes]) + "\n"
+
+
+def _cell(name: str, mean: float | None, sd: float | None) -> str:
+    if mean is None:
+        return "-"
+    shown = f"{mean:.{4 if name == 'validation' else 3}g}"  # (losses differ by hundredths)
+    return shown if sd is None else f"{shown} ± {sd:.2g}"
+
+
+# --- the picture ----------------------------------------------------------------------------------
+
+
+def draw(path: Path, found: Mapping[str, Any]) -> None:
+    """A panel a score, against what is varied, and beside them the paper's; a PNG."""
+    from matplotlib.figure import Figure
+
+    panels = [("mean", name) for name in _measured(found)]
+    if len(_lines(found["rows"])) == 1:  # (of models that differ in kind, losses do not compare)
+        panels = [panel for panel in panels if panel[1] != "validation"]
+    panels += [("paper", name) for name in _papers(found)]
+    columns = min(4, max(1, len(panels)))
+    count = max(1, math.ceil(len(panels) / columns))
+    figure = Figure(figsize=(4 * columns, 3.3 * count), layout="constrained")
+    grid = figure.subplots(count, columns, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for (kind, name), axes in zip(panels, grid.flat):
+        _panel(axes, found, kind, name)
+    if any(row["line"] for row in found["rows"]) and panels:
+        grid.flat[0].legend(fontsize="small")
+    figure.suptitle(found["title"])
+    figure.savefig(path, dpi=110, format="png")
+
+
+def _panel(axes: Any, found: Mapping[str, Any], kind: str, name: str) -> None:
+    rows = found["rows"]
+    labels = [row["place"] for row in rows if isinstance(row["place"], str)]
+    places = [labels.index(row["place"]) if labels else row["place"] for row in rows]
+    for number, line in enumerate(_lines(rows)):
+        own = [
+            (place, row) for place, row in zip(places, rows)
+            if row["line"] == line and name in row[kind]
+        ]  # fmt: skip
+        if not own:
+            continue
+        color = f"C{number}"
+        x = [place for place, _ in own]
+        y = [row[kind][name] for _, row in own]
+        style = "o" if labels else "o-"
+        if kind == "paper":
+            axes.plot(x, y, style, color=color, mfc="white", label=line)
+            continue
+        axes.errorbar(x, y, [row["sd"].get(name, 0) for _, row in own], fmt=style, color=color,
+                      capsize=3, label=line)  # fmt: skip
+        for place, row in own:
+            seeds = [scores[name] for scores in row["scores"].values() if name in scores]
+            axes.plot([place] * len(seeds), seeds, ".", color=color, alpha=0.35, ms=5)
+    title = TITLES[name]
+    if kind == "paper":
+        title = f"{title} in the paper\n(other data, size and listeners)"
+        axes.set_facecolor("0.95")
+    elif name in found["reference"]["mean"] and name not in _UNLIKE:
+        axes.axhline(found["reference"]["mean"][name], color="gray", ls=":")
+        title += " (dotted: real audio)"
+    axes.set_title(title, fontsize="medium")
+    axes.set_xlabel(found["axis"], fontsize="small")
+    axes.grid(alpha=0.3)
+    if labels:
+        axes.set_xticks(range(len(labels)), labels, fontsize="small")
+        axes.margins(x=0.15)
+    else:
+        if 0 < 20 * min(places) < max(places):
+            axes.set_xscale("log")
+        axes.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
+        axes.set_xticks([], minor=True)
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["line"] for row in rows))
