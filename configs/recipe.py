@@ -8,6 +8,7 @@ The schedule has no end: the run may be stopped, judged and continued at any ste
 
 from magnet_jax.config import (
     DataConfig,
+    DecodeConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -28,6 +29,7 @@ config = RunConfig(
         ema_decay=0.998,
     ),
     init_codes="codec",
+    decode=DecodeConfig(temperature=1.0),
     steps=40_000,
     log_every=20,
     eval_every=500,

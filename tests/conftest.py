@@ -1,18 +1,31 @@
 """Eight fake CPU devices, strict shapes, and the small things that several tests need."""
 
+import gc
 import os
+import sys
 import tempfile
 
 # Not the user's cache of compiled programs; gone with the test session.
 _CACHE = tempfile.TemporaryDirectory(prefix="magnet_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+# Where Python is told to keep no bytecode, every process compiles the libraries anew: two seconds
+# each. The session's workers, and what they start, share what is gone with the session.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = f"{_CACHE.name}/python"
+    sys.dont_write_bytecode = False
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs that run once, on little: XLA's newer kernels take three times as long to compile.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # XLA ends the process when a device is late for a collective; on a busy machine fake ones may be.
 os.environ["XLA_FLAGS"] = (
+    f"{XLA_FLAGS} "
     "--xla_force_host_platform_device_count=8 "
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=900"
 )
+# One thread for PyTorch and BLAS: several of them, beside another worker's, wait in busy loops.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where the code itself asks for more
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Writing a program to the cache has crashed a worker, rarely, in XLA's serialisation: only the
 # test of the cache does it.
@@ -28,6 +41,10 @@ import pytest  # noqa: E402
 from magnet_jax import programs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Tracing makes many small objects, and the libraries' own need not be looked through every time.
+gc.freeze()
+gc.set_threshold(50_000, 20, 20)
 
 # Numbers that the reference implementation printed: ours, and those to be checked.
 SHIPPED_GOLDEN = Path(__file__).parent / "golden"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from conftest import XLA_FLAGS
 
 from launch import cli
 from magnet_jax import distributed
@@ -250,7 +251,7 @@ def begin(script: str, *args: str) -> subprocess.Popen:
     }
     environ |= {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=2",
         "PYTHONPATH": str(ROOT),
     }
     return subprocess.Popen(

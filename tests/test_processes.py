@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from conftest import XLA_FLAGS
 from test_distributed import free_port
 from test_train import newest_step
 
@@ -33,7 +34,7 @@ def begin(file: Path, count: int) -> list[subprocess.Popen]:
     processes = []
     for index in range(count):
         environ = {
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": XLA_FLAGS,
             "MAGNET_JAX_COORDINATOR": f"127.0.0.1:{port}",
             "MAGNET_JAX_PROCESS_ID": str(index),
             "MAGNET_JAX_NUM_PROCESSES": str(count),

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from conftest import XLA_FLAGS
 
 from launch.train import config_names, load_config
 from magnet_jax import (
@@ -119,7 +120,7 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
             [sys.executable, "-c", script, str(tmp_path / "config.json")],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"XLA_FLAGS": ""},
+            env=os.environ | {"XLA_FLAGS": XLA_FLAGS},
         )
         deadline = time.monotonic() + 240
         while newest_step(Path(config.out)) < wanted:
