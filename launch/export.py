@@ -29,6 +29,8 @@ class Args:
     license: str | None = None
     """License of the weights, for the model card, such as cc-by-nc-4.0; by default the one that
     an imported model came with."""
+    about: Path | None = None
+    """Markdown file to put into the model card: data, scores, limits."""
     t5_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Published name, such as t5-base, of a text encoder that the run read from a folder:
     AudioCraft finds text encoders by published names only."""
@@ -44,6 +46,13 @@ class Args:
     """Of a run with --lora.rank: write its adapters alone, as PEFT does, not merged."""
 
 
+def _read_about(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--about {path}: cannot be read as text ({error})") from None
+
+
 def main(args: Args) -> None:
     if args.adapter_only and args.half:
         raise UserError("--half is not for --adapter-only: adapters are small")
@@ -56,6 +65,7 @@ def main(args: Args) -> None:
         )
         print(f"wrote {args.out}: adapters of rank {config.lora.rank} for {lineage['base']}")
         return
+    about = "" if args.about is None else _read_about(args.about)
     export.prepare_out(args.out, Path(args.checkpoint), args.overwrite)
     loaded = pretrained.load(args.checkpoint, weights=args.weights, step=args.step)
     options = export.Options(
@@ -63,6 +73,7 @@ def main(args: Args) -> None:
         t5_name=args.t5_name,
         audiocraft=args.audiocraft,
         half=args.half,
+        about=about,
         logits=args.verify,
     )
     lines = export.export_model(loaded, args.out, options, str(args.checkpoint))

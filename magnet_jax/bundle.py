@@ -219,7 +219,11 @@ def _audiocraft_parameters(generation: DecodeConfig | AutoregressiveConfig) -> l
 
 
 def model_card(
-    bundle: Bundle, license_name: str, text_encoder: str, audiocraft_seconds: int | None
+    bundle: Bundle,
+    license_name: str,
+    text_encoder: str,
+    audiocraft_seconds: int | None,
+    about: str = "",
 ) -> str:
     """The README.md of an exported model.
 
@@ -228,6 +232,7 @@ def model_card(
       license_name: of the weights, or 'unspecified'.
       text_encoder: as in xp.cfg: a published name, or `TEXT_FOLDER`.
       audiocraft_seconds: clip length in xp.cfg; None where no AudioCraft files were written.
+      about: Markdown to put in, such as data, scores and limits.
     """
     model, codec = bundle.model, bundle.codec
     name = KIND_NAMES[model.kind]
@@ -248,6 +253,7 @@ def model_card(
         "",
         _ABOUT[model.kind],
         "",
+        *((about.strip(), "") if about.strip() else ()),
         "## License",
         "",
         licence,

@@ -57,6 +57,8 @@ class Options:
     """Round the weights to float16, which halves the file; what is written is what is compared."""
     overwrite: bool = False
     """Replace an earlier export."""
+    about: str = ""
+    """Markdown for the model card."""
 
 
 def prepare_out(out: Path, source: Path, overwrite: bool) -> None:
@@ -193,7 +195,7 @@ def _write(
         seconds = convert.segment_seconds(config)
     bundle.write_safetensors(folder, written, half=options.half)
     card = folder / "README.md"
-    card.write_text(bundle.model_card(written, license_name, encoder, seconds))
+    card.write_text(bundle.model_card(written, license_name, encoder, seconds, options.about))
     for path in folder.rglob("*.safetensors"):
         shutil.copymode(card, path)  # safetensors makes files that nobody else may read
     return written

@@ -72,7 +72,7 @@ def test_the_recipes_codec_is_the_nearer_one_on_other_renders():
     names = sorted((ASSETS / "clips").glob("*.flac"))[::5]
     clips = [soxr.resample(soundfile.read(path)[0], 32000, 16000) for path in names]
     distances = []
-    for source in ("embedded", str(ASSETS / "recipe_codec")):
+    for source in ("embedded", str(ASSETS / "demo" / "codec")):
         codec = load_codec(source)
         made = [codec.decode(codec.encode(np.float32(wav)[None, None])) for wav in clips]
         spectral = [

@@ -140,7 +140,8 @@ def run_export(loaded, tmp_path, **changes):
 
 
 def test_export_writes_a_whole_folder(loaded, tmp_path):
-    line = run_export(loaded, tmp_path, license="cc-by-4.0")
+    about = "## Scores\n\nFAD 0.1\n"
+    line = run_export(loaded, tmp_path, license="cc-by-4.0", about=about)
     assert "every bit equal" in line
     out = tmp_path / "out"
     assert {path.name for path in out.iterdir()} == {
@@ -151,7 +152,14 @@ def test_export_writes_a_whole_folder(loaded, tmp_path):
     assert len({path.stat().st_mode for path in out.rglob("*") if path.is_file()}) == 1
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n")
-    for part in ("my-run", "step: 5", "clips", loaded.codec.sha256, "T5Conditioner"):
+    for part in (
+        "\n\n## Scores\n\nFAD 0.1\n\n## License",
+        "my-run",
+        "step: 5",
+        "clips",
+        loaded.codec.sha256,
+        "T5Conditioner",
+    ):
         assert part in card
     assert str(tmp_path) not in card + (out / "config.json").read_text()
     model, _, xp_cfg, *_ = convert.read_audiocraft(out)
