@@ -11,6 +11,7 @@ FAULTS = """
 import ctypes, resource, sys
 import numpy as np
 from magnet_jax import memory
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault is a page of 4 KiB
 if sys.argv[1] == "keep":
     memory.keep_freed()
 for _ in range(3):
