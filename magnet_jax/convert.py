@@ -177,12 +177,12 @@ def lm_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping, prefix: str = "", separator: str = "/") -> dict[str, Any]:
     """A nested dict as {'blocks/self/query': leaf}."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
+            flat |= flatten(value, f"{prefix}{name}{separator}", separator)
         else:
             flat[prefix + name] = value
     return flat

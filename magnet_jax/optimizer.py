@@ -133,16 +133,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         steps = optax.adamw(learning_rate(config), **adam)
     chained = [optax.clip_by_global_norm(config.clip_norm), steps]
     ratios = {"embed": config.embed_lr_ratio, "heads": config.head_lr_ratio}
-    if set(ratios.values()) != {1.0}:
+    if set(ratios.values()) != {1.0}:  # (its state, though empty, is in the checkpoints)
         chained.append(optax.stateless(lambda updates, _: _scaled(updates, ratios)))
     return optax.chain(*chained)
 
 
 def _scaled(updates: dict, ratios: Mapping[str, float]) -> dict:
     """The steps of parameters of the transformer multiplied, by their names."""
-    lm = updates.get("lm", {})  # (adapters are trained without it)
-    scaled = {name: lm[name] * ratio for name, ratio in ratios.items() if name in lm}
-    return updates | ({"lm": lm | scaled} if scaled else {})
+    lm = updates["lm"]
+    return updates | {"lm": lm | {name: lm[name] * ratio for name, ratio in ratios.items()}}
 
 
 def step_size(opt_state: Any) -> jax.Array | None:

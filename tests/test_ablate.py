@@ -3,32 +3,20 @@
 import json
 import types
 
-import numpy as np
 import pytest
 import tiny
-from sounds import put, tone
+from sounds import loudness_embedder, put, tone
 
 from launch.ablate import __main__ as command
 from launch.ablate import report, studies
 from launch.evaluate import __main__ as evaluate
 from magnet_jax import codec
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation.embedders import Embedded, Embedder
 
 SMALLEST = (
     "--model.width 16 --model.num-heads 2 --model.num-layers 1 --text.max-tokens 16 "
     "--init-codes random --model.num-codebooks 1 --decode.steps 2"
 )
-
-
-def loudness_embedder(name, weights):
-    """Two numbers a piece and two labels: enough to tell clips apart, in no time."""
-
-    def embed(wav_N):
-        rows = [[piece.std(), np.abs(np.diff(piece)).mean()] for piece in np.array_split(wav_N, 3)]
-        return Embedded(np.array(rows), 5 * np.log(np.array(rows) + 1e-6))
-
-    return Embedder("musicnn", 16_000, embed, "", "hash", "a third", tags=("piano", "slow"))
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +32,7 @@ def place(tmp_path_factory):
             path.with_suffix(".json").write_text(json.dumps(fields))
     with pytest.MonkeyPatch.context() as patch:
         tiny.use_one_device(patch)
-        patch.setattr(evaluate, "load", loudness_embedder)
+        patch.setattr(evaluate, "load", lambda name, weights: loudness_embedder("musicnn"))
         # (for the second probe alone, for which PyTorch would be loaded)
         same = types.SimpleNamespace(
             spec=codec.read_spec("embedded"), encode=lambda wav: wav, decode=lambda codes: codes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
-from sounds import put, tone
+from sounds import pitch_embedder, put, tone
 
 from launch.evaluate import __main__ as command
 from launch.evaluate import baselines, prompts
@@ -58,64 +58,48 @@ def test_a_folder_against_itself(real, tmp_path, capsys):
     assert "FAD" in shown and "tag AUC" in shown and "generated" in shown and "e-" not in shown
 
 
-def test_a_probe_is_fitted_to_other_clips(real, tmp_path, monkeypatch):
-    """Of an embedder that hears how high a tone is, and nothing else."""
-
-    def embed(wav_N):
-        pieces = np.array_split(wav_N, 4)
-        pitch = [np.count_nonzero(np.diff(np.sign(piece))) / len(piece) for piece in pieces]
-        return Embedded(np.array(pitch)[:, None] * 1e3, None)
-
-    toy = Embedder("toy", 16_000, embed, "", "hash", "")
-    monkeypatch.setattr(command, "load", lambda name, weights: toy)
+@pytest.fixture
+def probed(tmp_path, monkeypatch):
+    """Two clips of each of three instruments, and an embedder that tells them apart by pitch."""
+    monkeypatch.setattr(command, "load", lambda name, weights: pitch_embedder())
     for name, frequency in {"piano": 220, "violin": 440, "choir": 660}.items():
         for shift in (-5, 5):
-            path = put(
-                tmp_path / "probe" / f"{name}{shift}.wav", tone(1.5, frequency=frequency + shift)
-            )
+            path = tmp_path / "probe" / f"{name}{shift}.wav"
+            put(path, tone(1.5, frequency=frequency + shift))
             path.with_suffix(".json").write_text(json.dumps({"instrument": name}))
-    put(tmp_path / "probe" / "unknown.wav", tone(1.0))
-    words = ("--generated", real, "--reference", real, "--probe", tmp_path / "probe")
+    return tmp_path / "probe"
+
+
+def test_a_probe_is_fitted_to_other_clips(real, probed, tmp_path):
+    put(probed / "unknown.wav", tone(1.0))
+    words = ("--generated", real, "--reference", real, "--probe", probed)
     receipt = evaluated(tmp_path / "out", *words)
     # (the fourth clip, called a piano, is the highest of all)
     assert receipt["scores"]["generated"]["toy"]["probe"]["value"] == 0.75
     assert receipt["scores"]["reference"]["toy"]["probe"]["clips"] == 4
     assert receipt["probe"]["labels"] == ["choir", "piano", "violin"]
     assert receipt["sets"]["probe"]["clips"] == 6
-    shutil.copy(real / "a.wav", tmp_path / "probe" / "piano.wav")
-    (tmp_path / "probe" / "piano.json").write_text(json.dumps({"instrument": "piano"}))
+    shutil.copy(real / "a.wav", probed / "piano.wav")
+    (probed / "piano.json").write_text(json.dumps({"instrument": "piano"}))
     with pytest.raises(UserError, match="1 of its clips are in --reference as well"):
         evaluated(tmp_path / "out", *words)
 
 
-def test_a_second_probe_knows_how_a_codec_sounds(real, tmp_path, monkeypatch):
+def test_a_second_probe_knows_how_a_codec_sounds(real, probed, tmp_path, monkeypatch):
     """Of a stand-in that adds 100 Hz to every tone: the borders move by half of that."""
 
-    def embed(wav_N):
-        pieces = np.array_split(wav_N, 4)
-        pitch = [np.count_nonzero(np.diff(np.sign(piece))) / len(piece) for piece in pieces]
-        return Embedded(np.array(pitch)[:, None] * 8e3, None)
-
     def encode(wav_BCN):
-        (pitch_P1, _) = embed(wav_BCN[0, 0])
+        (pitch_P1, _) = pitch_embedder().embed(wav_BCN[0, 0])
         return tone(1.5, frequency=float(pitch_P1.mean()) + 100).reshape(1, 1, -1)
 
     spec = types.SimpleNamespace(sample_rate=16_000, channels=1, sha256="of the stand-in")
     codec = types.SimpleNamespace(spec=spec, encode=encode, decode=lambda codes: codes)
     monkeypatch.setattr("magnet_jax.codec.load_codec", lambda source: codec)
-    toy = Embedder("toy", 16_000, embed, "", "hash", "")
-    monkeypatch.setattr(command, "load", lambda name, weights: toy)
-    for name, frequency in {"piano": 220, "violin": 440, "choir": 660}.items():
-        for shift in (-5, 5):
-            path = put(
-                tmp_path / "probe" / f"{name}{shift}.wav", tone(1.5, frequency=frequency + shift)
-            )
-            path.with_suffix(".json").write_text(json.dumps({"instrument": name}))
     for name, frequency in {"a piano": 220, "piano music": 355, "a choir": 640}.items():
         put(tmp_path / "made" / f"{frequency}.wav", tone(1.5, frequency=frequency), caption=name)
     receipt = evaluated(
         tmp_path / "out", "--generated", tmp_path / "made", "--reference", real,
-        "--probe", tmp_path / "probe", "--probe-codec", "a codec",
+        "--probe", probed, "--probe-codec", "a codec",
     )  # fmt: skip
     found = receipt["scores"]["generated"]["toy"]
     assert found["probe"]["value"] == pytest.approx(2 / 3)  # 355 Hz is nearer to a violin's 440 ...

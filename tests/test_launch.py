@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
-from sounds import put, tone
+from sounds import loudness_embedder, put, tone
 
 from launch import cli, sample
 from launch import train as launch_train
@@ -17,7 +17,6 @@ from launch.evaluate import __main__ as evaluate
 from magnet_jax import audio, errors, train
 from magnet_jax.config import DecodeConfig, RunConfig
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation.embedders import Embedded, Embedder
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +63,8 @@ def test_unconditional_length_and_loudness(run, tmp_path):
     assert json.loads(path.with_suffix(".json").read_text())["reached_lufs"] is None
 
 
-def loudness_embedder(name, weights):
-    """Two numbers a second and two labels: enough to tell clips apart, in no time."""
-
-    def embed(wav_N):
-        seconds = np.array_split(wav_N, 3)
-        rows = np.array([[piece.std(), np.abs(np.diff(piece)).mean()] for piece in seconds])
-        return Embedded(rows, 5 * np.log(rows + 1e-6))
-
-    return Embedder("toy", 16_000, embed, weights, "hash", "a third", tags=("piano", "slow"))
-
-
 def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load", loudness_embedder)
+    monkeypatch.setattr(evaluate, "load", lambda name, weights: loudness_embedder("toy"))
     real, out, tokens = tmp_path / "real", tmp_path / "out", run.parent / "tokens"
     captions = {"a": "a slow piano", "b": "a fast violin", "c": "a piano"}
     for i, (name, caption) in enumerate(captions.items()):

@@ -23,6 +23,7 @@ from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
 from magnet_jax import bucket, errors, memory, records
 from magnet_jax.config import DecodeConfig, HybridConfig, RescoreConfig, RunConfig
+from magnet_jax.convert import flatten
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.files import read_object
@@ -398,7 +399,7 @@ def _trained(args: Trained) -> _Prepared:
         train.check_fit(config, spec, text)
         settings = {
             name: value
-            for name, value in _flat(dataclasses.asdict(config)).items()
+            for name, value in flatten(dataclasses.asdict(config), separator=".").items()
             if not {name, name.split(".")[0]} & (free | {"text.source"})
         }
         models[key] = Run(words, config, settings | of)
@@ -464,17 +465,6 @@ def _hash(parameters: Any, text: str) -> str:
     return found.hexdigest()
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names."""
-    found = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
 def _claim_path(folder: Path) -> Path:
     """Beside a run or a cell: what it was begun with."""
     return folder.with_name(f"{folder.name}.json")
@@ -492,7 +482,10 @@ def _check_claim(folder: Path, settings: Mapping[str, Any]) -> None:
         if folder.exists():
             raise UserError(f"{folder}: was not made by launch.ablate; name another --out")
         return
-    before, now = _flat(read_object(path, "")), _flat(json.loads(json.dumps(settings)))
+    before, now = (
+        flatten(values, separator=".")
+        for values in (read_object(path, ""), json.loads(json.dumps(settings)))
+    )
     changed = [
         f"{name} (was {before.get(name)!r:.40}, now {now.get(name)!r:.40})"
         for name in dict.fromkeys([*before, *now])

@@ -8,22 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.ablate.studies import Setting, Study
+from launch.evaluate.__main__ import COLUMNS
 from magnet_jax.errors import UserError
 from magnet_jax.files import read_object, replacing_file
 
 _FORMAT = "magnet_jax ablation 1"
 _LISTENER = "musicnn"
 # Scores by their names in receipts, and those of the paper that are not here.
-TITLES = {
-    "fad": "FAD",
-    "kl": "KL",
-    "clap": "CLAP",
-    "tag_auc": "tag AUC",
-    "tag_top5": "tags in 5",
-    "probe": "probe",
-    "probe_codec": "probe, codec",
-    "validation": "validation loss",
-}
+TITLES = COLUMNS | {"validation": "validation loss"}
 _UNLIKE = ("fad", "kl")  # of which the reference's own mean something else
 
 
@@ -100,10 +92,11 @@ def _scores(receipt: Path) -> dict[str, dict[str, float]]:
 
 def validation_loss(run: Path) -> float | None:
     """The last one that a run has logged; None where there is none."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
+    from magnet_jax import watch  # JAX is slow to load
+
+    if not (run / "metrics.jsonl").exists():
         return None
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = watch.read_scalars(run)
     losses = [line["validation/loss"] for line in lines if "validation/loss" in line]
     return losses[-1] if losses else None
 

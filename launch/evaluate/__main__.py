@@ -26,7 +26,7 @@ from magnet_jax.files import read_object, replacing_file
 
 _FORMAT = "magnet_jax evaluation 1"
 # The columns of the table, as far as there is anything in them.
-_COLUMNS = {
+COLUMNS = {
     "fad": "FAD",
     "kl": "KL",
     "clap": "CLAP",
@@ -112,9 +112,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     """
     _check(args)
     listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
-    reference = {} if args.reference is None else scores.find_audio(args.reference)
-    listening = Listening(lufs=args.lufs, seconds=args.seconds)
-    labelled = None if args.probe is None else _labelled(args, reference, listening)
+    listening, reference, labelled = _real_clips(args)
     # Whatever is missing is to be said before hours of sampling.
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
@@ -136,10 +134,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
 
     found: dict[str, dict[str, Any]] = {name: {} for name in rows}
     for network in networks:
-        real = None
-        if reference:
-            real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
-        fitted = _fit(args, network, listening, labelled)
+        real, fitted = _listen_to_real(args, network, listening, reference, labelled)
         heard: dict[tuple[Path, ...], Clips] = {}  # shuffled captions are of the same clips
         for name, row in rows.items():
             key = tuple(row.files.values())
@@ -206,14 +201,9 @@ def prepare(args: Args) -> None:
     Raises `UserError` for what cannot be had.
     """
     _check(args)
-    reference = {} if args.reference is None else scores.find_audio(args.reference)
-    listening = Listening(lufs=args.lufs, seconds=args.seconds)
-    labelled = None if args.probe is None else _labelled(args, reference, listening)
+    real = _real_clips(args)
     for name in args.embedders:
-        network = load(name, getattr(args.weights, name))
-        if reference:
-            scores.embed(network, reference, listening, cache=args.cache, what="reference")
-        _fit(args, network, listening, labelled)
+        _listen_to_real(args, load(name, getattr(args.weights, name)), *real)
 
 
 def _check(args: Args) -> None:
@@ -305,12 +295,27 @@ def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -
     return _Labelled(files, labels, decoded, codec.spec.sha256)
 
 
-def _fit(
-    args: Args, network: Embedder, listening: Listening, labelled: _Labelled | None
-) -> dict[str, probe.Probe]:
-    """The probes by their names in the scores."""
+def _real_clips(args: Args) -> tuple[Listening, dict[str, Path], _Labelled | None]:
+    """How clips are heard, the reference ({} without), and what probes are fitted to."""
+    reference = {} if args.reference is None else scores.find_audio(args.reference)
+    listening = Listening(lufs=args.lufs, seconds=args.seconds)
+    labelled = None if args.probe is None else _labelled(args, reference, listening)
+    return listening, reference, labelled
+
+
+def _listen_to_real(
+    args: Args,
+    network: Embedder,
+    listening: Listening,
+    reference: dict[str, Path],
+    labelled: _Labelled | None,
+) -> tuple[Clips | None, dict[str, probe.Probe]]:
+    """What a network makes of the reference, and the probes by their names in the scores."""
+    real = None
+    if reference:
+        real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
     if labelled is None:
-        return {}
+        return real, {}
     clips = scores.embed(network, labelled.files, listening, cache=args.cache, what="probe")
     rows = {name: row.embeddings_PE for name, row in clips.embedded.items()}
     fitted = {"probe": probe.fit(rows, labelled.labels)}
@@ -322,7 +327,7 @@ def _fit(
             for name, row in clips.embedded.items()
         }
         fitted["probe_codec"] = probe.fit(rows, labelled.labels)
-    return fitted
+    return real, fitted
 
 
 def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:
@@ -467,8 +472,8 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """The scores as lines for people: each with its interval where there is one."""
     lines = []
     for network in next(iter(found.values())):
-        columns = [key for key in _COLUMNS if any(key in row[network] for row in found.values())]
-        cells = [[network, *(_COLUMNS[key] for key in columns)]]
+        columns = [key for key in COLUMNS if any(key in row[network] for row in found.values())]
+        cells = [[network, *(COLUMNS[key] for key in columns)]]
         for name, row in found.items():
             cells.append([name, *(_cell(row[network].get(key)) for key in columns)])
         widths = [max(map(len, column)) for column in zip(*cells)]
