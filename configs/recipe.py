@@ -16,7 +16,9 @@ from magnet_jax.config import (
 )
 
 config = RunConfig(
-    model=ModelConfig(codebook_size=1024, width=256, num_heads=4, num_layers=8, text_width=128),
+    model=ModelConfig(
+        codebook_size=1024, width=256, num_heads=4, num_layers=8, text_width=128, first_context=25
+    ),
     text=TextConfig(max_tokens=64, finetune=True),
     data=DataConfig(segment_seconds=10.0, batch_size=8, word_dropout=0.1),
     optimizer=OptimizerConfig(

@@ -57,14 +57,14 @@ def choose_kernels(
     """
     if platform not in LOCAL_BLOCK:
         raise UserError(f"JAX runs on {platform}, and this on {', '.join(LOCAL_BLOCK)} only")
-    if split and num_frames < model.local_context:
+    if split and num_frames < model.widest_context:
         raise UserError(
             f"mesh.frames leaves {num_frames} frames a device, fewer than the "
-            f"{model.local_context} seen to each side: use fewer devices, or ask for more seconds"
+            f"{model.widest_context} seen to each side: use fewer devices, or ask for more seconds"
         )
-    if 0 < asked.local_block < 2 * model.local_context:
+    if 0 < asked.local_block < 2 * model.widest_context:
         raise UserError(
-            f"kernels.local_block {asked.local_block} is below twice the {model.local_context} "
+            f"kernels.local_block {asked.local_block} is below twice the {model.widest_context} "
             "frames that are seen to each side: give a larger one, or 0"
         )
     half = jnp.dtype(dtype).itemsize == 2
@@ -119,7 +119,7 @@ def self_attention(
 
     Args:
       query_BTNH, key_BTNH, value_BTNH: of T frames each.
-      context: None for stage 0, which sees everything; frames to each side at the stages above.
+      context: frames to each side, as at the stages above 0; None is all frames, as at stage 0.
       kernel: see the module; 'auto' is dense without a context and blocks with one.
       length: frames that exist, a number for all rows or [B] of them; later ones are not attended
         to (and what they themselves attend to is arbitrary, but finite).

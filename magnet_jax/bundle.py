@@ -240,6 +240,8 @@ def model_card(
     context = "no restricted context"
     if model.local_context:
         context = f"local context of {model.local_context} frames"
+    if model.first_context:
+        context += f", of the first codebook {model.first_context}"
     if license_name == "unspecified":
         licence = (
             "Unspecified: whoever exported this model stated no license. Ask them before you use "

@@ -108,6 +108,9 @@ class ModelConfig:
     """E, the width of the text encoder's states."""
     local_context: int = 5
     """Frames seen to each side by codebooks above the first (section 3.2); 0 is all frames."""
+    first_context: int = _added(0)
+    """magnet: frames seen to each side by the first codebook; 0 is all frames, as in the paper.
+    A small model that sees all learns late to look at the nearest ones (docs/recipe.md)."""
     span_length: int = 3
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
     delays: tuple[int, ...] = ()
@@ -128,7 +131,12 @@ class ModelConfig:
         for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
                      "mlp_ratio", "text_width", "span_length"):  # fmt: skip
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
-        _require(self.local_context >= 0, "model.local_context must not be negative")
+        for name in ("local_context", "first_context"):
+            _require(getattr(self, name) >= 0, f"model.{name} must not be negative")
+        _require(
+            self.kind == "magnet" or not self.first_context,
+            f"model.first_context belongs to kind magnet, not {self.kind}",
+        )
         _require(self.width >= 4, "model.width must be at least 4")
         _require(
             self.width % (2 * self.num_heads) == 0,
@@ -167,7 +175,12 @@ class ModelConfig:
 
     def context(self, local: bool) -> int | None:
         """Frames seen to each side at the stages above 0 (`local`) or at 0; None is all frames."""
-        return (self.local_context or None) if local else None
+        return (self.local_context if local else self.first_context) or None
+
+    @property
+    def widest_context(self) -> int:
+        """The most frames that a stage with a restricted context sees to each side; 0 is none."""
+        return max(self.local_context, self.first_context)
 
     @property
     def null_text_adds_nothing(self) -> bool:
@@ -680,9 +693,12 @@ def with_sampling(config: RunConfig, sampling: SamplingConfig) -> RunConfig:
 
 
 def with_hybrid_objective(config: RunConfig) -> RunConfig:
-    """The same run with the hybrid objective; codebooks lag as the model says, or 0, 1, 2, ..."""
+    """The same run with the hybrid objective; codebooks lag as the model says, or 0, 1, 2, ...
+
+    A hybrid's first codebook sees all frames, whatever that of the model sees.
+    """
     delays = config.model.delays or tuple(range(config.model.num_codebooks))
-    model = dataclasses.replace(config.model, kind="hybrid", delays=delays)
+    model = dataclasses.replace(config.model, kind="hybrid", delays=delays, first_context=0)
     return dataclasses.replace(config, objective="hybrid", model=model)
 
 

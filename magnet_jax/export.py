@@ -98,6 +98,11 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
         raise UserError(f"{where}: interleaved stereo has no AudioCraft files: --no-audiocraft")
     if options.audiocraft and loaded.config.model.kind == "hybrid":
         raise UserError(f"{where}: AudioCraft has no hybrid models: --no-audiocraft")
+    if options.audiocraft and loaded.config.model.first_context:
+        raise UserError(
+            f"{where}: AudioCraft's first codebook sees all frames, this one's "
+            f"{loaded.config.model.first_context} to each side: --no-audiocraft"
+        )
     if Path(codec.source).exists() or codec.source == EMBEDDED:
         found = codecs.load_codec(
             codec.source, num_codebooks=codec.num_codebooks, interleaved=codec.interleaved
@@ -333,7 +338,7 @@ def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> flo
       model: their sizes.
       state_dict: the same as AudioCraft has them.
     """
-    frames, width = 3 * model.span_length + 2 * model.local_context, 6
+    frames, width = 3 * model.span_length + 2 * model.widest_context, 6
     first = frames // 2
     rng = np.random.default_rng(0)
     shape = (2, model.num_codebooks, frames)

@@ -43,28 +43,27 @@ def floor_flops(
 
     - The row without text needs no cross-attention, which would add zeros.
     - Keys and values of the text are computed once a clip.
-    - A stage above 0 attends over `local_context` frames to both sides, and no others (unless the
-      model sees all frames at all stages).
+    - A stage whose context is restricted attends over so many frames to both sides, and no others.
     - Only the head of the stage, and only at the hidden frames, is read.
     - The last step of several has guidance 1 (as the defaults have it): no row without text.
     - That step hides one span. Above stage 0 each layer computes no more frames than that span
       can see through the layers above it.
     """
-    d, t, reach = model.width, num_frames, 2 * model.local_context
+    d, t = model.width, num_frames
     macs = model.num_layers * text_tokens * 2 * d * d
     for stage, count in enumerate(steps):
-        local = model.context(stage > 0) is not None
-        near = min(reach + 1, t) if local else t  # keys that a frame attends to
+        context = model.context(stage > 0)
+        near = t if context is None else min(2 * context + 1, t)  # keys that a frame attends to
         step = model.num_layers * _layer_macs(model, t, t, near, text_tokens, rows=2)
         last = step
         if count > 1:
             widths = [t] * model.num_layers
-            if local:
+            if context is not None and stage > 0:
                 widths = [
-                    min(t, model.span_length + reach * above)
+                    min(t, model.span_length + 2 * context * above)
                     for above in reversed(range(model.num_layers))
                 ]
-            keys = [min(t, width + reach) if local else t for width in widths]
+            keys = [t if context is None else min(t, width + 2 * context) for width in widths]
             last = sum(
                 _layer_macs(model, width, key, near, text_tokens, rows=1)
                 for width, key in zip(widths, keys)
@@ -79,9 +78,9 @@ def floor_flops(
 def training_flops(model: ModelConfig, num_frames: int, text_tokens: int) -> float:
     """Operations to train on a clip, on average over the stages; what is recomputed counts once.
 
-    Backward costs twice forward. Attention of the stages above 0 sees near frames alone, and one
-    stage's head is read, at every frame. A hybrid has a step more for every frame of delay, all
-    heads for its prompt, and attention to it.
+    Backward costs twice forward. Attention of a stage with a restricted context sees near frames
+    alone, and one stage's head is read, at every frame. A hybrid has a step more for every frame
+    of delay, all heads for its prompt, and attention to it.
     """
     d, t, hybrid = model.width, num_frames, model.kind == "hybrid"
     macs = text_tokens * (model.text_width * d + model.num_layers * 2 * d * d)

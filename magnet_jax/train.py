@@ -115,6 +115,10 @@ def _text_and_lm(
             f"the tokens of {loaded.codec.source}: tokenize with that codec, or give "
             "--init-partial to learn new tokens"
         )
+    for name in ("local_context", "first_context", "span_length"):
+        here, there = (getattr(model, name) for model in (config.model, loaded.config.model))
+        if here != there:
+            distributed.say_first(f"model.{name} is {here}; {config.init_from} learnt with {there}")
     wanted = jax.eval_shape(
         functools.partial(transformer.init_params, config.model), jax.random.key(0)
     )

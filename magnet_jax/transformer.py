@@ -239,9 +239,9 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The network of MAGNeT and of MusicGen, which differ in what a frame attends to.
 
-    MAGNeT (`trunk`): at stage 0 everything, at the stages above `local_context` frames to both
-    sides (or, if that is 0, everything too). MusicGen (`extend`): the steps before it. A hybrid:
-    this for the first steps, that for the others.
+    MAGNeT (`trunk`): at stage 0 everything, or `first_context` frames to both sides; at the stages
+    above `local_context` frames to both sides (or, if that is 0, everything too). MusicGen
+    (`extend`): the steps before it. A hybrid: this for the first steps, that for the others.
     """
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):

@@ -59,6 +59,7 @@ def take_few(patch):
     """Leaves one row of `spans` and two of `guidance`."""
     patch.setattr(studies, "SPANS", (3,))
     patch.setattr(studies, "CONTEXTS", ("restricted context",))
+    patch.setattr(studies, "PAPERS_SPANS", ())
     patch.setattr(studies, "GUIDANCES", ((10.0, 1.0), (20.0, 1.0)))
 
 
@@ -232,15 +233,16 @@ def test_means_and_deviations(tmp_path):
     lines = report.write(tmp_path, found).splitlines()
     assert lines[2].split("|")[1:-1] == [
         f" {name} " for name in (
-            "frames in a masked span   ", "seeds", "FAD   ", "tag AUC", "validation loss",
+            f"{'frames in a masked span':44}", "seeds", "FAD   ", "tag AUC", "validation loss",
             "paper's FAD",
         )
     ]  # fmt: skip
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:11]]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:12]]
     assert cells[0] == ["span 1, restricted context", "3", "12 ± 2", "0.5 ± 0", "-", "2.13"]
     assert cells[1] == ["span 1, full context", "0", "-", "-", "-", "3.07"]
     assert cells[3] == ["span 3, full context", "1", "123", "-", "6.25", "0.82"]
-    assert cells[6] == ["real audio", "3", "9 ± 0", "0.9 ± 0", "-", ""]
+    assert cells[6][0] == "span 3, restricted but in the first codebook"
+    assert cells[7] == ["real audio", "3", "9 ± 0", "0.9 ± 0", "-", ""]
     assert json.loads((tmp_path / "spans.json").read_text()) == found
     assert (tmp_path / "spans.md").read_text().endswith("so that only the order compares.\n")
     receipt = report.cell_folder(tmp_path, study.settings[0], 0) / "receipt.json"

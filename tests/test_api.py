@@ -747,13 +747,17 @@ def test_what_does_not_match_is_refused_or_listed(imported, tmp_path, monkeypatc
         tmp_path / "tokens", tmp_path / "run", init_from=str(imported / "magnet"), steps=1
     )
     text = dataclasses.replace(config.text, finetune=False)
-    model = dataclasses.replace(base.config.model, codebook_size=1024, num_codebooks=4)
+    model = dataclasses.replace(
+        base.config.model, codebook_size=1024, num_codebooks=4, first_context=7
+    )
     config = dataclasses.replace(config, model=model, text=text)
     with pytest.raises(UserError, match="tokenize with that codec, or give --init-partial"):
         train.train(config)
     train.train(dataclasses.replace(config, init_partial=True))
     said = capsys.readouterr().out
     assert "  matched  blocks/mlp/up" in said and "  fresh    heads" in said
+    assert f"model.first_context is 7; {imported / 'magnet'} learnt with 0" in said
+    assert "local_context is" not in said
     run = pretrained.load(tmp_path / "run", weights="raw")
     np.testing.assert_allclose(
         run.params["lm"]["blocks"]["mlp"]["up"], base.params["lm"]["blocks"]["mlp"]["up"], atol=2e-3

@@ -158,6 +158,18 @@ def test_without_a_restricted_context_all_stages_cost_the_same():
     assert costs[0] > flops.floor_flops(SMALL, 498, 64, (9, 2, 2, 2))
 
 
+def test_a_first_context_costs_what_it_sees():
+    for count in (flops.training_flops, lambda *args: flops.floor_flops(*args, (1, 1, 1, 1))):
+        costs = {
+            first: count(dataclasses.replace(SMALL, first_context=first), 498, 64)
+            for first in (0, SMALL.local_context, 25, 498)
+        }
+        assert costs[SMALL.local_context] < costs[25] < costs[498] == costs[0]
+        # 2 T products a head size and layer, keys and values, of each key that is not seen.
+        a_key = costs[25] - costs[SMALL.local_context]
+        assert costs[498] - costs[25] == pytest.approx(a_key * (498 - 51) / 40, rel=1e-6)
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 

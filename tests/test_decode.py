@@ -312,10 +312,12 @@ def test_without_a_restricted_context_nothing_is_cut():
         DecodeConfig(steps=(3, 3)), num_frames=frames, num_prompt=0, span_length=3
     )
 
-    def tokens(local_context, savings, kernels):
+    def tokens(local_context, savings, kernels, first_context=0):
         generate = functools.partial(
             decode.generate,
-            config=dataclasses.replace(model, local_context=local_context),
+            config=dataclasses.replace(
+                model, local_context=local_context, first_context=first_context
+            ),
             kernels=kernels,
             choice="greedy",
             span_score="max",
@@ -341,3 +343,8 @@ def test_without_a_restricted_context_nothing_is_cut():
     np.testing.assert_array_equal(tokens(0, decode.NO_SAVINGS, dense), expected)
     np.testing.assert_array_equal(tokens(0, decode.ALL_SAVINGS, blocks), expected)
     assert (tokens(1, decode.NO_SAVINGS, dense) != expected)[:, 1].any()
+    # The same of the first codebook's, which decides all tokens.
+    np.testing.assert_array_equal(tokens(0, decode.ALL_SAVINGS, blocks, frames), expected)
+    near = tokens(0, decode.NO_SAVINGS, dense, 2)
+    assert (near != expected)[:, 0].any()
+    np.testing.assert_array_equal(tokens(0, decode.ALL_SAVINGS, blocks, 2), near)

@@ -240,6 +240,10 @@ def test_export_refuses(loaded, tmp_path):
         run_export(changed, tmp_path)
     with pytest.raises(UserError, match="trained its text encoder"):
         run_export(loaded, tmp_path, t5_name="t5-base")
+    near = dataclasses.replace(loaded.config.model, first_context=4)
+    changed = loaded._replace(config=dataclasses.replace(loaded.config, model=near))
+    with pytest.raises(UserError, match="this one's 4 to each side: --no-audiocraft"):
+        run_export(changed, tmp_path)
 
 
 def test_text_encoder_names(loaded):

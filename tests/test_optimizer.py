@@ -343,3 +343,9 @@ def test_unrestricted_context_is_a_setting():
     assert (ModelConfig().context(False), ModelConfig().context(True)) == (None, 5)
     with pytest.raises(UserError, match="local_context"):
         ModelConfig(local_context=-1)
+    near = ModelConfig(first_context=25)
+    assert (near.context(False), near.context(True), near.widest_context) == (25, 5, 25)
+    with pytest.raises(UserError, match="first_context must not be negative"):
+        ModelConfig(first_context=-1)
+    with pytest.raises(UserError, match="first_context belongs to kind magnet, not hybrid"):
+        ModelConfig(kind="hybrid", delays=(0, 1, 2, 3), first_context=25)

@@ -35,16 +35,18 @@ def text_of(model, batch=1):
     return model.read_text(states, jnp.ones((batch, 3), bool))
 
 
-def test_nothing_leaks_past_the_local_context():
+@pytest.mark.parametrize("first_context", [0, 4])
+def test_nothing_leaks_past_the_local_context(first_context):
     """Zero gradient beyond L * context frames, and some just within."""
-    params = transformer.init_params(SMALL, jax.random.key(0))
-    model = transformer.bind(SMALL, params)
+    config = dataclasses.replace(SMALL, first_context=first_context)
+    params = transformer.init_params(config, jax.random.key(0))
+    model = transformer.bind(config, params)
     num_frames, middle = 41, 20
     codes_BKT = jax.random.randint(jax.random.key(1), (1, 4, num_frames), 0, 32)
 
     def output(embed, stage):
         # One embedding row a frame, so that its gradient says what the frame contributed.
-        own = dataclasses.replace(SMALL, codebook_size=num_frames - 1)
+        own = dataclasses.replace(config, codebook_size=num_frames - 1)
         shifted = transformer.bind(own, params | {"embed": embed})
         places = jnp.broadcast_to(jnp.arange(num_frames), codes_BKT.shape)
         states = shifted.trunk(places, text_of(model), local=stage > 0)
@@ -53,11 +55,11 @@ def test_nothing_leaks_past_the_local_context():
     # A sum of layer-normed states is constant; weigh it by a random vector through the scale.
     params["norm_final"]["scale"] = jax.random.normal(jax.random.key(2), (SMALL.width,))
     embed = jax.random.normal(jax.random.key(3), (4, num_frames, SMALL.width))
-    reach = SMALL.num_layers * SMALL.local_context
-    for stage in (0, 1):
+    for stage, context in ((0, first_context), (1, SMALL.local_context)):
+        reach = SMALL.num_layers * context
         gradient_T = jnp.abs(jax.jit(jax.grad(output), static_argnums=1)(embed, stage)).sum((0, 2))
         distance_T = abs(np.arange(num_frames) - middle)
-        if stage == 0:
+        if not context:
             assert (gradient_T > 0).all()
         else:
             assert (gradient_T[distance_T > reach] == 0).all()

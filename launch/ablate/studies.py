@@ -4,11 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 SPANS = (1, 3, 5)
+PAPERS_SPANS = (3,)
 GUIDANCES = ((1.0, 1.0), (3.0, 3.0), (10.0, 1.0), (20.0, 1.0))
 FIRST_STEPS = (5, 10, 20, 50, 100)
 OTHER_STEPS = (1, 5, 10, 20)
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0)
 
+MAGNET, HYBRID = "magnet-span3-local", "hybrid"
 # Models by the names of their runs, without the seed: what launch.train is asked for.
 MODELS = {
     **{f"magnet-span{n}-local": ("--model.span-length", str(n)) for n in SPANS},
@@ -16,10 +18,15 @@ MODELS = {
         f"magnet-span{n}-full": ("--model.span-length", str(n), "--model.local-context", "0")
         for n in SPANS
     },
-    "hybrid": ("--objective", "hybrid"),
+    # As the paper has it; the first codebook of the recipe's models sees near frames alone.
+    **{
+        f"magnet-span{n}-paper": ("--model.span-length", str(n), "--model.first-context", "0")
+        for n in PAPERS_SPANS
+    },
+    HYBRID: ("--objective", "hybrid"),
 }
-MAGNET, HYBRID = "magnet-span3-local", "hybrid"
 CONTEXTS = ("restricted context", "full context")
+FIRST_FULL = "restricted but in the first codebook"
 
 
 class Setting(NamedTuple):
@@ -71,6 +78,9 @@ def spans() -> Study:
             name = f"magnet-span{span}-{context}"
             label = f"span {span}, {words}"
             rows.append(Setting(label, words, span, name, name, paper={"fad": fad}))
+    for span in PAPERS_SPANS:
+        name = f"magnet-span{span}-paper"
+        rows.append(Setting(f"span {span}, {FIRST_FULL}", FIRST_FULL, span, name, name))
     return Study(
         "spans",
         "Span length and restricted context (Table 2)",

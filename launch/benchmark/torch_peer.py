@@ -157,7 +157,7 @@ class Peer:
       device, dtype: of weights and activations; probabilities are float32.
 
     Raises:
-      UserError: a model with biases, or with norms of queries and keys.
+      UserError: a model with biases, norms of queries and keys, or a first context.
     """
 
     def __init__(
@@ -168,7 +168,7 @@ class Peer:
         dtype: str = "float32",
     ):
         lacking = ("attention_bias", "mlp_bias", "head_bias", "query_key_norm",
-                   "cross_query_key_norm")  # fmt: skip
+                   "cross_query_key_norm", "first_context")  # fmt: skip
         if found := [name for name in lacking if getattr(model, name)]:
             raise UserError(f"the PyTorch peer lacks this model's {', '.join(found)}: no --peer")
         self.model, self.device = model, device
