@@ -30,6 +30,7 @@ config = RunConfig(
         weight_decay=0.01,
         ema_decay=0.998,
     ),
+    stage_weights=(7.0, 1.0, 1.0, 1.0),
     init_codes="codec",
     decode=DecodeConfig(temperature=1.0),
     steps=40_000,

@@ -556,6 +556,8 @@ class RunConfig:
     """Training ends after this many steps."""
     condition_dropout: float = 0.3
     """Probability that a clip is trained without its text."""
+    stage_weights: tuple[float, ...] = _added(())
+    """How often each codebook is trained, a number each; () is all alike, as in the paper."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
     remat: Remat = _was("none", {True: "full", False: "none"})
@@ -609,6 +611,15 @@ class RunConfig:
             "--objective hybrid and --model.kind hybrid go together",
         )
         HybridConfig(prompt_seconds=self.hybrid_prompt_seconds)  # checks it
+        weights, num_codebooks = self.stage_weights, self.model.num_codebooks
+        _require(
+            not weights
+            or (
+                len(weights) == num_codebooks and min(weights) >= 0 and 0 < sum(weights) < math.inf
+            ),
+            f"stage_weights {list(weights)} must be {num_codebooks} numbers, one a codebook, none "
+            "negative and not all 0; or none",
+        )
         _require(self.clips_per_device >= 0, "clips_per_device must not be negative")
         _require(self.keep_every >= 0, "keep_every must not be negative")
         _require(self.keep_best >= 0, "keep_best must not be negative")

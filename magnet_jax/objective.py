@@ -1,6 +1,6 @@
 """What MAGNeT learns: hide spans of one codebook and all codebooks above it, predict the spans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -27,9 +27,15 @@ class Noise(NamedTuple):
     drop_text_B: jax.Array
 
 
-def stage_of_step(seed: int, step: int, num_codebooks: int) -> int:
-    """The codebook that step `step` trains, uniform over all: the same on every host."""
-    return int(np.random.default_rng([seed, step]).integers(num_codebooks))
+def stage_of_step(seed: int, step: int, num_codebooks: int, weights: Sequence[float] = ()) -> int:
+    """The codebook that step `step` trains, the same on every host.
+
+    Uniform over all, as in the paper, or as often as `weights` say, a number a codebook.
+    """
+    rng = np.random.default_rng([seed, step])
+    if not weights:
+        return int(rng.integers(num_codebooks))
+    return int(rng.choice(num_codebooks, p=np.asarray(weights) / np.sum(weights)))
 
 
 def draw_noise(

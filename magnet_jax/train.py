@@ -475,7 +475,9 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
             batch = to_devices(next(batches), static.mesh)
             position = batches.get_state() | {"data_set": data_set}
             window.waited += time.perf_counter() - before
-            stage = objective.stage_of_step(config.seed, step, config.model.num_codebooks)
+            stage = objective.stage_of_step(
+                config.seed, step, config.model.num_codebooks, config.stage_weights
+            )
             profile.before(step + 1)
             state, metrics = steps.train_step(
                 state, frozen, batch, key, stage, static=static, local=stage > 0

@@ -51,6 +51,12 @@ def test_stages_are_uniform_and_a_function_of_seed_and_step():
     assert stages == [objective.stage_of_step(5, step, 4) for step in range(2000)]
     assert stages != [objective.stage_of_step(6, step, 4) for step in range(2000)]
     np.testing.assert_allclose(np.bincount(stages, minlength=4) / 2000, 0.25, atol=0.04)
+    weighted = [objective.stage_of_step(5, step, 4, (6, 0, 1, 1)) for step in range(2000)]
+    assert weighted == [objective.stage_of_step(5, step, 4, (0.75, 0, 0.125, 0.125))
+                        for step in range(2000)]  # fmt: skip
+    shares = np.bincount(weighted, minlength=4) / 2000
+    np.testing.assert_allclose(shares, (0.75, 0, 0.125, 0.125), atol=0.04)
+    assert shares[1] == 0
 
 
 def test_hidden_and_padded_tokens_do_not_reach_the_loss():

@@ -206,6 +206,9 @@ def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
         (None, {"init_partial": True}, "init_partial"),
         (None, {"init_from": "a", "init_codes": "codec"}, "init_codes codec is for a new model"),
         ("decode", {"steps": (1, 1)}, "one number a codebook"),
+        (None, {"stage_weights": (1.0, 2.0)}, "stage_weights .* must be 4 numbers"),
+        (None, {"stage_weights": (0.0, 0.0, 0.0, 0.0)}, "stage_weights .* not all 0"),
+        (None, {"stage_weights": (1.0, -1.0, 1.0, 1.0)}, "stage_weights .* none negative"),
     ],
 )
 def test_impossible_settings_are_refused(section, settings, message):
