@@ -21,6 +21,7 @@ config = dataclasses.replace(
         schedule_steps=1000,
         ema_decay=0.99,
     ),
+    stage_weights=(),  # (Table 2's restricted context is of the codebooks above the first)
     steps=1000,
     eval_every=1000,
     sample_every=0,

@@ -44,6 +44,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
 
     begun = bool(out) and checkpoint.has_begun(out)
     of = pretrained.read_settings(out if begun else source)
+    weights = config.stage_weights
     return dataclasses.replace(
         config,
         init_from=source,
@@ -51,7 +52,10 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
         objective=of.objective,
         model=of.model,
         # It has learnt; a run that trains it further says so again.
-        text=of.text if begun else dataclasses.replace(of.text, finetune=False),
+        text=of.text
+        if begun
+        else dataclasses.replace(of.text, finetune=False, trained=of.text.changed),
+        stage_weights=weights if len(weights) == of.model.num_codebooks else (),
         data=dataclasses.replace(config.data, segment_seconds=of.data.segment_seconds),
         decode=of.decode,
         autoregressive=of.autoregressive,

@@ -241,7 +241,7 @@ def model_card(
     if model.local_context:
         context = f"local context of {model.local_context} frames"
     if model.first_context:
-        context += f", of the first codebook {model.first_context}"
+        context += f"; {model.first_context} frames in the first codebook"
     if license_name == "unspecified":
         licence = (
             "Unspecified: whoever exported this model stated no license. Ask them before you use "
@@ -273,7 +273,7 @@ def model_card(
         f"{codec.frame_rate:g} frames/s; {codec.sample_rate} Hz, {codec.channels} channel(s).",
         f"- Codec: {codec.source}, sha256 {codec.sha256}.",
         f"- Text encoder: {text_encoder}, width {model.text_width}"
-        + (", trained along with the model." if bundle.text.finetune else ", not trained."),
+        + (", trained along with the model." if bundle.text.changed else ", not trained."),
         f"- Clips in training: {bundle.segment_seconds:g} s.",
         "",
         "## Lineage",

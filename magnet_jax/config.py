@@ -202,6 +202,14 @@ class TextConfig:
     """S; longer texts are cut, shorter ones padded and masked."""
     finetune: bool = False
     """Train the text encoder along with the model (for encoders that were not pre-trained)."""
+    trained: bool = _added(False)
+    """Whether an earlier run has trained it, so that it is no longer `source`'s; --init-from sets
+    this."""
+
+    @property
+    def changed(self) -> bool:
+        """Whether its weights are others than those of `source`."""
+        return self.finetune or self.trained
 
     def __post_init__(self):
         _require(self.max_tokens >= 2, "text.max_tokens must be at least 2")
@@ -618,7 +626,7 @@ class RunConfig:
                 len(weights) == num_codebooks and min(weights) >= 0 and 0 < sum(weights) < math.inf
             ),
             f"stage_weights {list(weights)} must be {num_codebooks} numbers, one a codebook, none "
-            "negative and not all 0; or none",
+            "negative and not all 0; or none (--stage-weights and nothing after it)",
         )
         _require(self.clips_per_device >= 0, "clips_per_device must not be negative")
         _require(self.keep_every >= 0, "keep_every must not be negative")
@@ -644,7 +652,8 @@ class RunConfig:
         ratios = (self.optimizer.embed_lr_ratio, self.optimizer.head_lr_ratio)
         _require(
             not self.lora.rank or ratios == (1, 1),
-            "lora trains no embeddings or heads: leave optimizer.embed_lr_ratio and head_lr_ratio",
+            "lora trains no embeddings or heads: --optimizer.embed-lr-ratio 1 "
+            "--optimizer.head-lr-ratio 1",
         )
         _checked(typing.get_type_hints(RunConfig)["init_codes"], self.init_codes, "init_codes")
         _require(

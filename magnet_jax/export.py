@@ -147,14 +147,14 @@ def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
     source = loaded.config.text.source.removeprefix("google-t5/")
     if t5_name is None:
         name = source
-    elif loaded.config.text.finetune:
+    elif loaded.config.text.changed:
         raise UserError(f"--t5-name {t5_name}: the run trained its text encoder; leave it out")
     elif t5_name not in convert.PUBLISHED_T5_WIDTHS:
         names = ", ".join(convert.PUBLISHED_T5_WIDTHS)
         raise UserError(f"--t5-name {t5_name}: AudioCraft knows {names}")
     else:
         name = t5_name
-    if loaded.config.text.finetune or name not in convert.PUBLISHED_T5_WIDTHS:
+    if loaded.config.text.changed or name not in convert.PUBLISHED_T5_WIDTHS:
         return TEXT_FOLDER
     width = convert.PUBLISHED_T5_WIDTHS[name]
     if width != loaded.config.model.text_width:

@@ -22,6 +22,7 @@ from magnet_jax.config import (
     ASSETS,
     CodecSpec,
     DataConfig,
+    DecodeConfig,
     ModelConfig,
     RunConfig,
     SamplingConfig,
@@ -208,6 +209,7 @@ def _exported_config(
         model=exported.model,
         text=exported.text,
         data=DataConfig(segment_seconds=exported.segment_seconds),
+        decode=DecodeConfig(steps=(1,) * exported.model.num_codebooks),  # (until the next line)
     )
     return with_sampling(config, generation)
 

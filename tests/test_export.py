@@ -27,7 +27,7 @@ from magnet_jax import (
 from magnet_jax import (
     bundle as bundles,
 )
-from magnet_jax.config import ASSETS, RunConfig, TextConfig
+from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig, RunConfig, TextConfig
 from magnet_jax.errors import UserError
 from magnet_jax.torch_env import import_torch
 
@@ -247,10 +247,10 @@ def test_export_refuses(loaded, tmp_path):
 
 
 def test_text_encoder_names(loaded):
-    def name(source, width, t5_name=None, finetune=False):
+    def name(source, width, t5_name=None, **changed):
         config = dataclasses.replace(
             loaded.config,
-            text=TextConfig(source=source, finetune=finetune),
+            text=TextConfig(source=source, **changed),
             model=dataclasses.replace(loaded.config.model, text_width=width),
         )
         return export.text_encoder_name(loaded._replace(config=config), t5_name)
@@ -259,12 +259,26 @@ def test_text_encoder_names(loaded):
     assert name("google-t5/t5-small", 512) == "t5-small"
     assert name("google/flan-t5-large", 1024) == "google/flan-t5-large"
     assert name("t5-base", 768, finetune=True) == "text_encoder"
+    assert name("t5-base", 768, trained=True) == "text_encoder"  # (by a run begun with)
+    with pytest.raises(UserError, match="trained its text encoder"):
+        name("some/folder", 768, "t5-base", trained=True)
     assert name("embedded", 128) == "text_encoder"
     assert name("some/folder", 768, "t5-base") == "t5-base"
     with pytest.raises(UserError, match="768 wide"):
         name("some/folder", 512, "t5-base")
     with pytest.raises(UserError, match="AudioCraft knows"):
         name("some/folder", 512, "bert")
+
+
+@pytest.mark.parametrize("num_codebooks", [1, 8])
+def test_settings_of_any_number_of_codebooks_are_read_back(num_codebooks):
+    decoding = DecodeConfig(steps=(2,) * num_codebooks)
+    exported = bundles.Config(
+        model=ModelConfig(num_codebooks=num_codebooks), text=TextConfig(), codec=PUBLISHED_CODEC,
+        segment_seconds=3.0, lineage={}, origin=None,
+    )  # fmt: skip
+    config = pretrained._exported_config(exported, decoding)
+    assert (config.model, config.decode) == (exported.model, decoding)
 
 
 def test_export_copies_a_codec_folder(loaded, tmp_path):

@@ -152,6 +152,8 @@ def test_a_probe_finds_its_labels_and_is_at_chance_without_any():
     assert probe.named_label(fitted, "A waltz on a grand piano") == "grand piano"
     assert probe.named_label(fitted, "two flutes") == "flute"
     assert probe.named_label(fitted, "a guitar") is None
+    synths = fitted._replace(labels=("flute", "synth"))
+    assert probe.named_label(synths, "A waltz on a Synthesizer") == "synth"
     with pytest.raises(ValueError, match="too few for a probe"):
         probe.fit({"0": np.zeros((3, 2))}, labels)
 

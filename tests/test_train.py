@@ -24,7 +24,7 @@ import pytest
 import tiny
 from conftest import XLA_FLAGS
 
-from launch.train import config_names, load_config
+from launch.train import config_names, inherited, load_config
 from magnet_jax import (
     checkpoint,
     codec,
@@ -43,10 +43,12 @@ from magnet_jax import (
 from magnet_jax.config import (
     ASSETS,
     DataConfig,
+    DecodeConfig,
     LoraConfig,
     MeshConfig,
     ModelConfig,
     RunConfig,
+    TextConfig,
     from_json,
     to_json,
 )
@@ -76,6 +78,32 @@ def finished(tokens, tmp_path_factory):
     )
     train.train(config)
     return config
+
+
+def test_only_weighted_stages_are_trained(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", stage_weights=(0.0, 1.0, 0.0, 0.0), steps=6)
+    train.train(config)
+    losses = {
+        name for line in watch.read_scalars(tmp_path / "run") for name in line if "loss_" in name
+    }
+    assert losses == {"train/loss_1"}
+
+
+def test_what_a_run_takes_over_fits_the_model_that_it_begins_with(monkeypatch):
+    of = RunConfig(
+        model=ModelConfig(num_codebooks=2),
+        decode=DecodeConfig(steps=(1, 1)),
+        text=TextConfig(source="t5-base", finetune=True),
+    )
+    monkeypatch.setattr(pretrained, "read_settings", lambda source: of)
+    config = RunConfig(stage_weights=(7.0, 1.0, 1.0, 1.0))
+    found = inherited(config, "model", "")
+    assert (found.model, found.stage_weights) == (of.model, ())
+    # It is not t5-base any more, though this run does not train it.
+    assert not found.text.finetune and found.text.trained and found.text.changed
+    of = dataclasses.replace(RunConfig(), text=found.text)
+    found = inherited(config, "model", "")
+    assert found.stage_weights == config.stage_weights and found.text.changed
 
 
 def make_static(config: RunConfig, mesh=None) -> steps.Static:

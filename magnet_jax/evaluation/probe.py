@@ -4,6 +4,7 @@ A linear discriminant for each label, with one covariance for all, fitted to rea
 is known: for what a tagger has no tag for.
 """
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from magnet_jax.evaluation import metrics
 
+_ALSO_CALLED = {"synthesizer": "synth", "synthesiser": "synth"}  # in captions, and as a label
 _SHRINKAGE = 0.1  # of the covariance towards a sphere: there may be fewer rows than dimensions
 
 
@@ -57,6 +59,8 @@ def hear(probe: Probe, embeddings_PE: np.ndarray) -> str:
 
 def named_label(probe: Probe, caption: str) -> str | None:
     """The label that a caption names, the longest of several; None without any."""
+    for word, label in _ALSO_CALLED.items():
+        caption = re.sub(rf"\b{word}\b", label, caption, flags=re.IGNORECASE)
     named_C = metrics.named_tags(caption, probe.labels)
     named = [label for label, is_named in zip(probe.labels, named_C) if is_named]
     return max(named, key=len, default=None)
