@@ -12,6 +12,7 @@ import soundfile
 import tiny
 from sounds import pitch_embedder, put, tone
 
+from launch import sample
 from launch.evaluate import __main__ as command
 from launch.evaluate import baselines, prompts
 from magnet_jax.errors import UserError
@@ -385,6 +386,43 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypa
 
 
 # --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--unconditional 1", "leave out --unconditional: the clips are those of --prompts"),
+        ("--prompt more", "leave out --prompt:"),
+        ("--out elsewhere --seed 3", "leave out --out, --seed:"),
+        ("--checkpoint other", "leave out --checkpoint:"),
+        ("--lufs -20", "leave out --lufs:"),
+        ("--seconds 5", "leave out --seconds:"),
+        ("--prompts list.txt", "unknown setting --prompts"),
+        ("--codec 'a b", "--sample-options: cannot be read as options"),
+        ("--batch-size 2", None),
+    ],
+)
+def test_sample_options_leave_alone_what_the_evaluation_decides(
+    options, message, real, tmp_path, monkeypatch
+):
+    """And say so before anything is heard."""
+    model = types.SimpleNamespace(kind="magnet")
+    monkeypatch.setattr(
+        "magnet_jax.pretrained.read_defaults", lambda source: (model, sample.DecodeConfig())
+    )
+
+    class Heard(Exception):
+        pass
+
+    def hear(name, weights):
+        raise Heard
+
+    monkeypatch.setattr(command, "load", hear)
+    with pytest.raises(UserError if message else Heard, match=message):
+        evaluated(
+            tmp_path / "out", "--checkpoint", "run", "--prompts", real,
+            f"--sample-options={options}",
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -112,15 +112,13 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     """
     _check(args)
     listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
+    sampler = None if args.checkpoint is None else _sampler(args, listed)
     listening, reference, labelled = _real_clips(args)
     # Whatever is missing is to be said before hours of sampling.
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
-    model, sampler = None, None
-    if args.checkpoint is not None:
-        sampler = _sampler(args, listed)
-        model = _generate(args, sampler, listed)
+    model = None if sampler is None else _generate(args, sampler, listed)
     folder = args.generated or args.out / "generated"
     generated = _match(folder, scores.find_audio(folder), listed, reference)
     rows = {"generated": generated}
@@ -331,11 +329,33 @@ def _listen_to_real(
 
 
 def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:
-    """What launch.sample is asked for."""
+    """What launch.sample is asked for.
+
+    Raises `UserError` for --sample-options that set what the evaluation itself decides.
+    """
     words = ["--checkpoint", args.checkpoint, "--out", str(args.out / "generated")]
     words += ["--seed", str(args.seed), "--lufs", str(args.lufs)]
     words += [] if args.seconds is None else ["--seconds", str(args.seconds)]
-    parsed = sample.parse([*words, *shlex.split(args.sample_options)])
+    try:
+        further = shlex.split(args.sample_options)
+    except ValueError as error:
+        raise UserError(f"--sample-options: cannot be read as options ({error})") from None
+    parsed = sample.parse([*words, *further])
+    ours = {
+        "checkpoint": args.checkpoint,
+        "out": args.out / "generated",
+        "seed": args.seed,
+        "lufs": args.lufs,
+        "seconds": args.seconds,
+        "prompt": (),
+        "unconditional": 0,
+    }
+    given = [f"--{name}" for name, value in ours.items() if getattr(parsed, name) != value]
+    if given:
+        raise UserError(
+            f"--sample-options: leave out {', '.join(given)}: the clips are those of --prompts, "
+            "and launch.evaluate has options of its own for the rest"
+        )
     return dataclasses.replace(parsed, prompt=tuple(prompt.text for prompt in listed))
 
 
