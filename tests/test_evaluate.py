@@ -1,6 +1,7 @@
 """The evaluation as a command: its receipt, its lists of prompts, its embedders and its errors."""
 
 import csv
+import dataclasses
 import json
 import shutil
 import sys
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
-from sounds import pitch_embedder, put, tone
+from sounds import cut_file, pitch_embedder, put, tone
 
 from launch import sample
 from launch.evaluate import __main__ as command
 from launch.evaluate import baselines, prompts
+from magnet_jax import codec as codec_module
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import embedders, scores
 from magnet_jax.evaluation.embedders import Embedded, Embedder
@@ -86,6 +88,26 @@ def test_a_probe_is_fitted_to_other_clips(real, probed, tmp_path):
         evaluated(tmp_path / "out", *words)
 
 
+def test_too_few_rows_for_a_probe_are_said_before_sampling(real, probed, tmp_path, monkeypatch):
+    """One clip of each label, and an embedder that makes one row of each."""
+
+    def embed(wav_N):
+        return Embedded(np.array([[wav_N.std()]]), None)
+
+    embedder = Embedder("toy", 16000, embed, "", "hash", "all")
+    monkeypatch.setattr(command, "load", lambda name, weights: embedder)
+    monkeypatch.setattr(
+        command, "_sampler", lambda args, listed: sample.Args(checkpoint="run", out=args.out)
+    )
+    monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
+    for path in probed.glob("*-5.*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"--probe .*/probe: 3 rows of 3 labels .*: add clips"):
+        evaluated(
+            tmp_path / "out", "--checkpoint", "run", "--prompts", real, "--probe", probed
+        )  # fmt: skip
+
+
 def test_a_second_probe_knows_how_a_codec_sounds(real, probed, tmp_path, monkeypatch):
     """Of a stand-in that adds 100 Hz to every tone: the borders move by half of that."""
 
@@ -132,6 +154,10 @@ def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tm
     scores.embed(embedder, files, cache=cache)
     assert len(calls) == 16 and len(list(cache.iterdir())) == 4
     assert calls[4] == 8000
+    for path in cache.iterdir():
+        cut_file(path)
+    with pytest.raises(UserError, match=r"\.npz: damaged \(.*\); remove it"):
+        scores.embed(embedder, files, cache=cache)
 
 
 def test_loudness_is_levelled_if_asked(tmp_path):
@@ -184,11 +210,57 @@ def test_a_baseline_that_was_made_of_something_else_is_not_taken(tmp_path):
         baselines._begin(out, tmp_path / "elsewhere", ["a"], {"seed": 1})
 
 
+def stand_in_codec(num_codebooks=4):
+    """A codec that plays silence, and the list of what it was given to play, [K, T] each."""
+    played = []
+
+    def decode(codes_BKT):
+        played.extend(codes_BKT)
+        return np.zeros((1, 1, 100), np.float32)
+
+    spec = dataclasses.replace(codec_module.read_spec("embedded"), num_codebooks=num_codebooks)
+    return types.SimpleNamespace(spec=spec, decode=decode), played
+
+
+def write_codes(folder, spec, splits):
+    """A data set of these codes [K, T]."""
+    examples = {
+        split: [
+            {
+                "codes": codes_KT.astype(np.int16), "caption": "noise", "info": "{}",
+                "track_id": f"{split}{i}", "source_path": f"{split}{i}.wav", "start": 0.0,
+                "duration": codes_KT.shape[1] / spec.frame_rate,
+            }
+            for i, codes_KT in enumerate(codes)
+        ]
+        for split, codes in splits.items()
+    }  # fmt: skip
+    tiny.write_data_set(folder, examples, spec)
+
+
+def draw(codec, data, out, num_frames=50):
+    notes = out.with_name(f"{out.name}-settings")
+    return baselines.unigram_tokens(
+        codec, data, ["a"], num_frames=num_frames, seed=0, out=out, notes=notes
+    )
+
+
 def test_unigram_tokens_are_as_frequent_as_in_the_data(tmp_path):
-    spec = tiny.EMBEDDED_CODEC
-    tiny.write_noise(tmp_path / "tokens", {"train": 3}, frames=50)
-    counts_KV = baselines.token_counts(tmp_path / "tokens", spec.codebook_size)
-    assert counts_KV.shape == (4, spec.codebook_size) and (counts_KV.sum(1) == 150).all()
+    codec, played = stand_in_codec()
+    rng = np.random.default_rng(0)
+    train = [rng.integers(0, 1024, (4, 50)) ** 2 // 1024 for _ in range(3)]
+    write_codes(tmp_path / "tokens", codec.spec, {"train": train, "valid": [train[0]]})
+    counts_KV = baselines.token_counts(tmp_path / "tokens", 1024)
+    for k, counts_V in enumerate(counts_KV):
+        every = np.concatenate([codes_KT[k] for codes_KT in train])
+        np.testing.assert_array_equal(counts_V, np.bincount(every, minlength=1024))
+    # 3 of 4 tokens are the first of two; a codebook of one token gives no other
+    few = np.array([[7, 7, 7, 9], [0] * 4, [1023] * 4, [5] * 4])
+    write_codes(tmp_path / "few", codec.spec, {"train": [few]})
+    draw(codec, tmp_path / "few", tmp_path / "out", num_frames=4000)
+    (codes_KT,) = played
+    assert set(codes_KT[0]) == {7, 9} and (codes_KT[0] == 7).mean() == pytest.approx(0.75, abs=0.04)
+    assert [set(row_T) for row_T in codes_KT[1:]] == [{0}, {1023}, {5}]
 
 
 # --- lists of prompts -----------------------------------------------------------------------------
@@ -249,13 +321,21 @@ def test_plain_lists(tmp_path, real):
         ("a.jsonl", "{\n", "line 1: not valid JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
         ("a.doc", "", "must be a folder, or end in .csv"),
+        ("a.csv", f"id,caption\nx,{'o' * 200_000}\n", "a.csv: not a valid table .field larger"),
         ("a.txt", "\n", "no prompt in it"),
+        ("a.txt", "caf\xe9\n", "a.txt: is not UTF-8"),
     ],
 )
 def test_lists_that_are_none(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         prompts.read(tmp_path / name)
+
+
+def test_sidecars_are_utf8(tmp_path):
+    (tmp_path / "a.txt").write_text("caf\xe9", encoding="latin-1")
+    with pytest.raises(UserError, match="a.txt: is not UTF-8"):
+        prompts.read(tmp_path)
 
 
 # --- embedders ------------------------------------------------------------------------------------

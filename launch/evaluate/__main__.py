@@ -118,9 +118,19 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
-    model = None if sampler is None else _generate(args, sampler, listed)
-    folder = args.generated or args.out / "generated"
-    generated = _match(folder, scores.find_audio(folder), listed, reference)
+    model, generated = None, None
+    if sampler is None:
+        generated = _match(args.generated, listed, reference)
+    elif sampler.kernels.products == "amx":
+        from magnet_jax import amx
+
+        amx.use_synchronous_dispatch()  # (which JAX does not take once an embedder has run)
+    heard_real = [
+        _listen_to_real(args, network, listening, reference, labelled) for network in networks
+    ]
+    if sampler is not None:
+        model = _generate(args, sampler, listed)
+        generated = _match(args.out / "generated", listed, reference)
     rows = {"generated": generated}
     both = generated.pairs.keys() & generated.captions.keys()
     real_captions = {generated.pairs[name]: generated.captions[name] for name in both}
@@ -131,8 +141,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         rows |= _baselines(args, sampler, model["seconds"], generated, reference, real_captions)
 
     found: dict[str, dict[str, Any]] = {name: {} for name in rows}
-    for network in networks:
-        real, fitted = _listen_to_real(args, network, listening, reference, labelled)
+    for network, (real, fitted) in zip(networks, heard_real):
         heard: dict[tuple[Path, ...], Clips] = {}  # shuffled captions are of the same clips
         for name, row in rows.items():
             key = tuple(row.files.values())
@@ -308,7 +317,10 @@ def _listen_to_real(
     reference: dict[str, Path],
     labelled: _Labelled | None,
 ) -> tuple[Clips | None, dict[str, probe.Probe]]:
-    """What a network makes of the reference, and the probes by their names in the scores."""
+    """What a network makes of the reference, and the probes by their names in the scores.
+
+    Raises `UserError` where the clips of --probe are too few for the network.
+    """
     real = None
     if reference:
         real = scores.embed(network, reference, listening, cache=args.cache, what="reference")
@@ -316,7 +328,13 @@ def _listen_to_real(
         return real, {}
     clips = scores.embed(network, labelled.files, listening, cache=args.cache, what="probe")
     rows = {name: row.embeddings_PE for name, row in clips.embedded.items()}
-    fitted = {"probe": probe.fit(rows, labelled.labels)}
+    try:
+        fitted = {"probe": probe.fit(rows, labelled.labels)}
+    except ValueError as error:
+        raise UserError(
+            f"--probe {args.probe}: {error} ({network.name} makes a row of each piece of a clip): "
+            "add clips"
+        ) from None
     if labelled.decoded:
         # (what the codec made was brought to its length and loudness before)
         clips = scores.embed(network, labelled.decoded, cache=args.cache, what="probe, codec")
@@ -376,7 +394,6 @@ def _generate(args: Args, sampler: sample.Args, listed: list[prompts.Prompt]) ->
 
 def _match(
     folder: Path,
-    files: dict[str, Path],
     listed: list[prompts.Prompt] | None,
     reference: Mapping[str, Path],
 ) -> _Row:
@@ -384,6 +401,7 @@ def _match(
 
     Raises `UserError` if there is nothing to hold any of them against.
     """
+    files = scores.find_audio(folder)
     if listed is not None:
         there = [prompt for prompt in listed if prompt.id in files]
         if not there:

@@ -48,6 +48,8 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
             found = list(readers[path.suffix.lower()](path))
         except UnicodeDecodeError:
             raise UserError(f"--prompts {path}: is not UTF-8") from None
+        except csv.Error as error:
+            raise UserError(f"--prompts {path}: not a valid table ({error})") from None
     else:
         raise UserError(f"--prompts {path}: must be a folder, or end in {', '.join(readers)}")
     ids: set[str] = set()
@@ -70,7 +72,7 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
 def sidecar(audio: Path) -> str | None:
     """The caption in the .json or .txt beside a clip, `launch.sample`'s among them; None without.
 
-    Raises `UserError` for a .json that is none.
+    Raises `UserError` for a .json that is none, and for a .txt that is not UTF-8.
     """
     path = audio.with_suffix(".json")
     if path.is_file():
@@ -80,7 +82,12 @@ def sidecar(audio: Path) -> str | None:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return _first(fields, _CAPTIONS) if isinstance(fields, dict) else None
     path = audio.with_suffix(".txt")
-    return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip() or None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8; save it as UTF-8") from None
 
 
 def _folder(folder: Path) -> list[Prompt]:

@@ -8,6 +8,7 @@ likewise: FAD between its halves, KL between each clip and another, its clips an
 import dataclasses
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,7 +167,7 @@ def _read_cache(path: Path) -> dict[str, Embedded]:
             if "logits" in held:
                 logits = np.split(held["logits"], ends)
             names = held["names"].tolist()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); remove it") from None
     return {name: Embedded(*row) for name, row in zip(names, zip(embeddings, logits))}
 
