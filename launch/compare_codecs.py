@@ -47,7 +47,8 @@ class Comparison:
     seed: int = 0
     """Of the bootstrap."""
     out: Path | None = None
-    """Folder for each clip in each version, as WAV, and for comparison.json with all numbers."""
+    """Folder for each clip in each version, as WAV, in the folders that --audio has, and for
+    comparison.json with all numbers."""
 
 
 def spectral_distance(made: np.ndarray, real: np.ndarray) -> float:
@@ -151,7 +152,9 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
             made, kbps = version(wav)
             found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
             if settings.out is not None:
-                with replacing_file(settings.out / f"{path.stem}_{number}.wav") as temporary:
+                # (albums may have clips of the same name, in folders of their own)
+                place = path.relative_to(settings.audio).with_suffix("")
+                with replacing_file(settings.out / f"{place}_{number}.wav") as temporary:
                     soundfile.write(temporary, made, rate, format="WAV")
     draws = np.random.default_rng(settings.seed).integers(len(paths), size=(_DRAWS, len(paths)))
     first = np.array(found[settings.codecs[0]])[:, 0]

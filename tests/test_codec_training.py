@@ -250,6 +250,14 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     assert rows[1]["kbps"] == 2 and rows[1]["clips"] == 2
     assert all(math.isfinite(row["snr_db"]) for row in rows)
     assert len(list(out.glob("*.wav"))) == 6 and "| embedded | 2 |" in capsys.readouterr().out
+    put(settings.audio / "album" / "0.flac", tone(1.0, frequency=700))
+    compare_codecs.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "9",
+                         "--seconds", "1", "--opus-kbps", "8"])  # fmt: skip
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*_0.wav")) == [
+        "0_0.wav", "1_0.wav", "2_0.wav", "album/0_0.wav",
+    ]  # fmt: skip
+    first, other = (soundfile.read(out / name)[0] for name in ("0_0.wav", "album/0_0.wav"))
+    assert np.abs(first - other[: len(first)]).max() > 0.1
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--audio .*: no .flac or .wav in it"):
         compare_codecs.compare(compare_codecs.Comparison(audio=tmp_path / "empty"))
