@@ -227,9 +227,9 @@ def write_codes(folder, spec, splits):
     examples = {
         split: [
             {
-                "codes": codes_KT.astype(np.int16), "caption": "noise", "info": "{}",
+                "codes": np.array(codes_KT, np.int16), "caption": "noise", "info": "{}",
                 "track_id": f"{split}{i}", "source_path": f"{split}{i}.wav", "start": 0.0,
-                "duration": codes_KT.shape[1] / spec.frame_rate,
+                "duration": len(codes_KT[0]) / spec.frame_rate,
             }
             for i, codes_KT in enumerate(codes)
         ]
@@ -261,6 +261,32 @@ def test_unigram_tokens_are_as_frequent_as_in_the_data(tmp_path):
     (codes_KT,) = played
     assert set(codes_KT[0]) == {7, 9} and (codes_KT[0] == 7).mean() == pytest.approx(0.75, abs=0.04)
     assert [set(row_T) for row_T in codes_KT[1:]] == [{0}, {1023}, {5}]
+
+
+def test_a_model_may_have_fewer_codebooks_than_the_data_of_its_baseline(
+    real, tmp_path, monkeypatch
+):
+    """And what does not fit is said before anything is sampled."""
+    codec, played = stand_in_codec(num_codebooks=2)
+    whole = dataclasses.replace(codec.spec, num_codebooks=4)
+    codes_KT = np.array([[1] * 9, [2] * 9, [3] * 9, [4] * 9])
+    write_codes(tmp_path / "data", whole, {"train": [codes_KT]})
+    draw(codec, tmp_path / "data", tmp_path / "drawn")
+    assert [set(row_T) for row_T in played[0]] == [{1}, {2}]
+
+    write_codes(tmp_path / "one", dataclasses.replace(whole, num_codebooks=1), {"train": [[[1]]]})
+    monkeypatch.setattr("magnet_jax.pretrained.load", lambda *args, **how: None)
+    monkeypatch.setattr("magnet_jax.pretrained.load_decoder", lambda *args: codec)
+    monkeypatch.setattr(command, "load", lambda name, weights: pitch_embedder())
+    monkeypatch.setattr(
+        command, "_sampler", lambda args, _: sample.Args(checkpoint="run", out=args.out)
+    )
+    monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
+    words = ("--checkpoint", "run", "--prompts", real, "--reference", real, "--baselines")
+    with pytest.raises(UserError, match="one: its codec has num_codebooks 1, but 2 is wanted"):
+        evaluated(tmp_path / "out", *words, "--data", tmp_path / "one")
+    with pytest.raises(UserError, match="give two prompts at least"):
+        evaluated(tmp_path / "out", *words, "--data", tmp_path / "data", "--limit", "1")
 
 
 # --- lists of prompts -----------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import platformdirs
@@ -23,6 +23,9 @@ from magnet_jax.evaluation import probe, scores
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
 from magnet_jax.evaluation.scores import Clips, Listening
 from magnet_jax.files import read_object, replacing_file
+
+if TYPE_CHECKING:
+    from magnet_jax.codec import Codec
 
 _FORMAT = "magnet_jax evaluation 1"
 # The columns of the table, as far as there is anything in them.
@@ -128,6 +131,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     heard_real = [
         _listen_to_real(args, network, listening, reference, labelled) for network in networks
     ]
+    codec = _baseline_codec(args, sampler, listed) if args.baselines else None
     if sampler is not None:
         model = _generate(args, sampler, listed)
         generated = _match(args.out / "generated", listed, reference)
@@ -138,7 +142,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         if name not in real_captions and (text := prompts.sidecar(path)):
             real_captions[name] = text
     if args.baselines:
-        rows |= _baselines(args, sampler, model["seconds"], generated, reference, real_captions)
+        rows |= _baselines(args, codec, model["seconds"], generated, reference, real_captions)
 
     found: dict[str, dict[str, Any]] = {name: {} for name in rows}
     for network, (real, fitted) in zip(networks, heard_real):
@@ -429,18 +433,12 @@ def _match(
     return _Row(files, captions, pairs)
 
 
-def _baselines(
-    args: Args,
-    sampler: sample.Args,
-    seconds: float,
-    generated: _Row,
-    reference: dict[str, Path],
-    real_captions: dict[str, str],
-) -> dict[str, _Row]:
+def _baseline_codec(args: Args, sampler: sample.Args, listed: list[prompts.Prompt]) -> "Codec":
+    """The model's codec; raises `UserError` for --data of another one, and for too few prompts."""
     from launch.evaluate import baselines
     from magnet_jax import pretrained  # JAX is slow to load
 
-    if len(generated.captions) < 2:
+    if len(listed) < 2:
         raise UserError("--baselines shuffles captions: give two prompts at least")
     loaded = pretrained.load(
         args.checkpoint,
@@ -450,6 +448,20 @@ def _baselines(
         codec=sampler.codec,
     )
     codec = pretrained.load_decoder(loaded, args.checkpoint, "torch")  # which encodes as well
+    baselines.check_data(args.data, codec.spec)
+    return codec
+
+
+def _baselines(
+    args: Args,
+    codec: "Codec",
+    seconds: float,
+    generated: _Row,
+    reference: dict[str, Path],
+    real_captions: dict[str, str],
+) -> dict[str, _Row]:
+    from launch.evaluate import baselines
+
     notes = args.out / "settings"
     decoded = baselines.codec_round_trip(
         codec,

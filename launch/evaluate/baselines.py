@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from magnet_jax import audio, files, records
 from magnet_jax.codec import Codec, check_same_codec
+from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.evaluation.scores import Listening
@@ -51,16 +52,17 @@ def unigram_tokens(
 
     Args:
       codec: decodes them.
-      data: the data set, of the same codec.
+      data: the data set, of the same codec; it may have more codebooks, as for training.
       names: of the clips.
       num_frames: token frames of a clip.
       seed: of the draws.
       out, notes: see `_begin`, as for errors and what is returned.
     """
+    check_data(data, codec.spec)
     about = {"data": records.digest(data), "num_frames": num_frames, "seed": seed}
     written = _begin(out, notes, names, about)
-    check_same_codec(records.read_codec_spec(data), codec.spec, str(data))
-    cumulative_KV = token_counts(data, codec.spec.codebook_size).cumsum(1)
+    counts_KV = token_counts(data, codec.spec.codebook_size)[: codec.spec.num_codebooks]
+    cumulative_KV = counts_KV.cumsum(1)
     for index, path in enumerate(written.values()):
         if path.exists():
             continue
@@ -73,6 +75,14 @@ def unigram_tokens(
         )
         audio.write_wav(path, codec.decode(codes_KT[None])[0], codec.spec.sample_rate)
     return written
+
+
+def check_data(data: Path, spec: CodecSpec) -> None:
+    """Raises `UserError` unless a data set has the tokens of a model's codec, as training wants."""
+    found = records.read_codec_spec(data)
+    if not found.interleaved and found.num_codebooks > spec.num_codebooks:
+        found = dataclasses.replace(found, num_codebooks=spec.num_codebooks)
+    check_same_codec(found, spec, str(data))
 
 
 def token_counts(data: Path, codebook_size: int) -> np.ndarray:
