@@ -562,7 +562,7 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
         "chunk_length_s": None,
         "overlap": None,
         "codebook_dim": settings["hidden_size"],
-        "target_bandwidths": [_bandwidth(settings, num_codebooks)],
+        "target_bandwidths": [bandwidth(settings, num_codebooks)],
     }
     return settings, num_codebooks
 
@@ -575,7 +575,7 @@ def _of_kind(value: Any, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _bandwidth(settings: Mapping, num_codebooks: int) -> float:
+def bandwidth(settings: Mapping, num_codebooks: int) -> float:
     """The kbit/s for which transformers builds that many codebooks: it divides and rounds down."""
     frame_rate = math.ceil(settings["sampling_rate"] / math.prod(settings["upsampling_ratios"]))
     bits = frame_rate * math.ceil(math.log2(settings["codebook_size"]))

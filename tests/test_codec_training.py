@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from safetensors.numpy import load_file, save_file
 from sounds import RATE, put, tone
 
 from launch import compare_codecs, train_codec
@@ -65,6 +66,42 @@ def test_the_discriminator_learns_before_the_codec_hears_of_it(settings):
     assert found[1:] == [[False] * 3, [True, False, False], [True] * 3]
     never = replace(settings, out=settings.out.with_name("never"), adversarial_from=3)
     assert not any("discriminator" in values for values in train(never))
+
+
+def test_a_run_that_grows_past_its_end_gives_the_discriminator_its_lead(settings):
+    """Whether it is stopped meanwhile or not."""
+    settings = replace(settings, steps=2, adversarial_from=2, discriminator_lead=2)
+    parts = replace(settings, out=settings.out.with_name("parts"))
+    assert not any("discriminator" in values for values in [*train(settings), *train(parts)])
+    whole = list(train(replace(settings, steps=6)))
+    names = ("discriminator", "adversarial", "feature")
+    found = [[name in values for name in names] for values in whole]
+    assert found == [[True, False, False]] * 2 + [[True] * 3] * 2
+    run = train(replace(parts, steps=6))
+    begun = [next(run), next(run)]
+    run.close()  # after step 4 was measured, before it was saved
+    again = [begun[0], *train(replace(parts, steps=6))]
+    for values in (*whole, *again):
+        del values["seconds_per_step"]
+    assert again == whole
+
+
+def test_a_codec_of_more_codebooks_gives_one_that_says_what_it_has(settings, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    tensors = load_file(ASSETS / "codec" / "model.safetensors")
+    for name in [name for name in tensors if name.startswith("quantizer.layers.")]:
+        quantizer, layers, number, rest = name.split(".", 3)
+        tensors[f"{quantizer}.{layers}.{int(number) + 4}.{rest}"] = tensors[name].copy()
+    save_file(tensors, source / "model.safetensors")
+    config = json.loads((ASSETS / "codec" / "config.json").read_text())
+    config["target_bandwidths"] = [2.0, 4.0]
+    (source / "config.json").write_text(json.dumps(config))
+    assert load_codec(str(source)).spec.num_codebooks == 8
+    list(train(replace(settings, init_from=str(source), steps=1)))
+    assert load_codec(str(settings.out / "codec")).spec.num_codebooks == 4
+    written = json.loads((settings.out / "codec" / "config.json").read_text())
+    assert written == config | {"target_bandwidths": [2.0]}
 
 
 def test_the_recipes_codec_is_the_nearer_one_on_other_renders():

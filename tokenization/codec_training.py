@@ -29,6 +29,7 @@ from tqdm import tqdm
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.convert_codec import (
     SeanetConfig,
+    bandwidth,
     codec_layout,
     codec_to_audiocraft,
     read_codec_folder,
@@ -83,7 +84,8 @@ class Training:
     commitment_weight: float = 0.25
     """Of the quantizer's commitment loss, which is not balanced with the others."""
     adversarial_from: int = 10_000
-    """Step from which the discriminator takes part; from `steps` on: never."""
+    """Step from which the discriminator takes part; from `steps` on: never. Where more steps are
+    given later on, its lead comes first."""
     discriminator_lead: int = 1000
     """Steps for which the discriminator learns before the codec is told what it finds: one that
     knows nothing says nothing, and does not catch up with a codec that moves against it."""
@@ -225,15 +227,19 @@ def fresh_settings() -> dict[str, Any]:
         "codebook_dim": CODEC.hidden_size,
         "chunk_length_s": None,
         "overlap": None,
-        "target_bandwidths": [NUM_CODEBOOKS * CODEC.bits_per_second / 1000],
+        "target_bandwidths": [bandwidth(dataclasses.asdict(CODEC), NUM_CODEBOOKS)],
     }
 
 
 def read_initial(source: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Settings of a codec folder, and its tensors by the package's names."""
+    """Settings of a codec folder, and its tensors by the package's names.
+
+    Both are of the first codebooks, as many as are trained.
+    """
     folder = ASSETS / "codec" if source == EMBEDDED else Path(source)
     settings, tensors = read_codec_folder(folder, f"--init-from {source}")
-    return settings, codec_to_audiocraft(tensors, settings, NUM_CODEBOOKS)
+    tensors = codec_to_audiocraft(tensors, settings, NUM_CODEBOOKS)
+    return settings | {"target_bandwidths": [bandwidth(settings, NUM_CODEBOOKS)]}, tensors
 
 
 def write_codec(folder: Path, settings: Mapping[str, Any], state: Mapping[str, Any]) -> None:
@@ -413,7 +419,11 @@ class Run:
             "time": (audio - real).abs().mean(),
             "spectral": spectral_loss(audio[:, 0], real[:, 0]),
         }
-        adversarial = self.step >= s.adversarial_from
+        # A run that went on past what was to be its end has its lead then.
+        led = _updates(self.discriminator_optimizer) >= min(
+            s.discriminator_lead, s.adversarial_from
+        )
+        adversarial = led and self.step >= s.adversarial_from
         wanted = s.adversarial_from < s.steps  # (or it would learn for nothing)
         discriminating = wanted and self.step >= s.adversarial_from - s.discriminator_lead
         if adversarial:
@@ -454,6 +464,11 @@ def _update(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
+
+
+def _updates(adam: Any) -> int:
+    """How many it has made, by its own count, which checkpoints hold."""
+    return max((int(state["step"]) for state in adam.state.values()), default=0)
 
 
 def measure(config: Mapping[str, Any], state: Mapping[str, Any], clips: Clips) -> dict[str, float]:
