@@ -1,7 +1,7 @@
 """Makes a small text encoder for a small set of captions: a trained tokenizer, a random T5.
 
 For runs that cannot fetch a pre-trained T5; such an encoder is trained along with the model
-(`--text.finetune True`).
+(`--text.finetune`).
 """
 
 import itertools
