@@ -33,7 +33,7 @@ def stage_of_step(seed: int, step: int, num_codebooks: int, weights: Sequence[fl
     Uniform over all, as in the paper, or as often as `weights` say, a number a codebook.
     """
     rng = np.random.default_rng([seed, step])
-    if not weights:
+    if not weights:  # apart from weights that are all alike, so that older runs resume exactly
         return int(rng.integers(num_codebooks))
     return int(rng.choice(num_codebooks, p=np.asarray(weights) / np.sum(weights)))
 

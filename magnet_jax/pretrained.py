@@ -209,7 +209,8 @@ def _exported_config(
         model=exported.model,
         text=exported.text,
         data=DataConfig(segment_seconds=exported.segment_seconds),
-        decode=DecodeConfig(steps=(1,) * exported.model.num_codebooks),  # (until the next line)
+        # (as many steps as codebooks; a MusicGen, whose sampling is another, keeps these unread)
+        decode=DecodeConfig(steps=(1,) * exported.model.num_codebooks),
     )
     return with_sampling(config, generation)
 
