@@ -152,8 +152,8 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
             made, kbps = version(wav)
             found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
             if settings.out is not None:
-                # (albums may have clips of the same name, in folders of their own)
-                place = path.relative_to(settings.audio).with_suffix("")
+                # (clips may have one name, in folders of their own or of two formats)
+                place = path.relative_to(settings.audio)
                 with replacing_file(settings.out / f"{place}_{number}.wav") as temporary:
                     soundfile.write(temporary, made, rate, format="WAV")
     draws = np.random.default_rng(settings.seed).integers(len(paths), size=(_DRAWS, len(paths)))

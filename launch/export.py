@@ -30,7 +30,8 @@ class Args:
     """License of the weights, for the model card, such as cc-by-nc-4.0; by default the one that
     an imported model came with."""
     about: Path | None = None
-    """Markdown file to put into the model card: data, scores, limits."""
+    """Markdown file to put into the model card: data, scores, limits; an earlier export's is not
+    taken over."""
     t5_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     """Published name, such as t5-base, of a text encoder that the run read from a folder:
     AudioCraft finds text encoders by published names only."""
@@ -56,6 +57,8 @@ def _read_about(path: Path) -> str:
 def main(args: Args) -> None:
     if args.adapter_only and args.half:
         raise UserError("--half is not for --adapter-only: adapters are small")
+    if args.adapter_only and (args.about or args.license):
+        raise UserError("--about and --license are of a model card, which --adapter-only has not")
     if args.adapter_only:
         adapters, config, lineage = pretrained.read_adapters(
             args.checkpoint, args.weights, args.step

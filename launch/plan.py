@@ -31,7 +31,9 @@ def rows(args: Args) -> list[tuple[str, str]]:
     count = transformer.count_params(steps.state_shardings(static)[0]["params"])
     batch = config.data.batch_size
     at_once = batch // sharding.num_rows(static.mesh) // static.num_parts
-    a_step = batch * flops.training_flops(config.model, frames, config.text.max_tokens)
+    a_step = batch * flops.training_flops(
+        config.model, frames, config.text.max_tokens, config.stage_weights
+    )
     lines = [
         ("trained parameters", report.size(count, "")),
         ("batch", f"{batch} clips of {config.data.segment_seconds:g} s, {frames} frames each"),

@@ -167,6 +167,7 @@ _FITTING: dict[str, Any] = {
 }
 # What an adapter depends on; the number of heads shows in no shape of the files.
 _MODEL_FIELDS = ("kind", "width", "num_heads", "num_layers", "mlp_ratio")
+_CONTEXTS = ("first_context", "local_context")  # earlier releases did not say them
 
 
 class Adapter(NamedTuple):
@@ -269,7 +270,7 @@ def save_adapter(
     made_for = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "model": {name: getattr(model, name) for name in _MODEL_FIELDS},
+        "model": {name: getattr(model, name) for name in (*_MODEL_FIELDS, *_CONTEXTS)},
         "lineage": dict(lineage),
     }
     with files.replacing(folder) as partial:
@@ -363,8 +364,9 @@ def _read_lineage(path: Path, model: ModelConfig) -> dict[str, Any]:
     made_for, lineage = values.get("model"), values.get("lineage")
     if not isinstance(made_for, dict) or not isinstance(lineage, dict):
         raise UserError(f"{path}: model and lineage must be objects")
-    own = {name: getattr(model, name) for name in _MODEL_FIELDS}
-    other = {name: made_for.get(name) for name in _MODEL_FIELDS}
+    names = (*_MODEL_FIELDS, *(name for name in _CONTEXTS if name in made_for))
+    own = {name: getattr(model, name) for name in names}
+    other = {name: made_for.get(name) for name in names}
     if differing := [
         f"{name} {other[name]}, not {own[name]}" for name in own if own[name] != other[name]
     ]:

@@ -75,8 +75,12 @@ def floor_flops(
     return 2 * macs
 
 
-def training_flops(model: ModelConfig, num_frames: int, text_tokens: int) -> float:
+def training_flops(
+    model: ModelConfig, num_frames: int, text_tokens: int, stage_weights: Sequence[float] = ()
+) -> float:
     """Operations to train on a clip, on average over the stages; what is recomputed counts once.
+
+    `stage_weights` say how often each stage is trained, as those of `RunConfig`; () is all alike.
 
     Backward costs twice forward. Attention of a stage with a restricted context sees near frames
     alone, and one stage's head is read, at every frame. A hybrid has a step more for every frame
@@ -86,11 +90,12 @@ def training_flops(model: ModelConfig, num_frames: int, text_tokens: int) -> flo
     macs = text_tokens * (model.text_width * d + model.num_layers * 2 * d * d)
     macs += t * d * model.codebook_size * (1 + model.num_codebooks * hybrid)
     t += (1 + max(model.delays)) if hybrid else 0
-    for stage in range(model.num_codebooks):
+    weights = stage_weights or (1.0,) * model.num_codebooks
+    for stage, weight in enumerate(weights):
         local = None if hybrid else model.context(stage > 0)
         near = t if local is None else min(2 * local + 1, t)
         layer = _layer_macs(model, t, t, near, text_tokens, rows=1)
-        macs += model.num_layers * layer / model.num_codebooks
+        macs += model.num_layers * layer * weight / sum(weights)
     return 3 * 2 * macs
 
 

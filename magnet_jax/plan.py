@@ -47,6 +47,18 @@ def tree_bytes(tree: Any, *, tile: int = 1) -> int:
     return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
+def _keys_with_scores(static: Static, num_frames: int) -> int:
+    """Keys for which a frame's scores are kept, at the stage that sees most."""
+    model, kernels = static.model, static.kernels
+    near = model.first_context and model.local_context  # (then no stage attends to everything)
+    if model.kind == "hybrid" or (kernels.local if near else kernels.full) in ("cudnn", "splash"):
+        return 0  # a fused kernel leaves none behind; a hybrid makes them anew
+    if not near or kernels.local == "dense":
+        return num_frames
+    context = model.widest_context
+    return min(num_frames, max(kernels.local_block, 2 * context) + 2 * context)
+
+
 def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
     """What the forward pass of a clip leaves for the backward pass, and what a layer needs."""
     if static.model.kind == "hybrid":
@@ -56,10 +68,7 @@ def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
     t, d, f = num_frames, model.width, model.mlp_ratio * model.width
     n = model.num_heads // tensor
     width_each = d // tensor  # of heads, all of a device's
-    # Stage 0 attends to everything, unless a fused kernel leaves no scores behind.
-    fused = static.kernels.full in ("cudnn", "splash") or model.kind == "hybrid"
-    keys = 0 if fused else t
-    scores = n * t * keys * (4 + size)
+    scores = n * t * _keys_with_scores(static, t) * (4 + size)
     cross = n * t * text_tokens * (4 + size)
     kept_by_name = 2 * t * width_each * size  # attended, self and cross
     products = t * size * (4 * width_each + 3 * d + 2 * f // tensor)

@@ -125,7 +125,8 @@ class Window:
         values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
         device = static.mesh.devices.flat[0]
         if (chip := targets.chip_of(device)) is not None:
-            done = clips * flops.training_flops(static.model, frames, text) / seconds
+            trained = [len(self.losses[k]) for k in range(static.model.num_codebooks)]
+            done = clips * flops.training_flops(static.model, frames, text, trained) / seconds
             peak = chip.peak_flops / chip.devices * static.mesh.size
             values["speed/model_flops_utilization"] = done / peak
         local = jax.local_devices()[0]

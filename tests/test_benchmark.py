@@ -170,6 +170,16 @@ def test_a_first_context_costs_what_it_sees():
         assert costs[498] - costs[25] == pytest.approx(a_key * (498 - 51) / 40, rel=1e-6)
 
 
+def test_stages_cost_by_how_often_they_are_trained():
+    first, even, others, three = (
+        flops.training_flops(SMALL, 498, 64, weights)
+        for weights in ((1.0, 0.0, 0.0, 0.0), (), (0.0, 5.0, 0.0, 5.0), (3.0, 1.0, 0.0, 0.0))
+    )
+    assert first > even > others
+    assert even == pytest.approx(first / 4 + 3 * others / 4)
+    assert three == pytest.approx(3 * first / 4 + others / 4)
+
+
 # --- the commands -------------------------------------------------------------------------------
 
 

@@ -291,9 +291,9 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     compare_codecs.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "9",
                          "--seconds", "1", "--opus-kbps", "8"])  # fmt: skip
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*_0.wav")) == [
-        "0_0.wav", "1_0.wav", "2_0.wav", "album/0_0.wav",
+        "0.wav_0.wav", "1.wav_0.wav", "2.wav_0.wav", "album/0.wav_0.wav",
     ]  # fmt: skip
-    first, other = (soundfile.read(out / name)[0] for name in ("0_0.wav", "album/0_0.wav"))
+    first, other = (soundfile.read(out / name)[0] for name in ("0.wav_0.wav", "album/0.wav_0.wav"))
     assert np.abs(first - other[: len(first)]).max() > 0.1
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--audio .*: no .flac or .wav in it"):

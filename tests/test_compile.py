@@ -12,7 +12,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch import plan as launch_plan
 from launch.compile import __main__ as launch_compile
+from launch.compile import training
 from launch.make_random_checkpoint import SIZES
+from launch.train import load_config
 from magnet_jax import flops, hlo, t5, targets, transformer
 from magnet_jax.config import ModelConfig
 from magnet_jax.errors import UserError
@@ -265,6 +267,19 @@ def test_a_run_is_planned(capsys):
     assert "420 M" in shown and "2 clips of 10 s, 500 frames" in shown
     with pytest.raises(UserError, match="--mfu"):
         launch_plan.main(["--topology", "cpu:1", "--mfu", "0"])
+
+
+def test_frames_that_are_not_seen_need_no_memory():
+    config, target = load_config("recipe"), targets.load("cpu:1")
+
+    def a_clip(**model):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        return training.prepared(changed, target, 0)[1].a_clip
+
+    near, first, others = a_clip(), a_clip(first_context=0), a_clip(local_context=0)
+    assert near < first == others  # (some stage sees all)
+    # Scores are float32, as are the weights: of 4 heads, 8 layers and the one computed again.
+    assert first - near == 4 * 500 * (500 - (50 + 50)) * 8 * (8 + 1)
 
 
 @needs_libtpu

@@ -246,6 +246,15 @@ def test_export_refuses(loaded, tmp_path):
         run_export(changed, tmp_path)
 
 
+def test_a_first_codebook_that_sees_near_frames_is_exported_without_audiocraft(loaded, tmp_path):
+    near = dataclasses.replace(loaded.config.model, first_context=4)
+    changed = loaded._replace(config=dataclasses.replace(loaded.config, model=near))
+    line = run_export(changed, tmp_path, audiocraft=False, logits=True)
+    assert "logits" in line
+    assert pretrained.load(tmp_path / "out").config.model == near
+    assert "4 frames in the first codebook" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_text_encoder_names(loaded):
     def name(source, width, t5_name=None, **changed):
         config = dataclasses.replace(

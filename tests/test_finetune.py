@@ -323,7 +323,13 @@ def test_folders_that_cannot_be_read(tmp_path):
     # Another model: what the folder says, and what the shapes say where it says nothing.
     narrow = dataclasses.replace(TINY, num_heads=2)
     refused("lineage.json: the adapter is for another model: num_heads 3, not 2", narrow)
+    near = dataclasses.replace(TINY, first_context=7)
+    refused("the adapter is for another model: first_context 0, not 7", near)
     lineage = (folder / "lineage.json").read_text()
+    earlier = json.loads(lineage)  # of a release that did not say what frames see
+    del earlier["model"]["first_context"], earlier["model"]["local_context"]
+    (folder / "lineage.json").write_text(json.dumps(earlier))
+    finetune.load_adapter(folder, near)
     (folder / "lineage.json").write_text(json.dumps({"format": "other"}))
     refused("lineage.json: not of format")
     (folder / "lineage.json").unlink()

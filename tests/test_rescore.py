@@ -359,12 +359,16 @@ def test_weight_0_makes_the_program_without_a_rescorer(loaded):
     assert programs.count() == before
 
 
-def test_clips_are_the_same_on_a_mesh(loaded, musicgen):
+@pytest.mark.parametrize("kind", ["musicgen", "near magnet"])
+def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
+    model = dataclasses.replace(loaded.config.model, first_context=9)
+    near = loaded._replace(config=dataclasses.replace(loaded.config, model=model))
+    partner = {"musicgen": musicgen, "near magnet": near}[kind]
     execution = sampling.Execution(mesh=SamplingMeshConfig(data=2, guidance=2, frames=2))
     one, many = (
         clips(
             loaded,
-            rescorer=rescore.from_model(musicgen, loaded, guidance=3.0, execution=execution),
+            rescorer=rescore.from_model(partner, loaded, guidance=3.0, execution=execution),
             rescorer_weight=0.7,
             execution=execution,
         )

@@ -169,6 +169,22 @@ def test_clips_are_the_same_on_any_mesh(loaded, decoder, mesh):
     np.testing.assert_allclose(one.wav_BCN, many.wav_BCN, atol=1e-5)
 
 
+def see_near_frames(loaded, first_context):
+    model = dataclasses.replace(loaded.config.model, first_context=first_context)
+    return loaded._replace(config=dataclasses.replace(loaded.config, model=model))
+
+
+def test_a_first_codebook_that_sees_near_frames_is_the_same_on_a_mesh(loaded):
+    mesh = SamplingMeshConfig(guidance=2, frames=4)
+    near = see_near_frames(loaded, 9)
+    one = clips(near).codes_BKT
+    many = clips(near, execution=sampling.Execution(mesh=mesh)).codes_BKT
+    np.testing.assert_array_equal(one, many)
+    assert (one[:, 0] != clips(loaded).codes_BKT[:, 0]).any()
+    with pytest.raises(UserError, match="frames a device, fewer than the 40 seen to each side"):
+        clips(see_near_frames(loaded, 40), execution=sampling.Execution(mesh=mesh))
+
+
 def test_a_mesh_that_does_not_fit_is_refused(loaded):
     for mesh, message in (
         (SamplingMeshConfig(data=9), "needs 9 devices; there are 8"),

@@ -85,7 +85,9 @@ def measure(args: Args) -> None:
         line = watch.read_scalars(Path(config.out))[-1]
     spec = records.read_codec_spec(args.data)
     frames = sampling.segment_frames(config, spec)
-    a_clip = flops.training_flops(config.model, frames, config.text.max_tokens)
+    a_clip = flops.training_flops(
+        config.model, frames, config.text.max_tokens, config.stage_weights
+    )
     rate = line["speed/frames_per_second"] / frames * a_clip
     depth = config.model.num_layers
     compiled = {layers: compile_seconds(config, layers) for layers in (depth, 4 * depth)}

@@ -44,7 +44,8 @@ class Train(Asked):
     dtype: str = "auto"
     """float32 or bfloat16; auto is float32 on a CPU, else bfloat16."""
     stage: int = 1
-    """0 compiles the step of the first codebook, with full attention; above it, the local one."""
+    """0 compiles the step of the first codebook, which sees all frames unless the config has
+    model.first_context; above it, that of the others, with model.local_context."""
     json: Path | None = None
     """File for everything that was found out, costs of one device."""
     picture: Path | None = None
@@ -110,7 +111,9 @@ def costs(args: Train) -> dict[str, Any]:
     found = report.compiled_costs(lowered, target)
     found.pop("text")
     at_once = clips // sharding.num_rows(static.mesh) // static.num_parts
-    operations = clips * flops.training_flops(config.model, frames, text_tokens)
+    operations = clips * flops.training_flops(
+        config.model, frames, text_tokens, config.stage_weights
+    )
     seconds, memory = found["estimated_seconds"], planned.device
     return {
         "program": "train",
