@@ -107,6 +107,7 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
         before = json.loads(notes.read_text())
         if "kernels" in before:  # (settings that were added since had their defaults)
             before["kernels"] = dataclasses.asdict(KernelConfig()) | before["kernels"]
+        before.setdefault("parameters", settings["parameters"])  # (earlier releases did not say)
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
     except (OSError, ValueError, AttributeError, TypeError):
         return False  # nobody's, or not ours
@@ -175,6 +176,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         codec=args.codec,
         adapter=args.adapter,
     )
+    fingerprint = pretrained.fingerprint(loaded)
     decoder = pretrained.load_decoder(loaded, str(args.checkpoint), args.codec_backend)
     execution = sampling.Execution(
         kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
@@ -237,12 +239,14 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         "adapter": args.adapter and str(args.adapter),
         "step": loaded.step,
         "weights": loaded.lineage.get("weights"),
+        "parameters": fingerprint,
         "decode": dataclasses.asdict(decoding),
         "rescorer": second
         and {
             "checkpoint": str(args.rescorer),
             "step": second.step,
             "weights": second.lineage.get("weights"),
+            "parameters": pretrained.fingerprint(second),
             **dataclasses.asdict(rescoring),
         },
         "compute_dtype": sampling.compute_dtype(config).name,

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -85,6 +86,35 @@ def check_new_file(option: str, path: Path | None, suffixes: Sequence[str]) -> N
         raise UserError(f"{option} {path}: is a folder; name a file")
 
 
+def temporary_name(path: Path) -> Path:
+    """A name beside `path` of this writer's own: another process may be writing the same file."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+@contextlib.contextmanager
+def held(path: Path, wait: str | None = None) -> Iterator[bool]:
+    """Holds a lock file, which is made and stays, against other processes of this machine.
+
+    Args:
+      path: of the lock file.
+      wait: to be printed where another process holds it, before waiting; None is not to wait, which
+        yields False.
+    """
+    import fcntl  # which Windows lacks
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if wait is None:
+                yield False
+                return
+            print(wait, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield True
+
+
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Gives a path to write to, in the same folder, which takes the name `path` at the end.
@@ -92,7 +122,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Makes the folder. A file that is replaced stays whole until then. Raises `UserError` where
     something cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

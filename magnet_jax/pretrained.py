@@ -6,12 +6,15 @@ and the text-conditioned MusicGen. 'demo' is the model that ships with the packa
 """
 
 import functools
+import hashlib
 import importlib.metadata
 import typing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from tokenizers import Tokenizer
 
 from magnet_jax import bucket, bundle, checkpoint, convert, finetune, hub, t5
@@ -165,6 +168,20 @@ def _mirror(url: str) -> bucket.Mirror:
 def is_audiocraft(folder: Path) -> bool:
     """Whether a folder holds an AudioCraft checkpoint and not an export, which may hold both."""
     return (folder / LM_FILE).exists() and not bundle.is_export(folder)
+
+
+def fingerprint(loaded: Loaded) -> str:
+    """Tells models of other weights apart, quickly: a hash of some values of every parameter.
+
+    Of the transformer and the text encoder, as they are loaded, and of the latter's words; the
+    codec has a hash of its own. Training and fine-tuning change about every value.
+    """
+    found = hashlib.sha256(loaded.tokenizer.to_str().encode())
+    for path, leaf in jax.tree.leaves_with_path((loaded.params, loaded.t5_params)):
+        few = jnp.ravel(leaf)[:: max(1, leaf.size // 1024)]
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
+        found.update(np.asarray(few).tobytes())
+    return found.hexdigest()
 
 
 def read_defaults(source: Path | str) -> tuple[ModelConfig, SamplingConfig]:

@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from magnet_jax import config
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
+from magnet_jax.files import temporary_name
 
 FORMAT = "magnet_jax tokens 1"
 SPLITS = ("train", "validation")
@@ -48,6 +48,8 @@ class Shard:
     num_bytes: int
     """Of the serialized records."""
     file_bytes: int
+    sha256: str = ""
+    """Of the serialized records; '' of an earlier release's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,8 @@ def read_totals(directory: str | Path) -> Totals:
 
 
 def digest(directory: str | Path) -> str:
-    """Tells one data set from another: a hash of its metadata, with every file's name and size."""
+    """Tells one data set from another: a hash of its metadata, with that of every file's records
+    (of its name and size alone, where an earlier release wrote it)."""
     _read_metadata(directory)
     return hashlib.sha256((Path(directory) / "metadata.json").read_bytes()).hexdigest()
 
@@ -175,7 +178,7 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
     file. The bytes are a function of the examples alone. Raises `OSError` if it cannot be written.
     """
     types = features(num_codebooks)
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         return _write_shard(path, temporary, types, examples)
     finally:
@@ -188,7 +191,7 @@ def _write_shard(
     types: tfds.features.FeaturesDict,
     examples: Iterable[Mapping[str, Any]],
 ) -> Shard:
-    writer, count, num_bytes = None, 0, 0
+    writer, count, num_bytes, content = None, 0, 0, hashlib.sha256()
     try:
         for example in examples:
             if writer is None:
@@ -201,6 +204,7 @@ def _write_shard(
                 writer.write(record)
             count += 1
             num_bytes += len(record)
+            content.update(record)
     except BaseException:
         if writer is not None:
             with contextlib.suppress(RuntimeError):  # (it says again what went wrong)
@@ -219,7 +223,13 @@ def _write_shard(
     file_bytes = temporary.stat().st_size
     temporary.replace(path)
     _sync(path.parent)
-    return Shard(path=path, num_examples=count, num_bytes=num_bytes, file_bytes=file_bytes)
+    return Shard(
+        path=path,
+        num_examples=count,
+        num_bytes=num_bytes,
+        file_bytes=file_bytes,
+        sha256=content.hexdigest(),
+    )
 
 
 @contextlib.contextmanager
@@ -313,6 +323,7 @@ def write_metadata(
             format=FORMAT,
             codec=asdict(spec),
             files={name: shard.file_bytes for shard, name in final_names(shards)},
+            sha256={name: shard.sha256 for shard, name in final_names(shards)},
             about=dict(about),
         ),
     )
@@ -324,7 +335,7 @@ def write_metadata(
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file so that a kill leaves the old one or the new one, whole."""
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     temporary.replace(path)
@@ -335,11 +346,6 @@ def remove_temporaries(folder: Path) -> None:
     """Removes what killed writers left in a folder; what goes meanwhile is a slow one's."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    """A name of this writer's own: another machine may be writing the same file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def _sync(path: Path) -> None:

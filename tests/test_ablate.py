@@ -104,7 +104,7 @@ def test_a_study_trains_generates_and_scores(spans):
     assert config["optimizer"]["schedule_steps"] == config["steps"] == 2
     assert (spans / "spans.png").read_bytes().startswith(b"\x89PNG")
     assert "| span 3, restricted" in (spans / "spans.md").read_text()
-    assert len(list((spans / "probe-round-trip").glob("*.wav"))) == 3
+    assert len(list((spans / "probe-round-trip").glob("*/*.wav"))) == 3
 
 
 def test_what_is_done_is_not_done_again(place, spans, capsys, few):

@@ -104,7 +104,8 @@ def test_too_few_rows_for_a_probe_are_said_before_sampling(real, probed, tmp_pat
         path.unlink()
     with pytest.raises(UserError, match=r"--probe .*/probe: 3 rows of 3 labels .*: add clips"):
         evaluated(
-            tmp_path / "out", "--checkpoint", "run", "--prompts", real, "--probe", probed
+            tmp_path / "out", "--checkpoint", "run", "--prompts", real, "--probe", probed,
+            "--seconds", "1.5",
         )  # fmt: skip
 
 
@@ -128,7 +129,18 @@ def test_a_second_probe_knows_how_a_codec_sounds(real, probed, tmp_path, monkeyp
     assert found["probe"]["value"] == pytest.approx(2 / 3)  # 355 Hz is nearer to a violin's 440 ...
     assert found["probe_codec"]["value"] == 1  # ... but to the 270 of pianos in both versions, too
     assert receipt["probe"]["codec"] == "of the stand-in"
-    assert len(list((tmp_path / "out" / "probe-round-trip").iterdir())) == 6
+    # Evaluations of another length share the folder, and each finds its own again.
+    folder = tmp_path / "out" / "probe-round-trip"
+    (first,) = folder.glob("*/")
+    times = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    assert len(times) == 6
+    for seconds in ("1", "None"):
+        evaluated(
+            tmp_path / "other", "--generated", tmp_path / "made", "--reference", real, "--probe",
+            probed, "--probe-codec", "a codec", "--probe-round-trip", folder, "--seconds", seconds,
+        )  # fmt: skip
+    assert len(list(folder.glob("*/"))) == 2
+    assert times == {path: path.stat().st_mtime_ns for path in first.iterdir()}
 
 
 def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tmp_path):
@@ -282,7 +294,8 @@ def test_a_model_may_have_fewer_codebooks_than_the_data_of_its_baseline(
         command, "_sampler", lambda args, _: sample.Args(checkpoint="run", out=args.out)
     )
     monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
-    words = ("--checkpoint", "run", "--prompts", real, "--reference", real, "--baselines")
+    words = ("--checkpoint", "run", "--prompts", real, "--reference", real, "--baselines",
+             "--seconds", "1.5")  # fmt: skip
     with pytest.raises(UserError, match="one: its codec has num_codebooks 1, but 2 is wanted"):
         evaluated(tmp_path / "out", *words, "--data", tmp_path / "one")
     with pytest.raises(UserError, match="give two prompts at least"):
@@ -491,6 +504,29 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypa
         embedders.load("vggish")
 
 
+def test_real_clips_are_heard_as_long_as_generated_ones(real, tmp_path):
+    """By default; a folder's clips are heard whole."""
+    asked = {"out": tmp_path / "out", "prompts": real}
+    model = command._checked(command.Args(checkpoint="demo", **asked))
+    assert command._real_clips(model)[0].seconds == model.seconds == 10
+    assert command._checked(command.Args(checkpoint="demo", seconds=3.0, **asked)).seconds == 3
+    assert command._checked(command.Args(generated=real, **asked)).seconds is None
+
+
+def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys):
+    names = sorted(path.stem for path in real.glob("*.wav"))
+    for name in names[:2]:
+        put(tmp_path / "made" / f"{name}.wav", tone(1.5))
+    put(tmp_path / "made" / "new.wav", tone(1.5))
+    rows = [{"id": name, "caption": "a piano"} for name in (*names, "new")]
+    listed = table(tmp_path / "list.csv", *rows)
+    evaluated(tmp_path / "out", "--generated", tmp_path / "made", "--reference", real,
+              "--prompts", listed)  # fmt: skip
+    shown = capsys.readouterr().out
+    assert f"has 3 of the {len(names) + 1} clips that --prompts lists, and not {names[2]}" in shown
+    assert "note: 2 of the 3 clips have a reference clip of their name" in shown
+
+
 # --- mistakes -------------------------------------------------------------------------------------
 
 
@@ -526,7 +562,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
     monkeypatch.setattr(command, "load", hear)
     with pytest.raises(UserError if message else Heard, match=message):
         evaluated(
-            tmp_path / "out", "--checkpoint", "run", "--prompts", real,
+            tmp_path / "out", "--checkpoint", "demo", "--prompts", real,
             f"--sample-options={options}",
         )  # fmt: skip
 

@@ -255,6 +255,22 @@ def test_a_first_codebook_that_sees_near_frames_is_exported_without_audiocraft(l
     assert "4 frames in the first codebook" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_clips_of_other_weights_are_not_taken_for_these(loaded, tmp_path):
+    run_export(loaded, tmp_path)
+    same = pretrained.fingerprint(pretrained.load(tmp_path / "out"))
+    assert pretrained.fingerprint(loaded) == same
+    lm = jax.tree.map(np.array, loaded.params["lm"])
+    lm["blocks"]["mlp"]["up"] += 1e-6
+    other = pretrained.fingerprint(loaded._replace(params=loaded.params | {"lm": lm}))
+    assert other != same
+    (tmp_path / "0.wav").write_bytes(b"made")
+    (tmp_path / "0.json").write_text(json.dumps({"seed": 1, "parameters": same}))
+    clip = (tmp_path / "0.wav", tmp_path / "0.json")
+    assert sample._is_made(*clip, {"seed": 1, "parameters": same})
+    with pytest.raises(UserError, match="made with other settings .parameters.; name another"):
+        sample._is_made(*clip, {"seed": 1, "parameters": other})
+
+
 def test_text_encoder_names(loaded):
     def name(source, width, t5_name=None, **changed):
         config = dataclasses.replace(

@@ -8,7 +8,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader
 
-from magnet_jax import records
+from magnet_jax import files, records
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
 
@@ -131,6 +131,27 @@ def test_a_broken_shard_never_gets_its_name(tmp_path):
     records.write_shard(tmp_path / "again", 3, [example(0)])
     assert (tmp_path / "again").read_bytes() == (tmp_path / "shard").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "shard"]
+
+
+def test_data_sets_of_other_captions_have_other_digests(tmp_path):
+    digests = []
+    for name, caption in (("one", "an organ"), ("same", "an organ"), ("other", "an oboe.")):
+        records_of = [example(0) | {"caption": caption}]
+        (tmp_path / name).mkdir()
+        shard = records.write_shard(tmp_path / name / "shard", 3, records_of)
+        records.finalise(tmp_path / name, {"train": [shard]}, SPEC, {})
+        digests.append(records.digest(tmp_path / name))
+    assert digests[0] == digests[1] != digests[2]
+    sizes = [records.read_totals(tmp_path / name).files for name in ("one", "other")]
+    assert sizes[0] == sizes[1]
+
+
+def test_two_writers_of_one_file_leave_it_whole(tmp_path):
+    path = tmp_path / "file"
+    with files.replacing_file(path) as first, files.replacing_file(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first" and list(tmp_path.iterdir()) == [path]
 
 
 def test_fields_are_written_in_a_fixed_order(tmp_path):

@@ -37,6 +37,7 @@ from magnet_jax.convert_codec import (
 )
 from magnet_jax.errors import UserError
 from magnet_jax.files import put_back, read_object, replacing, replacing_file
+from magnet_jax.records import remove_temporaries
 from magnet_jax.torch_env import import_torch, load_tensors
 
 CODEC = SeanetConfig(
@@ -508,6 +509,7 @@ def train(settings: Training) -> Iterator[dict[str, float]]:
     valid = Clips("--valid", settings.valid, rate, 1.0)
     checkpoint = settings.out / "checkpoint.pt"
     _begin(settings, clips, is_new=not checkpoint.exists())
+    remove_temporaries(settings.out)
     if checkpoint.exists():
         run.restore(load_tensors(checkpoint))
         print(f"{settings.out}: goes on at step {run.step}", flush=True)

@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -21,12 +20,11 @@ from launch.ablate import report, studies
 from launch.ablate.studies import Setting, Study
 from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
-from magnet_jax import bucket, errors, memory, records
+from magnet_jax import bucket, errors, files, memory, records
 from magnet_jax.config import DecodeConfig, HybridConfig, RescoreConfig, RunConfig
 from magnet_jax.convert import flatten
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
-from magnet_jax.files import read_object
 
 CONFIG = "recipe_small"
 LUFS = -14.0  # of every clip, real and generated
@@ -218,22 +216,11 @@ def make(cell: Cell, out: Path, say: Callable[..., None], wait: bool) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _held(out: Path, folder: Path, wait: bool) -> Iterator[bool]:
+def _held(out: Path, folder: Path, wait: bool) -> contextlib.AbstractContextManager[bool]:
     """Keeps other processes from what is made in a folder; False where one is at it, unless it is
     to `wait`."""
     path = out / "locks" / f"{folder.parent.name}-{folder.name}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield False
-                return
-            print(f"waiting for the process that is at {folder}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
+    return files.held(path, f"waiting for the process that is at {folder}" if wait else None)
 
 
 # --- what is to be done, and whether it can be ----------------------------------------------------
@@ -260,8 +247,8 @@ def plan(args: Common) -> tuple[Study, list[Cell]]:
         "probe_codec": None,
     }
     if args.probe is not None:
-        files, _ = evaluate.labelled_clips(args.probe, FIELD, reference)
-        common["probe"] = scores.digest(files)
+        clips, _ = evaluate.labelled_clips(args.probe, FIELD, reference)
+        common["probe"] = scores.digest(clips)
     study, seconds, codec, models = (_given if isinstance(args, Given) else _trained)(args)
     if args.probe is not None:
         from magnet_jax.codec import read_spec  # JAX is slow to load
@@ -484,7 +471,7 @@ def _check_claim(folder: Path, settings: Mapping[str, Any]) -> None:
         return
     before, now = (
         flatten(values, separator=".")
-        for values in (read_object(path, ""), json.loads(json.dumps(settings)))
+        for values in (files.read_object(path, ""), json.loads(json.dumps(settings)))
     )
     changed = [
         f"{name} (was {before.get(name)!r:.40}, now {now.get(name)!r:.40})"

@@ -17,12 +17,12 @@ import tyro
 
 from launch import cli, evaluate, sample
 from launch.evaluate import prompts
-from magnet_jax import bucket, errors
+from magnet_jax import bucket, errors, records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import probe, scores
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
 from magnet_jax.evaluation.scores import Clips, Listening
-from magnet_jax.files import read_object, replacing_file
+from magnet_jax.files import held, read_object, replacing_file
 
 if TYPE_CHECKING:
     from magnet_jax.codec import Codec
@@ -79,12 +79,13 @@ class Args:
     """Fit a second classifier to the clips of --probe and to what this codec makes of them, which
     does not take a codec's sound for another instrument; as for tokenization.job."""
     probe_round_trip: Path | None = None
-    """Folder for what that codec makes of them, which several evaluations may share; by default
+    """Folder for what that codec makes of them, which any evaluations may share; by default
     OUT/probe-round-trip."""
     lufs: float | None = None
     """Bring every clip, real and generated, to this loudness first, such as -14."""
     seconds: float | None = None
-    """Listen to only so much of each clip; also the length that is generated."""
+    """Listen to only so much of each clip; also the length that is generated. With --checkpoint
+    by default what the model was trained on, else all."""
     seed: int = 0
     """Of the clips that are generated, and of everything drawn for the scores."""
     resamples: int = 200
@@ -113,7 +114,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
 
     Raises `UserError` for what cannot be had.
     """
-    _check(args)
+    args = _checked(args)
     listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
     sampler = None if args.checkpoint is None else _sampler(args, listed)
     listening, reference, labelled = _real_clips(args)
@@ -171,7 +172,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
         "command": shlex.join(["python", "-m", "launch.evaluate", *words]),
         "versions": {
             name: importlib.metadata.version(name)
-            for name in ("magnet-jax", "jax", "numpy", "soxr", "transformers")
+            for name in ("magnet-jax", "jax", "numpy", "soxr", "torch", "transformers")
         },
         "settings": dataclasses.asdict(listening) | dataclasses.asdict(settings),
         "embedders": {
@@ -184,6 +185,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
             for network in networks
         },
         "model": model,
+        "data": args.data and records.digest(args.data),
         "prompts": args.prompts and {"path": str(args.prompts), "sha256": _hash(listed)},
         "probe": labelled
         and {
@@ -211,13 +213,14 @@ def prepare(args: Args) -> None:
 
     Raises `UserError` for what cannot be had.
     """
-    _check(args)
+    args = _checked(args)
     real = _real_clips(args)
     for name in args.embedders:
         _listen_to_real(args, load(name, getattr(args.weights, name)), *real)
 
 
-def _check(args: Args) -> None:
+def _checked(args: Args) -> Args:
+    """The arguments, with the model's length where none is given."""
     if (args.generated is None) == (args.checkpoint is None):
         raise UserError("give --generated FOLDER, or --checkpoint MODEL and --prompts LIST")
     if args.checkpoint is not None and args.prompts is None:
@@ -249,6 +252,12 @@ def _check(args: Args) -> None:
             raise UserError(f"--{option} {path}: needs a folder on disk; copy it from there")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
+    if args.seconds is None and args.checkpoint is not None:
+        from magnet_jax import pretrained  # JAX is slow to load
+
+        seconds = pretrained.read_settings(args.checkpoint).data.segment_seconds
+        return dataclasses.replace(args, seconds=seconds)
+    return args
 
 
 class _Labelled(NamedTuple):
@@ -300,9 +309,13 @@ def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -
 
     codec = load_codec(args.probe_codec)
     folder = args.probe_round_trip or args.out / "probe-round-trip"
-    decoded = baselines.codec_round_trip(
-        codec, files, listening, out=folder, notes=folder.parent / "settings"
-    )
+    # (a folder for each way to make them: evaluations of other lengths and codecs share the place)
+    about = baselines.about_round_trip(codec, files, listening)
+    name = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    with held(folder / f"{name}.lock", f"waiting for the process that is at {folder}"):
+        decoded = baselines.codec_round_trip(
+            codec, files, listening, out=folder / name, notes=folder
+        )
     return _Labelled(files, labels, decoded, codec.spec.sha256)
 
 
@@ -413,13 +426,21 @@ def _match(
                 f"{folder}: none of its clips is called as --prompts has them, such as "
                 f"{listed[0].id}"
             )
+        if len(there) < len(listed):
+            missing = next(prompt.id for prompt in listed if prompt.id not in files)
+            print(
+                f"note: {folder} has {len(there)} of the {len(listed)} clips that --prompts lists, "
+                f"and not {missing}: only these are scored"
+            )
         pairs = {}
         for prompt in there:
             name = next((name for name in (prompt.id, *prompt.names) if name in reference), None)
             if name is not None:
                 pairs[prompt.id] = name
         captions = {prompt.id: prompt.text for prompt in there}
-        return _Row({prompt.id: files[prompt.id] for prompt in there}, captions, pairs)
+        row = _Row({prompt.id: files[prompt.id] for prompt in there}, captions, pairs)
+        _say_pairs(row, reference)
+        return row
     pairs = {name: name for name in files if name in reference}
     captions = {}
     for name, path in files.items():
@@ -430,7 +451,17 @@ def _match(
         raise UserError(
             f"{folder}: no captions beside its clips; give --prompts FILE or --reference FOLDER"
         )
-    return _Row(files, captions, pairs)
+    row = _Row(files, captions, pairs)
+    _say_pairs(row, reference)
+    return row
+
+
+def _say_pairs(row: _Row, reference: Mapping[str, Path]) -> None:
+    if reference and len(row.pairs) < len(row.files):
+        print(
+            f"note: {len(row.pairs)} of the {len(row.files)} clips have a reference clip of their "
+            "name: KL is of these"
+        )
 
 
 def _baseline_codec(args: Args, sampler: sample.Args, listed: list[prompts.Prompt]) -> "Codec":

@@ -26,8 +26,7 @@ def codec_round_trip(
     returned see `_begin`.
     """
     spec = codec.spec
-    about = {"codec": spec.sha256, "clips": scores.digest(clips), **dataclasses.asdict(listening)}
-    written = _begin(out, notes, list(clips), about)
+    written = _begin(out, notes, list(clips), about_round_trip(codec, clips, listening))
     for name, path in tqdm(written.items(), desc="codec", unit="clip", leave=False, delay=2):
         if path.exists():
             continue
@@ -36,6 +35,14 @@ def codec_round_trip(
         decoded_CN = codec.decode(codec.encode(wav_CN[None]))[0][:, : len(wav_N)]
         audio.write_wav(path, decoded_CN, spec.sample_rate)
     return written
+
+
+def about_round_trip(
+    codec: Codec, clips: Mapping[str, Path], listening: Listening
+) -> dict[str, Any]:
+    """All that the result of `codec_round_trip` depends on."""
+    listened = dataclasses.asdict(listening)
+    return {"codec": codec.spec.sha256, "clips": scores.digest(clips), **listened}
 
 
 def unigram_tokens(
