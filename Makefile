@@ -26,5 +26,5 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-clean:
-	rm -rf demo runs .pytest_cache .ruff_cache
+clean:  # (not data/ and runs/, which may hold what took days)
+	rm -rf demo .pytest_cache .ruff_cache

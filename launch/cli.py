@@ -43,6 +43,9 @@ def parse(
     Raises:
       UserError: an unknown option, with the nearest known one, or a value that does not fit.
     """
+    if description is not None:  # (tyro runs lines together: each command gets a paragraph)
+        description = re.sub(r" \\\n\s+", " ", description)
+        description = re.sub(r"(?<!\n)\n(?=python -m )", "\n\n", description)
     complaint = io.StringIO()
     keywords = {} if default is tyro.MISSING else {"default": default}
     try:

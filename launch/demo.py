@@ -37,8 +37,8 @@ PROMPTS = (
 SEED = 0
 ABOUT_SHIPPED = """\
 Three clips in {shipped}: listen. This model has 10 M parameters, and learnt for a few hours on
-two CPU cores from old tunes that a synthesizer played. It has learned how such music sounds and, in
-part, which of eleven instruments a text asks for; expect textures more than tunes, and no voices,
+two CPU cores from old tunes that a synthesizer played. It has learned how such music sounds and,
+mostly, which of eleven instruments a text asks for; expect textures more than tunes, and no voices,
 drums or bands. Its scores are in {card}. The rest shows how such models are made."""
 
 

@@ -36,7 +36,7 @@ from magnet_jax.errors import UserError
 class Args:
     checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="MODEL")]
     """Folder of a training run, of an exported or imported model, or of an AudioCraft checkpoint,
-    on disk or gs://; or a hub id."""
+    on disk or gs://; or a hub id; or demo, which ships."""
     out: Path
     """Folder for the WAV files; each gets a JSON file beside it with every setting."""
     prompt: Annotated[
@@ -62,7 +62,7 @@ class Args:
     balanced (20 5 5 5, 35; the paper finds no loss), draft (20 1 1 1, 23; 8 % worse).
     --decode.steps goes before it."""
     decode: DecodeConfig = DecodeConfig()
-    """Schedule and sampling; the defaults are the model's."""
+    """Schedule and sampling; the defaults are the model's: --checkpoint MODEL --help shows them."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     """The same for a MusicGen, and for the beginning of a hybrid's clip."""
     hybrid_prompt_seconds: float | None = None
@@ -230,6 +230,11 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
 
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)
+    if stride is None and seconds > 1.5 * config.data.segment_seconds:
+        print(
+            f"note: {seconds:g} s are asked of a model that was trained on clips of "
+            f"{config.data.segment_seconds:g} s: it takes them, but has not learnt such lengths"
+        )
     for note in sampling.notes_on_cut_texts(second, texts) if second else ():
         print(f"rescorer: {note}")
     common = {
