@@ -1,10 +1,14 @@
-"""Errors that are the user's to mend, and how they are shown."""
+"""Errors that are the user's to mend, and how they are shown; how long jobs are stopped."""
 
 import errno
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(Exception):
@@ -49,3 +53,27 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def stop_when_terminated() -> None:
+    """Makes SIGTERM end this process in good order, as Ctrl-C does, with a line that it goes on."""
+
+    def stop(*_: Any) -> None:
+        print("\nstopped; the same command goes on from here", file=sys.stderr, flush=True)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this worker with the process `parent`, however that ends: its folder is another's then.
+
+    To be called first thing in the worker; returns at once.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -2,7 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,6 +242,39 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(kitchen):
         assert len(about["description"]) == 3 and "bpm" in about and "artist" not in about
     card = found["README.md"].decode()
     assert "| train |" in card and "1 tunes because" in card
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_a_run_that_is_killed(how):
+    words = (
+        "import time; from magnet_jax import errors; from tokenization import recipe; "
+        "errors.stop_when_terminated(); recipe._each(time.sleep, [(1,), (300,)], 2, 'nap')"
+    )
+    if how == signal.SIGTERM:  # (which lets workers finish what they are at)
+        words = words.replace("300", "2")
+    run = subprocess.Popen([sys.executable, "-c", words], stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+
+    def workers():
+        lines = [Path(f"/proc/{pid}/cmdline") for pid in children.read_text().split()]
+        return [line.parent for line in lines if b"spawn_main" in line.read_bytes()]
+
+    try:
+        wait_until(lambda: len(workers()) == 2)
+        found = workers()
+        run.send_signal(how)
+        assert run.wait(60) == (143 if how == signal.SIGTERM else -9)
+        assert ("stopped; the same command" in run.stderr.read()) == (how == signal.SIGTERM)
+        wait_until(lambda: not any(worker.exists() for worker in found))
+    finally:
+        run.kill()
+
+
+def wait_until(true, seconds=60):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_more_hours_add_clips_and_other_settings_are_refused(kitchen):

@@ -23,9 +23,6 @@ import multiprocessing
 import os
 import queue
 import re
-import signal
-import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +40,13 @@ from launch import cli
 from magnet_jax import bucket, memory, records
 from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
-from magnet_jax.errors import PassingError, UserError, reported
+from magnet_jax.errors import (
+    PassingError,
+    UserError,
+    end_with_parent,
+    reported,
+    stop_when_terminated,
+)
 from magnet_jax.torch_env import import_torch
 from tokenization import encode as encoding
 from tokenization import mixing
@@ -659,7 +662,7 @@ _worker: Callable[[Unit], Done] | None = None  # of this process
 
 def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
     global _worker
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent(parent)
     memory.keep_freed()
     torch = import_torch()
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.workers))
@@ -675,13 +678,6 @@ def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
         return maker()(unit, lambda files, seconds: events.put((files, seconds)))
 
     _worker = work
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process with its parent, however that ends: the folder is another job's then."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
 
 
 def _make_in_worker(unit: Unit) -> Done:
@@ -772,13 +768,8 @@ def _finish(
     )
 
 
-def _stop(*_: Any) -> None:
-    tqdm.write("stopped; the same command goes on from here", file=sys.stderr)
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def main() -> None:
-    signal.signal(signal.SIGTERM, _stop)
+    stop_when_terminated()
     memory.keep_freed()
     with reported():
         print(run(cli.parse(Job, prog="python -m tokenization.job")))

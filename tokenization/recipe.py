@@ -11,6 +11,7 @@ same command goes on where it was stopped. See docs/recipe.md.
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ import soxr
 from tqdm import tqdm
 
 from launch import cli
-from magnet_jax.errors import UserError, reported
+from magnet_jax.errors import UserError, end_with_parent, reported, stop_when_terminated
 from magnet_jax.files import read_object, replacing_file
 from tokenization import scores
 from tokenization.scores import Note, Tune
@@ -539,7 +540,9 @@ def _each(do: Callable[..., None], jobs: Sequence[Iterable[Any]], workers: int, 
             do(*job)
         return
     # (spawn: a forked child could inherit a lock that another thread holds)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
+    ) as pool:
         results = [pool.submit(do, *job) for job in jobs]
         try:
             for result in tqdm(results, unit=unit, desc=unit):
@@ -658,5 +661,6 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    stop_when_terminated()
     with reported():
         main()
