@@ -97,8 +97,9 @@ def _folder(folder: Path) -> list[Prompt]:
 
 
 def _table(path: Path) -> Iterator[Prompt]:
+    delimiter, between = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        rows = csv.DictReader(file, delimiter=delimiter)
         names = rows.fieldnames or []
         patterns = [
             pattern
@@ -107,6 +108,11 @@ def _table(path: Path) -> Iterator[Prompt]:
             if set(pattern_fields(pattern)) <= set(names)
         ]
         for row in rows:
+            if any(row.pop(None, ())):  # (what is beyond the last column)
+                raise UserError(
+                    f"{path}, line {rows.line_num}: {len(names)} columns, but more cells; put a "
+                    f"caption with {between} in it in double quotes"
+                )
             yield _prompt(row, f"{path}, line {rows.line_num}", patterns)
 
 
