@@ -88,6 +88,21 @@ def test_a_probe_is_fitted_to_other_clips(real, probed, tmp_path):
         evaluated(tmp_path / "out", *words)
 
 
+def test_a_probe_whose_labels_no_caption_names_is_refused(real, probed, tmp_path, monkeypatch):
+    """Whether the captions are beside the clips or listed, and before anything is sampled."""
+    monkeypatch.setattr(command, "_sampler", lambda args, listed: None)
+    for path in probed.glob("*.json"):
+        label = json.loads(path.read_text())["instrument"]
+        path.write_text(json.dumps({"instrument": f"electric {label}"}))
+    (tmp_path / "list.txt").write_text("a waltz on the piano\n")
+    for words in (
+        ["--generated", real],
+        ["--checkpoint", "run", "--seconds", "1", "--prompts", tmp_path / "list.txt"],
+    ):
+        with pytest.raises(UserError, match="no caption names a label .* such as 'electric choir'"):
+            evaluated(tmp_path / "out", *words, "--reference", real, "--probe", probed)
+
+
 def test_too_few_rows_for_a_probe_are_said_before_sampling(real, probed, tmp_path, monkeypatch):
     """One clip of each label, and an embedder that makes one row of each."""
 
@@ -512,7 +527,7 @@ def test_real_clips_are_heard_as_long_as_generated_ones(real, tmp_path):
     """By default; a folder's clips are heard whole."""
     asked = {"out": tmp_path / "out", "prompts": real}
     model = command._checked(command.Args(checkpoint="demo", **asked))
-    assert command._real_clips(model)[0].seconds == model.seconds == 10
+    assert command._real_clips(model, *command._inputs(model))[0].seconds == model.seconds == 10
     assert command._checked(command.Args(checkpoint="demo", seconds=3.0, **asked)).seconds == 3
     assert command._checked(command.Args(generated=real, **asked)).seconds is None
 

@@ -247,7 +247,8 @@ def plan(args: Common) -> tuple[Study, list[Cell]]:
         "probe_codec": None,
     }
     if args.probe is not None:
-        clips, _ = evaluate.labelled_clips(args.probe, FIELD, reference)
+        captions = [prompt.text for prompt in listed[: args.clips]]
+        clips, _ = evaluate.labelled_clips(args.probe, FIELD, reference, captions)
         common["probe"] = scores.digest(clips)
     study, seconds, codec, models = (_given if isinstance(args, Given) else _trained)(args)
     if args.probe is not None:

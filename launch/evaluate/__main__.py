@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -115,17 +115,15 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     Raises `UserError` for what cannot be had.
     """
     args = _checked(args)
-    listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
+    listed, reference, generated = _inputs(args)
     sampler = None if args.checkpoint is None else _sampler(args, listed)
-    listening, reference, labelled = _real_clips(args)
+    listening, labelled = _real_clips(args, listed, reference, generated)
     # Whatever is missing is to be said before hours of sampling.
     networks = [load(name, getattr(args.weights, name)) for name in args.embedders]
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
-    model, generated = None, None
-    if sampler is None:
-        generated = _match(args.generated, listed, reference)
-    elif sampler.kernels.products == "amx":
+    model = None
+    if sampler is not None and sampler.kernels.products == "amx":
         from magnet_jax import amx
 
         amx.use_synchronous_dispatch()  # (which JAX does not take once an embedder has run)
@@ -214,9 +212,11 @@ def prepare(args: Args) -> None:
     Raises `UserError` for what cannot be had.
     """
     args = _checked(args)
-    real = _real_clips(args)
+    listed, reference, generated = _inputs(args)
+    listening, labelled = _real_clips(args, listed, reference, generated)
     for name in args.embedders:
-        _listen_to_real(args, load(name, getattr(args.weights, name)), *real)
+        network = load(name, getattr(args.weights, name))
+        _listen_to_real(args, network, listening, reference, labelled)
 
 
 def _checked(args: Args) -> Args:
@@ -260,6 +260,14 @@ def _checked(args: Args) -> Args:
     return args
 
 
+def _inputs(args: Args) -> tuple[list[prompts.Prompt] | None, dict[str, Path], _Row | None]:
+    """The list of prompts, the reference ({} without) and the clips of --generated."""
+    listed = None if args.prompts is None else prompts.read(args.prompts, args.limit)
+    reference = {} if args.reference is None else scores.find_audio(args.reference)
+    generated = None if args.generated is None else _match(args.generated, listed, reference)
+    return listed, reference, generated
+
+
 class _Labelled(NamedTuple):
     """Clips to fit a probe to."""
 
@@ -271,11 +279,12 @@ class _Labelled(NamedTuple):
 
 
 def labelled_clips(
-    folder: Path, field: str, reference: Mapping[str, Path]
+    folder: Path, field: str, reference: Mapping[str, Path], captions: Iterable[str]
 ) -> tuple[dict[str, Path], dict[str, str]]:
     """The clips of --probe whose sidecars have the field, and what they have there.
 
-    Raises `UserError` for fewer than two labels, and for clips that are in the reference as well.
+    Raises `UserError` for fewer than two labels, for labels that none of the generated clips'
+    captions names, and for clips that are in the reference as well.
     """
     files = scores.find_audio(folder)
     labels = {}
@@ -289,6 +298,12 @@ def labelled_clips(
             f"--probe {folder}: needs clips of two labels at least, under {field!r} in the .json "
             "beside each"
         )
+    known = sorted(set(labels.values()))
+    if not any(probe.named_label(known, caption) for caption in captions):
+        raise UserError(
+            f"--probe {folder}: no caption names a label of its clips, such as {known[0]!r}; name "
+            "another --probe-field, or leave out --probe"
+        )
     files = {name: files[name] for name in labels}
     both = set(scores.hashes(files).values()) & set(scores.hashes(reference).values())
     if both:
@@ -299,9 +314,11 @@ def labelled_clips(
     return files, labels
 
 
-def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -> _Labelled:
+def _labelled(
+    args: Args, reference: Mapping[str, Path], listening: Listening, captions: Iterable[str]
+) -> _Labelled:
     """`labelled_clips`, and the same as --probe-codec plays them."""
-    files, labels = labelled_clips(args.probe, args.probe_field, reference)
+    files, labels = labelled_clips(args.probe, args.probe_field, reference, captions)
     if args.probe_codec is None:
         return _Labelled(files, labels, {}, None)
     from launch.evaluate import baselines  # (which imports JAX, slowly)
@@ -319,12 +336,21 @@ def _labelled(args: Args, reference: Mapping[str, Path], listening: Listening) -
     return _Labelled(files, labels, decoded, codec.spec.sha256)
 
 
-def _real_clips(args: Args) -> tuple[Listening, dict[str, Path], _Labelled | None]:
-    """How clips are heard, the reference ({} without), and what probes are fitted to."""
-    reference = {} if args.reference is None else scores.find_audio(args.reference)
+def _real_clips(
+    args: Args,
+    listed: list[prompts.Prompt] | None,
+    reference: Mapping[str, Path],
+    generated: _Row | None,
+) -> tuple[Listening, _Labelled | None]:
+    """How clips are heard, and what probes are fitted to; of `_inputs`."""
     listening = Listening(lufs=args.lufs, seconds=args.seconds)
-    labelled = None if args.probe is None else _labelled(args, reference, listening)
-    return listening, reference, labelled
+    if args.probe is None:
+        return listening, None
+    if generated is None:
+        captions = [prompt.text for prompt in listed]
+    else:
+        captions = generated.captions.values()
+    return listening, _labelled(args, reference, listening, captions)
 
 
 def _listen_to_real(

@@ -136,18 +136,23 @@ def tag_hits(probabilities_L: np.ndarray, named_L: np.ndarray, among: int) -> fl
 def named_tags(caption: str, tags: Sequence[str]) -> np.ndarray:
     """Which tags [L] (bool) a caption names: as whole words, in the singular or plural.
 
-    'no vocals' names the tag 'no vocals' and not 'vocals'.
+    Case, hyphens and underscores make no difference. 'no vocals' names the tag 'no vocals' and not
+    'vocals'.
     """
-    words = [_singular(word) for word in re.findall(r"\w+", caption.casefold())]
+    words = _words(caption)
 
     def is_named(tag: str) -> bool:
-        wanted = [_singular(word) for word in tag.split()]
-        return any(
+        wanted = _words(tag)
+        return bool(wanted) and any(
             words[i : i + len(wanted)] == wanted and words[max(i - 1, 0) : i] != ["no"]
             for i in range(len(words))
         )
 
     return np.array([is_named(tag) for tag in tags])
+
+
+def _words(text: str) -> list[str]:
+    return [_singular(word) for word in re.findall(r"[^\W_]+", text.casefold())]
 
 
 def _singular(word: str) -> str:

@@ -5,7 +5,7 @@ is known: for what a tagger has no tag for.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,10 +57,14 @@ def hear(probe: Probe, embeddings_PE: np.ndarray) -> str:
     return probe.labels[int((embeddings_PE @ probe.weights_EC + probe.biases_C).mean(0).argmax())]
 
 
-def named_label(probe: Probe, caption: str) -> str | None:
+def named_label(labels: Sequence[str], caption: str) -> str | None:
     """The label that a caption names, the longest of several; None without any."""
-    for word, label in _ALSO_CALLED.items():
-        caption = re.sub(rf"\b{word}\b", label, caption, flags=re.IGNORECASE)
-    named_C = metrics.named_tags(caption, probe.labels)
-    named = [label for label, is_named in zip(probe.labels, named_C) if is_named]
+    named_C = metrics.named_tags(_usual(caption), [_usual(label) for label in labels])
+    named = [label for label, is_named in zip(labels, named_C) if is_named]
     return max(named, key=len, default=None)
+
+
+def _usual(text: str) -> str:
+    for word, label in _ALSO_CALLED.items():
+        text = re.sub(rf"(?<![^\W_]){word}(?=s?(?![^\W_]))", label, text, flags=re.IGNORECASE)
+    return text

@@ -238,7 +238,7 @@ def score(
         if hits:
             put(f"tag_top{TOP_TAGS}", len(hits), metrics.mean(hits, **drawn))
     for key, probe in probes.items():
-        labels = {name: named_label(probe, captions[name]) for name in named}
+        labels = {name: named_label(probe.labels, captions[name]) for name in named}
         right = [
             hear(probe, clips.embedded[name].embeddings_PE) == label
             for name, label in labels.items()
