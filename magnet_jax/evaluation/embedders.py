@@ -1,7 +1,7 @@
 """Networks that audio is judged with, behind one signature: mono samples in, rows of numbers out.
 
 musicnn ships. Of the others the weights come from a folder or file, or from where their makers put
-them; vggish and passt need a package more (`pip install ".[eval]"`).
+them; vggish and passt need a package more (`pip install --no-deps -r requirements-eval.txt`).
 """
 
 import functools
