@@ -59,6 +59,11 @@ def main(args: Args) -> None:
         raise UserError("--half is not for --adapter-only: adapters are small")
     if args.adapter_only and (args.about or args.license):
         raise UserError("--about and --license are of a model card, which --adapter-only has not")
+    if args.adapter_only and (args.verify or args.t5_name or not args.audiocraft):
+        raise UserError(
+            "--verify, --t5-name and --no-audiocraft are of a whole model: leave them out with "
+            "--adapter-only"
+        )
     if args.adapter_only:
         adapters, config, lineage = pretrained.read_adapters(
             args.checkpoint, args.weights, args.step

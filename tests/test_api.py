@@ -732,7 +732,10 @@ def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_pat
     )
     with pytest.raises(UserError, match="no run that trained adapters"):
         export_command.main(export_command.Args(checkpoint=out, out=adapter, adapter_only=True))
-    for asked in ({"half": True}, {"license": "mit"}, {"about": tmp_path / "about.md"}):
+    for asked in (
+        {"half": True}, {"license": "mit"}, {"about": tmp_path / "about.md"}, {"verify": True},
+        {"t5_name": "t5-base"}, {"audiocraft": False},
+    ):  # fmt: skip
         with pytest.raises(UserError, match="--adapter-only"):
             export_command.main(
                 export_command.Args(checkpoint=run, out=adapter, adapter_only=True, **asked)
