@@ -2,7 +2,9 @@
 
 import functools
 import itertools
+import json
 import math
+import shutil
 import sys
 import zipfile
 
@@ -11,6 +13,7 @@ import pytest
 import soundfile
 import soxr
 from conftest import SHIPPED_GOLDEN
+from safetensors.numpy import save_file
 
 from launch import convert_tagger
 from magnet_jax import files
@@ -175,3 +178,23 @@ def test_conversion_says_what_it_needs(tmp_path, monkeypatch):
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         tagger.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [None, "tags", "fewer", "kernel", "layer"])
+def test_the_folder_of_another_model_is_one_line(tmp_path, change):
+    folder = ASSETS / "demo"
+    if change is not None:
+        folder = shutil.copytree(ASSETS / "tagger", tmp_path / "tagger")
+        tensors = files.read_tensors(folder / "model.safetensors")
+        if change == "kernel":
+            tensors["middle_1/kernel"] = tensors["middle_0/kernel"]
+        elif change == "layer":
+            del tensors["pooled/scale"]
+        save_file(tensors, folder / "model.safetensors")
+        tags = {"tags": {}, "fewer": {"tags": ["piano"]}}.get(change)
+        if tags is not None:
+            (folder / "config.json").write_text(json.dumps(tags))
+    with pytest.raises(
+        UserError, match=f"{folder.name}: holds another model than the tagger; name"
+    ):
+        tagger.load(folder)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.config import ASSETS
+from magnet_jax.errors import UserError
 from magnet_jax.files import read_object, read_tensors
 
 SAMPLE_RATE = 16_000
@@ -58,14 +59,26 @@ class Tagged(NamedTuple):
 def load(folder: Path = ASSETS / "tagger") -> Tagger:
     """The tagger that ships, or one that `launch.convert_tagger` wrote.
 
-    Raises `UserError` where a file is missing or damaged.
+    Raises `UserError` where a file is missing or damaged, or is another model's.
     """
     path = folder / "model.safetensors"
+    tensors = read_tensors(path)
+    tags = read_object(folder / "config.json", "it names the tagger's tags").get("tags")
     params: Params = {}
-    for name, tensor in read_tensors(path).items():
-        layer, part = name.split("/")
-        params.setdefault(layer, {})[part] = jnp.asarray(tensor, jnp.float32)
-    tags = read_object(folder / "config.json", "it names the tagger's tags")["tags"]
+    try:
+        for name, tensor in tensors.items():
+            layer, part = name.split("/")
+            params.setdefault(layer, {})[part] = jnp.asarray(tensor, jnp.float32)
+        # (the network itself knows best which tensors it needs, of which shapes)
+        logits_PL, _ = jax.eval_shape(_heard, params, np.zeros((1, PATCH_SAMPLES), np.float32))
+        fits = isinstance(tags, list) and logits_PL.shape[-1] == len(tags)
+    except (KeyError, TypeError, ValueError):
+        fits = False
+    if not fits or not all(isinstance(name, str) for name in tags):
+        raise UserError(
+            f"{folder}: holds another model than the tagger; name a folder that "
+            "launch.convert_tagger wrote"
+        )
     return Tagger(params, tuple(tags), hashlib.sha256(path.read_bytes()).hexdigest())
 
 
@@ -87,7 +100,7 @@ def tag_patches(tagger: Tagger, patches_PN: np.ndarray) -> Tagged:
     for first in range(0, len(patches_PN), _BATCH):
         batch_PN = patches_PN[first : first + _BATCH]
         filled_PN = np.pad(batch_PN, ((0, _BATCH - len(batch_PN)), (0, 0)))
-        logits_PL, embeddings_PE = _apply(tagger.params, log_mel(tagger.params, filled_PN))
+        logits_PL, embeddings_PE = _heard(tagger.params, filled_PN)
         logits.append(np.asarray(logits_PL)[: len(batch_PN)])
         embeddings.append(np.asarray(embeddings_PE)[: len(batch_PN)])
     return Tagged(np.concatenate(logits), np.concatenate(embeddings))
@@ -108,6 +121,10 @@ def cut_patches(wav_N: np.ndarray, step_frames: int = STEP_FRAMES) -> np.ndarray
     padded_N = np.pad(wav_N, FFT_SIZE // 2)
     windows = np.lib.stride_tricks.sliding_window_view(padded_N, PATCH_SAMPLES)
     return windows[:: step_frames * HOP]
+
+
+def _heard(params: Params, patches_PN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _apply(params, log_mel(params, patches_PN))
 
 
 @jax.jit
