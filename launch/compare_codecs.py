@@ -6,8 +6,11 @@ python -m launch.compare_codecs --audio data/recipe/test --codecs embedded runs/
 import io
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,14 @@ from launch import cli
 from magnet_jax import errors
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation.scores import Listening, read_mono
+from magnet_jax.evaluation.scores import SUFFIXES, Listening, read_mono
 from magnet_jax.files import replacing_file
 
 # (window, hop) in samples
 _RESOLUTIONS = ((512, 128), (1024, 256), (2048, 512))
 _RANGE_DB = 60.0  # below a clip's loudest bin, where the logarithm stops
 _DRAWS = 1000
+_OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)  # that libopus takes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class Comparison:
     seed: int = 0
     """Of the bootstrap."""
     out: Path | None = None
-    """Folder for each clip in each version, as WAV, in the folders that --audio has, and for
-    comparison.json with all numbers."""
+    """Folder for each clip in each version, as VERSION/CLIP.wav with the clip's path in --audio,
+    and for comparison.json with all numbers."""
 
 
 def spectral_distance(made: np.ndarray, real: np.ndarray) -> float:
@@ -81,6 +85,9 @@ def snr_db(made: np.ndarray, real: np.ndarray) -> float:
 
 def through_opus(wav: np.ndarray, rate: int, kbps: float) -> tuple[np.ndarray, float]:
     """Audio [N] encoded and decoded by libopus, in place, and the kbit/s that it took."""
+    if rate not in _OPUS_RATES:
+        decoded, kbps = through_opus(soxr.resample(wav, rate, 48_000, "VHQ"), 48_000, kbps)
+        return _aligned(soxr.resample(decoded, 48_000, rate, "VHQ"), wav), kbps
     buffer = io.BytesIO()
     count = 0
     with av.open(buffer, "w", format="ogg") as container:
@@ -145,16 +152,16 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
         versions[f"Opus, {kbps:g} kbit/s asked"] = lambda wav, kbps=kbps: through_opus(
             wav, rate, kbps
         )
+    folders = _folders(settings)
+    clips = _clip_ids(paths, settings.audio)
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in versions}
     for path in tqdm(paths, unit="clip"):
         wav = read_mono(path, rate, Listening(seconds=settings.seconds))
-        for number, (name, version) in enumerate(versions.items()):
+        for folder, (name, version) in zip(folders, versions.items(), strict=True):
             made, kbps = version(wav)
             found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
             if settings.out is not None:
-                # (clips may have one name, in folders of their own or of two formats)
-                place = path.relative_to(settings.audio)
-                with replacing_file(settings.out / f"{place}_{number}.wav") as temporary:
+                with replacing_file(settings.out / folder / f"{clips[path]}.wav") as temporary:
                     soundfile.write(temporary, made, rate, format="WAV")
     draws = np.random.default_rng(settings.seed).integers(len(paths), size=(_DRAWS, len(paths)))
     first = np.array(found[settings.codecs[0]])[:, 0]
@@ -179,6 +186,27 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
+def _folders(settings: Comparison) -> list[str]:
+    """Of the versions, in their order."""
+    codecs = [
+        re.sub(r"[^A-Za-z0-9._]+", "-", source).strip("-.") or "codec" for source in settings.codecs
+    ]
+    found: list[str] = []
+    for name in ("original", *codecs, *(f"opus-{kbps:g}" for kbps in settings.opus_kbps)):
+        taken = (f"{name}-{number}" for number in count(2))
+        found.append(next(n for n in chain([name], taken) if n not in found))
+    return found
+
+
+def _clip_ids(paths: Sequence[Path], audio: Path) -> dict[Path, Path]:
+    """Each clip's path in --audio, with its suffix only where another clip's differs in that."""
+    bare = {path: path.with_suffix("") for path in paths}
+    shared = Counter(bare.values())
+    return {
+        path: (path if shared[stem] > 1 else stem).relative_to(audio) for path, stem in bare.items()
+    }
+
+
 def _interval(drawn: np.ndarray) -> list[float]:
     """Where 95 % of the means of bootstrap draws [draws, clips] lie."""
     return [float(bound) for bound in np.percentile(drawn.mean(1), [2.5, 97.5])]
@@ -189,9 +217,13 @@ def _spread(settings: Comparison) -> list[Path]:
         raise UserError(f"--audio {settings.audio}: no such folder")
     if settings.clips < 1 or not 0.5 <= settings.seconds <= 600:
         raise UserError("--clips must be at least 1, --seconds must lie between 0.5 and 600")
-    paths = sorted(p for p in settings.audio.rglob("*") if p.suffix in (".flac", ".wav"))
+    paths = sorted(
+        path
+        for path in settings.audio.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
     if not paths:
-        raise UserError(f"--audio {settings.audio}: no .flac or .wav in it")
+        raise UserError(f"--audio {settings.audio}: no audio in it ({', '.join(SUFFIXES)})")
     places = np.unique(np.linspace(0, len(paths) - 1, settings.clips).astype(int))
     return [paths[i] for i in places]
 

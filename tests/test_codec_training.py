@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from launch import compare_codecs, train_codec
 from magnet_jax.codec import load_codec
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation.scores import find_audio
 from magnet_jax.torch_env import import_torch
 from tokenization import codec_training
 from tokenization.codec_training import Clips, Training, balance, learning_rate, train
@@ -274,6 +276,13 @@ def test_opus_is_measured_in_place():
     assert ratios[1] > 12 and ratios[1] > ratios[0]
 
 
+@pytest.mark.parametrize("rate", [8_000, 32_000, 44_100])
+def test_opus_takes_any_rate(rate):
+    wav = tone(1.5, rate)[:, 0]
+    made, kbps = compare_codecs.through_opus(wav, rate, 32)
+    assert len(made) == len(wav) and 12 < kbps < 50 and compare_codecs.snr_db(made, wav) > 12
+
+
 def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     out = tmp_path / "compared"
     compare_codecs.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "2",
@@ -286,15 +295,29 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     assert rows[1]["minus_first_95"] == [0, 0] and rows[0]["minus_first_95"][1] < 0
     assert rows[1]["kbps"] == 2 and rows[1]["clips"] == 2
     assert all(math.isfinite(row["snr_db"]) for row in rows)
-    assert len(list(out.glob("*.wav"))) == 6 and "| embedded | 2 |" in capsys.readouterr().out
+    assert "| embedded | 2 |" in capsys.readouterr().out
+    # each version is a folder that launch.evaluate takes, of clips that --audio has by these names
+    for version in ("original", "embedded", "opus-8"):
+        assert find_audio(out / version).keys() < find_audio(settings.audio).keys()
+    assert len(list(out.glob("*/*.wav"))) == 6
     put(settings.audio / "album" / "0.flac", tone(1.0, frequency=700))
+    put(settings.audio / "0.WAV", tone(1.0, frequency=900))
     compare_codecs.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "9",
                          "--seconds", "1", "--opus-kbps", "8"])  # fmt: skip
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*_0.wav")) == [
-        "0.wav_0.wav", "1.wav_0.wav", "2.wav_0.wav", "album/0.wav_0.wav",
-    ]  # fmt: skip
-    first, other = (soundfile.read(out / name)[0] for name in ("0.wav_0.wav", "album/0.wav_0.wav"))
-    assert np.abs(first - other[: len(first)]).max() > 0.1
+    made = {str(path.relative_to(out)): soundfile.read(path)[0] for path in out.rglob("*.wav")}
+    names = ["0.WAV", "0.flac", "1", "2", "album/0"]
+    assert made.keys() >= {f"original/{name}.wav" for name in names}
+    first, *others = (made[f"original/{name}.wav"] for name in ("0.flac", "0.WAV", "album/0"))
+    assert all(np.abs(first - other[: len(first)]).max() > 0.1 for other in others)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="--audio .*: no .flac or .wav in it"):
+    with pytest.raises(UserError, match="--audio .*: no audio in it .*.flac"):
         compare_codecs.compare(compare_codecs.Comparison(audio=tmp_path / "empty"))
+
+
+def test_versions_have_folders_of_their_own():
+    codecs = ("embedded", "runs/codec/codec", "/runs/codec/codec/", "original", "../..")
+    settings = compare_codecs.Comparison(audio=Path(), codecs=codecs, opus_kbps=(6, 6.5))
+    assert compare_codecs._folders(settings) == [
+        "original", "embedded", "runs-codec-codec", "runs-codec-codec-2", "original-2", "codec",
+        "opus-6", "opus-6.5",
+    ]  # fmt: skip
