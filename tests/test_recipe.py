@@ -242,6 +242,17 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(kitchen):
         assert len(about["description"]) == 3 and "bpm" in about and "artist" not in about
     card = found["README.md"].decode()
     assert "| train |" in card and "1 tunes because" in card
+    assert "MIT" not in card and "font.sf2 is under whatever licence" in card
+
+
+def test_the_card_has_the_command_that_makes_the_clips():
+    plain = Recipe(out=Path("a"))
+    assert recipe._command(plain) == "python -m tokenization.recipe --hours 20 --seed 0"
+    other = replace(plain, hours=0.5, test_percent=7.5, soundfont=Path("my font.sf2"))
+    assert recipe._command(other) == (
+        "python -m tokenization.recipe --hours 0.5 --seed 0 --test-percent 7.5 "
+        "--soundfont 'my font.sf2'"
+    )
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])

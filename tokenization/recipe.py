@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -20,7 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from itertools import count
 from multiprocessing import get_context
@@ -46,6 +47,7 @@ _LEVEL_SPREAD_DB = 3.0
 _PEAK = 0.95
 _TAIL = 1.5  # seconds kept at most of what rings after the last note
 _FADE = 0.03
+_FLUID_R3 = "74594e8f4250680adf590507a306655a299935343583256f3b722c48a1bc1cb0"  # SHA-256
 _FLOOR = 1e-3  # of the level, below which the end counts as silence
 _MAJOR_KEYS = ("C", "D flat", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
 _MINOR_KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "G sharp", "A", "B flat",
@@ -558,7 +560,7 @@ _CARD = """# Public-domain music, rendered
 Each has a .json beside it: {captions} captions (`description`), title, genre, instrument, bpm, key,
 time signature, keywords, and the tune it is of. Made by
 
-    python -m tokenization.recipe --hours {wanted:g} --seed {seed} --max-seconds {max_seconds:g}
+    {command}
 
 with {versions}, and the sound font {soundfont} (SHA-256 {soundfont_hash}).
 
@@ -566,8 +568,10 @@ with {versions}, and the sound font {soundfont} (SHA-256 {soundfont_hash}).
 | --- | --- | --- | --- | --- |
 {splits}
 
-A group is all that counts as one tune: the same title, movements of one work, or a quarter of the
-melody in common. No group is in two splits; settings of a tune that have less in common may be.
+A group is all that counts as one tune: a quarter of the melody in common, the same title where
+there is no composer and the title has six letters or more, or files called movement... in one
+folder. No group is in two splits. Settings of a tune that have less in common may be, and so may
+pieces of one work, such as chorales with different melodies.
 
 | instrument | clips | several voices |
 | --- | --- | --- |
@@ -592,8 +596,8 @@ The composers are long dead, and the collections appeared before 1910: the music
 domain. The scores come with music21, whose note on its corpus says that encodings may have licences
 of their own; files that state one were left out, and so were collections that do so throughout
 (Palestrina's masses, the Essen folk songs, Josquin) or in part (the trecento). A chorale's notice
-about PDF files is of printed pages, which are not used. FluidR3 GM is under the MIT licence. There
-is nothing else in the clips.
+about PDF files is of printed pages, which are not used. {soundfont_rights}
+There is nothing else in the clips.
 
 ## Limits
 
@@ -601,6 +605,18 @@ A synthesizer plays, not people: attacks, phrasing and rooms are all of one sort
 from Scotland, Ireland, England and the United States; most harmony is Bach's. Keys are music21's
 estimate for the whole piece, moods follow from speed and mode alone.
 """
+
+
+def _command(recipe: Recipe) -> str:
+    """What was asked for: hours and seed, and whatever else is not its default."""
+    words = ["python", "-m", "tokenization.recipe"]
+    for field in fields(Recipe):
+        value = getattr(recipe, field.name)
+        always = field.name in ("hours", "seed")
+        if field.name != "out" and (always or value != field.default):
+            text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
+            words += [f"--{field.name.replace('_', '-')}", text]
+    return shlex.join(words)
 
 
 def _write_card(
@@ -629,18 +645,21 @@ def _write_card(
         share = sum(clip.tune.partition("#")[0] in stems for clip in clips)
         collections.append(f"| {collection.source} | {len(names)} | {share} |")
     total = sum(seconds.values()) / 3600
+    font = _hash(recipe.soundfont)
+    rights = "FluidR3 GM is under the MIT licence."
+    if font != _FLUID_R3:
+        rights = f"{recipe.soundfont.name} is under whatever licence its makers gave it."
     card = _CARD.format(
         hours=total,
         count=len(clips),
         shortest=min(seconds.values()),
         longest=max(seconds.values()),
         captions=_NUM_CAPTIONS,
-        wanted=recipe.hours,
-        seed=recipe.seed,
-        max_seconds=recipe.max_seconds,
+        command=_command(recipe),
         versions=", ".join(f"{name} {version(name)}" for name in ("music21", "pretty_midi")),
         soundfont=recipe.soundfont.name,
-        soundfont_hash=_hash(recipe.soundfont),
+        soundfont_hash=font,
+        soundfont_rights=rights,
         splits="\n".join(rows),
         instruments="\n".join(f"| {name} | {played[name]} | {voices[name]} |" for name in played),
         speeds=", ".join(f"{name} {low:g} to {high:g}" for name, (low, high) in SPEEDS.items()),
