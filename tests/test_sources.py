@@ -408,6 +408,18 @@ def test_a_damaged_manifest_is_an_error(tmp_path, content, match):
 # --- tables -------------------------------------------------------------------------------------
 
 
+def test_captions_that_commas_cut_are_rejected(tmp_path):
+    put(tmp_path / "a.wav", tone(1.0), caption=None)
+    put(tmp_path / "b.wav", tone(1.0, frequency=500), caption=None)
+    table = tmp_path / "table.csv"
+    table.write_text("path,caption\na.wav,slow, sad\nb.wav,fast,,\n")
+    found = scan(Source(audio=table))
+    assert [t.caption for t in found.tracks] == ["fast"]
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("table.csv, line 2", "bad row")
+    assert "quote its captions" in reject.detail
+
+
 def test_parts_of_files(tmp_path, decoder):
     wav = tone(30, 44100, channels=2)
     put(tmp_path / "long.wav", wav, 44100, caption=None, subtype="FLOAT")

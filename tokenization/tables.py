@@ -206,8 +206,11 @@ def csv_tasks(source: Source, path: Path) -> Iterator[Task]:
             names = list(rows.fieldnames or [])
             table = _Table(source, path, names)
             for row in rows:
-                row.pop(None, None)  # more cells than columns
-                yield _row_task(table, row, f"{printable(path.name)}, line {rows.line_num}")
+                where = f"{printable(path.name)}, line {rows.line_num}"
+                if any(row.pop(None, ())):
+                    yield where, refuse("bad row", "more cells than columns: quote its captions")
+                else:
+                    yield _row_task(table, row, where)
         except csv.Error as error:
             raise UserError(f"{path}: line {rows.line_num}: {error}") from None
 
