@@ -20,8 +20,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from launch import cli
-from magnet_jax import errors
+from magnet_jax import cli, errors
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import SUFFIXES, Listening, read_mono

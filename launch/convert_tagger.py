@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from launch import cli
-from magnet_jax import errors, files
+from magnet_jax import cli, errors, files
 from magnet_jax.errors import UserError
 
 _MODEL = "musicnn/MTT_musicnn"

@@ -15,9 +15,9 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from launch import cli, export, sample
+from launch import export, sample
 from launch.train import load_config
-from magnet_jax import errors, pretrained, sampling, train, watch
+from magnet_jax import cli, errors, pretrained, sampling, train, watch
 from magnet_jax.config import ASSETS
 from tokenization import job
 

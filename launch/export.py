@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from launch import cli
-from magnet_jax import export, finetune, pretrained
+from magnet_jax import cli, export, finetune, pretrained
 from magnet_jax.errors import UserError, reported
 
 

@@ -13,8 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch import cli
-from magnet_jax import audiocraft, export, pretrained
+from magnet_jax import audiocraft, cli, export, pretrained
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE
 from magnet_jax.convert_codec import codec_folder_from_audiocraft
 from magnet_jax.errors import UserError, reported

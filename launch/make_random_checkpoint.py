@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from launch import cli
-from magnet_jax import audiocraft, convert, convert_codec, t5
+from magnet_jax import audiocraft, cli, convert, convert_codec, t5
 from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
 from magnet_jax.errors import UserError, reported
 

@@ -17,8 +17,7 @@ import jax
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
-from launch import cli
-from magnet_jax import data, errors, t5
+from magnet_jax import cli, data, errors, t5
 from magnet_jax.errors import UserError
 
 _SPACE = "▁"

@@ -9,9 +9,8 @@ the paper's sizes reach 35 to 50 % on current chips.
 
 import dataclasses
 
-from launch import cli
 from launch.compile import report, training
-from magnet_jax import flops, sharding, steps, targets, transformer
+from magnet_jax import cli, flops, sharding, steps, targets, transformer
 from magnet_jax.errors import UserError, reported
 
 

@@ -16,8 +16,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from launch import cli
-from magnet_jax import bucket, errors, memory
+from magnet_jax import bucket, cli, errors, memory
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,

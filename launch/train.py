@@ -11,8 +11,7 @@ import sys
 
 import configs
 from configs import ablations
-from launch import cli
-from magnet_jax import errors, memory
+from magnet_jax import cli, errors, memory
 from magnet_jax.config import RunConfig, with_hybrid_objective
 
 

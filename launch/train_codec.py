@@ -6,8 +6,7 @@ python -m launch.train_codec --audio data/recipe/train --valid data/recipe/valid
 
 from collections.abc import Sequence
 
-from launch import cli
-from magnet_jax import errors, memory
+from magnet_jax import cli, errors, memory
 from tokenization.codec_training import Training, train
 
 

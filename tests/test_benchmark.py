@@ -13,7 +13,6 @@ import tiny
 from conftest import GOLDEN
 from sounds import put, tone
 
-from launch import cli
 from launch.benchmark import __main__ as command
 from launch.benchmark import (
     decoding,
@@ -27,7 +26,7 @@ from launch.benchmark import (
 )
 from launch.benchmark.musicgen_peer import Peer as MusicgenPeer
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
-from magnet_jax import convert, flops, pretrained, t5, train
+from magnet_jax import cli, convert, flops, pretrained, t5, train
 from magnet_jax.audiocraft import read_file
 from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
 from magnet_jax.errors import UserError

@@ -12,8 +12,7 @@ import jax
 import pytest
 from conftest import XLA_FLAGS
 
-from launch import cli
-from magnet_jax import distributed
+from magnet_jax import cli, distributed
 from magnet_jax.distributed import detect
 from magnet_jax.errors import UserError
 from tokenization.job import Job

@@ -11,10 +11,10 @@ import soundfile
 import tiny
 from sounds import loudness_embedder, put, tone
 
-from launch import cli, sample
+from launch import sample
 from launch import train as launch_train
 from launch.evaluate import __main__ as evaluate
-from magnet_jax import audio, errors, train
+from magnet_jax import audio, cli, errors, train
 from magnet_jax.config import DecodeConfig, RunConfig
 from magnet_jax.errors import UserError
 

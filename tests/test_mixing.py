@@ -234,7 +234,7 @@ def test_bad_settings_of_mixes_give_one_line(folder, tmp_path, change, match):
 
 
 def test_the_command_line_takes_negative_levels(tmp_path):
-    from launch import cli
+    from magnet_jax import cli
 
     words = ["--audio", "a", "--out", "b", "--mix-ratio", "1", "--mix-snr", "-5", "2.5"]
     assert cli.parse(Job, words, prog="job").mix_snr == (-5.0, 2.5)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import cli
+from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
 from magnet_jax.torch_env import import_torch
 from tokenization import job as jobs

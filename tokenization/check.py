@@ -20,7 +20,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
-from launch import cli
+from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
 from magnet_jax.files import check_new_file, replacing_file
 from tokenization import decoder

@@ -15,8 +15,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from launch import cli
-from magnet_jax import records
+from magnet_jax import cli, records
 from magnet_jax.audio import write_wav
 from magnet_jax.codec import check_codes, check_same_codec, load_codec
 from magnet_jax.config import CodecSpec

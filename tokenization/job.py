@@ -36,8 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from launch import cli
-from magnet_jax import bucket, memory, records
+from magnet_jax import bucket, cli, memory, records
 from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import (

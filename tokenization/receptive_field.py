@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from launch import cli
-from magnet_jax import receptive_field
+from magnet_jax import cli, receptive_field
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError, reported

@@ -33,7 +33,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from launch import cli
+from magnet_jax import cli
 from magnet_jax.errors import UserError, end_with_parent, reported, stop_when_terminated
 from magnet_jax.files import read_object, replacing_file
 from tokenization import scores

@@ -14,13 +14,13 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
-from launch import ablate, cli
+from launch import ablate
 from launch import train as launch_train
 from launch.ablate import report, studies
 from launch.ablate.studies import Setting, Study
 from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
-from magnet_jax import bucket, errors, files, memory, records
+from magnet_jax import bucket, cli, errors, files, memory, records
 from magnet_jax.config import DecodeConfig, HybridConfig, RescoreConfig, RunConfig
 from magnet_jax.convert import flatten
 from magnet_jax.errors import UserError

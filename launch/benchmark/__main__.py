@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from launch import benchmark, cli
+from launch import benchmark
 from launch.benchmark import (
     autoregressive,
     compiling,
@@ -17,7 +17,7 @@ from launch.benchmark import (
     tradeoff,
     training,
 )
-from magnet_jax import errors, memory
+from magnet_jax import cli, errors, memory
 
 Command = (
     Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]

@@ -11,13 +11,12 @@ from typing import Literal, NamedTuple
 import jax
 from tqdm import tqdm
 
-from launch import cli
 from launch.benchmark import models
 from launch.benchmark.decoding import TEXTS, clip_frames, open_rescorer
 from launch.benchmark.peaks import seconds_of
 from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
-from magnet_jax import bucket, pretrained, records, sampling
+from magnet_jax import bucket, cli, pretrained, records, sampling
 from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,

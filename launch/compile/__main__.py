@@ -13,8 +13,8 @@ from typing import Annotated
 import jax
 import tyro
 
-from launch import cli
 from launch.compile import decoding, training
+from magnet_jax import cli
 from magnet_jax.errors import reported
 
 Command = (

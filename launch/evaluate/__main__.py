@@ -15,9 +15,9 @@ import platformdirs
 import soundfile
 import tyro
 
-from launch import cli, evaluate, sample
+from launch import evaluate, sample
 from launch.evaluate import prompts
-from magnet_jax import bucket, errors, records
+from magnet_jax import bucket, cli, errors, records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import probe, scores
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
