@@ -143,9 +143,10 @@ length = 20_000 if sys.argv[1] == "interrupt" else 1
 run = jax.jit(lambda x: jax.lax.scan(lambda x, _: (amx.matmul(x, x), None), x, length=length)[0])
 run = run.lower(x).compile()
 def interrupt():
+    time.sleep(0.3)
     while True:  # what finds the few instructions between two products is not heard of either
-        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.03)
 if sys.argv[1] == "interrupt":
     threading.Thread(target=interrupt, daemon=True).start()
 run(x)

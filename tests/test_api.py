@@ -644,6 +644,7 @@ def test_the_command_rescores(imported, sources, tmp_path):
         "checkpoint": str(imported / "musicgen"),
         "step": 0,
         "weights": None,
+        "parameters": pretrained.fingerprint(pretrained.load(imported / "musicgen")),
         "weight": 0.7,
         "guidance": 1.0,
     }
