@@ -137,6 +137,10 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
     """A row of numbers for each version; raises `UserError` for audio or codecs that do not fit."""
     if not settings.codecs:
         raise UserError("--codecs: name at least one")
+    for option in ("codecs", "opus_kbps"):
+        values = getattr(settings, option)
+        if len(set(values)) < len(values):
+            raise UserError(f"--{option.replace('_', '-')}: name each once")
     codecs = {source: load_codec(source) for source in settings.codecs}
     rates = {codec.spec.sample_rate for codec in codecs.values()}
     if len(rates) > 1 or any(codec.spec.channels != 1 for codec in codecs.values()):

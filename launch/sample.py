@@ -106,7 +106,10 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
         before = json.loads(notes.read_text())
         if "kernels" in before:  # (settings that were added since had their defaults)
             before["kernels"] = dataclasses.asdict(KernelConfig()) | before["kernels"]
-        before.setdefault("parameters", settings["parameters"])  # (earlier releases did not say)
+        partners = (before.get("rescorer"), settings.get("rescorer"))
+        for old, new in ((before, settings), partners):
+            if old and new:  # (earlier releases did not say)
+                old.setdefault("parameters", new["parameters"])
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
     except (OSError, ValueError, AttributeError, TypeError):
         return False  # nobody's, or not ours

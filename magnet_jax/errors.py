@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, and how they are shown; how long jobs are stopped."""
+"""Errors that are the user's to mend, and how they are shown; how a job is stopped."""
 
 import errno
 import os

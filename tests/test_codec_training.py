@@ -312,6 +312,9 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--audio .*: no audio in it .*.flac"):
         compare_codecs.compare(compare_codecs.Comparison(audio=tmp_path / "empty"))
+    for twice in ({"codecs": ("embedded", "embedded")}, {"opus_kbps": (8.0, 8.0)}):
+        with pytest.raises(UserError, match="--(codecs|opus-kbps): name each once"):
+            compare_codecs.compare(compare_codecs.Comparison(audio=settings.audio, **twice))
 
 
 def test_versions_have_folders_of_their_own():

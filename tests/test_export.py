@@ -264,11 +264,22 @@ def test_clips_of_other_weights_are_not_taken_for_these(loaded, tmp_path):
     other = pretrained.fingerprint(loaded._replace(params=loaded.params | {"lm": lm}))
     assert other != same
     (tmp_path / "0.wav").write_bytes(b"made")
-    (tmp_path / "0.json").write_text(json.dumps({"seed": 1, "parameters": same}))
     clip = (tmp_path / "0.wav", tmp_path / "0.json")
-    assert sample._is_made(*clip, {"seed": 1, "parameters": same})
-    with pytest.raises(UserError, match="made with other settings .parameters.; name another"):
-        sample._is_made(*clip, {"seed": 1, "parameters": other})
+
+    def settings(parameters, partners):
+        partner = {"weight": 0.5, "parameters": partners}
+        return {"seed": 1, "parameters": parameters, "rescorer": partners and partner}
+
+    for partners in (None, same):
+        clip[1].write_text(json.dumps(settings(same, partners)))
+        assert sample._is_made(*clip, settings(same, partners))
+        with pytest.raises(UserError, match="made with other settings .parameters.; name another"):
+            sample._is_made(*clip, settings(other, partners))
+    with pytest.raises(UserError, match="made with other settings .rescorer.; name another"):
+        sample._is_made(*clip, settings(same, other))
+    earlier = {"seed": 1, "rescorer": {"weight": 0.5}}
+    clip[1].write_text(json.dumps(earlier))
+    assert sample._is_made(*clip, settings(same, other))
 
 
 def test_text_encoder_names(loaded):

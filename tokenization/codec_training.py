@@ -36,7 +36,7 @@ from magnet_jax.convert_codec import (
     renamed_from_audiocraft,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.files import put_back, read_object, replacing, replacing_file
+from magnet_jax.files import held, put_back, read_object, replacing, replacing_file
 from magnet_jax.records import remove_temporaries
 from magnet_jax.torch_env import import_torch, load_tensors
 
@@ -507,6 +507,14 @@ def train(settings: Training) -> Iterator[dict[str, float]]:
     rate = run.config["sampling_rate"]
     clips = Clips("--audio", settings.audio, rate, settings.segment_seconds)
     valid = Clips("--valid", settings.valid, rate, 1.0)
+    with held(settings.out / ".lock") as mine:
+        if not mine:
+            raise UserError(f"--out {settings.out}: another process is training there")
+        yield from _train(settings, run, clips, valid)
+
+
+def _train(settings: Training, run: Run, clips: Clips, valid: Clips) -> Iterator[dict[str, float]]:
+    torch = import_torch()
     checkpoint = settings.out / "checkpoint.pt"
     _begin(settings, clips, is_new=not checkpoint.exists())
     remove_temporaries(settings.out)

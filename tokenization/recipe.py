@@ -8,7 +8,6 @@ Clip number N of a split hangs on the seed and N alone, so more hours add clips 
 same command goes on where it was stopped. See docs/recipe.md.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 from magnet_jax import cli
 from magnet_jax.errors import UserError, end_with_parent, reported, stop_when_terminated
-from magnet_jax.files import read_object, replacing_file
+from magnet_jax.files import held, read_object, replacing_file
 from tokenization import scores
 from tokenization.scores import Note, Tune
 
@@ -497,13 +496,10 @@ def _check(recipe: Recipe) -> None:
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
     """Makes the folder, holds it for this process, and clears what a kill left half written."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--out {out}: another process is writing there") from None
-        for path in out.glob("*/.*.tmp"):
+    with held(out / ".lock") as mine:
+        if not mine:
+            raise UserError(f"--out {out}: another process is writing there")
+        for path in (*out.glob(".*.tmp"), *out.glob("*/.*.tmp")):
             path.unlink()
         yield
 
@@ -545,8 +541,8 @@ def _each(do: Callable[..., None], jobs: Sequence[Iterable[Any]], workers: int, 
     with ProcessPoolExecutor(
         workers, get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
     ) as pool:
-        results = [pool.submit(do, *job) for job in jobs]
         try:
+            results = [pool.submit(do, *job) for job in jobs]
             for result in tqdm(results, unit=unit, desc=unit):
                 result.result()
         except BaseException:
@@ -608,12 +604,14 @@ estimate for the whole piece, moods follow from speed and mode alone.
 
 
 def _command(recipe: Recipe) -> str:
-    """What was asked for: hours and seed, and whatever else is not its default."""
+    """What was asked for: hours and seed, and what else changes clips, if not its default."""
     words = ["python", "-m", "tokenization.recipe"]
     for field in fields(Recipe):
         value = getattr(recipe, field.name)
         always = field.name in ("hours", "seed")
-        if field.name != "out" and (always or value != field.default):
+        if field.name in ("out", "scores", "workers", "synthesizer"):
+            continue
+        if always or value != field.default:
             text = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
             words += [f"--{field.name.replace('_', '-')}", text]
     return shlex.join(words)

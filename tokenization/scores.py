@@ -351,8 +351,8 @@ def _form(text: str, collection: Collection, num_parts: int) -> str:
 def group(tunes: Sequence[Tune]) -> list[str]:
     """For each tune the name of those that are the same: the first of their ids.
 
-    The same are tunes with one title, quartets' movements, and those of which one has a quarter
-    of the other's melody, in any key and rhythm.
+    The same are folk tunes with one title, quartets' movements, and those of which one has a
+    quarter of the other's melody, in any key and rhythm.
     """
     leaders = list(range(len(tunes)))
 
