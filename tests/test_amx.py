@@ -137,16 +137,16 @@ import jax, jax.numpy as jnp
 from magnet_jax import amx
 amx.use_synchronous_dispatch()
 assert amx.hindrance() is None
+signal.signal(signal.SIGINT, signal.default_int_handler)  # (shells' background jobs ignore it)
 gc.disable()  # what is raised in JAX's own part of it is not heard of
 x = jnp.ones((512, 512), jnp.bfloat16)
 length = 20_000 if sys.argv[1] == "interrupt" else 1
 run = jax.jit(lambda x: jax.lax.scan(lambda x, _: (amx.matmul(x, x), None), x, length=length)[0])
 run = run.lower(x).compile()
 def interrupt():
-    time.sleep(0.3)
     while True:  # what finds the few instructions between two products is not heard of either
+        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.03)
 if sys.argv[1] == "interrupt":
     threading.Thread(target=interrupt, daemon=True).start()
 run(x)
