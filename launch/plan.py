@@ -1,10 +1,11 @@
-"""What a run will take, without compiling or data: parameters, memory, hours and chip-hours.
+"""What a run will take, without data: mesh, parameters, memory, hours and chip-hours.
 
-python -m launch.plan --config music_medium_30s --topology v5e:4x8 --mesh 4,8,1
+python -m launch.plan --config music_medium_30s --topology v5e:4x8
 
-Memory is the estimate that training itself goes by; `launch.compile train` asks the compiler. Hours
-follow from the model's operations and from --mfu, the share of the chip's peak that you expect:
-the paper's sizes reach 35 to 50 % on current chips.
+Memory is an estimate; `launch.compile train` shows the compiler's figures. Without --mesh the
+smallest fsdp is taken whose step fits, and where the estimate leaves that open the compiler is
+asked, which takes minutes. Hours follow from the model's operations and from --mfu, the share of
+the chip's peak that you expect: the paper's sizes reach 35 to 50 % on current chips.
 """
 
 import dataclasses
@@ -26,14 +27,16 @@ def rows(args: Args) -> list[tuple[str, str]]:
         raise UserError("--mfu must lie in (0, 1]")
     config = training.configured(args)
     target = targets.load(args.topology)
-    static, planned, frames = training.prepared(config, target, args.clips_per_device)
+    static, planned, frames = training.prepared(config, target)
     count = transformer.count_params(steps.state_shardings(static)[0]["params"])
     batch = config.data.batch_size
     at_once = batch // sharding.num_rows(static.mesh) // static.num_parts
     a_step = batch * flops.training_flops(
         config.model, frames, config.text.max_tokens, config.stage_weights
     )
+    sizes = ", ".join(f"{name} {count}" for name, count in static.mesh.shape.items())
     lines = [
+        ("mesh", sizes),
         ("trained parameters", report.size(count, "")),
         ("batch", f"{batch} clips of {config.data.segment_seconds:g} s, {frames} frames each"),
         ("at once", f"{at_once} clips a device, {static.num_parts} parts"),
@@ -67,8 +70,7 @@ def rows(args: Args) -> list[tuple[str, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(Args, argv, prog="python -m launch.plan", description=__doc__)
-    mesh = f", mesh {args.mesh}" if args.mesh else ""
-    report.show(f"{args.config} on {args.topology}{mesh}", rows(args))
+    report.show(f"{args.config} on {args.topology}", rows(args))
 
 
 if __name__ == "__main__":

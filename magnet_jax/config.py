@@ -532,8 +532,9 @@ class MeshConfig:
 
     data: int = -1
     """Copies of the model that split the batch; -1 takes what the others leave."""
-    fsdp: int = 1
-    """Devices that split both the batch and the parameters."""
+    fsdp: int = 0
+    """Devices that split both the batch and the parameters; 0 takes the fewest with which a step
+    fits into memory, as the compiler measures it."""
     tensor: int = 1
     """Devices that split heads and MLP."""
 

@@ -1,21 +1,25 @@
-"""How much memory of a device a training step takes, before anything is compiled or allocated.
+"""How much memory of a device a training step takes, and the mesh and parts with which it fits.
 
 State is counted from its shapes and shardings. Activations follow from what the backward pass
-keeps of a layer; the estimate is held against compiled programs in the tests.
+keeps of a layer; the estimate is held against compiled programs in the tests. Where the mesh is
+left open and memory is not ample, the compiler itself is asked.
 """
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from magnet_jax import attention, patterns, sharding, steps, targets
+from magnet_jax import attention, distributed, patterns, sharding, steps, t5, targets
+from magnet_jax.config import RunConfig
 from magnet_jax.errors import UserError
 from magnet_jax.steps import Static
 
 USABLE = 0.9  # share of a device's memory; the rest is the compiler's and the runtime's
+AMPLE = 0.5  # share up to which the estimate is believed without asking the compiler
 
 
 class Memory(NamedTuple):
@@ -116,12 +120,12 @@ def memory(static: Static, num_frames: int, text_tokens: int, device: int | None
     )
 
 
-def device_memory(mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes that this process's devices of the mesh have, each; None where nothing tells.
+def device_memory() -> int | None:
+    """Bytes that each of this process's devices has; None where nothing tells.
 
     CPU devices share the machine's.
     """
-    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    local = jax.local_devices()
     device = local[0]
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(local)
@@ -174,3 +178,95 @@ def num_parts(static: Static, batch_size: int, asked: int, planned: Memory) -> i
     steps.count_parts(batch_size, batch_size, static.mesh)  # checks that it can be shared
     share = batch_size // sharding.num_rows(static.mesh)
     return steps.count_parts(batch_size, clips_that_fit(planned, share, asked), static.mesh)
+
+
+def peak_bytes(static: Static, batch_size: int, num_frames: int, text_tokens: int) -> int | None:
+    """Memory that the compiled steps take of a device; None where the compiler finds no room.
+
+    Compiles the step of the first codebook and that of the others.
+    """
+    peaks = []
+    for stage in (0, 1):
+        lowered = steps.lower(static, batch_size, num_frames, text_tokens, stage)
+        try:
+            found = lowered.compile().memory_analysis()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return None
+            raise
+        live = found.argument_size_in_bytes + found.temp_size_in_bytes
+        peaks.append(max(found.peak_memory_in_bytes, live))
+    return max(peaks)
+
+
+def _parts_to_try(static: Static, batch_size: int, asked: int, planned: Memory) -> list[int]:
+    """In how many parts a batch may be computed, fewest first: none where the state has no room."""
+    fixed = planned.state + planned.frozen
+    if planned.device is not None and fixed > USABLE * planned.device:
+        return []
+    most = steps.count_parts(batch_size, asked or 1, static.mesh)
+    if asked:
+        return [most]
+    try:
+        fewest = num_parts(static, batch_size, 0, planned)
+    except UserError:  # the estimate has room for no clip; the compiler may have
+        fewest = most
+    share = batch_size // sharding.num_rows(static.mesh)
+    return [parts for parts in range(fewest, most + 1) if share % parts == 0]
+
+
+def choose(
+    config: RunConfig,
+    t5_config: t5.T5Config,
+    dtype: jnp.dtype,
+    num_frames: int,
+    device: int | None,
+    devices: list[jax.Device] | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Static, Memory]:
+    """The programs of a run, on the smallest `mesh.fsdp` and in the fewest parts that fit.
+
+    Where the config settles the mesh, and wherever memory is ample, the estimate decides. Else
+    the steps are compiled, and have to fit as the compiler measures them. All processes of a run
+    call this together, with the same arguments.
+
+    Args:
+      config: of the run.
+      t5_config: of its text encoder.
+      dtype: of activations.
+      num_frames: frames of a clip.
+      device: bytes that each device has; None where nothing tells.
+      devices: of the run; all there are by default.
+      say: gets a line before something is compiled.
+
+    Raises:
+      UserError: mesh, model and batch do not go together, or no mesh has room for a step.
+    """
+    batch, asked, tokens = config.data.batch_size, config.clips_per_device, config.text.max_tokens
+    choices = sharding.mesh_choices(config.mesh, len(devices or jax.devices()))
+    for choice in choices:
+        if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
+            continue
+        mesh = sharding.make_mesh(choice, devices)
+        static = steps.static(config, t5_config, dtype, num_frames, mesh)
+        planned = memory(static, num_frames, tokens, device)
+        if len(choices) == 1:
+            return static._replace(num_parts=num_parts(static, batch, asked, planned)), planned
+        for parts in _parts_to_try(static, batch, asked, planned):
+            static = static._replace(num_parts=parts)
+            clips = batch // sharding.num_rows(mesh) // parts
+            if device is None or planned.total(clips) <= AMPLE * device:
+                return static, planned
+            say(
+                f"asking the compiler whether a step has room with mesh.fsdp {choice.fsdp} and "
+                f"{clips} clip(s) a device at once, which may take minutes"
+            )
+            peak = peak_bytes(static, batch, num_frames, tokens)
+            if not distributed.agree(peak is None or peak > USABLE * device):
+                return static, planned
+    raise UserError(
+        f"no mesh of these {mesh.size} devices has room for a step: by the estimate one clip at "
+        f"once takes {planned.total(1) / 1e9:.1f} GB of the {device / 1e9:.1f} of a device, with "
+        f"mesh.fsdp {mesh.shape['fsdp']}; recompute more (--remat full), take a shorter "
+        "--data.segment-seconds, split the model (--mesh.tensor) or take more devices"
+    )

@@ -5,10 +5,12 @@ optimizer moments and averages over fsdp and tensor. The same tree of shardings 
 initialisation, the step and checkpoint restoration.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -22,9 +24,26 @@ AXES = ("data", "fsdp", "tensor")
 LOGICAL_AXES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": None, "layers": None}
 
 
+def mesh_choices(config: MeshConfig, num_devices: int) -> list[MeshConfig]:
+    """The meshes that a config allows, the smallest fsdp first: one, unless it leaves fsdp open."""
+    if config.fsdp:
+        return [config]
+    if config.tensor < 1 or num_devices % config.tensor:
+        return [dataclasses.replace(config, fsdp=1)]
+    rest = num_devices // config.tensor
+    if config.data != -1:  # then fsdp is what is left
+        return [dataclasses.replace(config, fsdp=max(rest // max(config.data, 1), 1))]
+    sizes = [size for size in range(1, rest + 1) if rest % size == 0]
+    return [dataclasses.replace(config, fsdp=size) for size in sizes]
+
+
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh over all devices; one axis may be -1 and takes what the others leave."""
+    """The mesh over all devices; one axis may be -1 and takes what the others leave.
+
+    An open fsdp is the smallest that the other axes allow; `plan.choose` looks at memory.
+    """
     devices = jax.devices() if devices is None else devices
+    config = mesh_choices(config, len(devices))[0]
     sizes = [config.data, config.fsdp, config.tensor]
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {sizes}: axes must be positive, and at most one of them -1")
@@ -37,9 +56,35 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
         else:
             remedy = "their product must be that number; -1 for data takes what the others leave"
         raise UserError(f"{given} does not fit {len(devices)} devices: {remedy}")
-    # On TPUs neighbours in the mesh are neighbours in the torus; elsewhere the order is kept.
-    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(device_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def device_grid(sizes: list[int], devices: list) -> np.ndarray:
+    """Devices in the mesh's shape, neighbours in the mesh being neighbours in the network.
+
+    Slices of TPUs see each other over the data centre's network alone. The data axis crosses it,
+    and fsdp only as far as data has fewer rows than there are slices. Beside TPUs the order of
+    the devices is kept, in which those of a host stand together.
+
+    Raises `UserError` where an axis would have to be split unevenly over slices.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    data, fsdp, tensor = sizes
+    over_data = math.gcd(data, slices)
+    over_fsdp = slices // over_data
+    if fsdp % over_fsdp:
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} cannot be split over {slices} slices: "
+            "make mesh.data a multiple of the slices"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // over_data, fsdp // over_fsdp, tensor),
+        (over_data, over_fsdp, 1),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def check_mesh(config: ModelConfig, mesh: Mesh) -> None:

@@ -173,16 +173,21 @@ def set_up(config: RunConfig) -> Setup:
         frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
         mesh = sharding.make_mesh(config.mesh)
         static = steps.static(config, text[0], dtype, frames, mesh)
-        planned = plan.memory(static, frames, config.text.max_tokens, plan.device_memory(mesh))
-        parts = plan.num_parts(static, config.data.batch_size, config.clips_per_device, planned)
-        static = static._replace(num_parts=parts)
         t5_params = jax.tree.map(np.asarray, text[1])
         return Setup(spec, text[0], t5_params, text[2], lm, frames, static, run, mirror)
 
     setup = distributed.all_do(check)
-    # All must compute a batch in as many parts; devices may differ in what is free on them.
-    parts = distributed.broadcast_json(setup.static.num_parts)
-    setup = setup._replace(static=setup.static._replace(num_parts=parts))
+    # All must choose the same mesh and parts; devices may differ in what is free on them.
+    device = distributed.broadcast_json(plan.device_memory())
+    static, _ = plan.choose(
+        config,
+        setup.t5_config,
+        setup.static.dtype,
+        setup.frames,
+        device,
+        say=distributed.say_first,
+    )
+    setup = setup._replace(static=static)
     base = setup.lm if config.lora.rank else None
     text = (setup.t5_config, setup.t5_params, setup.tokenizer)
     distributed.first_does(lambda: checkpoint.prepare_run(run, config, setup.spec, text, base))

@@ -274,7 +274,7 @@ def test_frames_that_are_not_seen_need_no_memory():
 
     def a_clip(**model):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-        return training.prepared(changed, target, 0)[1].a_clip
+        return training.prepared(changed, target)[1].a_clip
 
     near, first, others = a_clip(), a_clip(first_context=0), a_clip(local_context=0)
     assert near < first == others  # (some stage sees all)

@@ -1,7 +1,7 @@
 """Compiles programs for hardware that is not there, and says what they cost.
 
 python -m launch.compile decode --topology v5e:2x2 --model small --seconds 10
-python -m launch.compile train --topology v5e:4x8 --config music_medium_30s --mesh 4,8,1
+python -m launch.compile train --topology v5e:4x8 --config music_medium_30s
 
 Needs no weights, and no TPU or GPU: pip install "magnet-jax[aot-tpu]" or "magnet-jax[aot-gpu]".
 Memory, FLOPs, copies and collectives are those of the program; seconds are the TPU compiler's

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ class Asked:
     config: str = "music_small_10s"
     """A config of configs/."""
     mesh: str = ""
-    """DATA,FSDP,TENSOR; the config's by default."""
+    """DATA,FSDP,TENSOR, such as 4,8,1. By default the config's, whose fsdp is the smallest that
+    fits."""
     batch_size: int | None = None
     """Clips in a global batch; the config's by default."""
     clips_per_device: int = 0
@@ -71,30 +74,30 @@ def configured(args: Asked) -> RunConfig:
             config, data=dataclasses.replace(config.data, batch_size=args.batch_size)
         )
     changes = {} if args.remat is None else {"remat": args.remat}
-    return dataclasses.replace(config, mesh=read_mesh(args.mesh, config.mesh), **changes)
+    return dataclasses.replace(
+        config,
+        mesh=read_mesh(args.mesh, config.mesh),
+        clips_per_device=args.clips_per_device,
+        **changes,
+    )
 
 
-def planned_on(
-    mesh: Mesh, config: RunConfig, target: targets.Target
-) -> tuple[steps.Static, plan.Memory, int]:
-    """The programs of a run that computes a batch whole, planned memory, and frames of a clip."""
-    t5_config = t5.published_config(config.text.source)
-    frames = round(config.data.segment_seconds * FRAME_RATE)
-    dtype = sampling.compute_dtype(config, target.platform)
-    static = steps.static(config, t5_config, dtype, frames, mesh)
-    chip = target.chip
-    memory = None if chip is None else chip.memory // chip.devices
-    return static, plan.memory(static, frames, config.text.max_tokens, memory), frames
+def _sizes(config: RunConfig, target: targets.Target) -> tuple:
+    """What `plan.choose` takes beside the config: text encoder, dtype, frames, bytes a device."""
+    return (
+        t5.published_config(config.text.source),
+        sampling.compute_dtype(config, target.platform),
+        round(config.data.segment_seconds * FRAME_RATE),
+        None if target.chip is None else target.chip.memory // target.chip.devices,
+    )
 
 
-def prepared(
-    config: RunConfig, target: targets.Target, clips_per_device: int
-) -> tuple[steps.Static, plan.Memory, int]:
+def prepared(config: RunConfig, target: targets.Target) -> tuple[steps.Static, plan.Memory, int]:
     """The programs of a run on a target, planned memory, and frames of a clip."""
-    mesh = sharding.make_mesh(config.mesh, list(target.devices))
-    static, planned, frames = planned_on(mesh, config, target)
-    parts = plan.num_parts(static, config.data.batch_size, clips_per_device, planned)
-    return static._replace(num_parts=parts), planned, frames
+    sizes = _sizes(config, target)
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    static, planned = plan.choose(config, *sizes, list(target.devices), say)
+    return static, planned, sizes[2]
 
 
 def costs(args: Train) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def costs(args: Train) -> dict[str, Any]:
     if not 0 <= args.stage < config.model.num_codebooks:
         raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
     target = targets.load(args.topology)
-    static, planned, frames = prepared(config, target, args.clips_per_device)
+    static, planned, frames = prepared(config, target)
     clips, text_tokens = config.data.batch_size, config.text.max_tokens
     lowered = steps.lower(static, clips, frames, text_tokens, args.stage)
     found = report.compiled_costs(lowered, target)
@@ -191,7 +194,9 @@ def draw(args: Train, path: Path) -> None:
     names, bars = [], []
     for mesh in meshes(target.devices, config):
         names.append(",".join(str(n) for n in mesh.devices.shape))
-        bars.append(planned_on(mesh, config, target)[1])
+        t5_config, dtype, frames, memory = _sizes(config, target)
+        static = steps.static(config, t5_config, dtype, frames, mesh)
+        bars.append(plan.memory(static, frames, config.text.max_tokens, memory))
     figure, axes = plt.subplots(figsize=(max(6, 0.6 * len(names)), 4.5), layout="constrained")
     base = np.zeros(len(names))
     for part in ("state", "frozen", "gradients", "gathered", "a_clip"):
