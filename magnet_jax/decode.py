@@ -97,6 +97,31 @@ class Network(NamedTuple):
     """(states_RMD, stage, *, guided) -> logits_BMV with text and, or None, without."""
 
 
+def hidden_rates(steps: int) -> np.ndarray:
+    """The share of a codebook's units that each of its steps hides, float32 [steps].
+
+    This is cos(t * pi * 0.5) over linspace(0, 1, steps) as PyTorch rounds it. Rates times units
+    are cut to whole numbers, and at 60 degrees the last bit decides on which side of 1/2 they fall.
+    """
+    if steps == 1:
+        return np.ones(1, np.float32)
+    step, gap = np.arange(steps), float(np.float32(1) / np.float32(steps - 1))
+    # linspace counts its first half from 0, its second half back from 1, by fused multiply-add.
+    fraction = np.where(step < steps // 2, gap * step, 1 - gap * (steps - 1 - step))
+    angle = fraction.astype(np.float32) * np.float32(np.pi) * np.float32(0.5)
+    # The polynomial by which PyTorch computes a cosine as a sine.
+    x = np.pi / 2 - angle.astype(np.float64)
+    odd = 0.0
+    for factor in (
+        2.6083159809786594e-6,
+        -1.9810690719168633e-4,
+        8.333078585565090e-3,
+        -0.16666659712791443,
+    ):
+        odd = (odd + factor) * x * x
+    return (x + x * odd).astype(np.float32)
+
+
 def make_schedule(
     config: DecodeConfig, *, num_frames: int, num_prompt: int | Sequence[int], span_length: int
 ) -> tuple[Schedule, ...]:
@@ -116,9 +141,8 @@ def make_schedule(
     number = 0
     for stage, steps in enumerate(config.steps):
         rows = []
-        for step in range(steps):
-            fraction = np.float32(step / (steps - 1)) if steps > 1 else np.float32(0)
-            rate = np.cos(np.float32(np.pi / 2) * fraction)
+        for step, rate in enumerate(hidden_rates(steps)):
+            share = float(rate)
             temperature = config.temperature
             if config.anneal_temperature:
                 temperature *= (steps - 1 - step) / steps
@@ -128,7 +152,7 @@ def make_schedule(
                     stage,
                     step,
                     max(int(rate * units_K[stage]), least),
-                    rate * config.max_guidance + (1 - rate) * config.min_guidance,
+                    share * config.max_guidance + (1 - share) * config.min_guidance,
                     max(temperature, 1e-2),
                     number,
                 )
@@ -308,8 +332,9 @@ def decode(
       reach: frames to each side on which a local stage's logits depend; None is all.
       savings: what to leave out.
       axis: the mesh axis over which the network's states are split by frames.
-      predicts_given: whether the network predicts given frames too. Where it does, they count in
-        the score of a span in which the prompt ends, as in the reference; else hidden ones alone.
+      predicts_given: whether the network predicts given frames too. Where it does, and no rescorer
+        has a share, they count in the score of a span in which the prompt ends, as in AudioCraft;
+        else hidden ones alone.
       rescoring: scores spans by a second model as well. It is not asked after a codebook's last
         step, whose scores nothing reads.
       on_step: called with (steps done, steps in all) while the program runs.
@@ -433,9 +458,11 @@ def decode(
             prob_BT = jnp.where(hidden_BT, prob_BT, no_say)
         if rescoring is not None and not last:
             other_BT = rescoring.probabilities(codes_BKT, hidden_BT, step.stage, local=local)
-            other_BT = jnp.where(hidden_BT, other_BT, no_say)
-            # (in this form, weights of 0 and 1 leave the bits of one side as they are)
-            prob_BT = (1 - rescoring.weight) * prob_BT + rescoring.weight * other_BT
+            # In this form, weights of 0 and 1 leave the bits of one side as they are.
+            mixed_BT = (1 - rescoring.weight) * prob_BT + rescoring.weight * other_BT
+            # Given frames have no say, unless the weight of 0 asks for what no rescorer does.
+            given_BT = jnp.where(rescoring.weight > 0, no_say, prob_BT)
+            prob_BT = jnp.where(hidden_BT, mixed_BT, given_BT)
         surprise_BT = -jnp.log(jnp.maximum(prob_BT, 1e-30))
         if not grid:
             score_BU = jnp.where(hidden_BT, surprise_BT, jnp.minimum(score_BU, KEPT))

@@ -5,11 +5,13 @@ That greedy tokens are the reference's is checked in test_golden.py.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from magnet_jax import decode, transformer
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
@@ -34,6 +36,49 @@ def test_schedule_follows_equation_6_and_anneals():
     np.testing.assert_array_equal(second.num_hidden, [[40]])
     np.testing.assert_array_equal(third.num_hidden, [[40, 1]])
     np.testing.assert_array_equal(third.number, [[7, 8]])
+
+
+def test_as_many_spans_are_hidden_as_in_audiocraft():
+    """Its formula, in PyTorch, at every step of 1 to 100 and for 1 to 1500 units."""
+    units = torch.arange(1, 1501)
+    for steps in range(1, 101):
+        rate = torch.cos(torch.linspace(0, 1, steps) * math.pi * 0.5)
+        expected = (rate[:, None] * units).int()
+        found = decode.hidden_rates(steps)
+        np.testing.assert_allclose(found, rate, rtol=0, atol=1e-7)
+        found = (found[:, None] * units.numpy().astype(np.float32)).astype(np.int32)
+        np.testing.assert_array_equal(found, expected, err_msg=f"{steps} steps")
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "span"), [("nonoverlap", 3), ("stride1", 3), ("stride1", 1)]
+)
+def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
+    """A codebook each of 1 to 100 steps: counts, guidance and temperature, whatever is given."""
+    config = DecodeConfig(
+        steps=tuple(range(1, 101)), max_guidance=10, min_guidance=1.5, temperature=3.5,
+        span_arrangement=arrangement,
+    )  # fmt: skip
+    for num_frames, num_prompt in ((156, 0), (749, 31)):
+        schedule = decode.make_schedule(
+            config, num_frames=num_frames, num_prompt=num_prompt, span_length=span
+        )
+        units = num_frames - num_prompt
+        if arrangement == "nonoverlap":
+            units = num_frames // span - num_prompt // span
+        assert len(schedule) == 100
+        for part in schedule:
+            steps = part.step.size
+            for step, time in enumerate(torch.linspace(0, 1, steps)):
+                rate = torch.cos(time * math.pi * 0.5)
+                count = max(int((rate * units).item()), 1)
+                if arrangement == "stride1":
+                    count = max(count, span)
+                guidance = float(rate) * 10 + (1 - float(rate)) * 1.5
+                temperature = max(3.5 * ((steps - 1 - step) / steps), 1e-2)
+                assert part.num_hidden[0, step] == count, (steps, step, units)
+                assert part.guidance[0, step] == pytest.approx(guidance, rel=1e-6)
+                assert part.temperature[0, step] == np.float32(temperature)
 
 
 def test_neighbouring_stages_of_as_many_steps_go_together():

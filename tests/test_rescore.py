@@ -226,8 +226,8 @@ def decode_table(
 OTHER_BT = np.random.default_rng(9).uniform(size=(1, NUM_SPANS * SPAN)).astype(np.float32)
 
 
-def by_frame(codes_BKT, hidden_BT, stage, *, local):
-    return jnp.asarray(OTHER_BT)
+def by_frame(codes_BKT, hidden_BT, stage, *, local, other_BT=OTHER_BT):
+    return jnp.asarray(other_BT)
 
 
 def spans_hidden_again(decoded):
@@ -288,6 +288,31 @@ def test_given_frames_have_no_say_in_the_span_that_a_prompt_ends_in(
 
     found = decode_table(1.0, planted=planted, given=given, span_score=span_score, steps=(2, 1))
     np.testing.assert_array_equal(np.flatnonzero(found.hidden_PBT[1, 0]), hidden)
+
+
+@pytest.mark.parametrize("span_score", ["max", "prod"])
+def test_given_frames_have_a_say_at_weight_0_alone(span_score):
+    """A prompt ends within span 1, of which the model would be sure by its given frames alone."""
+    given, split = 5, lambda x_T: np.asarray(x_T, np.float64).reshape(NUM_SPANS, SPAN)
+    own_T = jax.nn.softmax(table_network()[1]).max(-1)  # the first step has temperature 1
+    of_span = {"max": lambda p_SF: p_SF.max(-1), "prod": lambda p_SF: np.log(p_SF).sum(-1)}
+    said, no_say = split(np.arange(NUM_SPANS * SPAN) >= given), 0.0 if span_score == "max" else 1.0
+    decided = 0
+    for seed in range(20):
+        other_T = np.random.default_rng(seed).uniform(size=NUM_SPANS * SPAN).astype(np.float32)
+        planted = functools.partial(by_frame, other_BT=other_T[None])
+        for weight in (0.0, 0.05, 0.5, 1.0):
+            found = decode_table(weight, planted=planted, given=given, span_score=span_score)
+            mixed_SF = split((1 - weight) * own_T + weight * other_T)
+            own_alone = of_span[span_score](split((1 - weight) * own_T))[1:].argsort()[:6]
+            if weight:
+                mixed_SF = np.where(said, mixed_SF, no_say)
+            # cos(pi / 4) of nine spans: the six of which both are least sure
+            expected = 1 + of_span[span_score](mixed_SF)[1:].argsort()[:6]
+            hidden_S = np.asarray(found.hidden_PBT[1, 0]).reshape(NUM_SPANS, SPAN).any(-1)
+            np.testing.assert_array_equal(np.flatnonzero(hidden_S), np.sort(expected))
+            decided += (1 in expected) != (0 in own_alone)
+    assert decided
 
 
 def test_nothing_is_asked_after_the_last_step_of_a_codebook():

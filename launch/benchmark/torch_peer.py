@@ -269,10 +269,9 @@ class Peer:
         score_BP = torch.zeros(batch, num_frames // span, device=self.device)
         given = num_prompt // span  # spans
         score_BP[:, :given] = KEPT
-        for step in range(steps):
-            fraction = torch.tensor(step / (steps - 1) if steps > 1 else 0.0)
-            rate = torch.cos(math.pi / 2 * fraction).item()
+        for step, rate in enumerate(torch.cos(torch.linspace(0, 1, steps) * math.pi * 0.5)):
             num_hidden = max(int(rate * (num_frames // span - given)), 1)
+            rate = rate.item()
             guidance = rate * decoding.max_guidance + (1 - rate) * decoding.min_guidance
             temperature = decoding.temperature
             if decoding.anneal_temperature:
