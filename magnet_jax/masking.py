@@ -1,5 +1,7 @@
 """Which tokens are hidden: masking rates, span counts and span masks (section 3.1, Appendix C)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,18 +33,24 @@ def span_counts(num_frames: int, span_length: int) -> np.ndarray:
     return np.searchsorted(expected, rates, side="left").astype(np.int32)
 
 
+@functools.cache
+def _counts_by_length(most: int, span_length: int) -> np.ndarray:
+    """`span_counts` of every length up to `most`, int32 [most + 1, 101]; 0 where no span fits."""
+    counts = np.zeros((most + 1, 101), np.int32)
+    for length in range(min(span_length, most), most + 1):
+        counts[length] = span_counts(length, span_length)
+    return counts
+
+
 def span_count(
     num_frames_B: jax.Array, rate_B: jax.Array, span_length: int, most: int
 ) -> jax.Array:
-    """`span_counts` where rows differ in length: the least count that reaches `rate_B`. int32 [B].
+    """`span_counts` at the rates, rounded to a per cent, of rows that differ in length. int32 [B].
 
-    `most` is the greatest length that may come. Lengths below a span's count as one span.
+    `most` is the greatest length that may come. Lengths below a span's have a count of 0.
     """
-    starts_1T = jnp.arange(most)[None]
-    left_BT = num_frames_B[:, None] - starts_1T
-    factors_BT = jnp.maximum(left_BT - span_length, 0) / jnp.maximum(left_BT, 1)
-    expected_BT = 1 - jnp.cumprod(factors_BT, axis=-1)
-    return (rate_B > 0).astype(jnp.int32) + (expected_BT < rate_B[:, None]).sum(-1)
+    percent_B = jnp.round(rate_B * 100).astype(jnp.int32)
+    return jnp.asarray(_counts_by_length(most, span_length))[num_frames_B, percent_B]
 
 
 def span_mask(
@@ -52,7 +60,7 @@ def span_mask(
 
     Args:
       uniform_BT: numbers drawn uniformly from [0, 1); they choose the span starts.
-      rate_B: wanted masking rates in [0, 1].
+      rate_B: wanted masking rates in [0, 1], which spans longer than a frame meet to a per cent.
       span_length: frames a start masks, itself included, cut at the end of the sequence.
       first_B: frames before this one are not masked, and do not count; None is all from the first.
 
@@ -60,23 +68,19 @@ def span_mask(
       bool [B, T], True where a token is hidden; at least one span a row, if it has a frame.
     """
     num_frames = uniform_BT.shape[1]
-    if first_B is not None:
-        free_BT = jnp.arange(num_frames)[None] >= first_B[:, None]
-        length_B = num_frames - first_B
-        if span_length == 1:
-            count_B = jnp.round(rate_B * length_B).astype(jnp.int32)
-        else:
-            count_B = span_count(length_B, rate_B, span_length, num_frames)
-        rank_BT = jnp.argsort(jnp.argsort(jnp.where(free_BT, uniform_BT, 2.0), axis=-1), axis=-1)
-        return _extended((rank_BT < jnp.maximum(count_B, 1)[:, None]) & free_BT, span_length)
+    if first_B is None:
+        first_B = jnp.zeros(len(uniform_BT), jnp.int32)
+    free_BT = jnp.arange(num_frames)[None] >= first_B[:, None]
+    length_B = num_frames - first_B
     if span_length == 1:
-        count_B = jnp.round(rate_B * num_frames).astype(jnp.int32)
+        count_B = jnp.round(rate_B * length_B).astype(jnp.int32)
     else:
-        table = jnp.asarray(span_counts(num_frames, span_length))
-        count_B = table[jnp.round(rate_B * 100).astype(jnp.int32)]
+        count_B = span_count(length_B, rate_B, span_length, num_frames)
     # argsort of uniform numbers is a uniform permutation: its entries below u are u random places.
-    start_BT = jnp.argsort(uniform_BT, axis=-1) < jnp.maximum(count_B, 1)[:, None]
-    return _extended(start_BT, span_length)
+    # Frames that do not count sort first, so they stay in place and the others are permuted.
+    order_BT = jnp.argsort(jnp.where(free_BT, uniform_BT, -1.0), axis=-1)
+    last_B = first_B + jnp.maximum(count_B, 1)
+    return _extended((order_BT < last_B[:, None]) & free_BT, span_length)
 
 
 def _extended(start_BT: jax.Array, span_length: int) -> jax.Array:

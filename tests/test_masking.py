@@ -44,6 +44,35 @@ def test_masking_rate_is_a_quarter_cosine():
     )
 
 
+def reference_counts(num_frames, span):
+    """How many starts reach 0, 1, ... 100 per cent, said as the reference says it."""
+    means, kept = [0.0], (num_frames - span) / num_frames
+    for starts in range(1, num_frames):
+        means.append(1 - kept)
+        kept *= (num_frames - span - starts) / (num_frames - starts)
+    return [int(np.searchsorted(means, percent / 100)) for percent in range(101)]
+
+
+@pytest.mark.parametrize("span", [2, 3, 4, 5, 10])
+def test_span_counts_are_the_references_at_any_length(span):
+    for num_frames in (*range(span + 1, 40), 150, 499, 500, 750, 1500):
+        np.testing.assert_array_equal(
+            masking.span_counts(num_frames, span), reference_counts(num_frames, span)
+        )
+
+
+@pytest.mark.parametrize("span", [1, 3, 5])
+def test_what_follows_a_prompt_is_masked_as_a_clip_of_its_length_is(span):
+    """One law for MAGNeT and for hybrids: the masks of clips that begin at frame 0 and later."""
+    num_frames, first = 60, 23
+    rates_B = jnp.linspace(0, 1, 301)
+    whole_BT = jax.random.uniform(jax.random.key(3), (301, num_frames))
+    shorter_BT = masking.span_mask(whole_BT[:, first:], rates_B, span)
+    mask_BT = masking.span_mask(whole_BT, rates_B, span, jnp.full(301, first))
+    assert not mask_BT[:, :first].any()
+    np.testing.assert_array_equal(mask_BT[:, first:], shorter_BT)
+
+
 def test_a_span_longer_than_the_sequence_is_refused():
     with pytest.raises(ValueError, match="does not fit"):
         masking.span_counts(4, 5)
