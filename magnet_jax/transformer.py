@@ -116,14 +116,31 @@ def product(
     return rows.reshape(b, t, *kernel.shape[num_axes:])
 
 
-def _param(key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple) -> nnx.Param:
-    """Truncated normal of variance 1 / fan_in, cut at three deviations as in the reference."""
-    value = jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32) / math.sqrt(fan_in)
+def _gaussian(
+    key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple, depth: jax.Array | None = None
+) -> nnx.Param:
+    """Truncated normal of variance 1 / fan_in, cut at three deviations.
+
+    This is AudioCraft's `weight_init: gaussian`. With `depth`, the number of a layer from 1, the
+    variance is divided by twice that, which is its `depthwise_init: current`.
+    """
+    std = 1 / math.sqrt(fan_in) if depth is None else 1 / jnp.sqrt(2.0 * fan_in * depth)
+    value = std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
     return nnx.Param(value, out_sharding=axes)
 
 
+def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Uniform within 1 / sqrt(fan_in) of zero, as a torch.nn.Linear begins.
+
+    AudioCraft leaves two kinds of weights as they begin: those of query, key and value, which it
+    keeps outside of any Linear, and the projection of the text.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
 def _bias(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
-    """Zeros at first, as in the reference."""
+    """Zeros at first: AudioCraft's `zero_bias_init`, and its own law for query, key and value."""
     return nnx.Param(jnp.zeros(shape), out_sharding=axes)
 
 
@@ -143,15 +160,15 @@ class LayerNorm(nnx.Module):
 class Attention(nnx.Module):
     """The four projections of one attention layer; `normed` adds norms of queries and keys."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, *, normed: bool):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array, *, normed: bool):
         d, n, h = config.width, config.num_heads, config.head_size
         self.biased, self.normed, self.products = config.attention_bias, normed, "axes"
         for name in ("query", "key", "value"):
-            axes = ("embed", "heads", None)
-            setattr(self, name, _param(rngs.params(), (d, n, h), d, axes))
+            kernel = _uniform(rngs.params(), (d, n, h), d)
+            setattr(self, name, nnx.Param(kernel, out_sharding=("embed", "heads", None)))
             if self.biased:
                 setattr(self, f"{name}_bias", _bias((n, h), ("heads", None)))
-        self.out = _param(rngs.params(), (n, h, d), d, ("heads", None, "embed"))
+        self.out = _gaussian(rngs.params(), (n, h, d), d, ("heads", None, "embed"), depth)
         if self.biased:
             self.out_bias = _bias((d,), ("embed",))
         if normed:
@@ -184,11 +201,11 @@ class Attention(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array):
         d, f = config.width, config.mlp_ratio * config.width
         self.biased, self.products = config.mlp_bias, "axes"
-        self.up = _param(rngs.params(), (d, f), d, ("embed", "mlp"))
-        self.down = _param(rngs.params(), (f, d), f, ("mlp", "embed"))
+        self.up = _gaussian(rngs.params(), (d, f), d, ("embed", "mlp"), depth)
+        self.down = _gaussian(rngs.params(), (f, d), f, ("mlp", "embed"), depth)
         if self.biased:
             self.up_bias, self.down_bias = _bias((f,), ("mlp",)), _bias((d,), ("embed",))
 
@@ -202,13 +219,15 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    """One layer; `depth` is its number from 1, which only its first weights depend on."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array):
         self.norm_self = LayerNorm(config.width)
         self.norm_cross = LayerNorm(config.width)
         self.norm_mlp = LayerNorm(config.width)
-        self.self = Attention(config, rngs, normed=config.query_key_norm)
-        self.cross = Attention(config, rngs, normed=config.cross_query_key_norm)
-        self.mlp = Mlp(config, rngs)
+        self.self = Attention(config, rngs, depth, normed=config.query_key_norm)
+        self.cross = Attention(config, rngs, depth, normed=config.cross_query_key_norm)
+        self.mlp = Mlp(config, rngs, depth)
 
     def __call__(
         self, x_BTD: jax.Array, text: TextKeys, attend: Callable[..., tuple[jax.Array, Any]]
@@ -250,21 +269,23 @@ class Transformer(nnx.Module):
 
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
-        def stack(rngs: nnx.Rngs) -> Block:
-            return Block(config, rngs)
+        def stack(rngs: nnx.Rngs, depth: jax.Array) -> Block:
+            return Block(config, rngs, depth)
 
-        self.embed = _param(rngs.params(), (k, v + 1, d), d, (None, "vocab", "embed"))
+        self.embed = _gaussian(rngs.params(), (k, v + 1, d), d, (None, "vocab", "embed"))
+        uniform = lambda key, shape, _: _uniform(key, shape, e)  # noqa: E731
         self.text_proj = nnx.Linear(
             e,
             d,
             rngs=rngs,
-            kernel_init=nnx.initializers.truncated_normal(e**-0.5, lower=-3.0, upper=3.0),
+            kernel_init=uniform,
+            bias_init=uniform,
             kernel_metadata={"out_sharding": (None, "embed")},
             bias_metadata={"out_sharding": ("embed",)},
         )
-        self.blocks = stack(rngs)
+        self.blocks = stack(rngs, jnp.arange(1, config.num_layers + 1))
         self.norm_final = LayerNorm(d)
-        self.heads = _param(rngs.params(), (k, d, v), d, (None, "embed", "vocab"))
+        self.heads = _gaussian(rngs.params(), (k, d, v), d, (None, "embed", "vocab"))
         if config.head_bias:
             self.heads_bias = _bias((k, v), (None, "vocab"))
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from scipy import stats
 
-from magnet_jax import sharding, transformer
+from magnet_jax import convert, sharding, transformer
 from magnet_jax.config import MeshConfig, ModelConfig
 from magnet_jax.errors import UserError
 
@@ -150,6 +153,67 @@ def test_no_biases_but_the_norms_and_the_text_projections():
     assert biases == {"text_proj/bias", "norm_final/bias"} | {
         f"blocks/norm_{name}/bias" for name in ("self", "cross", "mlp")
     }
+
+
+def as_audiocraft_begins(model):
+    """The law by which AudioCraft begins each tensor of a checkpoint, by its names and formulas.
+
+    It is a number, ('uniform', its bound) or ('gaussian', its deviation), cut at three of those.
+    """
+    laws = {}
+    for name, shape in convert.audiocraft_shapes(model).items():
+        fan_in = shape[-1]
+        layer = re.match(r"transformer\.layers\.(\d+)\.(self_attn|cross_attention|linear)", name)
+        if "norm" in name:
+            laws[name] = 1.0 if name.endswith("weight") else 0.0
+        elif ".output_proj." in name:  # a Linear that AudioCraft leaves as torch makes it
+            laws[name] = ("uniform", 1 / math.sqrt(model.text_width))
+        elif name.endswith("bias"):
+            laws[name] = 0.0
+        elif name.endswith("in_proj_weight"):  # no Linear by name, so as torch makes it
+            laws[name] = ("uniform", 1 / math.sqrt(fan_in))
+        elif layer:  # weight_init gaussian, depthwise_init current
+            depth = int(layer[1]) + 1
+            laws[name] = ("gaussian", 1 / math.sqrt(fan_in) / math.sqrt(2 * depth))
+        else:
+            assert name.startswith(("emb.", "linears.")), name
+            laws[name] = ("gaussian", 1 / math.sqrt(fan_in))
+    return laws
+
+
+EVERYTHING = dict.fromkeys(
+    ("attention_bias", "mlp_bias", "head_bias", "query_key_norm", "cross_query_key_norm"), True
+)
+DELAYED = {"delays": (0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, EVERYTHING, {"kind": "hybrid"} | DELAYED, {"kind": "musicgen"} | DELAYED],
+    ids=["magnet", "biases and norms", "hybrid", "musicgen"],
+)
+def test_every_tensor_of_every_layer_begins_as_in_audiocraft(settings):
+    model = ModelConfig(
+        codebook_size=256, width=64, num_heads=4, num_layers=5, text_width=96, **settings
+    )
+    params = jax.device_get(transformer.init_params(model, jax.random.key(0)))
+    tensors, laws = convert.to_audiocraft(params, model), as_audiocraft_begins(model)
+    assert tensors.keys() == laws.keys()
+    for name, law in laws.items():
+        array = tensors[name]
+        if isinstance(law, float):
+            assert (array == law).all(), name
+            continue
+        kind, size = law
+        law = stats.truncnorm(-3, 3, scale=size)
+        if kind == "uniform":
+            law = stats.uniform(-size, 2 * size)
+        least, most = law.support()
+        assert least <= array.min() and array.max() <= most, name
+        assert array.std() == pytest.approx(law.std(), rel=4 / math.sqrt(array.size)), name
+        assert stats.kstest(array.ravel(), law.cdf).pvalue > 1e-4, name
+    for leaf in jax.tree.leaves(params["blocks"]):
+        assert not leaf.std() or len({layer.tobytes() for layer in leaf}) == len(leaf)
 
 
 def test_shardings_of_the_stacked_layers():
