@@ -15,7 +15,7 @@ config = RunConfig(
     model=ModelConfig(codebook_size=1024, width=128, num_heads=4, num_layers=4, text_width=128),
     text=TextConfig(max_tokens=48, finetune=True),
     data=DataConfig(segment_seconds=3.0, batch_size=8),
-    optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=30, schedule_steps=400),
+    optimizer=OptimizerConfig(peak_lr=2e-3, warmup_steps=30, schedule_steps=400, ema_updates=1),
     steps=400,
     log_every=20,
     eval_every=200,

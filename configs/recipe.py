@@ -29,6 +29,7 @@ config = RunConfig(
         head_lr_ratio=6.0,
         weight_decay=0.01,
         ema_decay=0.998,
+        ema_updates=1,
     ),
     stage_weights=(7.0, 1.0, 1.0, 1.0),
     init_codes="codec",

@@ -30,9 +30,12 @@ def _require(condition: bool, message: str) -> None:
         raise UserError(message)
 
 
-def _added(default: Any) -> Any:
-    """A setting that files written before it was there lack; `from_dict` gives it `default`."""
-    return dataclasses.field(default=default, metadata={"added": True})
+def _added(default: Any, **before: Any) -> Any:
+    """A setting that files written before it was there lack.
+
+    `from_dict` gives it `default`, or `before` where they were written by another law.
+    """
+    return dataclasses.field(default=default, metadata={"added": True} | before)
 
 
 def _was(default: Any, old: dict[Any, Any]) -> Any:
@@ -279,7 +282,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm."""
     ema_decay: float = 0.99
-    """Decay a step of the averaged weights that evaluation, sampling and export use."""
+    """Decay of the averaged weights that evaluation, sampling and export use; each average counts
+    all its weights to 1, so that none of the start is left. Adapters are not averaged."""
+    ema_updates: int = _added(10, before=1)
+    """Steps from one update of the averaged weights to the next: AudioCraft's 10. A run of
+    thousands of steps is better averaged at every one of them, with 1."""
     d0: float = _added(1e-6)
     """dadam: first estimate of the step size, below any that could be right."""
     growth_rate: float = _added(0.0)
@@ -317,6 +324,7 @@ class OptimizerConfig:
         )
         for name in ("b1", "b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
+        _require(self.ema_updates >= 1, "optimizer.ema_updates must be at least 1")
         for name in ("eps", "clip_norm", "d0", "embed_lr_ratio", "head_lr_ratio"):
             _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
         for name in ("weight_decay", "final_lr_ratio"):
@@ -580,7 +588,7 @@ class RunConfig:
     """Begin with the parameters of this run, export or imported AudioCraft checkpoint; a folder, or
     its gs:// URL."""
     init_codes: Literal["random", "codec"] = _added("random")
-    """Embeddings and heads of a new model's tokens: random numbers, as in the reference, or
+    """Embeddings and heads of a new model's tokens: random numbers, as in AudioCraft, or
     projections of the codec's own vectors, so that tokens that sound alike begin alike."""
     init_partial: bool = _added(False)
     """Let init_from match in part; what matches is listed, the rest is initialised."""
@@ -737,7 +745,11 @@ def from_dict(cls: type, values: dict, where: str) -> Any:
         isinstance(values, dict), f"{where}: expected an object with the fields of {cls.__name__}"
     )
     fields = dataclasses.fields(cls)
-    added = {f.name: f.default for f in fields if "added" in f.metadata and f.name not in values}
+    added = {
+        f.name: f.metadata.get("before", f.default)
+        for f in fields
+        if "added" in f.metadata and f.name not in values
+    }
     for field in fields:
         old, value = field.metadata.get("was", {}), values.get(field.name)
         if isinstance(value, bool) and value in old:  # (1 == True, and was never meant)

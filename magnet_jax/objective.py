@@ -71,8 +71,9 @@ def hide(
 ) -> Corrupted:
     """Hides `mask_BT` in codebook `stage` and everything in the codebooks above it (section 2).
 
-    Padding is hidden in every codebook, as in the reference, and left out of the loss. What is
-    `given_BKT` (and no padding) is not hidden.
+    Padding is hidden in every codebook and left out of the loss. AudioCraft does so with
+    `tokens.padding_with_special_token`, which its MAGNeT configs leave off: there, the tokens of
+    silence after a clip are learnt like others. What is `given_BKT` and no padding is not hidden.
     """
     codebook_1K1 = jnp.arange(codes_BKT.shape[1])[None, :, None]
     hidden_BKT = (codebook_1K1 > stage) | ((codebook_1K1 == stage) & mask_BT[:, None])

@@ -4,6 +4,8 @@ Gradients are clipped by their global norm in front of both, and the learning ra
 linearly before its schedule.
 """
 
+import math
+import types
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -144,8 +146,31 @@ def _scaled(updates: dict, ratios: Mapping[str, float]) -> dict:
     return updates | {"lm": lm | {name: lm[name] * ratio for name, ratio in ratios.items()}}
 
 
+def _find(opt_state: Any, kind: type | types.UnionType) -> Any:
+    """The state of that kind within an optimizer's; None where there is none."""
+    is_kind = lambda node: isinstance(node, kind)  # noqa: E731
+    return next(filter(is_kind, jax.tree.leaves(opt_state, is_leaf=is_kind)), None)
+
+
 def step_size(opt_state: Any) -> jax.Array | None:
     """d of D-Adaptation, which multiplies the learning rate; None of another optimizer's state."""
-    is_dadam = lambda node: isinstance(node, DAdamState)  # noqa: E731
-    found = filter(is_dadam, jax.tree.leaves(opt_state, is_leaf=is_dadam))
-    return next((state.d for state in found), None)
+    found = _find(opt_state, DAdamState)
+    return None if found is None else found.d
+
+
+def steps_taken(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer has made."""
+    return _find(opt_state, DAdamState | optax.ScaleByAdamState).count
+
+
+def average(ema: Any, params: Any, step: jax.Array, decay: float, updates: int) -> Any:
+    """The averaged weights after step `step`, counted from 1, by AudioCraft's law.
+
+    Every `updates` steps the weights enter the average, and those of earlier updates lose the
+    factor `decay`. All shares add up to 1: the first update replaces the start.
+    """
+    number = step // updates  # of this update, from 1
+    share = (1 - decay) / -jnp.expm1(number * math.log(max(decay, 1e-30)))
+    share = jnp.where(number == 1, 1.0, share)  # exactly, whatever is rounded above
+    share = jnp.where(step % updates == 0, share, 0.0)
+    return optax.incremental_update(params, ema, share)

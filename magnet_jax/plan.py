@@ -248,7 +248,7 @@ def choose(
         if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
             continue
         mesh = sharding.make_mesh(choice, devices)
-        static = steps.static(config, t5_config, dtype, num_frames, mesh)
+        static = steps.make_static(config, t5_config, dtype, num_frames, mesh)
         planned = memory(static, num_frames, tokens, device)
         if len(choices) == 1:
             return static._replace(num_parts=num_parts(static, batch, asked, planned)), planned

@@ -53,7 +53,7 @@ class Static(NamedTuple):
     mesh: Mesh
 
 
-def static(
+def make_static(
     config: RunConfig, t5_config: t5.T5Config, dtype: jnp.dtype, num_frames: int, mesh: Mesh
 ) -> Static:
     """The programs of a run, computing a batch whole.
@@ -317,7 +317,14 @@ def train_step(
         gradients, state["opt"], state["params"]
     )
     params = optax.apply_updates(state["params"], updates)
-    ema = optax.incremental_update(params, state["ema"], 1 - static.optimizer.ema_decay)
+    if static.lora.rank:
+        # The average of products a b is no product of averages, and is as large as the model. So
+        # adapters are not averaged: what is trained is what is validated, sampled and exported.
+        ema = params
+    else:
+        decay, updates = static.optimizer.ema_decay, static.optimizer.ema_updates
+        step = optimizer.steps_taken(opt)
+        ema = optimizer.average(state["ema"], params, step, decay=decay, updates=updates)
     metrics = means(sums, static) | {"grad_norm": optax.global_norm(gradients)}
     if (d := optimizer.step_size(opt)) is not None:
         metrics["d"] = d

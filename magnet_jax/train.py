@@ -172,7 +172,7 @@ def set_up(config: RunConfig) -> Setup:
         spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
         frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
         mesh = sharding.make_mesh(config.mesh)
-        static = steps.static(config, text[0], dtype, frames, mesh)
+        static = steps.make_static(config, text[0], dtype, frames, mesh)
         t5_params = jax.tree.map(np.asarray, text[1])
         return Setup(spec, text[0], t5_params, text[2], lm, frames, static, run, mirror)
 

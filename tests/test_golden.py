@@ -208,7 +208,7 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
     reference, config = np.load(MAGNET / "loss.npz"), magnet.model
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
     t5_config, _, _ = t5.load("embedded")
-    static = steps.static(RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh)
+    static = steps.make_static(RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh)
     shardings = sharding.model_shardings(config, mesh)
 
     def total_nll(params, part):

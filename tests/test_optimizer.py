@@ -1,6 +1,7 @@
 """Optimizers and schedules by hand, and the configs of the paper's runs by the paper's numbers."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -165,7 +166,7 @@ def test_moments_of_a_run_are_sharded_as_its_parameters(tmp_path):
     )
     t5_config, _, _ = t5.load(config.text.source)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    static = steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+    static = steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
     _, shardings = steps.state_shardings(static)
     (state,) = shardings["opt"][1:]
     assert state.mu == state.nu == state.s == shardings["params"]
@@ -195,6 +196,50 @@ def test_embeddings_and_heads_can_learn_faster():
         np.testing.assert_allclose(scaled["lm"]["heads"], 0.5 * plain["lm"]["heads"], rtol=1e-6)
         np.testing.assert_array_equal(scaled["lm"]["norm"], plain["lm"]["norm"])
         np.testing.assert_array_equal(scaled["text"]["embed"], plain["text"]["embed"])
+
+
+# --- averaged weights ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("updates", [1, 3, 10])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.99, 0.9999])
+def test_averaged_weights_follow_audiocrafts_law(decay, updates):
+    """An update multiplies the count by the decay and adds 1; its weights' share is 1 / count."""
+    average = jax.jit(functools.partial(optimizer.average, decay=decay, updates=updates))
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=5).astype(np.float32)
+    found, expected, count = {"w": jnp.asarray(start)}, start.astype(np.float64), 0.0
+    for step in range(1, 301):
+        weights = rng.normal(size=5).astype(np.float32)
+        found = average(found, {"w": jnp.asarray(weights)}, jnp.int32(step))
+        if step % updates == 0:
+            count = count * decay + 1
+            expected = expected * (1 - 1 / count) + weights / count
+        np.testing.assert_allclose(found["w"], expected, atol=1e-6, err_msg=f"step {step}")
+        if step < updates:
+            np.testing.assert_array_equal(found["w"], start)
+        elif step == updates:  # nothing of the start is left
+            np.testing.assert_array_equal(found["w"], weights)
+
+
+@pytest.mark.parametrize("name", ["adamw", "dadam"])
+def test_an_optimizer_counts_its_steps(name):
+    """What the average goes by, and so needs no number of its own in a checkpoint."""
+    config = OptimizerConfig(name=name, peak_lr=0.5, warmup_steps=2, schedule_steps=9)
+    made, params = optimizer.make_optimizer(config), weights()
+    state = made.init(params)
+    for step in range(3):
+        assert int(optimizer.steps_taken(state)) == step
+        zeros = jax.tree.map(np.zeros_like, params)  # which D-Adaptation does not learn from
+        _, state = made.update(gradients(params, step) if step else zeros, state, params)
+
+
+def test_which_runs_are_averaged_every_step():
+    """AudioCraft's ten steps where it trains hundreds of thousands; every step in short runs."""
+    assert OptimizerConfig().ema_updates == 10
+    for name in config_names():
+        short = name in ("demo", "recipe", "recipe_small")
+        assert load_config(name).optimizer.ema_updates == (1 if short else 10), name
 
 
 # --- schedules and settings ----------------------------------------------------------------------
@@ -240,6 +285,9 @@ def test_configs_from_before_these_settings_are_read():
     for name in ("name", "schedule", "d0", "growth_rate"):
         del values[name]
     assert from_dict(OptimizerConfig, values, "old") == OptimizerConfig()
+    # Until there was a choice, weights were averaged at every step.
+    del values["ema_updates"]
+    assert from_dict(OptimizerConfig, values, "old") == OptimizerConfig(ema_updates=1)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +302,7 @@ def test_configs_from_before_these_settings_are_read():
         ({"schedule": "constant", "warmup_steps": -1}, "warmup_steps"),
         ({"growth_rate": 0.5}, "growth_rate must be 0 or above 1"),
         ({"d0": 0.0}, "d0 must be positive"),
+        ({"ema_updates": 0}, "ema_updates must be at least 1"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -284,7 +333,7 @@ def test_configs_have_the_papers_numbers(name, seconds, batch, steps):
     sizes = (1536, 24, 48) if "medium" in name else (1024, 16, 24)
     assert (model.width, model.num_heads, model.num_layers) == sizes
     assert (adam.b1, adam.b2, adam.weight_decay, adam.clip_norm) == (0.9, 0.95, 0.1, 1.0)
-    assert adam.ema_decay == 0.99
+    assert (adam.ema_decay, adam.ema_updates) == (0.99, 10)
     assert (decode.steps, decode.anneal_temperature, decode.min_guidance) == (steps, True, 1.0)
     texts = (config.data.merge_text_p, config.data.word_dropout)
     if name.startswith("music"):

@@ -109,7 +109,7 @@ def test_what_a_run_takes_over_fits_the_model_that_it_begins_with(monkeypatch):
 def make_static(config: RunConfig, mesh=None) -> steps.Static:
     t5_config, _, _ = t5.load("embedded")
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    return steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+    return steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
 def final_state(config: RunConfig) -> dict:
@@ -524,7 +524,7 @@ def compiled_memory(config: RunConfig, sizes: tuple[int, int, int], clips: int):
     devices = jax.devices()[: math.prod(sizes)]
     mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
     mesh = sharding.make_mesh(mesh_config, devices)
-    static = steps.static(config, t5_config, np.dtype("float32"), 500, mesh)
+    static = steps.make_static(config, t5_config, np.dtype("float32"), 500, mesh)
     found = steps.lower(static, clips, 500, 64, 0).compile().memory_analysis()
     planned = plan.memory(static, 500, 64, None)
     return found.argument_size_in_bytes, found.temp_size_in_bytes, planned
@@ -600,7 +600,7 @@ def test_meshes_that_do_not_divide_are_refused(sizes, message):
     count = 8 if "fit" in message else math.prod(sizes.values())
     with pytest.raises(UserError, match=message):
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-        steps.static(config, t5_config, np.dtype("float32"), 30, mesh)
+        steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
 def test_tensor_groups_stay_within_a_process():

@@ -47,7 +47,7 @@ def measure(args: Args) -> None:
     loaded = args.batches * config.data.batch_size * frames / (time.perf_counter() - started)
 
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
     t5_params = jax.tree.map(np.asarray, t5_params)
     setup = train.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
     state = train.first_state(setup, jax.random.key(config.seed))

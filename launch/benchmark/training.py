@@ -61,7 +61,7 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     t5_config = t5.published_config(config.text.source)
     frames = sampling.segment_frames(config, spec)
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
     seconds = 0.0
     for stage in (0, 1):
         lowered = steps.lower(static, config.data.batch_size, frames, config.text.max_tokens, stage)

@@ -195,7 +195,7 @@ def draw(args: Train, path: Path) -> None:
     for mesh in meshes(target.devices, config):
         names.append(",".join(str(n) for n in mesh.devices.shape))
         t5_config, dtype, frames, memory = _sizes(config, target)
-        static = steps.static(config, t5_config, dtype, frames, mesh)
+        static = steps.make_static(config, t5_config, dtype, frames, mesh)
         bars.append(plan.memory(static, frames, config.text.max_tokens, memory))
     figure, axes = plt.subplots(figsize=(max(6, 0.6 * len(names)), 4.5), layout="constrained")
     base = np.zeros(len(names))
