@@ -228,10 +228,11 @@ def generate(
     rows_text = transformer.with_null_rows(text) if with_null and not null_text else text
 
     num_first = prompt_steps - 1 - beginning.num_given if beginning.num_frames else 0
-    total = num_first + (0 if beginning.whole else sum(part.stage.size for part in schedule))
+    num_later = 0 if beginning.whole else sum(part.stage.size for part in schedule)
+    num_steps = num_first + num_later
 
     def report(done: jax.Array) -> None:
-        jax.debug.callback(on_step, done, total)
+        jax.debug.callback(on_step, done, num_steps)
 
     frame_T = jnp.arange(num_frames)
     known_BKT = jnp.where(frame_T < length, autoregressive.UNKNOWN, mask_id)[None, None]
@@ -255,7 +256,7 @@ def generate(
     _, cache = model.extend(rows, rows_text, cache, prompt_steps - 1, products=products)
 
     def later(done: jax.Array, _: int) -> None:
-        on_step(done + num_first, total)
+        on_step(done + num_first, num_steps)
 
     return decode.decode(
         _completing_network(
