@@ -336,7 +336,7 @@ class MAGNeT(Generator):
                     f"decoding_steps needs one number a codebook, {len(default.steps)}, not "
                     f"{list(decoding_steps)}"
                 )
-        if temperature == 0:  # AudioCraft's way to say so
+        if temperature == 0:  # near to AudioCraft, whose MAGNeT then samples at 0.01
             use_sampling, temperature = False, None
         if top_p == 0:
             top_p = 1.0

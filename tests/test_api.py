@@ -722,6 +722,9 @@ def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_pat
     before, after = (convert.flatten(m.params["lm"]) for m in (base, tuned))
     changed = {path for path in before if (np.asarray(before[path]) != after[path]).any()}
     assert changed == {p.path for p in finetune.PROJECTIONS}
+    # Adapters are not averaged: their products would be other than those of the averages.
+    last = convert.flatten(pretrained.load(run, weights="raw").params["lm"])
+    assert_same_bits(last, after)
 
     out = tmp_path / "merged"
     export_command.main(export_command.Args(checkpoint=run, out=out, verify=True))

@@ -511,6 +511,18 @@ def test_raw_and_averaged_weights_differ(finished):
     assert raw.t5_params is raw.params["text"]
 
 
+def test_a_runs_weights_are_averaged_every_ten_steps(finished):
+    """The average of step 25 is that of steps 10 and 20, to which step 30 adds its own weights."""
+    run, share = Path(finished.out), 1 / (1 + 0.99 + 0.99**2)
+    raw, *averages = (
+        convert.flatten(pretrained.load(run, weights=weights, step=step).params)
+        for weights, step in (("raw", 30), ("ema", 25), ("ema", 30))
+    )
+    for path, before in averages[0].items():
+        expected = (1 - share) * before + share * raw[path]
+        np.testing.assert_allclose(averages[1][path], expected, atol=1e-6, err_msg=path)
+
+
 def test_data_set_and_records_go_together(tokens):
     assert records.read_codec_spec(tokens) == codec.load_codec("embedded").spec
 
