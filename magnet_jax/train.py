@@ -457,6 +457,12 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
                 f"note: the learning rate is 0 from step {config.optimizer.schedule_steps} on, and "
                 "the run has more: see --optimizer.schedule-steps"
             )
+        if config.steps < config.optimizer.ema_updates and not config.lora.rank:
+            distributed.say_first(
+                f"note: the averaged weights are the first ones until step "
+                f"{config.optimizer.ema_updates}: sample this run with --weights raw, or train "
+                "with --optimizer.ema-updates 1"
+            )
         if step >= config.steps:
             distributed.say_first(f"{config.out} is complete: --steps {config.steps} are done")
         scalars = None

@@ -52,8 +52,13 @@ def test_a_model_that_knows_four_clips_gives_each_for_its_caption(
             word_dropout=0.0,
         ),
         optimizer=OptimizerConfig(
-            peak_lr=2e-3, warmup_steps=20, schedule_steps=steps, ema_decay=0.98, weight_decay=0.01
-        ),
+            peak_lr=2e-3,
+            warmup_steps=20,
+            schedule_steps=steps,
+            weight_decay=0.01,
+            ema_decay=0.98,
+            ema_updates=1,
+        ),  # fmt: skip
         condition_dropout=0.1,
         steps=steps,
         log_every=80,
@@ -93,8 +98,13 @@ def test_a_hybrid_begins_from_text_alone_and_completes_the_clip(tmp_path, monkey
             word_dropout=0.0,
         ),
         optimizer=OptimizerConfig(
-            peak_lr=5e-3, warmup_steps=20, schedule_steps=steps, ema_decay=0.98, weight_decay=0.01
-        ),
+            peak_lr=5e-3,
+            warmup_steps=20,
+            schedule_steps=steps,
+            weight_decay=0.01,
+            ema_decay=0.98,
+            ema_updates=1,
+        ),  # fmt: skip
         condition_dropout=0.1,
         steps=steps,
         log_every=80,

@@ -393,7 +393,7 @@ def test_every_config_is_built(name):
 
 
 @pytest.mark.parametrize("name", ["demo", "music_small_10s", "sound_small"])
-def test_configs_are_stepped(name, tokens, tmp_path):
+def test_configs_are_stepped(name, tokens, tmp_path, capsys):
     config = load_config(name)
     small = dataclasses.replace(
         config.model, codebook_size=1024, width=16, num_heads=2, num_layers=2, text_width=128
@@ -410,6 +410,8 @@ def test_configs_are_stepped(name, tokens, tmp_path):
     )
     train.train(shrunken)
     assert newest_step(Path(shrunken.out)) == 2
+    # A run that ends before its first average says which weights to take.
+    assert ("--weights raw" in capsys.readouterr().out) == (config.optimizer.ema_updates == 10)
 
 
 def test_config_survives_json(tmp_path):
