@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch, load_tensors
+from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
 AUDIOCRAFT_VERSION = "1.4.0a2"  # of the layout written here
 LM_FILE = "state_dict.bin"
@@ -51,7 +51,7 @@ def read_file(path: Path) -> File:
 
     Raises `UserError` for a missing, damaged or unsafe file, or one of another layout.
     """
-    torch, content = import_torch(), load_tensors(path)
+    content = load_tensors(path)
     if isinstance(content, dict) and isinstance(content.get("pretrained"), str):
         return File({}, {}, "", "float32", content["pretrained"])
     if (
@@ -63,19 +63,10 @@ def read_file(path: Path) -> File:
     state = content["best_state"]
     if isinstance(state.get("model"), dict):  # as AudioCraft's solvers take them to fine-tune from
         state = state["model"]
-    tensors, dtypes = {}, set()
-    for name, tensor in state.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise UserError(f"{path}: 'best_state' holds {name}, which is not a tensor")
-        dtypes.add(tensor.dtype)
-        # NumPy has no bfloat16; widening is exact.
-        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-        try:
-            tensors[name] = tensor.detach().numpy()
-        except (TypeError, RuntimeError) as error:  # sparse, quantised and the like
-            raise UserError(f"{path}: {name} is not a plain tensor ({error})") from None
+    tensors = as_arrays(path, state)
     xp_cfg = parse_xp_cfg(content["xp.cfg"], f"{path}: its 'xp.cfg'")
-    dtype = "float16" if dtypes == {torch.float16} else "float32"
+    halves = all(array.dtype == np.float16 for array in tensors.values())
+    dtype = "float16" if tensors and halves else "float32"
     return File(tensors, xp_cfg, content["xp.cfg"], dtype, "")
 
 

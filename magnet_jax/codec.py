@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from magnet_jax import hub
+from magnet_jax import files, hub
 from magnet_jax.audiocraft import CODEC_FILE, read_file
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.convert_codec import (
@@ -28,11 +28,10 @@ from magnet_jax.convert_codec import (
     encodec_layout,
     parametrized_name,
     read_codec_folder,
-    read_safetensors,
     renamed_from_audiocraft,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch, load_tensors
+from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
 # The `encodec` package's models: the files that hold their weights, and their settings.
 ENCODEC_WEIGHTS = {
@@ -270,14 +269,14 @@ def _find(source: str) -> _Weights:
     if source == EMBEDDED:
         return _from_transformers(ASSETS / "codec", source)
     if source in ENCODEC_WEIGHTS:
-        return _from_encodec(source, _arrays(_download_encodec(source), source), source)
+        return _from_encodec(source, as_arrays(f"codec {source}", _download_encodec(source)), source)
     if path.name == CODEC_FILE and path.is_file():
         return _from_audiocraft(path)
     if path.is_file():
         name = architecture_of(path)
         if path.suffix == ".safetensors":
-            return _from_encodec(name, read_safetensors(path), source)
-        return _from_encodec(name, _arrays(load_tensors(path), source), source)
+            return _from_encodec(name, files.read_tensors(path), source)
+        return _from_encodec(name, as_arrays(f"codec {path}", load_tensors(path)), source)
     if path.is_dir():
         return _from_transformers(path, source)
     if "/" in source and hub.is_hub_id(source):
@@ -417,14 +416,6 @@ def _from_encodec(name: str, state: Mapping[str, np.ndarray], source: str) -> _W
     layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
     where = f"codec {source}: not the weights of {name}"
     return weights._replace(tensors=renamed_from_audiocraft(state, layout, where))
-
-
-def _arrays(state: Any, source: str) -> dict[str, np.ndarray]:
-    """The tensors of a file that torch wrote."""
-    torch = import_torch()
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise UserError(f"codec {source}: holds something other than tensors by name")
-    return {name: tensor.float().numpy() for name, tensor in state.items()}
 
 
 def architecture_of(path: Path) -> str:

@@ -14,12 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (NumPy then reads bfloat16)
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from magnet_jax import hub
+from magnet_jax import files, hub
 from magnet_jax.audiocraft import misfits, xp_setting
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError
@@ -178,16 +176,8 @@ def read_codec_folder(
         raise UserError(f"{where}: a {model_type} model, not an encodec model")
     if not (folder / "model.safetensors").exists():
         raise UserError(f"{where}: no model.safetensors in {folder}")
-    tensors = read_safetensors(folder / "model.safetensors")
+    tensors = files.read_tensors(folder / "model.safetensors")
     return settings, {parametrized_name(name): array for name, array in tensors.items()}
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file; `UserError` where it is damaged."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError, KeyError) as error:  # (KeyError: a type NumPy lacks)
-        raise UserError(f"{path}: damaged, not readable as weights ({error})") from None
 
 
 def parametrized_name(name: str) -> str:

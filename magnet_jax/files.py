@@ -4,10 +4,12 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401  (NumPy then reads bfloat16)
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -34,13 +36,81 @@ def read_object(path: Path, hint: str) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file; `UserError` if it is missing or damaged."""
+    """The tensors of a safetensors file, see `finite`; `UserError` if it is missing or damaged."""
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: NumPy lacks a type
+        raise UserError(f"{path}: damaged, not readable as weights ({error})") from None
+    return finite(path, tensors)
+
+
+class RoundedWarning(UserWarning):
+    """Numbers of float64 were rounded as they were read."""
+
+
+def finite(where: Path | str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors of a file or of a model, of which every number can be computed with.
+
+    All computing is in float32. bfloat16 is widened to it, which is exact. float64 is rounded to
+    it, and a `RoundedWarning` names the tensors that changed. float16 and integers stay as they
+    are.
+
+    Raises `UserError` that names a tensor with NaN, infinity, or a number beyond float32.
+    """
+    found, rounded = {}, []
+    for name, array in tensors.items():
+        found[name] = array
+        if array.dtype.name == "bfloat16":
+            found[name] = array.astype(np.float32)
+        elif np.issubdtype(array.dtype, np.floating) and array.dtype.itemsize > 4:
+            with np.errstate(over="ignore"):
+                found[name] = array.astype(np.float32)
+            if not np.array_equal(found[name], array):
+                rounded.append(name)
+        elif not np.issubdtype(array.dtype, np.floating):
+            continue
+        if not _is_finite(found[name]):
+            bad = float(array[~np.isfinite(found[name])].flat[0])
+            what = "NaN" if np.isnan(bad) else "infinity" if np.isinf(bad) else f"{bad:g}"
+            raise UserError(
+                f"{where}: the tensor {name} holds {what}, which is no float32 number: the weights "
+                "are damaged, or their training diverged; take another copy or checkpoint"
+            )
+    if rounded:
+        warnings.warn(
+            f"{where}: {len(rounded)} float64 tensor{'s' * (len(rounded) > 1)} rounded to float32: "
+            f"{few(rounded)}",
+            RoundedWarning,
+            stacklevel=2,
+        )
+    return found
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether all numbers are; much quicker than `np.isfinite(array).all()`."""
+    if array.dtype == np.float16:
+        return not array.size or int((array.view(np.uint16) & 0x7FFF).max()) < 0x7C00
+    with np.errstate(over="ignore", invalid="ignore"):
+        # NaN and infinity stay in a sum, which may also overflow by itself.
+        return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
+
+
+@contextlib.contextmanager
+def noting_rounded() -> Iterator[list[str]]:
+    """Collects in a list what warnings say meanwhile, `RoundedWarning` among them."""
+    notes: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", RoundedWarning)
+        yield notes
+    notes += [str(each.message) for each in caught]
+
+
+def few(names: Sequence[str], count: int = 4) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
 
 
 def put_back(folder: Path) -> None:

@@ -308,7 +308,7 @@ def load_adapter(folder: Path, model: ModelConfig) -> Adapter:
         raise UserError(f"{path}: does not fit the model: {problems}")
     # (JAX's check counts bfloat16, which PEFT may have written, among them)
     if wrong := [n for n, a in tensors.items() if not jnp.issubdtype(a.dtype, jnp.floating)]:
-        raise UserError(f"{path}: not floating point: {_few(wrong)}")
+        raise UserError(f"{path}: not floating point: {files.few(wrong)}")
     return Adapter(_from_peft(tensors, config, model), config, lineage)
 
 
@@ -339,12 +339,12 @@ def _read_peft_config(path: Path) -> LoraConfig:
         # As PEFT reads them: a name stands for every module whose path ends in it.
         matches = {m: [p for p in PROJECTIONS if f".{p.module}".endswith(f".{m}")] for m in modules}
         if unknown := [m for m, found in matches.items() if not found]:
-            problems.append(f"target_modules has unknown names: {_few(unknown)}")
+            problems.append(f"target_modules has unknown names: {files.few(unknown)}")
         named = {p for found in matches.values() for p in found}
         targets = tuple(dict.fromkeys(p.target for p in PROJECTIONS if p in named))
         absent = [p.module for p in PROJECTIONS if p.target in targets and p not in named]
         if absent:
-            problems.append(f"target_modules lacks {_few(absent)}, which go with the others")
+            problems.append(f"target_modules lacks {files.few(absent)}, which go with the others")
     if problems:
         raise UserError(f"{path}: not an adapter that can be read: {'; '.join(problems)}")
     try:
@@ -397,11 +397,6 @@ def _compare(wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[i
     return _Fit(matched, missing, misshapen, [name for name in given if name not in wanted])
 
 
-def _few(names: Sequence[str], count: int = 4) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
 def _problems(fit: _Fit) -> str:
     """What keeps two sets of names and shapes from being the same; '' where they are."""
     kinds = (
@@ -409,7 +404,7 @@ def _problems(fit: _Fit) -> str:
         ("misshapen", [*fit.misshapen.values()]),
         ("unexpected", fit.unexpected),
     )
-    return "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in kinds if names)
+    return "; ".join(f"{len(names)} {kind}: {files.few(names)}" for kind, names in kinds if names)
 
 
 def match_params(

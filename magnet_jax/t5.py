@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 from magnet_jax import files, hub
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import load_tensors
+from magnet_jax.torch_env import as_arrays, load_tensors
 
 Params = dict[str, Any]
 
@@ -292,10 +292,13 @@ def load(source: str) -> tuple[T5Config, Params, Tokenizer]:
             elif tensors[name].shape != weight.file_shape:
                 found, wanted = list(tensors[name].shape), list(weight.file_shape)
                 problems.append(f"{name} is {found}, not {wanted}")
+            elif not np.issubdtype(tensors[name].dtype, np.floating):
+                problems.append(f"{name} is {tensors[name].dtype}, not floating point")
             else:
                 layers.append(_from_file(tensors[name], weight))
         if not problems:
-            leaves[weight.path] = jnp.asarray(np.stack(layers) if weight.stacked else layers[0])
+            leaf = np.stack(layers) if weight.stacked else layers[0]
+            leaves[weight.path] = jnp.asarray(leaf, jnp.float32)
     if problems:
         raise UserError(
             f"{origin}: does not fit {directory / 'config.json'}: {'; '.join(problems)}"
@@ -423,32 +426,34 @@ def _part_names(index: Path) -> list[str]:
 
 
 def _read_tensors(directory: Path) -> tuple[dict[str, np.ndarray], Path]:
-    """The encoder's tensors as float32 by transformers' names, and the file they are from."""
+    """The encoder's tensors by transformers' names, see `files.finite`, and their file."""
 
     def wanted(name: str) -> bool:
         return name == "shared.weight" or name.startswith("encoder.")
 
     tensors = {}
     if (directory / _SAFETENSORS).is_file():
-        origin, files = directory / _SAFETENSORS, [directory / _SAFETENSORS]
+        origin, parts = directory / _SAFETENSORS, [directory / _SAFETENSORS]
     elif (directory / _SAFETENSORS_INDEX).is_file():
         origin = directory / _SAFETENSORS_INDEX
-        files = [directory / name for name in _part_names(origin)]
+        parts = [directory / name for name in _part_names(origin)]
     elif (directory / _TORCH_WEIGHTS).is_file():
         origin = directory / _TORCH_WEIGHTS
         state = load_tensors(origin)
-        return {k: v.float().numpy() for k, v in state.items() if wanted(k)}, origin
+        if isinstance(state, dict):
+            state = {name: tensor for name, tensor in state.items() if wanted(name)}
+        return as_arrays(origin, state), origin
     else:
         raise UserError(
             f"{directory}: no {_SAFETENSORS}, {_SAFETENSORS_INDEX} or {_TORCH_WEIGHTS} in it"
         )
-    for file in files:
+    for part in parts:
         try:
-            with safetensors.safe_open(file, framework="numpy") as reader:
-                for name in filter(wanted, reader.keys()):
-                    tensors[name] = reader.get_tensor(name).astype(np.float32)
+            with safetensors.safe_open(part, framework="numpy") as reader:
+                held = {name: reader.get_tensor(name) for name in filter(wanted, reader.keys())}
         except FileNotFoundError:
-            raise UserError(f"{file}: no such file, but {origin} names it") from None
+            raise UserError(f"{part}: no such file, but {origin} names it") from None
         except safetensors.SafetensorError as error:
-            raise UserError(f"{file}: damaged ({error})") from None
+            raise UserError(f"{part}: damaged ({error})") from None
+        tensors |= files.finite(part, held)
     return tensors, origin

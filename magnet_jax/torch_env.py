@@ -4,9 +4,13 @@ import importlib.machinery
 import pickle
 import sys
 import types
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from magnet_jax import files
 from magnet_jax.errors import UserError
 
 
@@ -61,3 +65,23 @@ def load_tensors(path: Path) -> Any:
     except Exception as error:  # what a damaged file raises depends on the damage
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: damaged, not readable as weights ({reason})") from None
+
+
+def as_arrays(where: Path | str, tensors: Any) -> dict[str, np.ndarray]:
+    """Torch's tensors by name as NumPy arrays, see `files.finite`.
+
+    Raises `UserError` for anything but plain tensors, and for numbers that are not finite.
+    """
+    torch, arrays = import_torch(), {}
+    if not isinstance(tensors, Mapping):
+        raise UserError(f"{where}: holds something other than tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise UserError(f"{where}: holds {name}, which is not a tensor")
+        # NumPy has no bfloat16; widening is exact.
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        try:
+            arrays[name] = tensor.detach().numpy()
+        except (TypeError, RuntimeError) as error:  # sparse, quantised and the like
+            raise UserError(f"{where}: {name} is not a plain tensor ({error})") from None
+    return files.finite(where, arrays)
