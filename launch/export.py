@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from magnet_jax import cli, export, finetune, pretrained
+from magnet_jax import cli, export, files, finetune, pretrained
 from magnet_jax.errors import UserError, reported
 
 
@@ -74,7 +74,8 @@ def main(args: Args) -> None:
         return
     about = "" if args.about is None else _read_about(args.about)
     export.prepare_out(args.out, Path(args.checkpoint), args.overwrite)
-    loaded = pretrained.load(args.checkpoint, weights=args.weights, step=args.step)
+    with files.noting_rounded() as notes:
+        loaded = pretrained.load(args.checkpoint, weights=args.weights, step=args.step)
     options = export.Options(
         license=args.license,
         t5_name=args.t5_name,
@@ -83,7 +84,7 @@ def main(args: Args) -> None:
         about=about,
         logits=args.verify,
     )
-    lines = export.export_model(loaded, args.out, options, str(args.checkpoint))
+    lines = export.export_model(loaded, args.out, options, str(args.checkpoint), rounded=notes)
     lineage = ", ".join(f"{name} {value}" for name, value in loaded.lineage.items())
     print(f"wrote {args.out} ({lineage})")
     print(*lines, sep="\n")

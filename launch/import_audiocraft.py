@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from magnet_jax import audiocraft, cli, export, pretrained
+from magnet_jax import audiocraft, cli, export, files, pretrained
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE
 from magnet_jax.convert_codec import codec_folder_from_audiocraft
 from magnet_jax.errors import UserError, reported
@@ -56,7 +56,8 @@ def import_codec(path: Path, out: Path) -> None:
     """Writes a codec that lies by itself as a transformers EncodecModel folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists; give another --out")
-    file = audiocraft.read_file(path)
+    with files.noting_rounded() as notes:
+        file = audiocraft.read_file(path)
     if file.pretrained:
         raise UserError(
             f"{path}: points to {file.pretrained} and holds no codec; name that instead"
@@ -67,7 +68,7 @@ def import_codec(path: Path, out: Path) -> None:
         codec.mkdir()
         codec_folder_from_audiocraft(file.tensors, file.xp_cfg, codec, str(path))
         codec.rename(out)
-    print(f"wrote the codec {out}, for tokenization.job --codec")
+    print(f"wrote the codec {out}, for tokenization.job --codec", *notes, sep="\n")
 
 
 def main(args: Args) -> None:
@@ -82,16 +83,17 @@ def main(args: Args) -> None:
             f"{args.source}: not an AudioCraft checkpoint but a model of this project, which "
             "needs no import: launch.sample and launch.export take it as it is"
         )
-    loaded = pretrained.read_audiocraft(
-        folder, args.source, text_encoder=args.text_encoder, codec=args.codec
-    )
+    with files.noting_rounded() as notes:
+        loaded = pretrained.read_audiocraft(
+            folder, args.source, text_encoder=args.text_encoder, codec=args.codec
+        )
     options = export.Options(
         license=args.license or stated_license(folder),
         audiocraft=False,
         offline=True,
         logits=args.verify,
     )
-    lines = export.export_model(loaded, args.out, options, args.source)
+    lines = export.export_model(loaded, args.out, options, args.source, rounded=notes)
     print(f"wrote {args.out} in {time.perf_counter() - started:.1f} s")
     print(*lines, sep="\n")
 

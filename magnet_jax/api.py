@@ -221,8 +221,9 @@ class Generator:
                 f"prompt has {wav_BCN.shape[1]} channels of {wav_BCN.shape[2]} samples: channels "
                 "come before samples here, unlike in soundfile; transpose it"
             )
-        if not np.isfinite(wav_BCN).all():
-            raise UserError("prompt holds NaN or infinite samples")
+        with np.errstate(over="ignore"):  # becomes infinite, and is refused
+            if not np.isfinite(wav_BCN.astype(np.float32)).all():
+                raise UserError("prompt holds NaN or infinite samples")
         if prompt_sample_rate <= 0:
             raise UserError(f"prompt_sample_rate must be positive, not {prompt_sample_rate}")
         texts = [""] * len(wav_BCN) if descriptions is None else _texts(descriptions)

@@ -86,17 +86,30 @@ def write_weights(
 ) -> None:
     """Writes weights and settings, the latter as a dict or as YAML text.
 
-    Raises `ValueError` where `dtype` is narrower than a tensor's values.
+    Raises `UserError` where `dtype` is narrower than a tensor's values.
     """
     torch = import_torch()
-    state = {}
-    for name, array in tensors.items():
-        narrow = np.array(array, dtype)
-        if not np.array_equal(narrow.astype(array.dtype), array, equal_nan=True):
-            raise ValueError(f"{name} does not fit {dtype}")
-        state[name] = torch.from_numpy(narrow)
+    state = {
+        name: torch.from_numpy(narrowed(path, name, array, dtype))
+        for name, array in tensors.items()
+    }
     text = xp_cfg if isinstance(xp_cfg, str) else yaml.safe_dump(dict(xp_cfg), sort_keys=False)
     _save(path, {"best_state": state, "xp.cfg": text})
+
+
+def narrowed(path: Path, name: str, array: np.ndarray, dtype: str) -> np.ndarray:
+    """A copy of a tensor in the type that it came in, which loses nothing of its values.
+
+    Raises `UserError`, which names the file to write and the tensor, where it would.
+    """
+    with np.errstate(over="ignore"):
+        narrow = np.array(array, dtype)
+    if not np.array_equal(narrow.astype(array.dtype), array):
+        raise UserError(
+            f"{path}: the tensor {name} does not fit {dtype}, in which the model came: its weights "
+            "have changed since"
+        )
+    return narrow
 
 
 def write_pointer(path: Path, pretrained: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from magnet_jax import files
-from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin
+from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, narrowed
 from magnet_jax.config import (
     EMBEDDED,
     KIND_NAMES,
@@ -81,9 +81,13 @@ def write_safetensors(directory: Path, bundle: Bundle, *, half: bool = False) ->
         "audiocraft": bundle.origin and dataclasses.asdict(bundle.origin),
     }
     came_so = bundle.origin is not None and bundle.origin.lm_dtype == "float16"
-    halved = tensors if half else {f"lm/{path}" for path in lm} if came_so else ()
-    tensors |= {path: tensors[path].astype(np.float16) for path in halved}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "np"})
+    weights = directory / "model.safetensors"
+    if half:
+        tensors = {path: array.astype(np.float16) for path, array in tensors.items()}
+    elif came_so:
+        names = [f"lm/{path}" for path in lm]
+        tensors |= {name: narrowed(weights, name, tensors[name], "float16") for name in names}
+    save_file(tensors, weights, metadata={"format": "np"})
     (directory / "generation_config.json").write_text(to_json(bundle.generation))
     # Written last: it is what makes the folder an export.
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -335,4 +335,7 @@ def read_params(
         if step not in steps:
             raise UserError(f"{out}: no checkpoint of step {step}; there are {sorted(steps)}")
         item = {"ema": "ema", "raw": "params"}[weights]
-        return restore(manager, step, **{item: shapes})[item], step
+        params = restore(manager, step, **{item: shapes})[item]
+        folder = manager.directory / str(step) / item
+    files.finite(folder, {name: np.asarray(x) for name, x in convert.flatten(params).items()})
+    return params, step

@@ -119,7 +119,13 @@ class Codec:
             wav = torch.from_numpy(np.require(wav_BCN, np.float32, "CW")).to(self.device)
             if self.config.normalize:
                 wav = wav / (wav.mean(1, keepdim=True).square().mean(2, keepdim=True).sqrt() + 1e-8)
-            codes_KBT = self.quantizer.encode(self.encoder(wav))
+            latent = self.encoder(wav)
+            if not torch.isfinite(latent).all():
+                raise UserError(
+                    f"codec {self.spec.source}: computes NaN or infinity from this audio: it, or "
+                    "the codec, is damaged"
+                )
+            codes_KBT = self.quantizer.encode(latent)
             codes_BKT = codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
         return join_sides(codes_BKT, sides)
 
@@ -210,6 +216,10 @@ def load_decoder(
 
     spec, weights = _read(source, num_codebooks, interleaved)
     params = decoder_params(weights.tensors, weights.config, spec.num_codebooks // spec.sides)
+    leaves = jax.tree.leaves_with_path(params)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    # Finite numbers may become infinite where norms are multiplied out and biases added.
+    files.finite(f"codec {source}", {f"decoder/{n}": leaf for n, (_, leaf) in zip(names, leaves)})
     return Decoder(spec, weights.config, jax.tree.map(jax.numpy.asarray, params))
 
 
@@ -269,7 +279,9 @@ def _find(source: str) -> _Weights:
     if source == EMBEDDED:
         return _from_transformers(ASSETS / "codec", source)
     if source in ENCODEC_WEIGHTS:
-        return _from_encodec(source, as_arrays(f"codec {source}", _download_encodec(source)), source)
+        return _from_encodec(
+            source, as_arrays(f"codec {source}", _download_encodec(source)), source
+        )
     if path.name == CODEC_FILE and path.is_file():
         return _from_audiocraft(path)
     if path.is_file():

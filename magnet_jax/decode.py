@@ -228,11 +228,17 @@ def choose_token(
       probs_BV: probabilities.
       choice: 'greedy' takes the most probable, 'top_k' and 'top_p' sample among the most probable.
       limit: k, or the nucleus mass.
+
+    Where the network's numbers overflowed, all probabilities are NaN, and the mask id V is given in
+    place of a token: it stays in the clip, and whoever reads the clip sees it.
     """
+    overflown_B = jnp.isnan(probs_BV[..., 0])
     if choice == "greedy":
-        return probs_BV.argmax(-1).astype(jnp.int32)
-    probs_BV = {"top_k": top_k_tokens, "top_p": nucleus}[choice](probs_BV, limit)
-    return jax.vmap(jax.random.categorical)(keys_B, jnp.log(probs_BV)).astype(jnp.int32)
+        token_B = probs_BV.argmax(-1)
+    else:
+        kept_BV = {"top_k": top_k_tokens, "top_p": nucleus}[choice](probs_BV, limit)
+        token_B = jax.vmap(jax.random.categorical)(keys_B, jnp.log(kept_BV))
+    return jnp.where(overflown_B, probs_BV.shape[-1], token_B).astype(jnp.int32)
 
 
 def hide_spans(score_BT: jax.Array, num_hidden: jax.Array, span_length: int) -> jax.Array:
@@ -495,7 +501,11 @@ def decode(
             )
             carry, last_BT = run(carry, jax.tree.map(lambda x: x[-1], steps))
             hidden_PBT = jnp.concatenate([hidden_PBT, last_BT[None]])
-        return carry[0], hidden_PBT
+        codes_BKT, score_BU = carry
+        if rescoring is not None:  # as in `choose_token`, of the second model's numbers
+            overflown_B = jnp.isnan(score_BU).any(-1)
+            codes_BKT = jnp.where(overflown_B[:, None, None], mask_id, codes_BKT)
+        return codes_BKT, hidden_PBT
 
     hidden = []
     for i, part in enumerate(schedule):

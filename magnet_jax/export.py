@@ -7,6 +7,7 @@ half-written export is ever seen and a replaced one is lost at no moment.
 import dataclasses
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -80,14 +81,17 @@ def prepare_out(out: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{out}: holds the model itself; give another --out")
 
 
-def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> list[str]:
-    """Writes and checks an export; returns lines on what was checked.
+def export_model(
+    loaded: Loaded, out: Path, options: Options, where: str, rounded: Sequence[str] = ()
+) -> list[str]:
+    """Writes and checks an export; returns lines on what was rounded and checked.
 
     Args:
       loaded: the model.
       out: the folder, see `prepare_out`.
       options: what to write.
       where: what to call the model in messages.
+      rounded: what was rounded as the model was read, see `files.noting_rounded`.
 
     Raises:
       UserError: the model cannot be expressed, or the folder cannot be written.
@@ -112,22 +116,32 @@ def export_model(loaded: Loaded, out: Path, options: Options, where: str) -> lis
         "/" in codec.source and hub.is_hub_id(codec.source)
     ):
         raise UserError(f"codec {codec.source}: no such folder or file; put it there again")
+    leaves = {name: np.asarray(x) for name, x in convert.flatten(loaded.params).items()}
+    files.finite(where, leaves)
     if options.half:
         params = _rounded(loaded.params, where)
         loaded = loaded._replace(params=params, t5_params=params.get("text", loaded.t5_params))
+    if rounded:
+        lineage = loaded.lineage | {"rounded": "from float64 to float32"}
+        loaded = loaded._replace(lineage=lineage)
     encoder = text_encoder_name(loaded, options.t5_name)
-    with files.replacing(out) as partial:
+    # What was rounded when the model was read is read, and rounded, again.
+    with files.noting_rounded(), files.replacing(out) as partial:
         written = _write(loaded, options, partial, codec, encoder)
-        return _check(partial, written, loaded, options)
+        return [*rounded, *_check(partial, written, loaded, options)]
 
 
 def _rounded(params: dict, where: str) -> dict:
     """Float32 numbers that are float16's."""
-    if not all((np.abs(leaf) <= 65504).all() for leaf in jax.tree.leaves(params)):
-        raise UserError(
-            f"{where}: has weights that are no number, or beyond float16's 65504: leave out --half"
-        )
-    return jax.tree.map(lambda x: np.asarray(x).astype(np.float16).astype(np.float32), params)
+    halves = {}
+    for name, leaf in convert.flatten(params).items():
+        with np.errstate(over="ignore"):
+            halves[name] = np.asarray(leaf).astype(np.float16).astype(np.float32)
+        if not np.isfinite(halves[name]).all():
+            raise UserError(
+                f"{where}: the tensor {name} has numbers beyond float16's 65504: leave out --half"
+            )
+    return convert.unflatten(halves)
 
 
 def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
@@ -253,6 +267,10 @@ def _check(folder: Path, written: Bundle, loaded: Loaded, options: Options) -> l
         _require_equal(TEXT_FOLDER, convert.flatten(t5_params), expected)
         count += len(expected)
     lines = [f"checked: {count} tensors read back, every bit equal"]
+    if options.half:
+        lines[0] += " to the weights rounded to float16"
+    if rounded := loaded.lineage.get("rounded"):
+        lines[0] += f", but for what was rounded {rounded} before"
     if options.logits:
         lines.append(_compare_logits(folder, written, options.audiocraft))
     return lines

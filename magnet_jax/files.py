@@ -41,7 +41,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
         tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:  # KeyError: NumPy lacks a type
+    # KeyError: a type that NumPy lacks
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path}: damaged, not readable as weights ({error})") from None
     return finite(path, tensors)
 
@@ -99,12 +100,20 @@ def _is_finite(array: np.ndarray) -> bool:
 
 @contextlib.contextmanager
 def noting_rounded() -> Iterator[list[str]]:
-    """Collects in a list what warnings say meanwhile, `RoundedWarning` among them."""
+    """Collects what was rounded meanwhile, each `RoundedWarning` once, in place of showing it."""
     notes: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("always", RoundedWarning)
+        shown = warnings.showwarning
+
+        def show(message, category, *rest, **keywords):
+            if not issubclass(category, RoundedWarning):
+                shown(message, category, *rest, **keywords)
+            elif str(message) not in notes:
+                notes.append(str(message))
+
+        warnings.showwarning = show
         yield notes
-    notes += [str(each.message) for each in caught]
 
 
 def few(names: Sequence[str], count: int = 4) -> str:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from magnet_jax import bucket, bundle, checkpoint, convert, finetune, hub, t5
+from magnet_jax import bucket, bundle, checkpoint, convert, files, finetune, hub, t5
 from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
@@ -26,6 +26,7 @@ from magnet_jax.config import (
     CodecSpec,
     DataConfig,
     DecodeConfig,
+    LoraConfig,
     ModelConfig,
     RunConfig,
     SamplingConfig,
@@ -84,7 +85,7 @@ def load(
     if adapter is not None:
         loaded = load(source, weights=weights, step=step, text_encoder=text_encoder, codec=codec)
         added = finetune.load_adapter(Path(adapter), loaded.config.model)
-        lm = finetune.merge_adapters(loaded.params["lm"], added.adapters, added.config)
+        lm = _merged(loaded.params["lm"], added.adapters, added.config, str(adapter))
         lineage = loaded.lineage | {"adapter": Path(adapter).resolve().name}
         return loaded._replace(params=loaded.params | {"lm": lm}, lineage=lineage)
     if weights not in (None, "ema", "raw"):
@@ -100,6 +101,14 @@ def load(
     else:
         loaded = _load_run(folder, source, weights or "ema", step)
     return loaded._replace(codec_source=codec or loaded.codec_source)
+
+
+def _merged(lm: dict, adapters: dict, config: LoraConfig, where: str) -> dict:
+    """The transformer with adapters, whose product may overflow though both factors are finite."""
+    merged = finetune.merge_adapters(lm, adapters, config)
+    leaves = {name: np.asarray(leaf) for name, leaf in convert.flatten(merged).items()}
+    files.finite(f"{where}, added to the model", leaves)
+    return merged
 
 
 def load_decoder(
@@ -150,10 +159,10 @@ def locate(source: Path | str) -> Path:
     instead = f"a folder with its files, such as {LM_FILE} and {CODEC_FILE}"
     folder = hub.fetch(name, ("config.json", "README.md"), "model", instead)
     if bundle.is_export(folder):
-        files = ("*.json", "*.safetensors", "text_encoder/*", "codec/*")
+        patterns = ("*.json", "*.safetensors", "text_encoder/*", "codec/*")
     else:
-        files = (LM_FILE, CODEC_FILE)
-    folder = hub.fetch(name, files, "model", instead)
+        patterns = (LM_FILE, CODEC_FILE)
+    folder = hub.fetch(name, patterns, "model", instead)
     if not bundle.is_export(folder) and not (folder / LM_FILE).exists():
         raise UserError(f"{source}: holds no AudioCraft checkpoint ({LM_FILE}) and no export")
     return folder
@@ -242,7 +251,7 @@ def _load_run(run: Path, out: Path | str, weights: str, step: int | None) -> Loa
     params, step = checkpoint.read_params(out, config, trained, weights=weights, step=step)
     if config.lora.rank:
         base = checkpoint.read_base(run)
-        params = {"lm": finetune.merge_adapters(base, params["lora"], config.lora)}
+        params = {"lm": _merged(base, params["lora"], config.lora, str(out))}
     return Loaded(
         config=config,
         codec=codec,

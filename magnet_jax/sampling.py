@@ -697,14 +697,18 @@ def _run(
         say=execution.say,
         made_for=made_for,
     )
+    computed_frames = codes_BKT.shape[-1]
+    codes_BKT = np.asarray(codes_BKT)[:batch, :, :num_frames]
+    if (codes_BKT >= made_for.model.codebook_size).any():  # see `decode.choose_token`
+        raise UserError(
+            f"the model{' or its rescorer' * bool(made_for.read_rescorer)} computes NaN in place "
+            "of probabilities, and no clip was made: its weights are damaged, or their training "
+            "diverged"
+        )
     if wav_BCN is not None:
-        hop = wav_BCN.shape[-1] // (made_for.audio_frames or codes_BKT.shape[-1])
-        wav_BCN = np.asarray(wav_BCN)[:batch, :, : num_frames * hop]
-    return Generated(
-        np.asarray(codes_BKT)[:batch, :, :num_frames],
-        np.asarray(hidden_PBT)[:, :batch, :num_frames],
-        wav_BCN,
-    )
+        hop = wav_BCN.shape[-1] // (made_for.audio_frames or computed_frames)
+        wav_BCN = _sound(np.asarray(wav_BCN)[:batch, :, : num_frames * hop])
+    return Generated(codes_BKT, np.asarray(hidden_PBT)[:, :batch, :num_frames], wav_BCN)
 
 
 def decoded_frames(model: ModelConfig, decoding: DecodeConfig, num_frames: int) -> tuple[int, int]:
@@ -786,6 +790,16 @@ def decode_audio(decoder: codec.Decoder | codec.Codec, codes_BKT: np.ndarray) ->
     """Audio [B, C, N] (float32) of tokens, a clip's the same whatever is decoded with it."""
     if isinstance(decoder, codec.Decoder):
         codec.check_codes(codes_BKT, decoder.spec)
-        return _decode_codes(decoder.config, decoder.params, codes_BKT)
+        return _sound(_decode_codes(decoder.config, decoder.params, codes_BKT))
     # One at a time: PyTorch's convolutions round differently in batches.
-    return np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT])
+    return _sound(np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT]))
+
+
+def _sound(wav_BCN: np.ndarray) -> np.ndarray:
+    """The audio; raises `UserError` where the codec's numbers overflowed."""
+    if not np.isfinite(wav_BCN).all():
+        raise UserError(
+            "the codec computes NaN or infinity in place of audio, and no clip was made: its "
+            "weights are damaged, or their training diverged"
+        )
+    return wav_BCN

@@ -300,7 +300,8 @@ def train_step(
 
     Returns:
       the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also both of each half
-      (`hybrid.means`), with D-Adaptation also 'd'.
+      (`hybrid.means`), with D-Adaptation also 'd'; and for `watch.Window`, which sees by them that
+      a step is not finite, 'sum_nll' and 'param_norm', of the new parameters.
     """
 
     def total_nll(params: dict, part: dict) -> tuple[jax.Array, objective.Sums | hybrid.Sums]:
@@ -325,7 +326,11 @@ def train_step(
         decay, updates = static.optimizer.ema_decay, static.optimizer.ema_updates
         step = optimizer.steps_taken(opt)
         ema = optimizer.average(state["ema"], params, step, decay=decay, updates=updates)
-    metrics = means(sums, static) | {"grad_norm": optax.global_norm(gradients)}
+    metrics = means(sums, static) | {
+        "grad_norm": optax.global_norm(gradients),
+        "sum_nll": _total(sums, static).nll,
+        "param_norm": optax.global_norm(params),
+    }
     if (d := optimizer.step_size(opt)) is not None:
         metrics["d"] = d
     # What comes out lives where what came in did, whatever the compiler would rather do.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -338,17 +339,6 @@ def whole(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def check_finite(grad_norm: jax.Array, step: int, saved: int) -> None:
-    """Raises `UserError` where training has diverged; waits for the step."""
-    if not np.isfinite(grad_norm):
-        last = f"the checkpoint of step {saved}" if saved else "the start: none was saved yet"
-        raise UserError(
-            f"the gradient norm of step {step} is {grad_norm}, and nothing of it was saved; the "
-            f"last good state is {last}. Go on from there with a lower --optimizer.peak-lr as "
-            "another run (--init-from), or begin anew"
-        )
-
-
 @contextlib.contextmanager
 def catching_signals() -> Iterator[list[int]]:
     """Collects the first SIGTERM or SIGINT in a list; a second one does what it always does."""
@@ -402,6 +392,16 @@ def _restored(
     abstract, _ = steps.state_shardings(setup.static)
     state = checkpoint.restore(manager, step, **abstract, data=None)
     position = state.pop("data")
+    replicated = sharding.replicated(setup.static.mesh)
+    all_finite = functools.partial(jax.tree.map, lambda x: jnp.isfinite(x).all())
+    flags = jax.device_get(jax.jit(all_finite, out_shardings=replicated)(state))
+    for path, is_finite in jax.tree.leaves_with_path(flags):
+        if not is_finite:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(
+                f"{manager.directory / str(step)}: the tensor {name} holds NaN or infinity; move "
+                "that folder away to go on from an earlier step"
+            )
     if position.pop("data_set") != data_set:
         raise UserError(
             f"{config.data.path} is not the data set that {config.out} was trained on up "
@@ -501,8 +501,10 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
             stopping = len(votes) > late and bool(votes.popleft())
             last = step == config.steps or stopping
             logging, saving = step % config.log_every == 0, manager.should_save(step)
-            if logging or saving or last:
-                check_finite(metrics["grad_norm"], step, saved)
+            validating = bool(held_out) and step % config.eval_every == 0
+            sampling_now = sampled and step % config.sample_every == 0 and not stopping
+            if logging or saving or last or validating or sampling_now:
+                window.check_finite(step, saved)
             if logging or last:
                 values = window.scalars(
                     static, config.data.batch_size, setup.frames, config.text.max_tokens
@@ -518,8 +520,13 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
                 window = watch.Window()
             aside = time.perf_counter()
             loss = float("inf") if config.keep_best else None
-            if held_out and step % config.eval_every == 0:
+            if validating:
                 values = validate(state["ema"], frozen, held_out, key, static)
+                if not np.isfinite(values["validation/loss"]):
+                    found = values["validation/loss"]
+                    raise UserError(
+                        watch.diverged(f"the validation loss of step {step} is {found}", saved)
+                    )
                 loss = values["validation/loss"] if config.keep_best else None
                 if scalars:
                     scalars.log(step, values)
@@ -532,7 +539,7 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
                 push(setup)  # first: a checkpoint's run is whole up to its step
                 checkpoint.save(manager, step, state, position, loss)
                 saved = step
-            if sampled and step % config.sample_every == 0 and not stopping:
+            if sampling_now:
                 params = whole(merge(state["ema"], frozen))
                 if decoder:
                     wavs = write_samples(config, setup, decoder, params, step)

@@ -101,16 +101,37 @@ class Window:
     def __init__(self):
         self.losses = defaultdict(list)  # of each codebook, still on the devices
         self.halves = defaultdict(list)  # of a hybrid: by name, over all codebooks
+        self.unchecked = []  # what must be finite, of each step since the last check
         self.waited = 0.0  # seconds for data
         self.started = time.perf_counter()
 
     def add(self, stage: int, metrics: dict[str, jax.Array]) -> None:
-        """Takes the losses out of a step's metrics."""
+        """Takes the losses, and what is not for people, out of a step's metrics."""
+        numbers = [metrics.pop("sum_nll", 0.0), metrics.get("grad_norm", 0.0)]
+        self.unchecked.append([*numbers, metrics.pop("param_norm", 0.0)])
         losses = {name: metrics.pop(name) for name in [*metrics] if name.startswith("loss")}
         self.losses[stage].append(losses.get("loss_parallel", losses["loss"]))
         if len(losses) > 1:
             for name, loss in losses.items():
                 self.halves[name].append(loss)
+
+    def check_finite(self, step: int, saved: int) -> None:
+        """Raises `UserError` that names the first step, up to `step`, at which training diverged.
+
+        Waits for the steps to finish. An optimizer may leave out a step whose gradient is NaN, so
+        that nothing of it is to be seen later on.
+
+        Args:
+          step: the last one that was added.
+          saved: that of the newest checkpoint; 0 is none.
+        """
+        numbers = jax.device_get(self.unchecked)
+        self.unchecked = []
+        for i, values in enumerate(numbers, start=step - len(numbers) + 1):
+            names = ("loss of", "gradient norm of", "norm of the parameters after")
+            for name, value in zip(names, values):
+                if not np.isfinite(value):
+                    raise UserError(diverged(f"the {name} step {i} is {value}", saved))
 
     def scalars(self, static: Static, batch_size: int, frames: int, text: int) -> dict[str, float]:
         """Mean losses and speeds; waits for the steps to finish."""
@@ -133,6 +154,15 @@ class Window:
         if (used := (local.memory_stats() or {}).get("peak_bytes_in_use")) is not None:
             values["memory/peak_gb"] = used / 1e9
         return values
+
+
+def diverged(what: str, saved: int) -> str:
+    """The line that ends a run which is not finite any more; `saved` as of `Window`."""
+    last = f"the checkpoint of step {saved}" if saved else "the start: none was saved yet"
+    return (
+        f"{what}, and nothing of it was saved; the last good state is {last}. Go on from there "
+        "with a lower --optimizer.peak-lr as another run (--init-from), or begin anew"
+    )
 
 
 def _mean(losses: list[jax.Array]) -> float:

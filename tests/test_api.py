@@ -25,6 +25,7 @@ from magnet_jax import (
     api,
     audiocraft,
     convert,
+    files,
     finetune,
     pretrained,
     sampling,
@@ -158,6 +159,98 @@ def test_float16_checkpoints_come_and_go_as_float16(copied, tmp_path):
     assert stored < 1.1 * sum(array.nbytes for array in before.tensors.values())
 
 
+def test_float64_is_rounded_and_said(copied, tmp_path, capsys):
+    """At import, in its model card, and whenever the import is exported."""
+
+    def widen(content, _):
+        state = {name: tensor.double() for name, tensor in content["best_state"].items()}
+        for name in ("out_norm.weight", "linears.0.weight"):
+            state[name][0] += 1e-12
+        content["best_state"] = state
+
+    rewrite(copied / "magnet", widen)
+    run_import(copied, "magnet", tmp_path / "bundle", verify=True)
+    said = capsys.readouterr().out
+    names = "out_norm.weight, linears.0.weight"
+    assert f"state_dict.bin: 2 float64 tensors rounded to float32: {names}" in said
+    assert "every bit equal, but for what was rounded from float64 to float32 before" in said
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    assert "- rounded: from float64 to float32" in card
+    export_command.main(export_command.Args(checkpoint=tmp_path / "bundle", out=tmp_path / "out"))
+    assert "but for what was rounded from float64 to float32" in capsys.readouterr().out
+    after = audiocraft.read_file(tmp_path / "out" / "state_dict.bin").tensors
+    with files.noting_rounded():
+        before = audiocraft.read_file(copied / "magnet" / "state_dict.bin").tensors
+    assert_same_bits(after, before)
+
+
+def test_float64_that_loses_nothing_is_as_good_as_float32(copied, tmp_path, capsys):
+    def widen(content, _):
+        state = content["best_state"]
+        content["best_state"] = {name: tensor.double() for name, tensor in state.items()}
+
+    rewrite(copied / "magnet", widen)
+    run_import(copied, "magnet", tmp_path / "bundle")
+    said = capsys.readouterr().out
+    assert "every bit equal\n" in said and "rounded" not in said
+
+
+def test_a_poisoned_model_is_not_sampled_from(copied, tmp_path):
+    """The codec's tensor is named as the model's is; and nothing is written."""
+    rewrite(copied / "musicgen", poisoned)
+
+    def infinite_bias(content, _):
+        content["best_state"]["decoder.model.0.conv.conv.bias"][0] = float("inf")
+
+    rewrite(copied / "magnet", infinite_bias, audiocraft.CODEC_FILE)
+    text = str(copied / "t5")
+    for name, found in (
+        ("musicgen", "state_dict.bin: the tensor out_norm.weight holds NaN"),
+        ("magnet", "compression_state_dict.bin: the tensor decoder.model.0.* holds infinity"),
+    ):
+        with pytest.raises(UserError, match=found):
+            sample.sample(
+                sample.Args(
+                    checkpoint=copied / name, out=tmp_path / "wavs", unconditional=1,
+                    text_encoder=text,
+                )
+            )  # fmt: skip
+    with pytest.raises(UserError, match="out_norm.weight holds NaN"):
+        MusicGen.get_pretrained(copied / "musicgen", text_encoder=text)
+    with pytest.raises(UserError, match="the tensor decoder.model.0.* holds infinity"):
+        shutil.copytree(copied / "magnet", tmp_path / "codec")
+        (tmp_path / "codec" / "state_dict.bin").unlink()
+        import_audiocraft.main(
+            import_audiocraft.Args(source=str(tmp_path / "codec"), out=tmp_path / "out")
+        )
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["codec", "in"]
+
+
+def test_a_model_whose_numbers_overflow_gives_no_clip(model):
+    """Its weights are finite, and its logits are not; or its audio is not."""
+    loaded = model.loaded
+    norm = loaded.params["lm"]["norm_final"]
+    lm = loaded.params["lm"] | {"norm_final": norm | {"scale": norm["scale"] * 3e38}}
+    huge = type(model)(loaded._replace(params=loaded.params | {"lm": lm}), model.decoder)
+    for greedy in (True, False):
+        huge.set_generation_params(use_sampling=not greedy, duration=0.4)
+        with pytest.raises(UserError, match="the model computes NaN.*no clip was made"):
+            huge.generate(["drums", ""])
+    quiet = model.generate_audio(np.zeros((1, loaded.codec.num_codebooks, 3), int))
+    assert np.isfinite(quiet).all()
+    params, most = model.decoder.params, np.finfo(np.float32).max
+    loudest = jax.tree.map(
+        lambda x: np.full_like(x, most), {n: params[n] for n in ("last", "first")}
+    )
+    decoder = model.decoder._replace(params=params | loudest)
+    loud = type(model)(loaded, decoder)
+    with pytest.raises(UserError, match="the codec computes NaN or infinity"):
+        loud.generate_audio(np.zeros((1, loaded.codec.num_codebooks, 3), int))
+    loud.set_generation_params(duration=0.4)
+    with pytest.raises(UserError, match="the codec computes NaN or infinity"):
+        loud.generate("drums")
+
+
 def test_a_codec_that_is_named_is_asked_for_and_named_again(copied, tmp_path, capsys):
     audiocraft.write_pointer(copied / "magnet" / audiocraft.CODEC_FILE, "someone/encodec")
     with pytest.raises(UserError, match="points to the codec someone/encodec.*--codec"):
@@ -187,6 +280,22 @@ def misshapen(content, _):
     content["best_state"]["out_norm.weight"] = content["best_state"]["out_norm.weight"][:-1]
 
 
+def poisoned(content, _):
+    content["best_state"]["out_norm.weight"][1] = float("nan")
+
+
+def infinite_half(content, _):
+    state = {name: tensor.half() for name, tensor in content["best_state"].items()}
+    state["linears.1.weight"][0, 0] = float("-inf")
+    content["best_state"] = state
+
+
+def too_large(content, _):
+    state = {name: tensor.double() for name, tensor in content["best_state"].items()}
+    state["emb.0.weight"][2, 3] = 1e300
+    content["best_state"] = state
+
+
 def melody(_, xp_cfg):
     xp_cfg["conditioners"]["self_wav"] = {"model": "chroma_stem"}
     xp_cfg["fuser"]["prepend"] = ["self_wav", "description"]
@@ -213,6 +322,9 @@ def stereo(_, xp_cfg):
     [
         (without_tensor, "out_norm.weight .* is missing"),
         (misshapen, "out_norm.weight is "),
+        (poisoned, "state_dict.bin: the tensor out_norm.weight holds NaN"),
+        (infinite_half, "state_dict.bin: the tensor linears.1.weight holds infinity"),
+        (too_large, r"state_dict.bin: the tensor emb.0.weight holds 1e\+300"),
         (melody, "fuser.prepend must be .*conditioners other than text: self_wav"),
         (no_length, "segment_duration must be a length"),
         (other_class, "lm_model must be .* not transformer_flow"),
@@ -381,6 +493,8 @@ def test_continuation(model):
         (np.zeros(100, np.float32), "x", "must be floating-point audio"),
         (np.zeros((1, 100), np.int16), "x", "must be floating-point audio"),
         (np.full((1, 100), np.nan, np.float32), "x", "NaN"),
+        (np.full((1, 100), -np.inf, np.float16), "x", "infinite"),
+        (np.full((1, 100), 1e300), "x", "infinite"),
     ],
 )
 def test_bad_prompts(model, prompt, texts, complaint):

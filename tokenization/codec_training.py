@@ -10,6 +10,7 @@ What a step sees hangs on (seed, step) alone, and a checkpoint holds all that tr
 stopped run goes on as if it had not been, bit for bit on the same machine with as many threads.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -38,7 +39,7 @@ from magnet_jax.convert_codec import (
 from magnet_jax.errors import UserError
 from magnet_jax.files import held, put_back, read_object, replacing, replacing_file
 from magnet_jax.records import remove_temporaries
-from magnet_jax.torch_env import import_torch, load_tensors
+from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
 CODEC = SeanetConfig(
     hidden_size=64, num_filters=16, num_lstm_layers=1, sampling_rate=16_000, use_causal_conv=False
@@ -458,7 +459,23 @@ class Run:
             self.averaged[name].lerp_(value, 1 - decay)
         self.step += 1
         found = {name: float(loss.detach()) for name, loss in losses.items()}
-        return {**found, "commitment": float(quantized.penalty.detach())}
+        found["commitment"] = float(quantized.penalty.detach())
+        self._check_finite(found)
+        return found
+
+    def _check_finite(self, losses: Mapping[str, float]) -> None:
+        """Raises `UserError` where this step's losses, or what it made of the weights, are not."""
+        bad = [f"{name} loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
+        networks = {"codec": self.codec, "discriminator": self.discriminator}
+        for name, network in () if bad else networks.items():
+            for part, tensor in network.state_dict().items():
+                if not math.isfinite(float(tensor.sum())):
+                    bad.append(f"{name}'s {part} is not finite")
+        if bad:
+            raise UserError(
+                f"--out {self.settings.out}: training diverged at step {self.step}: {bad[0]}; what "
+                "was saved before is as it was. Lower --learning-rate, and name a new --out"
+            )
 
 
 def _update(optimizer: Any, rate: float) -> None:
@@ -519,9 +536,13 @@ def _train(settings: Training, run: Run, clips: Clips, valid: Clips) -> Iterator
     _begin(settings, clips, is_new=not checkpoint.exists())
     remove_temporaries(settings.out)
     if checkpoint.exists():
-        run.restore(load_tensors(checkpoint))
+        state = load_tensors(checkpoint)
+        for name in ("averaged", "codec", "discriminator"):
+            as_arrays(f"{checkpoint}: {name}", state[name])  # raises where there is NaN
+        run.restore(state)
         print(f"{settings.out}: goes on at step {run.step}", flush=True)
     put_back(settings.out / "codec")
+    _forget(settings.out, run.step)
     if not run.step:
         yield _note(settings, {"step": 0, **measure(run.config, run.averaged, valid)})
     sums: dict[str, list[float]] = {}
@@ -534,8 +555,6 @@ def _train(settings: Training, run: Run, clips: Clips, valid: Clips) -> Iterator
         if last or run.step % settings.validate_every == 0:
             means = {name: float(np.mean(values)) for name, values in sums.items()}
             means["seconds_per_step"] = (time.perf_counter() - began) / len(sums["time"])
-            if not math.isfinite(means["spectral"]):
-                raise UserError("training diverged: lower --learning-rate, and name a new --out")
             found = measure(run.config, run.averaged, valid)
             write_codec(settings.out / "codec", run.config, run.averaged)
             yield _note(settings, {"step": run.step, **means, **found})
@@ -584,6 +603,23 @@ def _begin(settings: Training, clips: Clips, *, is_new: bool) -> None:
             f"--out {settings.out}: begun with other settings ({', '.join(changed)}); use the "
             "same, or name another folder"
         )
+
+
+def _forget(out: Path, step: int) -> None:
+    """Takes out of metrics.jsonl what a process that was killed noted after it had last saved.
+
+    The steps are made, and noted, again. Before the first save that is all of them.
+    """
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines() if step else ():
+        with contextlib.suppress(ValueError):  # a line that the kill cut
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    with replacing_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def _note(settings: Training, values: dict[str, float]) -> dict[str, float]:
