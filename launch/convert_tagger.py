@@ -81,7 +81,8 @@ def convert(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             kernel = variables[f"{weights}/kernel"]
             if layer.startswith("middle"):  # a row of features is what the taps run over: channels
                 kernel = kernel.transpose(0, 2, 1, 3)
-            tensors[f"{layer}/kernel"] = kernel.astype(np.float16)
+            with np.errstate(over="ignore"):  # infinity is refused when all are there
+                tensors[f"{layer}/kernel"] = kernel.astype(np.float16)
             tensors[f"{layer}/bias"] = variables[f"{weights}/bias"]
         if norm is not None:
             gamma, beta, mean, variance = (
@@ -110,6 +111,7 @@ def main(args: Args) -> None:
             f"{error.name} is not installed: pip install tensorflow-cpu librosa, in an "
             "environment of its own"
         ) from None
+    files.finite(args.wheel, tensors)
     tags = ast.literal_eval(re.search(r"^MTT_LABELS = (\[.*\])$", source, re.MULTILINE)[1])
     with files.replacing(args.out) as folder:
         save_file(tensors, folder / "model.safetensors")

@@ -21,6 +21,7 @@ from magnet_jax.convert_codec import (
     CODEC_SETTINGS,
     NOMINAL_RMS,
     SeanetConfig,
+    check_norms,
     check_tensors,
     codec_from_audiocraft,
     codec_settings_from_xp_cfg,
@@ -215,7 +216,8 @@ def load_decoder(
     import jax  # here, as tokenization needs none
 
     spec, weights = _read(source, num_codebooks, interleaved)
-    params = decoder_params(weights.tensors, weights.config, spec.num_codebooks // spec.sides)
+    with np.errstate(over="ignore", invalid="ignore"):
+        params = decoder_params(weights.tensors, weights.config, spec.num_codebooks // spec.sides)
     leaves = jax.tree.leaves_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     # Finite numbers may become infinite where norms are multiplied out and biases added.
@@ -247,6 +249,7 @@ def _read(
     if num_codebooks is not None and num_codebooks < 1:
         raise UserError(f"num_codebooks must be at least 1, not {num_codebooks}")
     weights = _find(source)
+    check_norms(f"codec {source}", weights.tensors)
     config = weights.config
     if config.codebook_size >= 2**15:
         raise UserError(

@@ -118,6 +118,14 @@ def check_tensors(
         raise UserError(f"{where}: {len(problems)} {noun} not fit the model: {'; '.join(problems)}")
 
 
+def check_norms(where: str, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises `UserError` for a direction that is all zeros, by whose norm its weight is divided."""
+    for name, array in tensors.items():
+        directions = name.endswith(".parametrizations.weight.original1") and array.ndim == 3
+        if directions and not np.any(array, axis=(1, 2)).all():
+            raise UserError(f"{where}: the tensor {name} has a row of zeros, which has no norm")
+
+
 def codec_folder(codec: CodecSpec) -> Path | None:
     """Where the codec's transformers folder lies; None for a published codec."""
     if codec.source == EMBEDDED:

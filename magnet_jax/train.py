@@ -400,7 +400,7 @@ def _restored(
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(
                 f"{manager.directory / str(step)}: the tensor {name} holds NaN or infinity; move "
-                "that folder away to go on from an earlier step"
+                "that folder away to go on from an earlier step, or begin anew"
             )
     if position.pop("data_set") != data_set:
         raise UserError(

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from safetensors.numpy import load_file, save_file
 
 from magnet_jax import codec as codec_module
 from magnet_jax.codec import ENCODEC_WEIGHTS, NOMINAL_RMS, check_same_codec, load_codec
@@ -240,13 +241,38 @@ def test_damaged_codecs_give_one_line(tmp_path, encodec_files):
     broken(lambda f: (f / "model.safetensors").unlink(), "no model.safetensors")
     broken(lambda f: (f / "model.safetensors").write_bytes(b"\0" * 99), "damaged")
     broken(set_config(num_lstm_layers=2), "8 tensors do not fit .* missing")
-    broken(set_config(upsampling_ratios="many"), "cannot be built")
+
+    def set_tensor(name, change):
+        def write(folder):
+            tensors = load_file(folder / "model.safetensors")
+            tensors[name] = change(tensors[name])
+            save_file(tensors, folder / "model.safetensors")
+
+        return write
+
+    bias, conv = "encoder.layers.0.conv.bias", "decoder.layers.0.conv.parametrizations.weight"
+    broken(set_tensor(bias, lambda x: x * np.nan), f"safetensors: the tensor {bias} holds NaN")
+    wide = set_tensor(bias, lambda x: x.astype(np.float64) + 1e200)
+    broken(wide, f"the tensor {bias} holds 1e\\+200")
+    broken(set_tensor(f"{conv}.original1", lambda x: x * (np.arange(len(x)) > 1)[:, None, None]),
+           f"the tensor {conv}.original1 has a row of zeros")  # fmt: skip
+    shutil.copytree(ASSETS / "codec", tmp_path / "codec", dirs_exist_ok=True)
+    for name in ("ih", "hh"):  # each is finite, and their sum is not
+        set_tensor(f"decoder.layers.1.lstm.bias_{name}_l0", lambda x: x * 0 + 3e38)(
+            tmp_path / "codec"
+        )
+    with pytest.raises(UserError, match="the tensor decoder/lstm/bias holds infinity"):
+        codec_module.load_decoder(str(tmp_path / "codec"))
     for source in ("no/such/folder", "/no/such", "nothing"):
         with pytest.raises(UserError, match="no such folder"):
             load_codec(source)
     (tmp_path / "weights.th").write_bytes(b"?")
     with pytest.raises(UserError, match="must be called"):
         load_codec(str(tmp_path / "weights.th"))
+    torch = import_torch()
+    torch.save({"a": torch.tensor([0.0, np.nan])}, tmp_path / "encodec_24khz.th")
+    with pytest.raises(UserError, match="encodec_24khz.th: the tensor a holds NaN"):
+        load_codec(str(tmp_path / "encodec_24khz.th"))
     (tmp_path / "encodec_24khz.th").write_bytes(b"?")
     with pytest.raises(UserError, match="not readable as weights"):
         load_codec(str(tmp_path / "encodec_24khz.th"))

@@ -47,6 +47,8 @@ def test_a_resumed_run_ends_with_the_same_bits(settings, capsys):
     run.close()  # after step 2 was measured, before it was saved
     again = list(train(parts))
     assert [values["step"] for values in again] == [2, 3]
+    lines = (parts.out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3]  # none is there twice
     for values in (whole[3], again[1]):
         del values["seconds_per_step"]
     assert whole[3] == again[1]
@@ -324,3 +326,38 @@ def test_versions_have_folders_of_their_own():
         "original", "embedded", "runs-codec-codec", "runs-codec-codec-2", "original-2", "codec",
         "opus-6", "opus-6.5",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "found"), [("spectral_loss", "spectral loss is nan"), ("_update", "is not finite")]
+)
+def test_a_step_that_is_not_finite_is_named_and_leaves_what_is_saved(
+    settings, monkeypatch, name, found
+):
+    settings = replace(settings, adversarial_from=3, validate_every=3)
+    right, calls = getattr(codec_training, name), []
+
+    def wrong(*args):
+        calls.append(1)
+        if len(calls) != 2:
+            return right(*args)
+        if name == "spectral_loss":
+            return right(*args) * np.nan
+        right(*args)
+        with torch.no_grad():
+            args[0].param_groups[0]["params"][0][0] = np.nan
+        return None
+
+    monkeypatch.setattr(codec_training, "measure", lambda *_: {})
+    monkeypatch.setattr(codec_training, name, wrong)
+    with pytest.raises(UserError, match=f"{settings.out}: training diverged at step 2: .*{found}"):
+        list(train(settings))
+    checkpoint = settings.out / "checkpoint.pt"
+    state = torch.load(checkpoint, weights_only=True)
+    assert state["step"] == 1 and not (settings.out / "codec").exists()
+
+    part = next(iter(state["averaged"]))
+    state["averaged"][part] *= np.nan
+    torch.save(state, checkpoint)
+    with pytest.raises(UserError, match=f"checkpoint.pt: averaged: the tensor {part} holds NaN"):
+        list(train(settings))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load, load_file, save_file
 from tiny import PUBLISHED_CODEC, TINY, assert_same_bits, random_params
 
 from launch import export as command
@@ -90,6 +90,15 @@ def test_damaged_safetensors(tmp_path):
     path.write_bytes(whole[:-10])
     with pytest.raises(UserError, match="damaged"):
         bundles.read_safetensors(tmp_path)
+    tensors = load(whole)
+    for value, found in ((np.nan, "NaN"), (1e39, r"1e\+39")):
+        wide = tensors["lm/heads"].astype(np.float64)
+        wide[0, 1, 2] = value
+        save_file(tensors | {"lm/heads": wide}, path)
+        with pytest.raises(
+            UserError, match=f"model.safetensors: the tensor lm/heads holds {found}"
+        ):
+            bundles.read_safetensors(tmp_path)
     path.write_bytes(whole)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, complaint in (
@@ -410,7 +419,7 @@ def test_an_export_samples_as_its_run_does_and_can_be_exported_again(loaded, tmp
 
 def test_half_the_numbers_are_rounded_and_read_back_as_they_were_written(loaded, tmp_path):
     line = run_export(loaded, tmp_path, half=True)
-    assert "every bit equal" in line
+    assert "every bit equal to the weights rounded to float16" in line
     out = tmp_path / "out"
     found = pretrained.load(out)
     for name in ("lm", "text"):
@@ -419,6 +428,29 @@ def test_half_the_numbers_are_rounded_and_read_back_as_they_were_written(loaded,
     tensors = load_file(out / "model.safetensors")
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"float16"}
     huge = jax.tree.map(lambda x: np.full_like(x, 7e4), loaded.params["lm"])
-    with pytest.raises(UserError, match="beyond float16's 65504"):
+    with pytest.raises(UserError, match="the tensor lm/.* beyond float16's 65504"):
         run_export(loaded._replace(params={"lm": huge}), tmp_path, half=True, overwrite=True)
     assert pretrained.load(out).step == 5
+
+
+def test_weights_that_are_not_finite_are_not_written(loaded, tmp_path):
+    heads = np.array(loaded.params["lm"]["heads"])
+    heads[1, 0, 3] = np.inf
+    lm = loaded.params["lm"] | {"heads": heads}
+    for half in (False, True):
+        with pytest.raises(UserError, match="run: the tensor lm/heads holds infinity"):
+            run_export(loaded._replace(params={"lm": lm}), tmp_path, half=half)
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_have_changed_are_not_cut_to_the_type_that_they_came_in(tmp_path):
+    params = {"heads": np.float32([0.5, 70_000])}
+    with pytest.raises(UserError, match="x.bin: the tensor heads does not fit float16"):
+        audiocraft.write_weights(tmp_path / "x.bin", params, {}, "float16")
+    origin = audiocraft.Origin(
+        lm_xp_cfg="{}", lm_dtype="float16", codec_pretrained="a/b", codec_xp_cfg="",
+        codec_dtype="float32",
+    )  # fmt: skip
+    with pytest.raises(UserError, match="safetensors: the tensor lm/.* does not fit float16"):
+        bundles.write_safetensors(tmp_path, make_bundle(origin=origin))
+    assert not list(tmp_path.iterdir())

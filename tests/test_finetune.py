@@ -347,6 +347,8 @@ def test_folders_that_cannot_be_read(tmp_path):
     refused("1 missing: .*linear1.lora_A")
     save_file(tensors | {name: np.zeros((2, 12), np.int32)}, weights)
     refused("not floating point: .*linear1.lora_A")
+    save_file(tensors | {name: np.full((2, 12), np.inf, np.float16)}, weights)
+    refused("adapter_model.safetensors: the tensor .*linear1.lora_A.weight holds infinity")
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-10])
     refused("adapter_model.safetensors: damaged")

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -270,6 +271,21 @@ def test_bad_folders_are_told_in_one_line(tmp_path, embedded):
     assert "not a tokenizer" in broken(tokenizer__json=b"{}")
     assert "vocab_size 9" in broken(config__json=changed(vocab_size=9))
     assert "damaged" in broken(model__safetensors=b"nonsense")
+
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    tensors = safetensors.numpy.load_file(config.ASSETS / "text" / "model.safetensors")
+    poisoned = tensors[name].copy()
+    poisoned[3, 4] = np.nan
+    found = broken(model__safetensors=safetensors.numpy.save(tensors | {name: poisoned}))
+    assert f"model.safetensors: the tensor {name} holds NaN" in found
+    quantised = np.zeros(poisoned.shape, np.int8)
+    found = broken(model__safetensors=safetensors.numpy.save(tensors | {name: quantised}))
+    assert f"{name} is int8, not floating point" in found
+    buffer, torch = io.BytesIO(), import_torch()
+    state = {n: torch.from_numpy(x.copy()) for n, x in (tensors | {name: poisoned}).items()}
+    torch.save(state, buffer)
+    found = broken(model__safetensors=None, pytorch_model__bin=buffer.getvalue())
+    assert f"pytorch_model.bin: the tensor {name} holds NaN" in found
 
     message = broken(config__json=changed(num_layers=3, d_ff=64))
     assert "encoder.block.2.layer.0.SelfAttention.q.weight is missing" in message

@@ -198,3 +198,12 @@ def test_the_folder_of_another_model_is_one_line(tmp_path, change):
         UserError, match=f"{folder.name}: holds another model than the tagger; name"
     ):
         tagger.load(folder)
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
+    folder = shutil.copytree(ASSETS / "tagger", tmp_path / "tagger")
+    tensors = files.read_tensors(folder / "model.safetensors")
+    tensors["tags/bias"] = tensors["tags/bias"] * np.nan
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match="model.safetensors: the tensor tags/bias holds NaN"):
+        tagger.load(folder)

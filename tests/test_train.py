@@ -47,6 +47,7 @@ from magnet_jax.config import (
     LoraConfig,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     RunConfig,
     TextConfig,
     from_json,
@@ -702,6 +703,79 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tokens, tmp_pa
         with pytest.raises(UserError, match="of step 3 is nan.*the checkpoint of step 2"):
             train.train(config)
     assert newest_step(Path(config.out)) == 2
+
+
+@pytest.mark.parametrize("name", ["adamw", "dadam"])
+def test_one_step_whose_gradient_is_nan_is_named_whenever_it_is_seen(tokens, tmp_path, name):
+    """D-Adaptation leaves such a step out, so that all later ones are finite again."""
+    config = tiny.run_config(
+        tokens, tmp_path / "run", steps=4, save_every=4, log_every=100,
+        text=TextConfig(max_tokens=16),
+        optimizer=OptimizerConfig(name=name, peak_lr=1e-3, warmup_steps=2, schedule_steps=60),
+    )  # fmt: skip
+    step, calls = steps.train_step, []
+
+    def poisoned_once(state, frozen, *args, **keywords):
+        calls.append(1)
+        if len(calls) == 2:
+            frozen = jax.tree.map(lambda x: x * np.nan, frozen)
+        return step(state, frozen, *args, **keywords)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(steps, "train_step", poisoned_once)
+        with pytest.raises(UserError, match="loss of step 2 is nan.*none was saved yet"):
+            train.train(config)
+    assert len(calls) == 4 and not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("sum_nll", "the loss of step 2 is inf"),
+        ("grad_norm", "the gradient norm of step 2 is inf"),
+        ("param_norm", "the norm of the parameters after step 2 is inf"),
+    ],
+)
+def test_a_window_names_the_first_step_that_is_not_finite(name, found):
+    window = watch.Window()
+    for step in (1, 2, 3):
+        metrics = dict.fromkeys(("loss", "sum_nll", "grad_norm", "param_norm"), jnp.ones(()))
+        if step == 2:
+            metrics[name] = jnp.full((), np.inf)
+        window.add(0, metrics)
+        assert metrics.keys() == {"grad_norm"}
+        if step == 1:
+            window.check_finite(1, 0)  # what was checked is not counted again
+    with pytest.raises(UserError, match=f"{found}.*the checkpoint of step 1"):
+        window.check_finite(3, 1)
+
+
+def test_a_validation_loss_that_is_not_finite_ends_a_run(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=4, eval_every=2, save_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "validate", lambda *_: {"validation/loss": np.nan})
+        with pytest.raises(UserError, match="validation loss of step 2 is nan.*of step 1"):
+            train.train(config)
+
+
+def test_a_poisoned_checkpoint_is_neither_loaded_nor_gone_on_from(tokens, tmp_path):
+    config = tiny.run_config(tokens, tmp_path / "run", steps=1, save_every=1)
+    save = checkpoint.save
+
+    def poisoned(manager, step, state, *rest):
+        for name in ("ema", "params"):
+            lm = state[name]["lm"]
+            state = state | {name: state[name] | {"lm": lm | {"heads": lm["heads"] * np.nan}}}
+        save(manager, step, state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save", poisoned)
+        train.train(config)
+    for weights, item in (("ema", "ema"), ("raw", "params")):
+        with pytest.raises(UserError, match=f"checkpoints/1/{item}: the tensor lm/heads holds NaN"):
+            pretrained.load(config.out, weights=weights)
+    with pytest.raises(UserError, match="checkpoints/1: the tensor ema/lm/heads holds NaN or"):
+        train.train(dataclasses.replace(config, steps=2))
 
 
 def test_the_best_and_every_nth_checkpoint_stay(tokens, tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 
 from magnet_jax import hub
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch, load_tensors
+from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
 Name = Literal["musicnn", "vggish", "passt", "ast", "clap"]
 
@@ -224,6 +224,7 @@ def _fill(model: Any, state: Any, path: Path) -> None:
     except (RuntimeError, TypeError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{path}: other weights than the network's ({reason})") from None
+    as_arrays(path, state)  # raises where they are not finite
 
 
 # --- transformers ---------------------------------------------------------------------------------
@@ -244,12 +245,15 @@ def _transformers_folder(weights: str, embedder: Name) -> Path:
 
 def _from_pretrained(kind: Any, folder: Path, embedder: Name) -> Any:
     try:
-        return kind.from_pretrained(folder, local_files_only=True)
+        found = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what transformers raises depends on what is missing
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"--weights.{embedder} {folder}: not a folder of {kind.__name__} ({reason})"
         ) from None
+    if hasattr(found, "state_dict"):  # a model, not what prepares its input
+        as_arrays(f"--weights.{embedder} {folder}", found.state_dict())
+    return found
 
 
 def _digest(paths: Sequence[Path]) -> str:
