@@ -128,7 +128,7 @@ def export_model(
     # What was rounded when the model was read is read, and rounded, again.
     with files.noting_rounded(), files.replacing(out) as partial:
         written = _write(loaded, options, partial, codec, encoder)
-        return [*rounded, *_check(partial, written, loaded, options)]
+        return [*rounded, *_check(partial, written, loaded, options, where)]
 
 
 def _rounded(params: dict, where: str) -> dict:
@@ -243,7 +243,9 @@ def _copy_codec(codec: CodecSpec, folder: Path, offline: bool) -> CodecSpec:
 # --- checks -------------------------------------------------------------------------------------
 
 
-def _check(folder: Path, written: Bundle, loaded: Loaded, options: Options) -> list[str]:
+def _check(
+    folder: Path, written: Bundle, loaded: Loaded, options: Options, where: str
+) -> list[str]:
     """Reads everything back from `folder` and compares it bit for bit.
 
     Raises `RuntimeError`, naming what differs: that would be a bug or a failing disk.
@@ -272,7 +274,7 @@ def _check(folder: Path, written: Bundle, loaded: Loaded, options: Options) -> l
     if rounded := loaded.lineage.get("rounded"):
         lines[0] += f", but for what was rounded {rounded} before"
     if options.logits:
-        lines.append(_compare_logits(folder, written, options.audiocraft))
+        lines.append(_compare_logits(folder, written, options.audiocraft, where))
     return lines
 
 
@@ -329,10 +331,11 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(*(np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}") for x in (a, b)))
 
 
-def _compare_logits(folder: Path, written: Bundle, from_audiocraft: bool) -> str:
+def _compare_logits(folder: Path, written: Bundle, from_audiocraft: bool, where: str) -> str:
     """Runs what was written in PyTorch and the model in JAX, on random tokens and text states.
 
-    Raises `RuntimeError` where they differ by more than `LOGITS_TOLERANCE`.
+    Raises `RuntimeError` where they differ by more than `LOGITS_TOLERANCE`, and `UserError` where
+    the model, called `where`, overflows.
     """
     if from_audiocraft:
         state_dict = read_file(folder / LM_FILE).tensors
@@ -341,6 +344,11 @@ def _compare_logits(folder: Path, written: Bundle, from_audiocraft: bool) -> str
         state_dict = convert.to_audiocraft(params, written.model)
     with jax.default_matmul_precision("highest"):  # accelerators would shorten float32
         worst = logits_difference(written.params["lm"], written.model, state_dict)
+    if not np.isfinite(worst):
+        raise UserError(
+            f"{where}: the model computes NaN or infinity in place of logits: its weights "
+            "are damaged, or their training diverged"
+        )
     if not worst <= LOGITS_TOLERANCE:
         raise RuntimeError(f"{folder.name}: logits in PyTorch differ by {worst:.1e}")
     return f"checked: logits in PyTorch within {worst:.1e} of those in JAX"
@@ -381,7 +389,8 @@ def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> flo
         ],
         axis=1,
     )
-    return float(np.abs(np.asarray(ours_BKTV) - theirs_BKTV).max())
+    with np.errstate(invalid="ignore"):  # a model may overflow
+        return float(np.abs(np.asarray(ours_BKTV) - theirs_BKTV).max())
 
 
 @jax.jit(static_argnames=("model", "local"))

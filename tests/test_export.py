@@ -443,6 +443,14 @@ def test_weights_that_are_not_finite_are_not_written(loaded, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_logits_that_overflow_are_one_line(loaded, tmp_path):
+    norm = loaded.params["lm"]["norm_final"]
+    lm = loaded.params["lm"] | {"norm_final": norm | {"scale": norm["scale"] * 1e38}}
+    with pytest.raises(UserError, match="run: the model computes NaN or infinity"):
+        run_export(loaded._replace(params={"lm": lm}), tmp_path, logits=True)
+    assert not (tmp_path / "out").exists()
+
+
 def test_numbers_that_have_changed_are_not_cut_to_the_type_that_they_came_in(tmp_path):
     params = {"heads": np.float32([0.5, 70_000])}
     with pytest.raises(UserError, match="x.bin: the tensor heads does not fit float16"):
