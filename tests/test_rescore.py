@@ -353,6 +353,14 @@ def test_any_function_will_do(loaded):
         assert ((kept_S + len(text)) % 3 == 0).all()
 
 
+def test_a_rescorer_whose_numbers_are_nan_gives_no_clip(loaded):
+    def read(*texts, num_frames, length):
+        return lambda codes_BKT, hidden_BT, stage, *, local: jnp.full(hidden_BT.shape, np.nan)
+
+    with pytest.raises(UserError, match="the model or its rescorer computes NaN"):
+        clips(loaded, rescorer=PLANTED._replace(read=read), rescorer_weight=0.5)
+
+
 @pytest.mark.parametrize("kind", ["musicgen", "magnet"])
 def test_one_program_serves_all_weights_and_a_clip_does_not_depend_on_its_neighbours(
     loaded, musicgen, kind
