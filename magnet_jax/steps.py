@@ -323,9 +323,9 @@ def train_step(
         # adapters are not averaged: what is trained is what is validated, sampled and exported.
         ema = params
     else:
-        decay, updates = static.optimizer.ema_decay, static.optimizer.ema_updates
+        decay, every = static.optimizer.ema_decay, static.optimizer.ema_updates
         step = optimizer.steps_taken(opt)
-        ema = optimizer.average(state["ema"], params, step, decay=decay, updates=updates)
+        ema = optimizer.average(state["ema"], params, step, decay=decay, updates=every)
     metrics = means(sums, static) | {
         "grad_norm": optax.global_norm(gradients),
         "sum_nll": _total(sums, static).nll,
