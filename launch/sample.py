@@ -6,6 +6,7 @@ python -m launch.sample --checkpoint RUN --prompt "a slow waltz on the piano" --
 import argparse
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import sys
@@ -29,6 +30,7 @@ from magnet_jax.config import (
     preset_steps,
 )
 from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +103,14 @@ def _file_name(index: int, prompt: str, seed: int) -> str:
 
 
 def _is_made(path: Path, notes: Path, settings: dict) -> bool:
-    """Whether a WAV is there that was made so; raises `UserError` if it was made otherwise."""
+    """Whether a WAV is there that was made so.
+
+    Raises `UserError` if it was made otherwise, was changed since, or is somebody else's, as a JSON
+    file may be too.
+    """
+    theirs = "is there, and launch.sample did not make it; name another --out, or move it away"
     try:
-        before = json.loads(notes.read_text())
+        before = json.loads(notes.read_text(encoding="utf-8"))
         if "kernels" in before:  # (settings that were added since had their defaults)
             before["kernels"] = dataclasses.asdict(KernelConfig()) | before["kernels"]
         partners = (before.get("rescorer"), settings.get("rescorer"))
@@ -111,14 +118,25 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
             if old and new:  # (earlier releases did not say)
                 old.setdefault("parameters", new["parameters"])
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
+    except FileNotFoundError:  # (the JSON is there before the WAV is)
+        if path.exists():
+            raise UserError(f"{path}: {theirs}") from None
+        return False
     except (OSError, ValueError, AttributeError, TypeError):
-        return False  # nobody's, or not ours
-    if changed and path.exists():
+        raise UserError(f"{notes}: {theirs}") from None
+    if not path.exists():
+        if not {"prompt", "seed", "checkpoint"} <= before.keys():
+            raise UserError(f"{notes}: {theirs}")
+        return False
+    if changed:
         raise UserError(
             f"{path}: was made with other settings ({', '.join(changed)}); name another --out, or "
             "remove it"
         )
-    return path.exists()
+    digest = before.get("sha256")  # (earlier releases did not say)
+    if digest and digest != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise UserError(f"{path}: was changed since it was made; name another --out, or move it")
+    return True
 
 
 def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = None) -> list[Path]:
@@ -166,7 +184,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         from magnet_jax import amx
 
         amx.use_synchronous_dispatch()
-    from magnet_jax import audio, pretrained, programs, records, rescore, sampling
+    from magnet_jax import audio, pretrained, programs, rescore, sampling
 
     programs.keep_on_disk()
     memory.keep_freed()
@@ -300,13 +318,16 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
             if args.lufs is not None:
                 wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
-            path = files[i]
-            audio.write_wav(path, wav_CN, spec.sample_rate)
-            jsons[i].parent.mkdir(parents=True, exist_ok=True)
-            with_level = settings[i] | {"reached_lufs": loudness}
-            records.write_text(jsons[i], json.dumps(with_level, indent=2) + "\n")
-            written.append(path)
-            print(path)
+            content = audio.encoded(files[i], wav_CN, spec.sample_rate, **audio.WAV)
+            digest = hashlib.sha256(content).hexdigest()
+            about = settings[i] | {"reached_lufs": loudness, "sha256": digest}
+            # Both are whole before either has its name; the JSON has it first, as a WAV without
+            # one is somebody else's.
+            with replacing_file(files[i]) as wav, replacing_file(jsons[i]) as beside:
+                wav.write_bytes(content)
+                beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            written.append(files[i])
+            print(files[i])
         print(f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s")
     return written
 

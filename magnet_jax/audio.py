@@ -1,5 +1,6 @@
 """Writing audio files: loudness normalisation and WAV, never half a file."""
 
+import io
 import sys
 from pathlib import Path
 from typing import Literal
@@ -8,8 +9,10 @@ import numpy as np
 import soundfile
 
 from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
 
 KNEE = 0.8  # amplitudes above it are bent, so that they stay within full scale
+WAV = {"format": "WAV", "subtype": "PCM_16"}
 PIECE = 16_384  # samples encoded at once; minutes of them overflow libvorbis's stack
 
 
@@ -54,29 +57,39 @@ def normalize_loudness(
 
 
 def write_wav(path: Path, wav_CN: np.ndarray, sample_rate: int) -> None:
-    """Writes 16-bit PCM under a temporary name and renames it; samples beyond full scale are cut.
+    """Writes 16-bit PCM, never half a file; samples beyond full scale are cut.
 
     Raises:
-      UserError: the audio holds NaN or infinity.
+      UserError: the audio holds NaN or infinity, or the file cannot be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, wav_CN, sample_rate, format="WAV", subtype="PCM_16")
+    write(Path(path), wav_CN, sample_rate, **WAV)
 
 
-def _write(path: Path, wav_CN: np.ndarray, sample_rate: int, **encoding) -> None:
+def write(path: Path, wav_CN: np.ndarray, sample_rate: int, **encoding) -> None:
+    """Writes audio as libsndfile encodes it, in the way of `write_wav`."""
+    content = encoded(path, wav_CN, sample_rate, **encoding)
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def encoded(path: Path, wav_CN: np.ndarray, sample_rate: int, **encoding) -> memoryview:
+    """The bytes of an audio file; `path` is what errors call it.
+
+    In memory, as libsndfile says of a full disk no more than "System error".
+
+    Raises:
+      UserError: the audio holds NaN or infinity, or the format lacks its rate or channels.
+    """
     _require_finite(path, wav_CN)
-    temporary = path.with_name(f".{path.name}.tmp")
+    buffer = io.BytesIO()
     try:
-        with soundfile.SoundFile(temporary, "w", sample_rate, len(wav_CN), **encoding) as file:
+        with soundfile.SoundFile(buffer, "w", sample_rate, len(wav_CN), **encoding) as file:
             for first in range(0, wav_CN.shape[1], PIECE):
                 file.write(wav_CN[:, first : first + PIECE].T.clip(-1, 1))
-        temporary.replace(path)
     except soundfile.LibsndfileError as error:
         shape = f"at {sample_rate} Hz in {len(wav_CN)} channel{'s' * (len(wav_CN) > 1)}"
         raise UserError(f"{path}: cannot be written {shape} ({error})") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    return buffer.getbuffer()
 
 
 def _require_finite(path: Path, wav_CN: np.ndarray) -> None:
@@ -127,7 +140,7 @@ def audio_write(
 
     Raises:
       UserError: no such format or strategy, a rate that the format lacks, or no audio: not
-        floating-point, empty, NaN or infinite.
+        floating-point, empty, NaN or infinite; or the file cannot be written.
     """
     path = Path(f"{stem_name}.{format}" if add_suffix else stem_name)
     wav_CN = _as_channels(path, wav)
@@ -163,11 +176,9 @@ def audio_write(
         wav_CN = wav_CN * np.float32(gain if normalize else min(gain, 1))
     if log_clipping and (peak := np.abs(wav_CN).max()) > 1:
         print(f"{path}: peaks of {peak:.2f} are cut to full scale", file=sys.stderr)
-    if make_parent_dir:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    elif not path.parent.is_dir():
+    if not make_parent_dir and not path.parent.is_dir():
         raise UserError(f"{path}: no such folder; make it, or leave make_parent_dir on")
-    _write(path, wav_CN, sample_rate, **_encoding(format, sample_rate, mp3_rate))
+    write(path, wav_CN, sample_rate, **_encoding(format, sample_rate, mp3_rate))
     return path
 
 

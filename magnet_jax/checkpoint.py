@@ -24,7 +24,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from magnet_jax import bucket, convert, files, finetune, records, t5, transformer
@@ -39,8 +38,7 @@ MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_ev
 
 BASE = "base.safetensors"
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
-             "tensorboard", "wandb", "samples", "profile", BASE, ".config.json.tmp",
-             ".codec.json.tmp", f".{BASE}.tmp"}  # fmt: skip
+             "tensorboard", "wandb", "samples", "profile", BASE}  # fmt: skip
 # What no run, sampling or export reads; nor are checkpoints fetched from a bucket.
 UNREAD = {"checkpoints", "tensorboard", "wandb", "samples", "profile"}
 
@@ -115,24 +113,21 @@ def prepare_run(
             )
     else:
         run.mkdir(parents=True, exist_ok=True)
-        if foreign := sorted(_names(out) - OWN_NAMES):
+        if foreign := sorted(n for n in _names(out) - OWN_NAMES if not files.is_left_over(n)):
             raise UserError(
                 f"{out} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
             )
-        t5.save(run / "text", *text)
+        with files.not_half_written(run / "text"):
+            t5.save(run / "text", *text)
         if Path(codec.source).is_dir():
             shutil.copytree(codec.source, run / "codec", dirs_exist_ok=True)
         elif Path(codec.source).is_file():  # its name tells which model it is for
             (run / "codec").mkdir(exist_ok=True)
             shutil.copy(codec.source, run / "codec" / Path(codec.source).name)
         if base is not None:
-            partial = run / f".{BASE}.tmp"
             tensors = {path: np.asarray(leaf) for path, leaf in convert.flatten(base).items()}
-            try:
-                save_file(tensors, partial)
-            except SafetensorError as error:
-                raise UserError(f"{partial}: cannot be written ({error})") from None
-            partial.replace(run / BASE)
+            with files.replacing_file(run / BASE) as writing:
+                save_file(tensors, writing)
         records.write_text(run / "codec.json", to_json(codec))
     records.write_text(run / "config.json", to_json(config))
 

@@ -1,11 +1,16 @@
 """Files of others, read with a line for whatever is wrong; files and folders, written whole."""
 
 import contextlib
+import errno
+import fcntl
+import functools
 import json
+import os
+import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +129,12 @@ def few(names: Sequence[str], count: int = 4) -> str:
 
 def put_back(folder: Path) -> None:
     """Undoes half a replacement: a kill may have come between the two renames of `replacing`."""
-    old = _beside(folder, "old")
-    if not folder.exists() and old.exists():
-        old.rename(folder)
+    old = _old(folder)
+    if folder.exists() or not old.exists():
+        return
+    with _alone_in(old.parent):  # nobody is between the two just now
+        if not folder.exists() and old.exists():
+            old.rename(folder)
 
 
 @contextlib.contextmanager
@@ -134,25 +142,68 @@ def replacing(folder: Path) -> Iterator[Path]:
     """Gives an empty folder to fill, which takes the name of `folder` at the end.
 
     So no half-written folder is ever seen under that name, and one that is replaced is lost at no
-    moment. Whether it may be replaced is the caller's to check.
+    moment. Of several writers each fills a folder of its own, and the last one to end stays.
+    Whether `folder` may be replaced is the caller's to check.
 
     Raises `UserError` where something cannot be written.
     """
-    partial, old = _beside(folder, "partial"), _beside(folder, "old")
-    try:
+    with not_half_written(folder):
         put_back(folder)
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-        partial.mkdir(parents=True)
-        yield partial
+        folder = folder.resolve()  # what a link points to is replaced, not the link
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left(folder.parent)
+        partial, handle = _made_and_locked(_beside(folder, "partial"), Path.mkdir)
+        try:
+            yield partial
+            _publish(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(handle)
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Gives a folder the name of `folder`, which is moved out of the way before."""
+    old = _old(folder)
+    with _alone_in(partial.parent):
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             folder.rename(old)
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:  # a full disk, a folder of someone else's
-        raise UserError(f"{folder}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def not_half_written(path: Path) -> Iterator[None]:
+    """Makes a `UserError`, which names `path`, of whatever keeps it from being written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        named = getattr(error, "filename", None)
+        if named and not any(is_left_over(part) for part in Path(named).parts):
+            reason = f"{named}: {reason}" if str(named) != str(path) else reason
+        raise UserError(f"{path}: cannot be written ({reason}){how_to_make_room(error)}") from None
+
+
+def how_to_make_room(error: Exception) -> str:
+    """What to add to a message on a disk that is full; '' for other errors.
+
+    Libraries in other languages tell of the number in words alone.
+    """
+    advice = {
+        errno.ENOSPC: "make room on that disk, or name a folder on another",
+        errno.EDQUOT: "your quota is used up: make room, or name a folder on another disk",
+        errno.EFBIG: "no file may be as large there: see `ulimit -f`, or name another folder",
+    }
+    for number, text in advice.items():
+        if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+            return f"; {text}"
+    return ""
 
 
 def check_new_file(option: str, path: Path | None, suffixes: Sequence[str]) -> None:
@@ -165,11 +216,6 @@ def check_new_file(option: str, path: Path | None, suffixes: Sequence[str]) -> N
         raise UserError(f"{option} {path}: is a folder; name a file")
 
 
-def temporary_name(path: Path) -> Path:
-    """A name beside `path` of this writer's own: another process may be writing the same file."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
 @contextlib.contextmanager
 def held(path: Path, wait: str | None = None) -> Iterator[bool]:
     """Holds a lock file, which is made and stays, against other processes of this machine.
@@ -179,8 +225,6 @@ def held(path: Path, wait: str | None = None) -> Iterator[bool]:
       wait: to be printed where another process holds it, before waiting; None is not to wait, which
         yields False.
     """
-    import fcntl  # which Windows lacks
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
@@ -201,18 +245,103 @@ def replacing_file(path: Path) -> Iterator[Path]:
     Makes the folder. A file that is replaced stays whole until then. Raises `UserError` where
     something cannot be written.
     """
-    temporary = temporary_name(path)
-    try:
+    with not_half_written(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        if path.exists() and not path.is_file():  # a device or a pipe, which is to stay
+            yield path
+            return
+        with temporary(path) as writing:
+            yield writing
+            writing.replace(path)
+
+
+@contextlib.contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """Gives an empty file beside `path` for this writer alone, which is removed in the end.
+
+    Another process may be writing the same file. Raises `OSError` where none can be made.
+    """
+    _remove_left_once(path.absolute().parent)
+    writing, handle = _made_and_locked(_beside(path, "tmp"), Path.touch)
+    try:
+        yield writing
     finally:
+        os.close(handle)
         with contextlib.suppress(OSError):
-            temporary.unlink()
+            writing.unlink()
 
 
-def _beside(folder: Path, kind: str) -> Path:
-    """Where the new folder ('partial') and the one it replaces ('old') lie meanwhile."""
-    return folder.absolute().with_name(f".{folder.absolute().name}.{kind}")
+# --- what is not whole yet ------------------------------------------------------------------------
+
+_LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|partial)")
+
+
+def is_left_over(name: str) -> bool:
+    """Whether a name is of what a writer has not finished, and may have been killed over."""
+    return _LEFT.fullmatch(name) is not None
+
+
+def _beside(path: Path, kind: str) -> Path:
+    """A hidden name beside `path` of this writer's own."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+
+
+def _old(folder: Path) -> Path:
+    """Where a folder lies while another takes its name."""
+    folder = folder.resolve()
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _made_and_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    """Makes a file or folder; until the handle is closed, `_remove_left` leaves it alone."""
+    while True:
+        make(path)
+        with contextlib.suppress(FileNotFoundError):  # removed before it was locked
+            handle = os.open(path, os.O_RDONLY)
+            _lock(handle, wait=True)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return path, handle
+            os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool) -> bool:
+    """Holds a file or folder against other processes; False if one has it and for want of locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _remove_left(folder: Path) -> None:
+    """Removes what writers that were killed left half written in a folder."""
+    with contextlib.suppress(OSError):  # a folder that may be written to, but not listed
+        for path in folder.iterdir():
+            if is_left_over(path.name):
+                _remove_unlocked(path)
+
+
+def _remove_unlocked(path: Path) -> None:
+    """Removes a file or folder unless a writer holds it, or it is not this user's."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            if _lock(handle, wait=False):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        finally:
+            os.close(handle)
+
+
+# A large folder takes a while to list, and may be written to ten thousand times.
+_remove_left_once = functools.cache(_remove_left)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes that want the same from giving names to folders in this one."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, wait=True)
+        yield
+    finally:
+        os.close(handle)

@@ -28,7 +28,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from magnet_jax import config
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
-from magnet_jax.files import temporary_name
+from magnet_jax.files import temporary
 
 FORMAT = "magnet_jax tokens 1"
 SPLITS = ("train", "validation")
@@ -178,16 +178,13 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
     file. The bytes are a function of the examples alone. Raises `OSError` if it cannot be written.
     """
     types = features(num_codebooks)
-    temporary = temporary_name(path)
-    try:
-        return _write_shard(path, temporary, types, examples)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with temporary(path) as writing:
+        return _write_shard(path, writing, types, examples)
 
 
 def _write_shard(
     path: Path,
-    temporary: Path,
+    writing: Path,
     types: tfds.features.FeaturesDict,
     examples: Iterable[Mapping[str, Any]],
 ) -> Shard:
@@ -196,7 +193,7 @@ def _write_shard(
         for example in examples:
             if writer is None:
                 with _written():
-                    writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd:1")
+                    writer = ArrayRecordWriter(str(writing), "group_size:1,zstd:1")
             # (TFDS leaves the order of the fields to chance, which differs between processes)
             record = tf_example_pb2.Example.FromString(types.serialize_example(example))
             record = record.SerializeToString(deterministic=True)
@@ -214,14 +211,14 @@ def _write_shard(
         return Shard(path=path, num_examples=0, num_bytes=0, file_bytes=0)
     with _written():
         writer.close()
-    _sync(temporary)
-    reader = ArrayRecordReader(str(temporary))
+    _sync(writing)
+    reader = ArrayRecordReader(str(writing))
     whole = reader.ok() and reader.num_records() == count
     reader.close()
     if not whole:
-        raise OSError(f"{temporary}: cannot be read back as written; is the disk full?")
-    file_bytes = temporary.stat().st_size
-    temporary.replace(path)
+        raise OSError(f"{writing}: cannot be read back as written; is the disk full?")
+    file_bytes = writing.stat().st_size
+    writing.replace(path)
     _sync(path.parent)
     return Shard(
         path=path,
@@ -335,10 +332,10 @@ def write_metadata(
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file so that a kill leaves the old one or the new one, whole."""
-    temporary = temporary_name(path)
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    temporary.replace(path)
+    with temporary(path) as writing:
+        writing.write_text(text, encoding="utf-8")
+        _sync(writing)
+        writing.replace(path)
     _sync(path.parent)
 
 

@@ -332,7 +332,8 @@ def save(directory: Path, config: T5Config, params: Params, tokenizer: Tokenizer
         "eos_token_id": tokenizer.token_to_id(END),
     }
     (directory / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-    tokenizer.save(str(directory / "tokenizer.json"))
+    # (its own `save` raises a bare Exception of a full disk)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     # this class takes tokenizer.json as it is; T5Tokenizer would put its own normaliser in
     names = {
         "tokenizer_class": "PreTrainedTokenizerFast",

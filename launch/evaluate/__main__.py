@@ -430,8 +430,8 @@ def _generate(args: Args, sampler: sample.Args, listed: list[prompts.Prompt]) ->
     with replacing_file(args.out / "prompts.jsonl") as temporary:
         temporary.write_text(lines, encoding="utf-8")
     made = json.loads((notes / f"{names[0]}.json").read_text())
-    for name in ("prompt", "sample", "reached_lufs"):
-        del made[name]
+    for name in ("prompt", "sample", "reached_lufs", "sha256"):
+        made.pop(name, None)
     return made
 
 
