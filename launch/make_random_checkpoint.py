@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from magnet_jax import audiocraft, cli, convert, convert_codec, t5
+from magnet_jax import audiocraft, cli, convert, convert_codec, files, t5
 from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
 from magnet_jax.errors import UserError, reported
 
@@ -55,7 +55,7 @@ class Args:
     """Makes a checkpoint with random weights."""
 
     out: Path
-    """Folder to write: state_dict.bin, compression_state_dict.bin, text_encoder/."""
+    """Folder to write, new or empty: state_dict.bin, compression_state_dict.bin, text_encoder/."""
     size: Literal["small", "medium"] = "small"
     """420 M or 1.8 B parameters."""
     kind: Literal["magnet", "musicgen"] = "magnet"
@@ -97,11 +97,11 @@ def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
 
 
 def make(args: Args) -> None:
-    if args.out.exists() and any(args.out.iterdir()):
-        raise UserError(f"{args.out}: is not empty; give another --out")
-    if args.seconds < 1 or args.seed < 0:
-        raise UserError("--seconds must be at least 1, and --seed must not be negative")
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not 1 <= args.seconds <= 600:
+        raise UserError("--seconds must lie between 1 and 600")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must lie between 0 and 2147483647")
+    files.check_new_folder("--out", args.out)
     codec = CodecSpec(
         source="facebook/encodec_32khz",
         sha256="",
@@ -114,14 +114,15 @@ def make(args: Args) -> None:
     delays = tuple(range(NUM_CODEBOOKS)) if args.kind == "musicgen" else ()
     model = ModelConfig(kind=args.kind, delays=delays, **SIZES[args.size])
     config = RunConfig(model=model, data=DataConfig(segment_seconds=args.seconds))
-    audiocraft.write_weights(
-        args.out / audiocraft.LM_FILE,
-        random_tensors(convert.audiocraft_shapes(model), args.seed, args.dtype),
-        convert.make_xp_cfg(config, codec, "t5-base"),
-        args.dtype,
-    )
-    write_codec(args.out, args.seed)
-    t5.save(args.out / "text_encoder", *make_text_encoder(args.seed))
+    with files.replacing(args.out) as folder:
+        audiocraft.write_weights(
+            folder / audiocraft.LM_FILE,
+            random_tensors(convert.audiocraft_shapes(model), args.seed, args.dtype),
+            convert.make_xp_cfg(config, codec, "t5-base"),
+            args.dtype,
+        )
+        write_codec(folder, args.seed)
+        t5.save(folder / "text_encoder", *make_text_encoder(args.seed))
     print(f"wrote {args.out}")
 
 

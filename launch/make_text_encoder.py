@@ -7,7 +7,6 @@ For runs that cannot fetch a pre-trained T5; such an encoder is trained along wi
 import itertools
 import json
 import math
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import jax
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
-from magnet_jax import cli, data, errors, t5
+from magnet_jax import cli, data, errors, files, t5
 from magnet_jax.errors import UserError
 
 _SPACE = "▁"
@@ -186,8 +185,12 @@ def _best_split(word: str, scores: dict[str, float]) -> list[str]:
 
 def make_text_encoder(args: Args) -> None:
     """Writes the encoder's folder; raises `UserError` for a folder or sizes that do not fit."""
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise UserError(f"--out {args.out}: is there already; name a new folder")
+    for name in ("width", "layers", "heads", "head_size", "mlp_width"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 <= args.seed < 2**31:
+        raise UserError("--seed must lie between 0 and 2147483647")
+    files.check_new_folder("--out", args.out)
     texts = read_texts(args.captions)
     tokenizer = train_tokenizer(texts, args.vocab_size)
     config = t5.T5Config(
@@ -199,14 +202,8 @@ def make_text_encoder(args: Args) -> None:
         vocab_size=tokenizer.get_vocab_size(),
     )
     params = t5.init(config, jax.random.key(args.seed))
-    try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        # written beside it and renamed: a kill leaves no half of an encoder
-        with tempfile.TemporaryDirectory(prefix=".text_encoder", dir=args.out.parent) as folder:
-            t5.save(Path(folder, "new"), config, params, tokenizer)
-            Path(folder, "new").replace(args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written ({error.strerror})") from None
+    with files.replacing(args.out) as folder:
+        t5.save(folder, config, params, tokenizer)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{args.out}: {config.vocab_size} tokens from {len(texts)} texts, {count:,} parameters")
 

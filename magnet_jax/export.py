@@ -37,6 +37,8 @@ from magnet_jax.patterns import to_steps
 from magnet_jax.pretrained import Loaded
 
 CODEC_FOLDER = "codec"
+NAMES = {LM_FILE, CODEC_FILE, "model.safetensors", "config.json", "generation_config.json",
+         "README.md", TEXT_FOLDER, CODEC_FOLDER}  # fmt: skip
 LOGITS_TOLERANCE = 1e-3  # float32 sums in another order
 
 
@@ -73,10 +75,11 @@ def prepare_out(out: Path, source: Path, overwrite: bool) -> None:
     files.put_back(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    if not (out / "config.json").is_file() or not (out / "model.safetensors").is_file():
+    if not bundle.is_export(out):
         raise UserError(f"{out}: exists and is not an export; give another --out")
     if not overwrite:
         raise UserError(f"{out}: exists; add --overwrite to replace it, or give another --out")
+    files.check_holds_only(out, NAMES)
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out}: holds the model itself; give another --out")
 

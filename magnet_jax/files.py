@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +214,21 @@ def check_new_file(option: str, path: Path | None, suffixes: Sequence[str]) -> N
         raise UserError(f"{option} {path}: the name must end in {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; name a file")
+
+
+def check_new_folder(option: str, path: Path) -> None:
+    """Raises `UserError`, which names the option, unless a folder is new or empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{option} {path}: is there already; name a new folder")
+
+
+def check_holds_only(folder: Path, names: Collection[str]) -> None:
+    """Raises `UserError` for a folder that is to be replaced, and holds more than what is made."""
+    if others := sorted({path.name for path in folder.iterdir()} - set(names)):
+        raise UserError(
+            f"{folder}: holds other files as well ({others[0]}), which would be lost; move them, "
+            "or give another --out"
+        )
 
 
 @contextlib.contextmanager

@@ -279,6 +279,7 @@ def save_adapter(
                 raise UserError(f"{folder}: exists and is no adapter; give another folder")
             if not overwrite:
                 raise UserError(f"{folder}: holds an adapter; overwrite it or give another folder")
+            files.check_holds_only(folder, {ADAPTER_CONFIG, ADAPTER_WEIGHTS, LINEAGE})
         tensors = _to_peft(adapters, config, model)
         save_file(tensors, partial / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         for name, content in ((LINEAGE, made_for), (ADAPTER_CONFIG, peft_config)):

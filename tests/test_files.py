@@ -133,9 +133,9 @@ def test_a_failed_rename_puts_the_earlier_folder_back(tmp_path, monkeypatch):
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refused)
-    with pytest.raises(UserError, match=f"out: cannot be written .*your quota.*{ROOM}"):
-        with files.replacing(out) as folder:
-            fill(folder, "new")
+    message = f"out: cannot be written .*your quota.*{ROOM}"
+    with pytest.raises(UserError, match=message), files.replacing(out) as folder:
+        fill(folder, "new")
     assert content(out) == {"old"} and list(tmp_path.iterdir()) == [out]
 
 
@@ -170,8 +170,8 @@ def test_no_space_left_is_said_with_the_path_and_what_to_do(tmp_path):
 
 
 def test_libraries_in_other_languages_are_understood(tmp_path):
-    with no_file_beyond(2000), pytest.raises(UserError, match=f"out: cannot be written.*{ROOM}"):
-        with files.replacing(tmp_path / "out") as folder:
-            save_file({"a": np.zeros(10_000)}, folder / "a")
+    refused = pytest.raises(UserError, match=f"out: cannot be written.*{ROOM}")
+    with no_file_beyond(2000), refused, files.replacing(tmp_path / "out") as folder:
+        save_file({"a": np.zeros(10_000)}, folder / "a")
     assert not list(tmp_path.iterdir())
     assert not files.how_to_make_room(OSError(errno.EACCES, "Permission denied"))
