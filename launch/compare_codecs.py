@@ -16,11 +16,11 @@ from typing import Any
 
 import av
 import numpy as np
-import soundfile
 import soxr
 from tqdm import tqdm
 
 from magnet_jax import cli, errors
+from magnet_jax.audio import write_wav
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import SUFFIXES, Listening, read_mono
@@ -30,6 +30,7 @@ from magnet_jax.files import replacing_file
 _RESOLUTIONS = ((512, 128), (1024, 256), (2048, 512))
 _RANGE_DB = 60.0  # below a clip's loudest bin, where the logarithm stops
 _DRAWS = 1000
+_OPUS_KBPS = (0.5, 256.0)  # that FFmpeg hands on to libopus for one channel
 _OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)  # that libopus takes
 
 
@@ -50,8 +51,8 @@ class Comparison:
     seed: int = 0
     """Of the bootstrap."""
     out: Path | None = None
-    """Folder for each clip in each version, as VERSION/CLIP.wav with the clip's path in --audio,
-    and for comparison.json with all numbers."""
+    """Folder, new or of an earlier comparison, for each clip in each version, as VERSION/CLIP.wav
+    with the clip's path in --audio, and for comparison.json with all numbers."""
 
 
 def spectral_distance(made: np.ndarray, real: np.ndarray) -> float:
@@ -135,12 +136,7 @@ def _through_codec(codec: Codec) -> Callable[[np.ndarray], tuple[np.ndarray, flo
 
 def compare(settings: Comparison) -> list[dict[str, Any]]:
     """A row of numbers for each version; raises `UserError` for audio or codecs that do not fit."""
-    if not settings.codecs:
-        raise UserError("--codecs: name at least one")
-    for option in ("codecs", "opus_kbps"):
-        values = getattr(settings, option)
-        if len(set(values)) < len(values):
-            raise UserError(f"--{option.replace('_', '-')}: name each once")
+    _check(settings)
     codecs = {source: load_codec(source) for source in settings.codecs}
     rates = {codec.spec.sample_rate for codec in codecs.values()}
     if len(rates) > 1 or any(codec.spec.channels != 1 for codec in codecs.values()):
@@ -157,6 +153,8 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
         )
     folders = _folders(settings)
     clips = _clip_ids(paths, settings.audio)
+    if settings.out is not None:
+        _write_rows(settings.out, [])  # so that what a kill leaves is known as ours
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in versions}
     for path in tqdm(paths, unit="clip"):
         wav = read_mono(path, rate, Listening(seconds=settings.seconds))
@@ -164,8 +162,7 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
             made, kbps = version(wav)
             found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
             if settings.out is not None:
-                with replacing_file(settings.out / folder / f"{clips[path]}.wav") as temporary:
-                    soundfile.write(temporary, made, rate, format="WAV")
+                write_wav(settings.out / folder / f"{clips[path]}.wav", made[None], rate)
     draws = np.random.default_rng(settings.seed).integers(len(paths), size=(_DRAWS, len(paths)))
     first = np.array(found[settings.codecs[0]])[:, 0]
     rows = []
@@ -184,9 +181,38 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
             }
         )
     if settings.out is not None:
-        with replacing_file(settings.out / "comparison.json") as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n")
+        _write_rows(settings.out, rows)
     return rows
+
+
+def _check(settings: Comparison) -> None:
+    """Raises `UserError` for what can be known to fail before anything is encoded."""
+    if not settings.codecs:
+        raise UserError("--codecs: name at least one")
+    for option, names in (
+        ("--codecs", settings.codecs),
+        ("--opus-kbps", [f"{kbps:g}" for kbps in settings.opus_kbps]),
+    ):
+        if len(set(names)) < len(names):
+            raise UserError(f"{option}: name each once")
+    if not all(_OPUS_KBPS[0] <= kbps <= _OPUS_KBPS[1] for kbps in settings.opus_kbps):
+        raise UserError(f"--opus-kbps must lie between {_OPUS_KBPS[0]:g} and {_OPUS_KBPS[1]:g}")
+    if settings.clips < 1 or not 0.5 <= settings.seconds <= 600:
+        raise UserError("--clips must be at least 1, --seconds must lie between 0.5 and 600")
+    if not 0 <= settings.seed < 2**31:
+        raise UserError("--seed must lie between 0 and 2147483647")
+    if settings.out is None or not settings.out.exists():
+        return
+    if not settings.out.is_dir():
+        raise UserError(f"--out {settings.out}: is a file, and the clips need a folder")
+    rows = settings.out / "comparison.json"
+    if any(settings.out.iterdir()) and not rows.is_file():
+        raise UserError(f"--out {settings.out}: holds other files; name a new folder")
+
+
+def _write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
+    with replacing_file(out / "comparison.json") as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 def _folders(settings: Comparison) -> list[str]:
@@ -218,8 +244,6 @@ def _interval(drawn: np.ndarray) -> list[float]:
 def _spread(settings: Comparison) -> list[Path]:
     if not settings.audio.is_dir():
         raise UserError(f"--audio {settings.audio}: no such folder")
-    if settings.clips < 1 or not 0.5 <= settings.seconds <= 600:
-        raise UserError("--clips must be at least 1, --seconds must lie between 0.5 and 600")
     paths = sorted(
         path
         for path in settings.audio.rglob("*")

@@ -19,6 +19,8 @@ from launch import export, sample
 from launch.train import load_config
 from magnet_jax import cli, errors, pretrained, sampling, train, watch
 from magnet_jax.config import ASSETS
+from magnet_jax.errors import UserError
+from magnet_jax.files import is_left_over, replacing_file
 from tokenization import job
 
 matplotlib.use("Agg")
@@ -94,7 +96,8 @@ def draw(args: Args, wav: Path) -> Path:
         0.5, 0.97, PROMPTS[0], transform=right.transAxes, ha="center", va="top", color="white"
     )
     path = args.out / "demo.png"
-    figure.savefig(path, dpi=100)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=100, format="png")
     plt.close(figure)
     return path
 
@@ -102,10 +105,12 @@ def draw(args: Args, wav: Path) -> Path:
 def demo(args: Args) -> None:
     """Runs the six parts; each says the command that does the same by itself."""
     began = time.perf_counter()
+    parts = ("shipped", "tokens", "run", "wavs", "export")
+    there = {path.name for path in args.out.glob("*") if not is_left_over(path.name)}
+    if others := sorted(there - {*parts, "demo.png"}):
+        raise UserError(f"--out {args.out}: holds other files ({others[0]}); name another folder")
     config = load_config("demo")
-    shipped, data, run, wavs, exported = (
-        args.out / name for name in ("shipped", "tokens", "run", "wavs", "export")
-    )
+    shipped, data, run, wavs, exported = (args.out / name for name in parts)
 
     def announce(number: int, what: str, *command: str) -> None:
         seconds = time.perf_counter() - began

@@ -61,14 +61,21 @@ def parse(
     except SystemExit as exit_:
         if not exit_.code:  # help was asked for and given
             raise
-        text = " ".join(re.sub("[╭╮╰╯│─]", " ", complaint.getvalue()).split())
-        # (tyro repeats itself, and adds the help of the option)
-        text = re.sub(r"^(Parsing error|Value error|Invalid choice|Required options) ", "", text)
-        text = re.sub(r" Argument helptext:.*| For full helptext, .*", "", text)
-        raise UserError(text) from None
+        raise UserError(_in_one_line(complaint.getvalue(), prog)) from None
     if unknown:
         known = setting_names(type(parsed))
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
         raise UserError(f"unknown setting {unknown[0]}: {hint}")
     return parsed
+
+
+def _in_one_line(complaint: str, prog: str) -> str:
+    """What tyro says in a box, without the help of the options, which it adds."""
+    complaint = complaint.partition("│ ───")[0]
+    # A missing option stands at the margin, and its help is indented further.
+    if missing := re.findall(r"^│ {5}(\S+)", complaint, re.MULTILINE):
+        return f"{', '.join(missing)}: must be given; see {prog} --help"
+    text = " ".join(re.sub("[╭╮╰╯│─]", " ", complaint).split())
+    text = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing \w+) ", "", text)
+    return re.sub(r" Got errors:.*", "", text)

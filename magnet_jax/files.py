@@ -240,8 +240,10 @@ def held(path: Path, wait: str | None = None) -> Iterator[bool]:
       wait: to be printed where another process holds it, before waiting; None is not to wait, which
         yields False.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with not_half_written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = path.open("w")
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -92,6 +92,7 @@ def load(
         raise UserError(f"weights must be 'ema' or 'raw', not {weights!r}")
     folder = locate(source)
     if is_audiocraft(folder):
+        _check_held(folder, {}, weights, step)
         loaded = read_audiocraft(folder, str(source), text_encoder=text_encoder, codec=codec)
         return loaded._replace(params=jax.device_put(loaded.params, jax.local_devices()[0]))
     if text_encoder is not None:
@@ -301,12 +302,7 @@ def read_adapters(
 
 def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
     exported = bundle.read_safetensors(folder)
-    for name, wanted in (("weights", weights), ("step", step)):
-        held = exported.lineage.get(name, wanted)
-        if wanted is not None and held != wanted:
-            raise UserError(
-                f"{folder}: an exported model with {name} {held} alone; give --{name} {held}"
-            )
+    _check_held(folder, exported.lineage, weights, step)
     t5_config, t5_params, tokenizer = t5.load(exported.text.source)
     params = jax.device_put(exported.params, jax.local_devices()[0])
     return Loaded(
@@ -321,6 +317,20 @@ def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
         lineage=exported.lineage,
         origin=exported.origin,
     )
+
+
+def _check_held(folder: Path, lineage: dict, weights: str | None, step: int | None) -> None:
+    """Raises `UserError` for what only runs have a choice of, unless it is what there is."""
+    there = {"weights": lineage.get("weights"), "step": lineage.get("step", 0)}
+    for name, wanted in (("weights", weights), ("step", step)):
+        if wanted in (None, there[name]):
+            continue
+        if name in lineage:
+            held = lineage[name]
+            raise UserError(
+                f"{folder}: an exported model with {name} {held} alone; give --{name} {held}"
+            )
+        raise UserError(f"{folder}: only training runs have --{name} to choose; leave it out")
 
 
 def read_audiocraft(

@@ -48,6 +48,7 @@ from magnet_jax import (
 )
 from magnet_jax.config import CodecSpec, RunConfig
 from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
 from magnet_jax.steps import Static
 
 
@@ -328,7 +329,8 @@ def write_samples(
         wav_CN, _ = audio.normalize_loudness(wav_CN, setup.spec.sample_rate, target_lufs=-14.0)
         wavs.append(folder / f"{i:02d}.wav")
         audio.write_wav(wavs[-1], wav_CN, setup.spec.sample_rate)
-    (folder / "prompts.txt").write_text("".join(f"{p}\n" for p in config.sample_prompts))
+    with replacing_file(folder / "prompts.txt") as temporary:
+        temporary.write_text("".join(f"{p}\n" for p in config.sample_prompts), encoding="utf-8")
     return wavs
 
 

@@ -37,7 +37,15 @@ from magnet_jax.convert_codec import (
     renamed_from_audiocraft,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.files import held, put_back, read_object, replacing, replacing_file
+from magnet_jax.files import (
+    held,
+    is_left_over,
+    not_half_written,
+    put_back,
+    read_object,
+    replacing,
+    replacing_file,
+)
 from magnet_jax.records import remove_temporaries
 from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
@@ -560,8 +568,9 @@ def _train(settings: Training, run: Run, clips: Clips, valid: Clips) -> Iterator
             yield _note(settings, {"step": run.step, **means, **found})
             sums, began = {}, time.perf_counter()
         if last or run.step % settings.save_every == 0:
-            with replacing_file(checkpoint) as path:
-                torch.save(run.state(), path)
+            # (given a path, torch reports a full disk as RuntimeError)
+            with replacing_file(checkpoint) as path, path.open("wb") as file:
+                torch.save(run.state(), file)
 
 
 def _check(settings: Training) -> None:
@@ -572,11 +581,22 @@ def _check(settings: Training) -> None:
     for name in (*from_one, "seed", "adversarial_from", "discriminator_lead"):
         if getattr(settings, name) < (name in from_one):
             raise UserError(f"--{name.replace('_', '-')} must be at least {int(name in from_one)}")
+    if not 0 < settings.learning_rate <= 1:
+        raise UserError("--learning-rate must be above 0, and at most 1")
+    if not 0 <= settings.gain_db <= 60:
+        raise UserError("--gain-db must lie between 0 and 60")
+    if not 0 <= settings.discriminator_probability <= 1:
+        raise UserError("--discriminator-probability must lie between 0 and 1")
+    if settings.seed >= 2**31:
+        raise UserError("--seed must be at most 2147483647")
     for name in ("time", "spectral", "adversarial", "feature", "commitment"):
-        if not getattr(settings, f"{name}_weight") >= 0:
-            raise UserError(f"--{name}-weight must be at least 0")
+        if not 0 <= getattr(settings, f"{name}_weight") < math.inf:
+            raise UserError(f"--{name}-weight must be a number of at least 0")
     if not 0.25 <= settings.segment_seconds <= 60:
         raise UserError("--segment-seconds must lie between 0.25 and 60")
+    names = {path.name for path in settings.out.glob("*") if not is_left_over(path.name)}
+    if names - {".lock"} and "training.json" not in names:
+        raise UserError(f"--out {settings.out}: holds other files ({min(names)}); name another")
     for name in ("average", "codebook_decay"):
         if not 0 <= getattr(settings, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1)")
@@ -623,6 +643,7 @@ def _forget(out: Path, step: int) -> None:
 
 
 def _note(settings: Training, values: dict[str, float]) -> dict[str, float]:
-    with (settings.out / "metrics.jsonl").open("a") as file:
+    path = settings.out / "metrics.jsonl"
+    with not_half_written(path), path.open("a") as file:
         file.write(json.dumps(values) + "\n")
     return values

@@ -46,6 +46,7 @@ from magnet_jax.errors import (
     reported,
     stop_when_terminated,
 )
+from magnet_jax.files import how_to_make_room
 from magnet_jax.torch_env import import_torch
 from tokenization import encode as encoding
 from tokenization import mixing
@@ -277,7 +278,8 @@ def writing(place: Place) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         kind = PassingError if is_outage(error) else UserError
-        raise kind(f"--out {place}: cannot be written ({reason})") from None
+        advice = how_to_make_room(error)
+        raise kind(f"--out {place}: cannot be written ({reason}){advice}") from None
 
 
 def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:

@@ -32,14 +32,16 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import cli
+from magnet_jax import audio, cli
 from magnet_jax.errors import UserError, end_with_parent, reported, stop_when_terminated
-from magnet_jax.files import held, read_object, replacing_file
+from magnet_jax.files import held, not_half_written, read_object, replacing_file
 from tokenization import scores
 from tokenization.scores import Note, Tune
 
 SPLITS = ("train", "valid", "test")
 _RENDER_RATE = 44_100  # the sound font's own; it does not filter when it plays at another
+_RENDER_SECONDS = 600  # a clip takes a few
+_RENDER_SLACK = 0.5  # seconds
 _LEAST_SECONDS = 6.0
 _LEVEL = 0.1  # root mean square
 _LEVEL_SPREAD_DB = 3.0
@@ -392,18 +394,23 @@ def render(clip: Clip, recipe: Recipe) -> None:
     path = recipe.out / f"{clip.name}.flac"
     if path.exists():
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with not_half_written(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory() as folder:
         midi, wav = Path(folder, "clip.mid"), Path(folder, "clip.wav")
         _write_midi(midi, clip)
         _synthesize(midi, wav, clip.instrument, recipe)
-        audio, rate = soundfile.read(wav, dtype="float32", always_2d=True)
-    mono = soxr.resample(audio.mean(1), rate, 16_000, "VHQ")
+        sound, rate = soundfile.read(wav, dtype="float32", always_2d=True)
+    lasts = max((end for part in clip.parts for _, end, _, _ in part), default=0.0)
+    if len(sound) / rate < lasts - _RENDER_SLACK:  # FluidSynth says nothing of a full disk
+        raise UserError(
+            f"--synthesizer {recipe.synthesizer}: wrote {len(sound) / rate:.1f} s of the "
+            f"{lasts:.1f} s of {clip.name}; is there room in {tempfile.gettempdir()}?"
+        )
+    mono = soxr.resample(sound.mean(1), rate, 16_000, "VHQ")
     mono = _finished(mono, clip)
     with replacing_file(path.with_suffix(".json")) as temporary:
         text = json.dumps(clip.about, indent=1, ensure_ascii=False) + "\n"
         temporary.write_text(text, encoding="utf-8")
-    with replacing_file(path) as temporary:
-        soundfile.write(temporary, mono, 16_000, format="FLAC", subtype="PCM_16")
+    audio.write(path, mono[None], 16_000, format="FLAC", subtype="PCM_16")
 
 
 def _write_midi(path: Path, clip: Clip) -> None:
@@ -425,7 +432,18 @@ def _synthesize(midi: Path, wav: Path, instrument: Instrument, recipe: Recipe) -
         "-o", f"synth.reverb.room-size={instrument.room}", "-o", "synth.reverb.level=0.7",
         "-F", str(wav), str(recipe.soundfont), str(midi),
     ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        result = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=_RENDER_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"--synthesizer {recipe.synthesizer}: did not end within {_RENDER_SECONDS:g} s"
+        ) from None
     if result.returncode or not wav.exists():
         said = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"--synthesizer {recipe.synthesizer}: failed ({said})")

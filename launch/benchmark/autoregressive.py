@@ -15,6 +15,7 @@ from launch.benchmark import models, report
 from launch.benchmark.decoding import TEXTS
 from magnet_jax import convert, sampling
 from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,7 @@ class Args:
             raise UserError("--repeats must be at least 1")
         if not 0 < self.seconds <= 30:
             raise UserError("--seconds must be positive, and at most 30")
-        if self.json and not self.json.absolute().parent.is_dir():
-            raise UserError(f"--json {self.json}: no such folder {self.json.parent}")
+        report.check_parent("--json", self.json)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,9 @@ def measure(args: Args) -> None:
             print(_line(rows[-1], num_frames + max(model.delays)), flush=True)
     if args.json:
         found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
-        args.json.write_text(json.dumps({"num_frames": num_frames, "rows": found}, indent=2) + "\n")
+        text = json.dumps({"num_frames": num_frames, "rows": found}, indent=2) + "\n"
+        with replacing_file(args.json) as temporary:
+            temporary.write_text(text)
 
 
 def _measure(loaded, peer, batch: int, num_frames: int, repeats: int) -> Row:

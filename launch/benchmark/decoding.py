@@ -99,9 +99,7 @@ class Args:
         if self.picture and self.picture.suffix not in (".png", ".pdf", ".svg"):
             raise UserError(f"--picture {self.picture}: must end in .png, .pdf or .svg")
         for name in ("json", "picture"):
-            path = getattr(self, name)
-            if path and not path.absolute().parent.is_dir():
-                raise UserError(f"{report.option(name)} {path}: no such folder {path.parent}")
+            report.check_parent(report.option(name), getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import numpy as np
 
 from launch.train import load_config
 from magnet_jax import data, records, sampling, sharding, steps, t5, train
+from magnet_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Args:
 
 
 def measure(args: Args) -> None:
+    if args.batches < 1 or args.steps < 1:
+        raise UserError("--batches and --steps must be at least 1")
     config = load_config(args.config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))
     spec = records.read_codec_spec(args.data)

@@ -5,6 +5,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
@@ -94,6 +97,12 @@ class Rescoring:
 def option(name: str) -> str:
     """A field as the command line spells it."""
     return "--" + name.replace("_", "-")
+
+
+def check_parent(option: str, path: Path | None) -> None:
+    """Raises `UserError` for a file in no folder, before anything is measured for it."""
+    if path and not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: no such folder {path.parent}")
 
 
 def _numbers(values: Sequence[int]) -> str:
@@ -236,7 +245,8 @@ def write_json(
         and dataclasses.asdict(rescored) | {"extra": rescored.extra, "ratio": rescored.ratio},
         "vs_seconds": vs_seconds,
     }
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    with replacing_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def draw(path: Path, facts: Facts, rows: Sequence[Row]) -> None:
@@ -269,4 +279,5 @@ def draw(path: Path, facts: Facts, rows: Sequence[Row]) -> None:
         f"{facts.clip_seconds:.1f} s clips, steps {_numbers(facts.steps)}, {facts.device}",
         fontsize="medium",
     )
-    figure.savefig(path, dpi=150)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:])

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from launch import make_random_checkpoint as random_checkpoint
 from launch.benchmark import models
 from magnet_jax import decode, programs, sampling
 from magnet_jax.errors import UserError
@@ -35,6 +36,8 @@ def measure(args: Args) -> None:
     """Times all in turns, so that a busy moment hits every one."""
     if not 0 < args.seconds <= 600 or args.batch < 1 or args.repeats < 1:
         raise UserError("--seconds (at most 600), --batch and --repeats must be positive")
+    if len(args.steps) != random_checkpoint.NUM_CODEBOOKS or min(args.steps) < 1:
+        raise UserError(f"--steps: give {random_checkpoint.NUM_CODEBOOKS} numbers of at least 1")
     with models.opened(None, args.model) as (name, loaded):
         loaded = sampling.prepare(loaded)
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")

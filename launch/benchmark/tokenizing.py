@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from launch.benchmark import report
 from magnet_jax.codec import load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import Listening, read_mono
+from magnet_jax.files import replacing_file
 from tokenization import encode
 from tokenization import job as tokenization
 
@@ -48,6 +50,15 @@ class Args:
 def measure(args: Args) -> None:
     if args.tracks < 1 or not 0.1 <= args.track_minutes <= 600 or args.workers < 1:
         raise UserError("--tracks and --workers must be positive, --track-minutes 0.1 to 600")
+    if args.batch_size < 1 or not 0.1 <= args.window_seconds <= 600:
+        raise UserError("--batch-size must be positive, --window-seconds 0.1 to 600")
+    if not 0.1 <= args.whole_minutes <= 600:
+        raise UserError("--whole-minutes must lie between 0.1 and 600")
+    if args.whole is None and args.whole_minutes != Args.whole_minutes:
+        raise UserError("--whole-minutes goes with --whole FOLDER")
+    if args.cores_per_worker is not None and args.workers == 1:
+        raise UserError("--cores-per-worker goes with --workers of 2 or more")
+    report.check_parent("--json", args.json)
     if args.cores_per_worker is not None:
         here = len(os.sched_getaffinity(0))
         if not 1 <= args.cores_per_worker <= here // args.workers:
@@ -106,7 +117,8 @@ def measure(args: Args) -> None:
         shares = ", ".join(f"{share:.2%}" for share in found["equal_tokens"])
         print(f"windows      {shares} of the tokens, by codebook, are those of the whole track")
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        with replacing_file(args.json) as temporary:
+            temporary.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def bare_rate(args: Args) -> float:

@@ -16,7 +16,7 @@ from launch.benchmark.decoding import TEXTS, clip_frames, open_rescorer
 from launch.benchmark.peaks import seconds_of
 from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
-from magnet_jax import bucket, cli, pretrained, records, sampling
+from magnet_jax import bucket, cli, pretrained, sampling
 from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,
@@ -25,6 +25,7 @@ from magnet_jax.config import (
 )
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
+from magnet_jax.files import replacing_file
 
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 PROMPT = "prompt"
@@ -80,6 +81,8 @@ class Args:
     def __post_init__(self):
         if self.repeats < 1 or self.batch_size < 1:
             raise UserError("--repeats and --batch-size must be at least 1")
+        if self.seconds is not None and not 0 < self.seconds <= 600:
+            raise UserError("--seconds must be positive, and at most 600")
         if min((*self.first_steps, *self.other_steps), default=1) < 1:
             raise UserError("--first-steps and --other-steps must be numbers of at least 1")
         # (nan is not even below 0)
@@ -207,8 +210,8 @@ def measure(args: Args) -> None:
             rows.append(row)
             tqdm.write(line(row))
             if args.out is not None:  # (at once, as a later point may fail)
-                args.out.mkdir(parents=True, exist_ok=True)
-                records.write_text(args.out / "tradeoff.json", json.dumps(rows, indent=2) + "\n")
+                with replacing_file(args.out / "tradeoff.json") as temporary:
+                    temporary.write_text(json.dumps(rows, indent=2) + "\n")
     if args.out is not None:
         draw(args.out / "tradeoff.png", rows, f"{name}, {clip_seconds:g} s")
         print(f"{args.out}/tradeoff.json, {args.out}/tradeoff.png")
@@ -283,4 +286,5 @@ def draw(path: Path, rows: list[dict], title: str) -> None:
             beside.plot(values, [row["fad"] for row in own], f"s{dashed}", color="tab:orange")
             beside.set_ylabel("FAD (squares)")
     figure.suptitle(title, fontsize="medium")
-    figure.savefig(path, dpi=150)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")

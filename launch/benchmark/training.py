@@ -6,11 +6,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from launch.benchmark import report
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
 from magnet_jax import amx, flops, records, sampling, sharding, steps, t5, train, watch
 from magnet_jax.config import ComputeDtype, Products, RunConfig
 from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,10 +74,11 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
 
 
 def measure(args: Args) -> None:
-    if args.products == "amx":
-        amx.use_synchronous_dispatch()
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
+    report.check_parent("--json", args.json)
+    if args.products == "amx":
+        amx.use_synchronous_dispatch()
     with tempfile.TemporaryDirectory() as folder:
         config = _config(args, Path(folder) / "run")
         peaks = [jax_peak(sampling.compute_dtype(config))]
@@ -100,7 +103,8 @@ def measure(args: Args) -> None:
         "compile_seconds": compiled,
     }
     if args.json is not None:
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        with replacing_file(args.json) as temporary:
+            temporary.write_text(json.dumps(found, indent=2) + "\n")
     print(f"training     {rate / 1e9:8.1f} GFLOP/s of the model, loader included")
     print(f"matmul peak  {max(peaks) / 1e9:8.1f} GFLOP/s")
     waited = found["wait_for_data_share"]

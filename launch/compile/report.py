@@ -11,6 +11,7 @@ import jax
 
 from magnet_jax import hlo, targets
 from magnet_jax.errors import UserError
+from magnet_jax.files import replacing_file
 
 
 def compiled_costs(lowered: jax.stages.Lowered, target: targets.Target) -> dict[str, Any]:
@@ -139,4 +140,5 @@ def check_file(option: str, path: Path | None) -> None:
 
 def write_json(path: Path | None, found: dict[str, Any]) -> None:
     if path is not None:
-        path.write_text(json.dumps(found, indent=2, default=str) + "\n")
+        with replacing_file(path) as temporary:
+            temporary.write_text(json.dumps(found, indent=2, default=str) + "\n")

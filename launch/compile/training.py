@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from launch.compile import report
 from launch.train import load_config
 from magnet_jax import flops, plan, sampling, sharding, steps, t5, targets
-from magnet_jax.config import MeshConfig, Remat, RunConfig
+from magnet_jax.config import ComputeDtype, MeshConfig, Remat, RunConfig
 from magnet_jax.errors import UserError
+from magnet_jax.files import check_new_file, replacing_file
 
 FRAME_RATE = 50  # frames a second of the published codecs
 
@@ -44,7 +45,7 @@ class Asked:
 class Train(Asked):
     """One training step of a config."""
 
-    dtype: str = "auto"
+    dtype: ComputeDtype = "auto"
     """float32 or bfloat16; auto is float32 on a CPU, else bfloat16."""
     stage: int = 1
     """0 compiles the step of the first codebook, which sees all frames unless the config has
@@ -69,6 +70,8 @@ def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
 def configured(args: Asked) -> RunConfig:
     """The config with what the command changes."""
     config = load_config(args.config)
+    if args.clips_per_device < 0:
+        raise UserError("--clips-per-device must be at least 0")
     if args.batch_size is not None:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, batch_size=args.batch_size)
@@ -104,6 +107,7 @@ def costs(args: Train) -> dict[str, Any]:
     """Compiles the step, and sets it beside the plan and the chip."""
     report.check_file("--json", args.json)
     report.check_file("--picture", args.picture)
+    check_new_file("--picture", args.picture, (".png", ".pdf", ".svg"))
     config = dataclasses.replace(configured(args), compute_dtype=args.dtype)
     if not 0 <= args.stage < config.model.num_codebooks:
         raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
@@ -211,7 +215,8 @@ def draw(args: Train, path: Path) -> None:
     axes.set(xlabel="mesh: data, fsdp, tensor", ylabel="GB a device", title=args.config)
     axes.tick_params(axis="x", rotation=60)
     axes.legend()
-    figure.savefig(path)
+    with replacing_file(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:].lower())
     plt.close(figure)
 
 

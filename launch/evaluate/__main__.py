@@ -237,6 +237,13 @@ def _checked(args: Args) -> Args:
         raise UserError("--data is for --baselines")
     if args.limit is not None and (args.limit < 1 or args.prompts is None):
         raise UserError("--limit must be at least 1, and goes with --prompts")
+    if args.probe is None and args.probe_field != Args.probe_field:
+        raise UserError("--probe-field goes with --probe FOLDER")
+    if args.checkpoint is None and args.sample_options:
+        raise UserError("--sample-options is for clips that are generated: give --checkpoint MODEL")
+    for name, source in dataclasses.asdict(args.weights).items():
+        if name not in args.embedders and source != DEFAULT_WEIGHTS[name]:
+            raise UserError(f"--weights.{name} goes with --embedders {name}")
     if not args.embedders or len(set(args.embedders)) < len(args.embedders):
         raise UserError("--embedders: name each once, and one at least")
     if args.lufs is not None and not -70 <= args.lufs <= 0:
@@ -252,12 +259,25 @@ def _checked(args: Args) -> Args:
             raise UserError(f"--{option} {path}: needs a folder on disk; copy it from there")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
+    _check_own(args)
     if args.seconds is None and args.checkpoint is not None:
         from magnet_jax import pretrained  # JAX is slow to load
 
         seconds = pretrained.read_settings(args.checkpoint).data.segment_seconds
         return dataclasses.replace(args, seconds=seconds)
     return args
+
+
+def _check_own(args: Args) -> None:
+    """Raises `UserError` for files that would be replaced and that no evaluation wrote."""
+    receipt, listed = args.out / "receipt.json", args.out / "prompts.jsonl"
+    if receipt.exists() and read_object(receipt, "").get("format") != _FORMAT:
+        raise UserError(f"{receipt}: is there, and no evaluation wrote it; name another --out")
+    if args.checkpoint is None or not listed.exists():
+        return
+    is_cut = args.limit is not None and listed.resolve() == args.prompts.resolve()
+    if is_cut or not (args.out / "settings").is_dir():
+        raise UserError(f"{listed}: would be replaced by the list that is used; name another --out")
 
 
 def _inputs(args: Args) -> tuple[list[prompts.Prompt] | None, dict[str, Path], _Row | None]:

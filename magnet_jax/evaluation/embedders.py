@@ -145,6 +145,8 @@ def _fetch_file(weights: str, embedder: Name) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights, str(path), progress=False)
+            # (its makers have published no hash to hold it against; the receipt has it, too)
+            print(f"{path}: SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
         except (URLError, OSError) as error:
             raise UserError(
                 f"embedder {embedder}: its weights cannot be fetched ({error}); put {path.name}, "
