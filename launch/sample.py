@@ -26,6 +26,7 @@ from magnet_jax.config import (
     KernelConfig,
     Preset,
     RescoreConfig,
+    RunConfig,
     SamplingMeshConfig,
     preset_steps,
 )
@@ -248,6 +249,8 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             name=str(args.rescorer),
         )
 
+    if kind == "hybrid":
+        _check_effects(args, config, decoding, seconds)
     for note in sampling.notes_on_cut_texts(loaded, texts):
         print(note)
     if stride is None and seconds > 1.5 * config.data.segment_seconds:
@@ -330,6 +333,19 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             print(files[i])
         print(f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s")
     return written
+
+
+def _check_effects(args: Args, config: RunConfig, decoding: HybridConfig, seconds: float) -> None:
+    """Raises `UserError` for settings of the half of a hybrid that makes nothing of a clip."""
+    for name, is_unused in (
+        ("decode", decoding.prompt_seconds >= seconds),
+        ("autoregressive", not decoding.prompt_seconds),
+    ):
+        if is_unused and getattr(args, name) not in (getattr(config, name), getattr(Args, name)):
+            raise UserError(
+                f"--{name} has no effect with --hybrid-prompt-seconds "
+                f"{decoding.prompt_seconds:g}: leave it out"
+            )
 
 
 def parse(args: list[str]) -> Args:

@@ -364,8 +364,22 @@ def test_a_codec_by_itself(sources, tmp_path, capsys):
     codec = load_codec(str(tmp_path / "out"))
     reference = np.load(GOLDEN / "encodec_tiny" / "codec.npz")
     np.testing.assert_array_equal(codec.encode(reference["wav"]), reference["codes"])
-    with pytest.raises(UserError, match="exists"):
+    with pytest.raises(UserError, match="exists; add --overwrite"):
         import_audiocraft.main(args)
+    for option, value in (
+        ("text_encoder", "t5"), ("codec", "other"), ("license", "mit"), ("verify", True),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} is of a whole model"):
+            import_audiocraft.main(dataclasses.replace(args, **{option: value}))
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"half")
+    import_audiocraft.main(dataclasses.replace(args, overwrite=True))
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds other files as well .thesis.txt."):
+        import_audiocraft.main(dataclasses.replace(args, overwrite=True))
+    with pytest.raises(UserError, match="exists and is not a codec"):
+        import_audiocraft.main(dataclasses.replace(args, out=tmp_path / "in", overwrite=True))
     audiocraft.write_pointer(tmp_path / "in" / audiocraft.CODEC_FILE, "someone/encodec")
     with pytest.raises(UserError, match="points to someone/encodec"):
         import_audiocraft.main(dataclasses.replace(args, out=tmp_path / "new"))

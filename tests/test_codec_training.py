@@ -240,6 +240,13 @@ def test_the_learning_rate_rises_stays_and_falls(settings):
         ({"init_from": "nowhere"}, "--init-from nowhere: no config.json"),
         ({"segment_seconds": 0.1}, "--segment-seconds must lie between"),
         ({"steps": 0}, "--steps must be at least 1"),
+        ({"learning_rate": math.nan}, "--learning-rate must be above 0"),
+        ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
+        ({"seed": -1}, "--seed must be at least 0"),
+        ({"seed": 2**31}, "--seed must be at most"),
+        ({"discriminator_probability": 1.5}, "--discriminator-probability must lie"),
+        ({"gain_db": math.inf}, "--gain-db must lie"),
+        ({"time_weight": math.inf}, "--time-weight must be a number"),
         ({"segment_seconds": 9.0}, "no .flac or .wav of 9 s or more"),
     ],
 )
@@ -249,6 +256,14 @@ def test_mistakes_are_named(settings, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         next(train(replace(settings, **change)))
     assert not settings.out.exists()
+
+
+def test_a_codec_is_not_trained_among_other_files(settings):
+    (settings.out / "codec").mkdir(parents=True)
+    (settings.out / "codec" / "model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="--out .*run: holds other files .codec."):
+        next(train(settings))
+    assert [path.name for path in settings.out.rglob("*")] == ["codec", "model.safetensors"]
 
 
 def test_audio_of_another_rate_is_refused(settings):
@@ -317,6 +332,30 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     for twice in ({"codecs": ("embedded", "embedded")}, {"opus_kbps": (8.0, 8.0)}):
         with pytest.raises(UserError, match="--(codecs|opus-kbps): name each once"):
             compare_codecs.compare(compare_codecs.Comparison(audio=settings.audio, **twice))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": -1}, "--seed must lie"),
+        ({"seed": 2**31}, "--seed must lie"),
+        *[({"opus_kbps": (6.0, kbps)}, "--opus-kbps must lie between 0.5 and 256")
+          for kbps in (0.0, -1.0, 0.1, 257.0, math.nan, math.inf)],
+        ({"opus_kbps": (6.0, 6.0000001)}, "--opus-kbps: name each once"),
+        ({"clips": 0}, "--clips must be at least 1"),
+        ({"seconds": math.nan}, "--seconds must lie"),
+        ({"out": "taken"}, "--out .*taken: holds other files"),
+        ({"out": "taken/thesis.txt"}, "--out .*thesis.txt: is a file"),
+    ],
+)  # fmt: skip
+def test_comparisons_are_refused_before_anything_is_encoded(tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(compare_codecs, "load_codec", None)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("precious")
+    if "out" in change:
+        change = {"out": tmp_path / change["out"]}
+    with pytest.raises(UserError, match=message):
+        compare_codecs.compare(compare_codecs.Comparison(audio=tmp_path, **change))
 
 
 def test_versions_have_folders_of_their_own():

@@ -532,6 +532,23 @@ def test_real_clips_are_heard_as_long_as_generated_ones(real, tmp_path):
     assert command._checked(command.Args(generated=real, **asked)).seconds is None
 
 
+def test_what_no_evaluation_wrote_is_left_alone(real, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in (("receipt.json", "{}"), ("prompts.jsonl", "mine")):
+        (out / name).write_text(content)
+        with pytest.raises(UserError, match=f"out/{name}: .*name another --out"):
+            command._checked(command.Args(out=out, checkpoint="demo", prompts=real))
+        assert (out / name).read_text() == content
+        (out / name).unlink()
+    listed = out / "prompts.jsonl"
+    listed.write_text('{"id": "a", "caption": "x"}')
+    (out / "settings").mkdir()
+    command._checked(command.Args(out=out, checkpoint="demo", prompts=real, limit=1))
+    with pytest.raises(UserError, match="prompts.jsonl: would be replaced"):
+        command._checked(command.Args(out=out, checkpoint="demo", prompts=listed, limit=1))
+
+
 def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys):
     names = sorted(path.stem for path in real.glob("*.wav"))
     for name in names[:2]:
@@ -605,6 +622,9 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
         (["--generated", "BROKEN", "--reference", "REAL"], "broken.wav: cannot be read"),
         (["--generated", "REAL", "--probe", "REAL"], "clips of two labels at least, under 'instr"),
         (["--generated", "REAL", "--probe-codec", "embedded"], "goes with --probe FOLDER"),
+        (["--generated", "REAL", "--probe-field", "key"], "--probe-field goes with --probe"),
+        (["--generated", "REAL", "--weights.clap", "x"], "--weights.clap goes with --embedders"),
+        (["--generated", "REAL", "--sample-options", "x"], "--sample-options is for clips"),
         (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
     ],
 )

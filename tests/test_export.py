@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -243,7 +244,15 @@ def test_export_refuses(loaded, tmp_path):
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="not an export"):
         run_export(loaded, tmp_path, overwrite=True)
-    (tmp_path / "out" / "thesis.txt").unlink()
+    # another library's model has these files too
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "musicgen"}')
+    (tmp_path / "out" / "model.safetensors").write_text("precious")
+    with pytest.raises(UserError, match="not an export"):
+        run_export(loaded, tmp_path, overwrite=True)
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"format": bundles.FORMAT}))
+    with pytest.raises(UserError, match="holds other files as well .thesis.txt."):
+        run_export(loaded, tmp_path, overwrite=True)
+    shutil.rmtree(tmp_path / "out")
     changed = loaded._replace(codec=dataclasses.replace(loaded.codec, sha256="1" * 64))
     with pytest.raises(UserError, match="codec"):
         run_export(changed, tmp_path)

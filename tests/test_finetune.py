@@ -374,6 +374,10 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     save(folder, adapters, LORA)
     with pytest.raises(UserError, match="holds an adapter"):
         save(folder, adapters, LORA)
+    (folder / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="holds other files as well .thesis.txt."):
+        save(folder, adapters, LORA, overwrite=True)
+    (folder / "thesis.txt").unlink()
 
     # Neither a full disk nor a kill between the renames loses the earlier adapter.
     whole = (folder / "adapter_model.safetensors").read_bytes()

@@ -663,6 +663,14 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
             + ["--rescorer", str(run)],
             "nothing is rescored of a clip that is made one step after another to its end",
         ),
+        (
+            ["--hybrid-prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"],
+            "^--decode has no effect with --hybrid-prompt-seconds 0.6: leave it out$",
+        ),
+        (
+            ["--hybrid-prompt-seconds", "0", "--autoregressive.top-k", "5"],
+            "^--autoregressive has no effect with --hybrid-prompt-seconds 0: leave it out$",
+        ),
         (["--mesh.frames", "2"], "leave out kernels .*mesh.guidance and mesh.frames"),
         (["--kernels.full", "blocks"], "leave out kernels"),
     ):

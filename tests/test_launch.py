@@ -1,9 +1,11 @@
 """The commands: what they write, that they repeat, and one line for every mistake."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,10 @@ import soundfile
 import tiny
 from sounds import loudness_embedder, put, tone
 
-from launch import sample
+from launch import export, sample
 from launch import train as launch_train
 from launch.evaluate import __main__ as evaluate
-from magnet_jax import audio, cli, errors, train
+from magnet_jax import audio, cli, errors, sampling, train
 from magnet_jax.config import DecodeConfig, RunConfig
 from magnet_jax.errors import UserError
 
@@ -63,6 +65,53 @@ def test_unconditional_length_and_loudness(run, tmp_path):
     assert json.loads(path.with_suffix(".json").read_text())["reached_lufs"] is None
 
 
+def test_audio_that_sampling_did_not_make_is_left_alone(run, tmp_path, monkeypatch):
+    args = sample_args(run, tmp_path, "--prompt", "one", "--prompt", "two")
+    wav, beside = tmp_path / "001-two-seed0.wav", tmp_path / "001-two-seed0.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "generate", lambda *_, **__: pytest.fail("was sampled first"))
+        for path, content in (
+            (wav, b"mine"),
+            (beside, b"mine"),
+            (beside, b"[]"),
+            (beside, b'{"description": "mine"}'),
+        ):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match=f"{path}: is there, and launch.sample did not"):
+                sample.sample(args)
+            assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == content
+            path.unlink()
+    made = sample.sample(args)
+    content = made[0].read_bytes()
+    # again, and after a kill between the two names
+    made[0].unlink()
+    assert sample.sample(args) == made and made[0].read_bytes() == content
+    made[1].write_bytes(b"louder")
+    with pytest.raises(UserError, match=f"{made[1]}: was changed since"):
+        sample.sample(args)
+    assert made[1].read_bytes() == b"louder"
+
+
+def test_a_full_disk_while_sampling_names_the_file_and_leaves_nothing_half(
+    run, tmp_path, monkeypatch
+):
+    args = sample_args(run, tmp_path, "--prompt", "one", "--prompt", "two")
+
+    def full(path, *how, **more):
+        if tmp_path not in path.parents:  # of JAX's cache
+            return whole(path, *how, **more)
+        path.open("wb").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for writer in ("write_bytes", "write_text"):
+        whole = getattr(Path, writer)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, writer, full)
+            with pytest.raises(UserError, match="000-one-seed0.*No space left.*make room"):
+                sample.sample(args)
+        assert not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "load", lambda name, weights: loudness_embedder("toy"))
     real, out, tokens = tmp_path / "real", tmp_path / "out", run.parent / "tokens"
@@ -79,6 +128,11 @@ def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch)
         "--checkpoint", run, "--prompts", real, "--reference", real,
         "--sample-options=--batch-size 2", "--seed", "3",
     ]  # fmt: skip
+    (out / "generated").mkdir(parents=True)
+    (out / "generated" / "b.wav").write_bytes(b"mine")
+    with pytest.raises(UserError, match="generated/b.wav: is there, and launch.sample did not"):
+        evaluated(*words)
+    (out / "generated" / "b.wav").unlink()
     receipt = evaluated(*words, "--baselines", "--data", tokens)
     rows = receipt["scores"]
     assert set(rows) == {
@@ -175,6 +229,18 @@ def test_unknown_configs_and_settings_are_named():
         launch_train.main(["--config", "nothing"])
     with pytest.raises(UserError, match="did you mean --optimizer.peak-lr"):
         launch_train.main(["--optimizer.peek-lr", "1"])
+
+
+def test_a_missing_option_is_named_without_its_help():
+    for words, message in (
+        (["--out", "x"], "--checkpoint: must be given; see python -m launch.export --help"),
+        ([], "--checkpoint, --out: must be given; see python -m launch.export --help"),
+    ):
+        with pytest.raises(UserError) as error:
+            cli.parse(export.Args, words, prog="python -m launch.export")
+        assert str(error.value) == message
+    with pytest.raises(UserError, match=r"--lufs: no type matching .* from \['loud'\]\.$"):
+        sample.parse(["--checkpoint", "demo", "--out", "x", "--lufs", "loud"])
 
 
 def test_errors_are_one_line(capsys):

@@ -245,6 +245,16 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(kitchen):
     assert "MIT" not in card and "font.sf2 is under whatever licence" in card
 
 
+def test_a_synthesizer_that_hangs_or_stops_short_is_named(kitchen, tmp_path, monkeypatch):
+    settings, program = kitchen("one"), tmp_path / "hung"
+    program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(recipe, "_RENDER_SECONDS", 0.5)
+    with pytest.raises(UserError, match="--synthesizer .*hung: did not end within 0.5 s"):
+        recipe.cook(replace(settings, synthesizer=str(program)))
+    monkeypatch.undo()
+
+
 def test_the_card_has_the_command_that_makes_the_clips():
     plain = Recipe(out=Path("a"))
     assert recipe._command(plain) == "python -m tokenization.recipe --hours 20 --seed 0"

@@ -394,6 +394,9 @@ def test_a_text_encoder_takes_no_others_place(tmp_path):
         make(taken / "config.json" / "below")
     with pytest.raises(UserError, match="unknown setting --widht: did you mean --width"):
         make(tmp_path / "new", "--widht", "3")
+    for option, value in (("--width", "0"), ("--layers", "-1"), ("--heads", "0"), ("--seed", "-1")):
+        with pytest.raises(UserError, match=option):
+            make(tmp_path / "new", option, value)
     assert not (tmp_path / "new").exists()
     make(tmp_path / "deep" / "new")
     assert t5.load(str(tmp_path / "deep" / "new"))[0].d_model == 8

@@ -210,6 +210,7 @@ class MakeShard(beam.DoFn):
     _lock = threading.Lock()
     _maker: Maker | None = None
     _users = 0
+    _silenced = contextlib.ExitStack()
 
     def __init__(self, job: BeamJob, launcher: int | None):
         self._job = job
@@ -223,7 +224,7 @@ class MakeShard(beam.DoFn):
                 if self._launcher not in (None, os.getpid()):
                     threading.Thread(target=_end_with, args=(self._launcher,), daemon=True).start()
                     # (what goes wrong in here the launcher says, and in one line)
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+                    shared._silenced.enter_context(_stderr_silenced())
                     threads = max(1, len(os.sched_getaffinity(0)) // job.workers)
                     import_torch().set_num_threads(threads)
                 shared._maker = Maker(job, job.device)
@@ -235,6 +236,7 @@ class MakeShard(beam.DoFn):
             if shared._users == 0:
                 shared._maker.close()
                 shared._maker = None
+                shared._silenced.close()
 
     def process(self, element: bytes) -> None:
         unit, place = pickle.loads(element), place_at(self._job.out)
@@ -242,6 +244,19 @@ class MakeShard(beam.DoFn):
             (done,) = jobs.read_done(place, [unit])
             if not _is_whole(done, place.sizes()):  # a bundle that failed is given out again
                 MakeShard._maker(unit, lambda files, seconds: None)
+
+
+@contextlib.contextmanager
+def _stderr_silenced() -> Iterator[None]:
+    """Sends what this process and its libraries write to stderr nowhere, until the end."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _end_with(launcher: int) -> None:
