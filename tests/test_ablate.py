@@ -323,3 +323,15 @@ def test_mistakes_are_one_line(study, words, message, place, tmp_path):
     with pytest.raises(UserError, match=message):
         command.main(asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_summary_that_no_study_wrote_is_left_alone(tmp_path):
+    command._check_summary(tmp_path, "spans")
+    (tmp_path / "spans.md").write_text("mine")
+    with pytest.raises(UserError, match="spans.md: was not made by launch.ablate"):
+        command._check_summary(tmp_path, "spans")
+    (tmp_path / "spans.json").write_text('{"study": "spans"}')
+    command._check_summary(tmp_path, "spans")
+    (tmp_path / "spans.json").write_text('{"study": "mine"}')
+    with pytest.raises(UserError, match="spans.json: was not made by launch.ablate"):
+        command._check_summary(tmp_path, "spans")

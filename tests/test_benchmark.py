@@ -313,6 +313,27 @@ def test_mistakes_are_one_line(words, message):
         command.main(["decode", *words])
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loader", "--data", "x", "--batches", "0"], "--batches and --steps must be"),
+        (["train", "--data", "x", "--steps", "0"], "--steps must be"),
+        (["train", "--data", "x", "--json", "nowhere/x.json"], "no such folder nowhere"),
+        (["savings", "--steps", "1", "1"], "--steps: give 4 numbers"),
+        (["savings", "--steps", "1", "1", "1", "0"], "--steps: give 4 numbers"),
+        (["tradeoff", "--model", "small", "--seconds", "nan"], "--seconds must be positive"),
+        (["tokenize", "--batch-size", "0"], "--batch-size must be positive"),
+        (["tokenize", "--window-seconds", "nan"], "--window-seconds 0.1 to 600"),
+        (["tokenize", "--whole-minutes", "3"], "--whole-minutes goes with --whole"),
+        (["tokenize", "--cores-per-worker", "1"], "--cores-per-worker goes with --workers"),
+        (["tokenize", "--json", "nowhere/x.json"], "no such folder nowhere"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_measured(words, message):
+    with pytest.raises(UserError, match=message):
+        command.main(words)
+
+
 def test_options_that_do_not_fit_the_model(run, no_peaks):
     with pytest.raises(UserError, match="decode.steps has 2 numbers"):
         command.main(["decode", "--checkpoint", str(run), "--steps", "1", "1"])

@@ -300,6 +300,19 @@ def test_clips_of_other_weights_are_not_taken_for_these(loaded, tmp_path):
     assert sample._is_made(*clip, settings(same, other))
 
 
+def test_what_only_runs_have_to_choose_is_refused():
+    for lineage, weights, step, message in (
+        ({}, "raw", None, "x: only training runs have --weights"),
+        ({}, None, 3, "x: only training runs have --step"),
+        ({"weights": "ema", "step": 2}, "raw", None, "with weights ema alone"),
+        ({"weights": "ema", "step": 2}, None, 3, "with step 2 alone"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pretrained._check_held(Path("x"), lineage, weights, step)
+    pretrained._check_held(Path("x"), {"weights": "ema", "step": 2}, "ema", 2)
+    pretrained._check_held(Path("x"), {}, None, 0)  # (which is what an import calls its step)
+
+
 def test_text_encoder_names(loaded):
     def name(source, width, t5_name=None, **changed):
         config = dataclasses.replace(

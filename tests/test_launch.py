@@ -13,7 +13,8 @@ import soundfile
 import tiny
 from sounds import loudness_embedder, put, tone
 
-from launch import export, sample
+from launch import demo, export, sample
+from launch import make_random_checkpoint as random_checkpoint
 from launch import train as launch_train
 from launch.evaluate import __main__ as evaluate
 from magnet_jax import audio, cli, errors, sampling, train
@@ -110,6 +111,22 @@ def test_a_full_disk_while_sampling_names_the_file_and_leaves_nothing_half(
             with pytest.raises(UserError, match="000-one-seed0.*No space left.*make room"):
                 sample.sample(args)
         assert not list(tmp_path.iterdir())
+
+
+def test_commands_that_make_a_folder_leave_other_files_alone(tmp_path):
+    thesis = tmp_path / "taken" / "thesis.txt"
+    put(tmp_path / "taken" / "x.wav", tone(0.1), caption=None)
+    thesis.write_text("precious")
+    there = sorted(tmp_path.rglob("*"))
+    for out in (thesis.parent, thesis):
+        with pytest.raises(UserError, match=f"--out {out}: is there already; name a new folder"):
+            random_checkpoint.make(random_checkpoint.Args(out=out))
+    for change in ({"seconds": 0}, {"seed": -1}, {"seed": 2**31}):
+        with pytest.raises(UserError, match=f"--{next(iter(change))} must lie"):
+            random_checkpoint.make(random_checkpoint.Args(out=tmp_path / "new", **change))
+    with pytest.raises(UserError, match="--out .*taken: holds other files .thesis.txt."):
+        demo.demo(demo.Args(out=thesis.parent))
+    assert sorted(tmp_path.rglob("*")) == there and thesis.read_text() == "precious"
 
 
 def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch):

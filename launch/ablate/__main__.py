@@ -289,6 +289,7 @@ def plan(args: Common) -> tuple[Study, list[Cell]]:
                 "seed": seed,
             }
             cells.append(Cell(setting, seed, folder, words, runs, settings))
+    _check_summary(args.out, study.name)
     for each in {each.folder: each for cell in cells for each in cell.runs}.values():
         _check_claim(each.folder, each.settings)
     for cell in cells:
@@ -485,6 +486,17 @@ def _check_claim(folder: Path, settings: Mapping[str, Any]) -> None:
             f"{folder}: was made with other settings: {'; '.join(changed[:3])}{more}; give these, "
             f"name another --out, or remove it and {path.name}"
         )
+
+
+def _check_summary(out: Path, study: str) -> None:
+    """Raises `UserError` for files of a study's name that no study wrote."""
+    first, *others = (out / f"{study}.{suffix}" for suffix in ("json", "md", "png"))
+    if first.exists():
+        theirs = [first] if files.read_object(first, "").get("study") != study else []
+    else:  # (which is written first)
+        theirs = [path for path in others if path.exists()]
+    if theirs:
+        raise UserError(f"{theirs[0]}: was not made by launch.ablate; name another --out")
 
 
 def main(words: Sequence[str]) -> None:
