@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import shutil
 
 import huggingface_hub
@@ -371,6 +372,21 @@ def test_shipped_encoder_is_what_its_command_makes(tmp_path, embedded):
     (tmp_path / "sidecars" / "a.json").write_text(json.dumps(several))
     texts = make_text_encoder.read_texts(tmp_path / "sidecars")
     assert texts == ["A reel", "A fast reel", "genre: folk"]
+
+
+def test_a_full_disk_under_the_tokenizer_is_an_oserror(embedded, tmp_path):
+    sizes = tiny_config(d_model=2, d_kv=2, d_ff=2, num_layers=1, num_heads=1)
+    written = (sizes, random_params(sizes), embedded[2])
+    t5.save(tmp_path / "a", *written)
+    size = (tmp_path / "a" / "tokenizer.json").stat().st_size
+    assert size > (tmp_path / "a" / "model.safetensors").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            t5.save(tmp_path / "b", *written)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_text_encoder_takes_no_others_place(tmp_path):
