@@ -4,11 +4,13 @@ import contextlib
 import errno
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -290,7 +292,10 @@ def temporary(path: Path) -> Iterator[Path]:
 
 # --- what is not whole yet ------------------------------------------------------------------------
 
-_LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|partial)")
+# Another machine's lock on a shared file system may not be seen here, so that names tell machines
+# apart, and what another one left is its own to remove.
+_HERE = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:4]
+_LEFT = re.compile(r"\..+\.([0-9a-f]{4})[0-9a-f]{8}\.(tmp|partial)")
 
 
 def is_left_over(name: str) -> bool:
@@ -300,7 +305,7 @@ def is_left_over(name: str) -> bool:
 
 def _beside(path: Path, kind: str) -> Path:
     """A hidden name beside `path` of this writer's own."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{kind}")
+    return path.with_name(f".{path.name}.{_HERE}{secrets.token_hex(4)}.{kind}")
 
 
 def _old(folder: Path) -> Path:
@@ -334,7 +339,7 @@ def _remove_left(folder: Path) -> None:
     """Removes what writers that were killed left half written in a folder."""
     with contextlib.suppress(OSError):  # a folder that may be written to, but not listed
         for path in folder.iterdir():
-            if is_left_over(path.name):
+            if (left := _LEFT.fullmatch(path.name)) and left[1] == _HERE:
                 _remove_unlocked(path)
 
 

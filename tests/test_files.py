@@ -94,15 +94,17 @@ def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_p
         return process
 
     dead, living = begin(), begin()
-    (tmp_path / ".mine.tmp").write_text("mine")
-    (tmp_path / ".mine.partial").write_text("mine")
+    there = "0" * 4 if files._HERE != "0" * 4 else "1" * 4
+    others = {".mine.tmp", ".mine.partial", f".out.{there}01234567.tmp"}  # of another machine
+    for name in others:
+        (tmp_path / name).write_text("mine")
     try:
         dead.send_signal(signal.SIGKILL)
         dead.wait()
-        assert len(list(tmp_path.iterdir())) == 4
+        assert len(list(tmp_path.iterdir())) == 5
         with getattr(files, writer)(tmp_path / "out") as path:
             (path / "a" if path.is_dir() else path).write_text("whole")
-        left = {path.name for path in tmp_path.iterdir()} - {".mine.tmp", ".mine.partial", "out"}
+        left = {path.name for path in tmp_path.iterdir()} - others - {"out"}
         assert len(left) == 1 and files.is_left_over(*left)  # of the one that lives
     finally:
         for process in (dead, living):
