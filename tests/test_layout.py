@@ -1,6 +1,7 @@
 """Modules import downwards only, in the order that the README's Layout gives."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ MODULES = {
 }
 
 
+@functools.cache
 def imported(path):
     """The modules of ours that a file imports, within functions too."""
     found = set()
