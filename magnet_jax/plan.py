@@ -6,14 +6,13 @@ left open and memory is not ample, the compiler itself is asked.
 """
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from magnet_jax import attention, distributed, patterns, sharding, steps, t5, targets
+from magnet_jax import attention, distributed, machine, patterns, sharding, steps, t5, targets
 from magnet_jax.config import RunConfig
 from magnet_jax.errors import UserError
 from magnet_jax.steps import Static
@@ -128,7 +127,8 @@ def device_memory() -> int | None:
     local = jax.local_devices()
     device = local[0]
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // len(local)
+        shared = machine.memory_bytes()
+        return None if shared is None else shared // len(local)
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shlex
 import sys
 
@@ -493,7 +494,7 @@ def test_training_is_measured(run, capsys, monkeypatch, tmp_path):
     assert "share" in capsys.readouterr().out
 
 
-def test_tokenizing_is_measured(capsys, tmp_path):
+def test_tokenizing_is_measured(capsys, tmp_path, monkeypatch):
     file = tmp_path / "found.json"
     args = tokenizing.Args(
         tracks=1, track_minutes=0.1, batch_size=1, window_seconds=2, json=file,
@@ -508,3 +509,6 @@ def test_tokenizing_is_measured(capsys, tmp_path):
         tokenizing.measure(dataclasses.replace(args, whole=tmp_path))
     with pytest.raises(UserError, match="--cores-per-worker 0"):
         tokenizing.measure(dataclasses.replace(args, cores_per_worker=0))
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    with pytest.raises(UserError, match="--cores-per-worker: for Linux alone"):
+        tokenizing.measure(dataclasses.replace(args, cores_per_worker=1))

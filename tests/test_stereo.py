@@ -14,7 +14,7 @@ from launch import sample
 from magnet_jax import codec as codecs
 from magnet_jax import data, export, pretrained, records, sampling, train
 from magnet_jax.errors import UserError
-from tokenization import inspect
+from tokenization import browse
 from tokenization.job import Job, run
 
 
@@ -102,9 +102,9 @@ def test_both_backends_decode_each_side_as_the_mono_codec_does(mono):
     np.testing.assert_array_equal(codecs.split_sides(joined, 2).ravel(), np.arange(24))
 
 
-def test_inspect_decodes_to_stereo(tokens, found, tmp_path, capsys, mono):
-    args = inspect.Args(dataset=tokens.out, record=2, out=tmp_path)
-    inspect.run(args)
+def test_browse_decodes_to_stereo(tokens, found, tmp_path, capsys, mono):
+    args = browse.Args(dataset=tokens.out, record=2, out=tmp_path)
+    browse.run(args)
     (path,) = tmp_path.glob("*.wav")
     wav, rate = soundfile.read(path, always_2d=True)
     assert rate == RATE and wav.shape[1] == 2
@@ -112,7 +112,7 @@ def test_inspect_decodes_to_stereo(tokens, found, tmp_path, capsys, mono):
     for side in range(2):
         own_N = mono.decode(found[name]["codes_KT"][None, side::2])[0, 0, : len(wav)]
         np.testing.assert_allclose(wav[:, side], own_N.clip(-1, 1), atol=2e-4)
-    inspect.run(inspect.Args(dataset=tokens.out))
+    browse.run(browse.Args(dataset=tokens.out))
     assert "2 channels, 4 codebooks (left and right interleaved) of 1024" in capsys.readouterr().out
 
 

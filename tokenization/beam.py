@@ -18,10 +18,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from magnet_jax import cli
+from magnet_jax import cli, machine
 from magnet_jax.errors import UserError, reported
 from magnet_jax.torch_env import import_torch
 from tokenization import job as jobs
@@ -225,7 +224,7 @@ class MakeShard(beam.DoFn):
                     threading.Thread(target=_end_with, args=(self._launcher,), daemon=True).start()
                     # (what goes wrong in here the launcher says, and in one line)
                     shared._silenced.enter_context(_stderr_silenced())
-                    threads = max(1, len(os.sched_getaffinity(0)) // job.workers)
+                    threads = max(1, machine.num_cpus() // job.workers)
                     import_torch().set_num_threads(threads)
                 shared._maker = Maker(job, job.device)
 
@@ -261,8 +260,10 @@ def _stderr_silenced() -> Iterator[None]:
 
 def _end_with(launcher: int) -> None:
     """Ends this process with the one that began the pipeline: --out is another's then."""
-    while Path(f"/proc/{launcher}").exists():
-        time.sleep(0.2)
+    with contextlib.suppress(ProcessLookupError):
+        while True:
+            os.kill(launcher, 0)  # asks whether it is there
+            time.sleep(0.2)
     os._exit(1)
 
 

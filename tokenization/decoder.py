@@ -312,7 +312,8 @@ def main(decode: Callable = audio.decode) -> None:
     # (maps of files do not count)
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     if most == resource.RLIM_INFINITY or most > _MEMORY:
-        resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, most))
+        with contextlib.suppress(ValueError, OSError):  # macOS may refuse it
+            resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY, most))
     # What the libraries have to say about a file's damage goes nowhere.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     serve(Connection(int(sys.argv[-1])), decode)

@@ -36,7 +36,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from magnet_jax import bucket, cli, memory, records
+from magnet_jax import bucket, cli, machine, memory, records
 from magnet_jax.codec import interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import (
@@ -419,6 +419,7 @@ def _make_in_workers(
     numbers = context.SimpleQueue()
     for number in range(job.workers):
         numbers.put(number)
+    others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(
         min(job.workers, len(units)) or 1,
         mp_context=context,
@@ -442,7 +443,7 @@ def _make_in_workers(
             "goes on from here; so do a smaller --batch-size or --window-seconds, in a new --out"
         ) from None
     finally:
-        for process in list(pool._processes.values()) if pool._processes else []:
+        for process in set(multiprocessing.active_children()) - others:
             process.kill()  # what they are at is lost, and made again
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -666,7 +667,7 @@ def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
     end_with_parent(parent)
     memory.keep_freed()
     torch = import_torch()
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.workers))
+    torch.set_num_threads(max(1, machine.num_cpus() // job.workers))
 
     @functools.cache
     def maker() -> Maker:  # (made with the first unit: what is raised here says nothing)
@@ -772,6 +773,7 @@ def _finish(
 def main() -> None:
     stop_when_terminated()
     memory.keep_freed()
+    machine.keep_to_quota()
     with reported():
         print(run(cli.parse(Job, prog="python -m tokenization.job")))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from launch import make_random_checkpoint
-from magnet_jax import convert, errors, pretrained
+from magnet_jax import convert, errors, machine, pretrained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,4 +58,4 @@ def _run(module: str, *args: str | Path) -> tuple[float, float]:
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise errors.UserError(f"{module} failed, see above")
-    return time.perf_counter() - started, usage.ru_maxrss * 1024
+    return time.perf_counter() - started, machine.peak_bytes(usage)

@@ -15,6 +15,7 @@ import numpy as np
 import soundfile
 
 from launch.benchmark import report
+from magnet_jax import machine
 from magnet_jax.codec import load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
@@ -60,6 +61,8 @@ def measure(args: Args) -> None:
         raise UserError("--cores-per-worker goes with --workers of 2 or more")
     report.check_parent("--json", args.json)
     if args.cores_per_worker is not None:
+        if not hasattr(os, "sched_setaffinity"):
+            raise UserError("--cores-per-worker: for Linux alone; leave it out")
         here = len(os.sched_getaffinity(0))
         if not 1 <= args.cores_per_worker <= here // args.workers:
             raise UserError(
@@ -94,8 +97,8 @@ def measure(args: Args) -> None:
             "codec_seconds_a_second": max(bare),
             "job_seconds_a_second": job,
             "share": job / max(bare),
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "decoder_peak_bytes": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024,
+            "peak_bytes": machine.peak_bytes(resource.getrusage(resource.RUSAGE_SELF)),
+            "decoder_peak_bytes": machine.peak_bytes(resource.getrusage(resource.RUSAGE_CHILDREN)),
         }
         if args.workers > 1:
             one, several = (

@@ -15,8 +15,8 @@ from magnet_jax.audiocraft import CODEC_FILE
 from magnet_jax.codec import load_codec
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
-from tokenization import inspect, job
-from tokenization.inspect import main
+from tokenization import browse, job
+from tokenization.browse import main
 
 CLIPS = ("00_oneills1850", "01_palestrina", "02_bach")  # the second falls to validation
 
@@ -29,9 +29,9 @@ def codec():
 @pytest.fixture(scope="module", autouse=True)
 def one_codec(codec):
     """Loads the embedded codec once for this file."""
-    load = inspect.load_codec
+    load = browse.load_codec
     with pytest.MonkeyPatch.context() as patch:
-        for module in (job, inspect):
+        for module in (job, browse):
             patch.setattr(
                 module,
                 "load_codec",

@@ -1,7 +1,7 @@
 """What a data set of tokens holds, and one of its records as sound and picture.
 
-python -m tokenization.inspect data/clips
-python -m tokenization.inspect data/clips --record 3 --out data/record
+python -m tokenization.browse data/clips
+python -m tokenization.browse data/clips --record 3 --out data/record
 """
 
 import json
@@ -231,7 +231,7 @@ def _draw(
 
 
 def main(argv: list[str] | None = None) -> None:
-    run(cli.parse(Args, argv, prog="python -m tokenization.inspect", description=__doc__))
+    run(cli.parse(Args, argv, prog="python -m tokenization.browse", description=__doc__))
 
 
 if __name__ == "__main__":
