@@ -330,10 +330,11 @@ def write_metadata(
     return sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETE, path.name))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file so that a kill leaves the old one or the new one, whole."""
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replaces a text file, of one text or many, so that a kill leaves the old or the new whole."""
     with temporary(path) as writing:
-        writing.write_text(text, encoding="utf-8")
+        with writing.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
         _sync(writing)
         writing.replace(path)
     _sync(path.parent)

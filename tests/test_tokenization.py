@@ -452,7 +452,7 @@ def test_record_files_of_unknown_settings_are_not_gone_on_with(tmp_path):
     before = content(job.out)
     with pytest.raises(UserError, match="record files in units, but no job.json"):
         run(dataclasses.replace(job, min_seconds=1.05))
-    assert content(job.out) == before and len(before) == 2
+    assert content(job.out) == before and len(before) == 3
 
 
 def test_a_damaged_note_means_that_the_unit_is_made_again(tmp_path):

@@ -3,15 +3,15 @@
     python -m tokenization.beam --audio SOURCE --out DIR --runner FlinkRunner -- --flink_master ...
 
 The units, settings, files and messages are those of tokenization.job, and so are the bytes. Words
-after -- are Beam's. What the pipeline hands on is units alone: workers write their shards to --out,
-a folder that all of them see or gs://BUCKET/FOLDER, and read the audio, which all must see under
-the same path. The process that began the pipeline sees what is done by the units' notes.
+after -- are Beam's. What the pipeline hands on is the numbers of units alone: workers find their
+tracks in --out, a folder that all of them see or gs://BUCKET/FOLDER, and write their shards there.
+They read the audio, which all must see under the same path. The process that began the pipeline
+sees what is done by the units' notes.
 """
 
 import contextlib
 import logging
 import os
-import pickle
 import re
 import sys
 import threading
@@ -25,6 +25,7 @@ from magnet_jax.errors import UserError, reported
 from magnet_jax.torch_env import import_torch
 from tokenization import job as jobs
 from tokenization.job import Done, Job, Maker, Progress, Unit
+from tokenization.manifest import NAME
 from tokenization.place import place_at
 
 logging.disable(logging.WARNING)  # of packages for Google's cloud that are not there
@@ -84,7 +85,7 @@ def _make(
         return
     place = place_at(job.out)
     waiting = dict(units)
-    with _running(job, options, list(units.values())) as wait:
+    with _running(job, options, list(units)) as wait:
         going = True
         while going:
             going = wait(place.poll_seconds)
@@ -112,7 +113,7 @@ def _is_whole(done: Done | None, there: dict[str, int]) -> bool:
 
 @contextlib.contextmanager
 def _running(
-    job: BeamJob, options: PipelineOptions, units: Sequence[Unit]
+    job: BeamJob, options: PipelineOptions, numbers: Sequence[int]
 ) -> Iterator[Callable[[float], bool]]:
     """Runs the pipeline in a thread, which this one may leave behind.
 
@@ -125,7 +126,7 @@ def _running(
         pipeline = beam.Pipeline(runner=runner, options=options)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"--runner {job.runner}: {error}") from None
-    shards = pipeline | "units" >> beam.Create([pickle.dumps(unit) for unit in units])
+    shards = pipeline | "units" >> beam.Create(numbers)
     shards |= "spread" >> beam.Reshuffle()
     shards |= "make" >> beam.ParDo(MakeShard(job, os.getpid() if local else None))
     results: list[Any] = []
@@ -200,7 +201,7 @@ def _explained(error: BaseException) -> BaseException:
 
 
 class MakeShard(beam.DoFn):
-    """Makes the shards of units, each a pickled `Unit`; those that are done are left alone.
+    """Makes the shards of units, given by their numbers; those that are done are left alone.
 
     launcher: the process that a worker of the same machine ends with.
     """
@@ -208,6 +209,7 @@ class MakeShard(beam.DoFn):
     # A runner may call several of these at once in one process, which shares one codec.
     _lock = threading.Lock()
     _maker: Maker | None = None
+    _units: Sequence[Unit] = ()
     _users = 0
     _silenced = contextlib.ExitStack()
 
@@ -226,6 +228,10 @@ class MakeShard(beam.DoFn):
                     shared._silenced.enter_context(_stderr_silenced())
                     threads = max(1, machine.num_cpus() // job.workers)
                     import_torch().set_num_threads(threads)
+                written = jobs.read_manifest(place_at(job.out))
+                if written is None:
+                    raise UserError(f"--out {job.out}: no whole {NAME} there, as seen by a worker")
+                shared._units = jobs.plan(job, written.manifest)
                 shared._maker = Maker(job, job.device)
 
     def teardown(self) -> None:
@@ -237,8 +243,8 @@ class MakeShard(beam.DoFn):
                 shared._maker = None
                 shared._silenced.close()
 
-    def process(self, element: bytes) -> None:
-        unit, place = pickle.loads(element), place_at(self._job.out)
+    def process(self, element: int) -> None:
+        unit, place = MakeShard._units[element], place_at(self._job.out)
         with MakeShard._lock, jobs.writing(place):
             (done,) = jobs.read_done(place, [unit])
             if not _is_whole(done, place.sizes()):  # a bundle that failed is given out again

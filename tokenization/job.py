@@ -8,6 +8,7 @@ next shard and ends with the same bytes.
 DIR may be gs://BUCKET/FOLDER, see tokenization/place.py. On Apache Beam: tokenization/beam.py.
 
     DIR/job.json        what this folder was begun with; another job there is refused
+    DIR/manifest.jsonl  the tracks of the source, see tokenization/manifest.py
     DIR/units/          finished shards until the end, then their .json files only
     DIR/rejects.jsonl   one line a file left out: path, reason, detail
     DIR/mix_rejects.jsonl   with --mix-ratio: the same of mixed tracks
@@ -23,12 +24,13 @@ import multiprocessing
 import os
 import queue
 import re
+import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +51,7 @@ from magnet_jax.errors import (
 from magnet_jax.files import how_to_make_room
 from magnet_jax.torch_env import import_torch
 from tokenization import encode as encoding
+from tokenization import manifest as manifests
 from tokenization import mixing
 from tokenization.audio import (
     CLIPPED,
@@ -66,6 +69,10 @@ from tokenization.place import Place, place_at
 from tokenization.sources import Manifest, describe_ignored, scan
 
 MIX_REJECTS = "mix_rejects.jsonl"
+_WHAT_EMBEDDED_IS_FOR = (
+    "--codec embedded, the default, is for trying out: 16 kHz, and tokens that the music_* configs "
+    "refuse; they take those of --codec facebook/encodec_32khz"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +130,9 @@ class Job(Source):
     device: str = "cpu"
     """Torch device of the codec: cpu, cuda, cuda:1, ...; one kind for the whole folder. Of several
     workers, cuda gives each another GPU."""
+    rescan: bool = False
+    """Scan the source again, though DIR/manifest.jsonl says what it holds, and end with an error
+    if it holds something else by now."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the codec's convolutions; bfloat16 is faster on GPUs, and changes some tokens."""
 
@@ -171,13 +181,9 @@ def run(job: Job, making: Making | None = None) -> str:
     """
     _check(job)
     place = place_at(job.out)
-    manifest = scan(job)
-    units = plan(job, manifest)
-    with writing(place):
-        _check_out(job, place)  # before anything is written there
-    spec = _spec(job, read_spec(job.codec, job.num_codebooks))
-    with writing(place), place.held(job.shard):
-        _begin(job, place, manifest, spec)
+    if job.codec == EMBEDDED and job.audio.exists():
+        print(_WHAT_EMBEDDED_IS_FOR, file=sys.stderr, flush=True)
+    with _begun(job, place) as (manifest, units, spec), writing(place):
         done = _work(job, place, manifest, units, making or _making_here(job))
         if job.shard != "0/1":
             missing = _finished(place, units, read_done(place, units)).count(False)
@@ -282,6 +288,62 @@ def writing(place: Place) -> Iterator[None]:
         raise kind(f"--out {place}: cannot be written ({reason}){advice}") from None
 
 
+@contextmanager
+def _begun(job: Job, place: Place) -> Iterator[tuple[Manifest, list[Unit], CodecSpec]]:
+    """Holds --out for this command; yields the tracks, their shards and what tokens mean.
+
+    The source is scanned, and what it holds written down, unless that is there already. Where a
+    file of this command's shards has changed it is scanned again, and `_begin` decides.
+    """
+    with ExitStack() as holds:
+        with ExitStack() as turn:
+            with writing(place):
+                _check_out(job, place)  # before anything is written there
+                turn.enter_context(place.turn(job.shard))
+                written = _written(job, place)
+            manifest, units = _tracks_and_units(job, written)
+            spec = _spec(job, read_spec(job.codec, job.num_codebooks))
+            with writing(place):
+                holds.enter_context(place.held(job.shard))
+                _begin(job, place, manifest, spec)
+                if written is None:
+                    place.write(manifests.NAME, manifests.lines(job, manifest))
+        yield manifest, units, spec
+
+
+def _written(job: Job, place: Place) -> manifests.Written | None:
+    """What was written down of the job's source; None where that is to be done anew."""
+    written = None if _is_to_begin(job, place) else read_manifest(place)
+    return written if written and written.source == manifests.settings(job) else None
+
+
+def read_manifest(place: Place) -> manifests.Written | None:
+    """What was written down at a place; None where nothing is, or what is there is damaged."""
+    found = place.lines(manifests.NAME)
+    if found is None:
+        return None
+    with contextlib.closing(found):
+        return manifests.read(found)
+
+
+def _tracks_and_units(job: Job, written: manifests.Written | None) -> tuple[Manifest, list[Unit]]:
+    """What was written down, unless it is to be scanned again or files have changed since."""
+    if written is not None and not job.rescan:
+        units = plan(job, written.manifest)
+        if manifests.is_as_it_was(written, _to_be_read(job, units)):
+            return written.manifest, units
+    manifest = scan(job)
+    return manifest, plan(job, manifest)
+
+
+def _to_be_read(job: Job, units: Sequence[Unit]) -> Iterator[Track]:
+    """The tracks of this command's shards, with those that are mixed."""
+    index, count = _shard_of(job)
+    for unit in units[index::count]:
+        for track in unit.tracks:
+            yield from track.parts if isinstance(track, Mix) else (track,)
+
+
 def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
     settings = (
@@ -310,7 +372,7 @@ def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
             "--mix-snr": list(job.mix_snr),
         }
     text = json.dumps(begun, indent=2) + "\n"
-    if job.shard == "0/1" and place.is_held_alone and not _has_records(place):
+    if _is_to_begin(job, place):
         place.write("job.json", text)  # whatever it was begun with, nothing was made of it
     found = place.create("job.json", text)
     try:
@@ -328,6 +390,11 @@ def _begin(job: Job, place: Place, manifest: Manifest, spec: CodecSpec) -> None:
             f"--out {place}: begun with other settings ({', '.join(changed)}); "
             f"use the same or name a new --out"
         )
+
+
+def _is_to_begin(job: Job, place: Place) -> bool:
+    """Whether nothing was made in a folder that is this command's alone."""
+    return job.shard == "0/1" and place.is_held_alone and not _has_records(place)
 
 
 def _has_records(place: Place) -> bool:
@@ -704,7 +771,7 @@ def _check_rejects(
     if too_many:
         when = "" if final else " so far"
         # (a shard that is done was made of the audio as it was)
-        then = "name a new --out" if _has_records(place) else "run the same command again"
+        then = "run the same command again" if _is_to_begin(job, place) else "name a new --out"
         raise UserError(
             f"{len(rejects)} of {total} audio files rejected{when}, --max-reject-ratio is "
             f"{job.max_reject_ratio:g}: {_reasons(rejects)}; see {place}/rejects.jsonl, mend them "

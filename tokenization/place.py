@@ -7,12 +7,13 @@ unit's note only after its records. The data set's metadata come last.
 import contextlib
 import errno
 import fcntl
+import io
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magnet_jax import bucket, records
+from magnet_jax import bucket, files, records
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import PassingError, UserError
 from magnet_jax.records import Shard
@@ -50,7 +51,7 @@ class Folder:
         """Bytes of every file."""
         found = {}
         for prefix, folder in (("", self._path), ("units/", self._path / "units")):
-            for path in folder.iterdir():
+            for path in folder.iterdir() if folder.exists() else ():
                 with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                     if path.is_file():
                         found[prefix + path.name] = path.stat().st_size
@@ -78,8 +79,15 @@ class Folder:
                 self.write(name, text)
             return (self._path / name).read_bytes()
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str | Iterable[str]) -> None:
         records.write_text(self._path / name, text)
+
+    def lines(self, name: str) -> Iterator[bytes] | None:
+        """A file line by line; None if it is not there."""
+        try:
+            return (self._path / name).open("rb")
+        except FileNotFoundError:
+            return None
 
     def write_shard(self, name: str, num_codebooks: int, examples: Iterable[Example]) -> Shard:
         """As `records.write_shard`."""
@@ -92,6 +100,34 @@ class Folder:
         records.finalise(self._path, shards, spec, about)
         for folder in (self._path, self._path / "units"):
             records.remove_temporaries(folder)
+
+    @contextlib.contextmanager
+    def turn(self, shard: str) -> Iterator[None]:
+        """Lets one of several shards after the other begin: the first scans the source for all.
+
+        The others say that they wait. The whole (0/1) is alone, and has no turn to wait for.
+        """
+        if shard == "0/1":
+            yield
+            return
+        self._path.mkdir(parents=True, exist_ok=True)
+        line = f"waiting for another shard, which scans the source for all that share {self}"
+        with contextlib.ExitStack() as stack:
+            with self._has_locks():
+                stack.enter_context(files.held(self._path / ".lock-scan", wait=line))
+            yield
+
+    @contextlib.contextmanager
+    def _has_locks(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            raise UserError(
+                f"--out {self}: its file system has no locks ({error.strerror}); mount it "
+                "with them (Lustre: -o flock), or name a folder elsewhere"
+            ) from None
 
     @contextlib.contextmanager
     def held(self, shard: str) -> Iterator[None]:
@@ -108,17 +144,28 @@ class Folder:
                 file = stack.enter_context((self._path / name).open("a+"))
                 kind = fcntl.LOCK_SH if name == ".lock" and not whole else fcntl.LOCK_EX
                 try:
-                    fcntl.flock(file, kind | fcntl.LOCK_NB)
+                    with self._has_locks():
+                        fcntl.flock(file, kind | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise PassingError(f"--out {self}: another job is writing there") from None
-                except OSError as error:
-                    if error.errno not in _NO_LOCKS:
-                        raise
-                    raise UserError(
-                        f"--out {self}: its file system has no locks ({error.strerror}); mount it "
-                        "with them (Lustre: -o flock), or name a folder elsewhere"
-                    ) from None
             yield
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="magnet_jax_") as folder:
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def _written_below(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({error.strerror or error}); TMPDIR names the folder "
+            "that files are written in before they are uploaded"
+        ) from None
 
 
 class Bucket:
@@ -157,19 +204,24 @@ class Bucket:
     def create(self, name: str, text: str) -> bytes:
         return bucket.create(self._url, name, text.encode())
 
-    def write(self, name: str, text: str) -> None:
-        bucket.put(self._url, name, text.encode())
+    def write(self, name: str, text: str | Iterable[str]) -> None:
+        if isinstance(text, str):
+            bucket.put(self._url, name, text.encode())
+            return
+        with _temporary_folder() as folder:
+            with _written_below(folder):
+                records.write_text(folder / name, text)
+            bucket.put(self._url, name, folder / name)
+
+    def lines(self, name: str) -> Iterator[bytes] | None:
+        found = bucket.read(self._url, [name])
+        return io.BytesIO(found[name]) if name in found else None
 
     def write_shard(self, name: str, num_codebooks: int, examples: Iterable[Example]) -> Shard:
-        with tempfile.TemporaryDirectory(prefix="magnet_jax_") as folder:
-            path = Path(folder) / Path(name).name
-            try:
+        with _temporary_folder() as folder:
+            path = folder / Path(name).name
+            with _written_below(folder):
                 shard = records.write_shard(path, num_codebooks, examples)
-            except OSError as error:
-                raise UserError(
-                    f"{folder}: cannot be written ({error.strerror or error}); TMPDIR names the "
-                    "folder that record files are written in before they are uploaded"
-                ) from None
             if shard.num_examples > 0:
                 bucket.put(self._url, name, path)
             return shard
@@ -180,9 +232,15 @@ class Bucket:
         names = [(s.path.as_posix(), name) for s, name in records.final_names(shards)]
         there = self.sizes()
         bucket.move(self._url, [pair for pair in names if pair[0] in there])
-        with tempfile.TemporaryDirectory(prefix="magnet_jax_") as folder:
-            for path in records.write_metadata(Path(folder), shards, spec, about):
+        with _temporary_folder() as folder:
+            for path in records.write_metadata(folder, shards, spec, about):
                 bucket.put(self._url, path.name, path)
+
+    @contextlib.contextmanager
+    def turn(self, shard: str) -> Iterator[None]:
+        """Nobody waits, as there are no locks: several shards may scan the source at once."""
+        del shard
+        yield
 
     @contextlib.contextmanager
     def held(self, shard: str) -> Iterator[None]:
