@@ -166,7 +166,7 @@ def load_codec(
     Raises `UserError` when the codec cannot be found or read, or the choice does not fit it.
     """
     torch = import_torch()
-    _check_device(torch, source, device)
+    check_device(source, device)
     spec, weights = _read(source, num_codebooks, interleaved)
     model = _torch_model(torch, weights)
     model["quantizer"].layers = model["quantizer"].layers[: spec.num_codebooks // spec.sides]
@@ -340,11 +340,19 @@ def exactly(torch: Any) -> Any:
     )
 
 
-def _check_device(torch: Any, source: str, device: str) -> None:
+def check_device(source: str, device: str) -> None:
+    """Raises `UserError` if PyTorch cannot use a device, such as 'cuda' where it has no CUDA."""
+    torch = import_torch()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
+        if device.startswith("cuda") and not (torch.version.cuda or torch.version.hip):
+            reason = (
+                f"this PyTorch, {torch.__version__}, is built without CUDA, and JAX's does not "
+                f"serve it: install a build of torch {torch.__version__.partition('+')[0]} with "
+                "CUDA, see pytorch.org"
+            )
         raise UserError(f"device {device}: cannot hold codec {source} ({reason})") from None
 
 

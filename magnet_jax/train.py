@@ -52,8 +52,8 @@ from magnet_jax.files import replacing_file
 from magnet_jax.steps import Static
 
 
-def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
-    """Raises `UserError` where data set, model and text encoder do not go together."""
+def check_data_fits(config: RunConfig, spec: CodecSpec) -> None:
+    """Raises `UserError` where data set and model do not go together."""
     if not config.model.parallel:
         raise UserError(
             f"a model of kind {config.model.kind} can be sampled from, and trained further as a "
@@ -69,15 +69,21 @@ def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> Non
             f"{model.codebook_size}: set --model.num-codebooks and --model.codebook-size, or "
             "tokenize with the model's codec"
         )
-    if t5_config.d_model != model.text_width:
-        raise UserError(
-            f"text encoder {config.text.source} is {t5_config.d_model} wide, model.text_width is "
-            f"{model.text_width}: set --model.text-width {t5_config.d_model}"
-        )
     if sampling.segment_frames(config, spec) < model.span_length:
         raise UserError(
             f"data.segment_seconds {config.data.segment_seconds} is shorter than one span of "
             f"{model.span_length} frames at {spec.frame_rate} Hz"
+        )
+
+
+def check_fit(config: RunConfig, spec: CodecSpec, t5_config: t5.T5Config) -> None:
+    """Raises `UserError` where data set, model and text encoder do not go together."""
+    check_data_fits(config, spec)
+    model = config.model
+    if t5_config.d_model != model.text_width:
+        raise UserError(
+            f"text encoder {config.text.source} is {t5_config.d_model} wide, model.text_width is "
+            f"{model.text_width}: set --model.text-width {t5_config.d_model}"
         )
 
 
@@ -166,6 +172,8 @@ def set_up(config: RunConfig) -> Setup:
 
     def check() -> Setup:
         spec = records.read_codec_spec(config.data.path)
+        if not config.init_from:
+            check_data_fits(config, spec)  # before a text encoder is fetched
         text, lm = _text_and_lm(config, run, spec, begun)
         check_fit(config, spec, text[0])
         if config.init_codes == "codec" and not begun:

@@ -120,9 +120,20 @@ def test_wrong_arrays_are_refused(embedded):
         embedded.decode(np.full((1, 4, 5), 1024))
 
 
-def test_device_that_is_not_there():
+def test_device_that_is_not_there(monkeypatch):
     with pytest.raises(UserError, match="device nonsense"):
         load_codec("embedded", device="nonsense")
+
+    def no_cuda(*shape, device):
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    torch = import_torch()
+    monkeypatch.setattr(torch, "empty", no_cuda)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(UserError, match=f"device {device}: .* torch 2.13.0 with CUDA"):
+            load_codec("embedded", device=device)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from magnet_jax import bucket, cli, machine, memory, records
-from magnet_jax.codec import interleaved_spec, load_codec, read_spec
+from magnet_jax.codec import check_device, interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
 from magnet_jax.errors import (
     PassingError,
@@ -183,7 +183,14 @@ def run(job: Job, making: Making | None = None) -> str:
     place = place_at(job.out)
     if job.codec == EMBEDDED and job.audio.exists():
         print(_WHAT_EMBEDDED_IS_FOR, file=sys.stderr, flush=True)
-    with _begun(job, place) as (manifest, units, spec), writing(place):
+    with writing(place):
+        _check_out(job, place)  # before anything is written there
+        is_new = "job.json" not in place.names()
+    # (before the source is scanned, which may take hours)
+    spec = _spec(job, read_spec(job.codec, job.num_codebooks))
+    if is_new and making is None and job.device != "cpu":
+        check_device(job.codec, job.device)
+    with _begun(job, place, spec) as (manifest, units), writing(place):
         done = _work(job, place, manifest, units, making or _making_here(job))
         if job.shard != "0/1":
             missing = _finished(place, units, read_done(place, units)).count(False)
@@ -289,8 +296,8 @@ def writing(place: Place) -> Iterator[None]:
 
 
 @contextmanager
-def _begun(job: Job, place: Place) -> Iterator[tuple[Manifest, list[Unit], CodecSpec]]:
-    """Holds --out for this command; yields the tracks, their shards and what tokens mean.
+def _begun(job: Job, place: Place, spec: CodecSpec) -> Iterator[tuple[Manifest, list[Unit]]]:
+    """Holds --out for this command; yields the tracks and their shards.
 
     The source is scanned, and what it holds written down, unless that is there already. Where a
     file of this command's shards has changed it is scanned again, and `_begin` decides.
@@ -298,17 +305,15 @@ def _begun(job: Job, place: Place) -> Iterator[tuple[Manifest, list[Unit], Codec
     with ExitStack() as holds:
         with ExitStack() as turn:
             with writing(place):
-                _check_out(job, place)  # before anything is written there
                 turn.enter_context(place.turn(job.shard))
                 written = _written(job, place)
             manifest, units = _tracks_and_units(job, written)
-            spec = _spec(job, read_spec(job.codec, job.num_codebooks))
             with writing(place):
                 holds.enter_context(place.held(job.shard))
                 _begin(job, place, manifest, spec)
                 if written is None:
                     place.write(manifests.NAME, manifests.lines(job, manifest))
-        yield manifest, units, spec
+        yield manifest, units
 
 
 def _written(job: Job, place: Place) -> manifests.Written | None:
