@@ -124,6 +124,15 @@ class RowBytes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HeldBytes:
+    """Audio that was taken out of a table already."""
+
+    path: str
+    """Of the table, for messages."""
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Track:
     """Captioned audio that has not been opened yet: a file or a part of one."""
 
@@ -131,7 +140,7 @@ class Track:
     """Below the source's root, for people and records."""
     track_id: str
     """Unlike that of any other track of the source; by default the path without suffix."""
-    place: FileBytes | RowBytes
+    place: FileBytes | RowBytes | HeldBytes
     captions: tuple[str, ...]
     """One at least, and the first is the caption."""
     fields: str
@@ -301,8 +310,10 @@ def _check_channels(given: int, wanted: int) -> None:
         raise RejectedError("too few channels", f"{given} channels where 1 or {wanted} go")
 
 
-def open_bytes(place: FileBytes | RowBytes) -> BinaryIO:
+def open_bytes(place: FileBytes | RowBytes | HeldBytes) -> BinaryIO:
     """The bytes of a track's file, to read and seek in. Raises `RejectedError` and OSError."""
+    if isinstance(place, HeldBytes):
+        return io.BytesIO(place.data)
     if isinstance(place, RowBytes):
         return io.BytesIO(_row_bytes(place))
     if place.size is None:

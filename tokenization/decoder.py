@@ -8,6 +8,7 @@ python -m tokenization.decoder FD is that process; it talks over the connection 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import queue
@@ -27,7 +28,7 @@ import numpy as np
 
 from magnet_jax.errors import PassingError, UserError
 from tokenization import audio
-from tokenization.audio import Facts, Intake, RejectedError, Track
+from tokenization.audio import Facts, HeldBytes, Intake, RejectedError, RowBytes, Track
 
 PROGRAM = ("-m", "tokenization.decoder")
 
@@ -220,6 +221,40 @@ def read_header(track: Track, intake: Intake, decoder: Decoder) -> Facts:
     return facts
 
 
+class Unpacker:
+    """Takes audio out of Parquet files, in one process for all decoders.
+
+    To come to a row, all before it in its row group have to be unpacked: decoders that took turns
+    would each unpack all of them. Tracks are to be given in the order of their rows.
+    """
+
+    def __init__(self, timeout: float):
+        self._decoder = Decoder(timeout)
+        self._thread = ThreadPoolExecutor(1, "unpacker")
+
+    def submit(self, track: Track) -> Future:
+        """The track with its bytes; as it was if it lies elsewhere, or they cannot be had.
+
+        Whoever decodes it then finds out why.
+        """
+        return self._thread.submit(self._unpacked, track)
+
+    def _unpacked(self, track: Track) -> Track:
+        if not isinstance(track.place, RowBytes) or track.place.kind != "parquet":
+            return track
+        try:
+            (data,) = self._decoder.ask("read_bytes", track)
+        except RejectedError:
+            return track
+        return dataclasses.replace(track, place=HeldBytes(path=track.place.path, data=data))
+
+    def close(self) -> None:
+        """Ends the process, and what it was given to do."""
+        self._decoder.kill()
+        self._thread.shutdown(cancel_futures=True)
+        self._decoder.close()
+
+
 @contextlib.contextmanager
 def readers(count: int, timeout: float) -> Iterator[Callable[..., Future]]:
     """Threads with a decoder each: submit(function, *arguments) calls it with one more, the last.
@@ -259,6 +294,7 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
     ("decode", track, intake) -> ("more", block) ..., ("done", facts)
     ("measure", track, intake) -> ("more", None) ..., ("done", facts)
     ("read_header", track, intake) -> ("done", facts)
+    ("read_bytes", track) -> ("done", the bytes of its file)
     or in the end ("rejected", (reason, detail)), ("gone", path) or ("out", what is out of reach).
     """
     connection.send("ready")
@@ -269,10 +305,13 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
             return
         try:
             if kind == "read_header":
-                facts = audio.read_header(track, *arguments)
+                found = audio.read_header(track, *arguments)
+            elif kind == "read_bytes":
+                with audio.open_bytes(track.place) as file:
+                    found = file.read()
             else:
-                facts = _send_blocks(connection, decode(track, *arguments), kind == "decode")
-            answer = ("done", facts)
+                found = _send_blocks(connection, decode(track, *arguments), kind == "decode")
+            answer = ("done", found)
         except RejectedError as error:
             answer = ("rejected", (error.reason, error.detail + audio.part_of(track)))
         except FileNotFoundError:

@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +62,7 @@ from tokenization.audio import (
     Track,
     is_outage,
 )
-from tokenization.decoder import Decoder, open_audio
+from tokenization.decoder import Decoder, Unpacker, open_audio
 from tokenization.listing import Source
 from tokenization.mixing import Mix
 from tokenization.place import Place, place_at
@@ -600,6 +600,7 @@ class Maker:
         self._spec = _spec(job, self._codec.spec)
         count = encoding.num_open(job.batch_size)
         self._decoders = [Decoder(job.decode_timeout) for _ in range(count)]
+        self._unpacker = Unpacker(job.decode_timeout)
 
     def __enter__(self) -> "Maker":
         return self
@@ -608,6 +609,7 @@ class Maker:
         self.close()
 
     def close(self) -> None:
+        self._unpacker.close()
         for decoder in self._decoders:
             decoder.close()
 
@@ -669,7 +671,8 @@ class Maker:
         for decoder in self._decoders:
             idle.put(decoder)
 
-        def blocks(track: Track | Mix) -> Iterator[np.ndarray]:
+        def blocks(track: Track | Mix, unpacked: Future | None) -> Iterator[np.ndarray]:
+            whole = unpacked and unpacked.result()
             decoder = idle.get()
             try:
                 if isinstance(track, Mix):
@@ -678,13 +681,19 @@ class Maker:
                     mixed[track.track_id] = (made.begin / rate, made.end / rate)
                     yield from mixing.blocks(made)
                 else:
-                    stream = open_audio(track, intake, decoder)
+                    stream = open_audio(whole, intake, decoder)
                     yield from stream
                     facts[track.track_id] = stream.facts
             finally:
                 idle.put(decoder)
 
-        sources = (encoding.Source(track, blocks(track)) for track in tracks)
+        # (begun in the order of the tracks, which is that of their rows)
+        sources = (
+            encoding.Source(track, blocks(track, self._unpacker.submit(track)))
+            if isinstance(track, Track)
+            else encoding.Source(track, blocks(track, None))
+            for track in tracks
+        )
         if codec.config.norms_over_clip:
             pieces = functools.partial(cut, max_frames=_record_frames(job, spec))
             encoded = encoding.encode_pieces(
