@@ -260,6 +260,21 @@ def test_a_missing_option_is_named_without_its_help():
         sample.parse(["--checkpoint", "demo", "--out", "x", "--lufs", "loud"])
 
 
+@pytest.mark.parametrize("name", ["music_small_10s", "music_medium_30s"])
+def test_tokens_that_a_config_cannot_take_are_refused_at_once(tmp_path, monkeypatch, name):
+    """As those of the shipped codec: before a text encoder is fetched, or anything written."""
+
+    def fetch(source):
+        raise AssertionError(f"{source} was fetched")
+
+    tiny.write_noise(tmp_path / "tokens", {"train": 8})
+    monkeypatch.setattr(train.t5, "load", fetch)
+    words = ["--config", name, "--data.path", str(tmp_path / "tokens")]
+    with pytest.raises(UserError, match="tokens holds 4 codebooks of .* the model wants 4 of 2048"):
+        launch_train.main([*words, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
 def test_errors_are_one_line(capsys):
     with pytest.raises(SystemExit) as exit_, errors.reported():
         raise UserError("two\nlines")

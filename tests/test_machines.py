@@ -190,6 +190,30 @@ def test_beam_reports_in_one_line(audio, tmp_path):
         assert message in stderr, stderr
 
 
+def test_a_worker_of_beam_ends_with_the_process_that_began_it(monkeypatch):
+    from tokenization import beam
+
+    class Ended(Exception):
+        pass
+
+    def end(status):
+        raise Ended
+
+    monkeypatch.setattr(os, "_exit", end)
+    launcher = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    naps = []
+
+    def nap(seconds):  # the launcher ends in the middle of the second one
+        naps.append(seconds)
+        if len(naps) == 2:
+            launcher.communicate(b"\n")
+
+    monkeypatch.setattr(time, "sleep", nap)
+    with pytest.raises(Ended):
+        beam._end_with(launcher.pid)
+    assert len(naps) == 2
+
+
 @pytest.mark.parametrize("kind", ["job", "beam"])
 def test_killed_at_random_moments(audio, whole, tmp_path, kind):
     """Kills after a random number of further shards and seconds; KILLS sets how often."""

@@ -19,8 +19,10 @@ import tensorflow_datasets as tfds
 from sounds import RATE, album, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax import records
+from magnet_jax.config import ASSETS
 from magnet_jax.errors import PassingError, UserError
 from tokenization import decoder as decoder_module
+from tokenization import job as job_module
 from tokenization import place as place_module
 from tokenization.audio import Intake
 from tokenization.decoder import Decoder, read_audio
@@ -353,6 +355,27 @@ def test_all_in_validation_is_an_error(tmp_path):
     put(tmp_path / "audio" / f"{name}.wav", tone(0.5))
     with pytest.raises(UserError, match="1 records of validation are left.*name a new --out"):
         run(dataclasses.replace(job, max_reject_ratio=0.9))
+
+
+@pytest.mark.parametrize(("codec", "said"), [("embedded", True), (ASSETS / "codec", False)])
+def test_what_the_shipped_codec_is_for_is_said_at_once(tmp_path, capsys, monkeypatch, codec, said):
+    def scan(source):
+        raise UserError("the source is scanned")
+
+    monkeypatch.setattr(job_module, "scan", scan)
+    with pytest.raises(UserError, match="is scanned"):
+        run(Job(audio=album(tmp_path / "audio", 1), out=tmp_path / "out", codec=str(codec)))
+    told = capsys.readouterr().err
+    assert told.count("\n") == said
+    assert all((word in told) == said for word in ("16 kHz", "--codec facebook/encodec_32khz"))
+
+
+def test_a_device_that_is_not_there_is_said_before_the_source_is_scanned(tmp_path, monkeypatch):
+    monkeypatch.setattr(job_module, "scan", lambda source: pytest.fail("the source was scanned"))
+    job = Job(audio=album(tmp_path / "audio", 1), out=tmp_path / "out", device="nonsense")
+    with pytest.raises(UserError, match="device nonsense: cannot hold codec embedded"):
+        run(job)
+    assert not (tmp_path / "out").exists()
 
 
 def test_too_many_rejects_stop_the_job_as_soon_as_they_are_certain(tmp_path, one_codec):

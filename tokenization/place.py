@@ -20,7 +20,8 @@ from magnet_jax.records import Shard
 
 Example = Mapping[str, Any]
 
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+# (the last two are one number on Linux, and two on macOS)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
 def place_at(out: str | Path) -> "Place":
