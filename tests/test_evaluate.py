@@ -379,7 +379,11 @@ def test_plain_lists(tmp_path, real):
         ("a.jsonl", "{\n", "line 1: not valid JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
         ("a.doc", "", "must be a folder, or end in .csv"),
-        ("a.csv", f"id,caption\nx,{'o' * 200_000}\n", "a.csv: not a valid table .field larger"),
+        ("a.csv", 'id,caption\nx,"slow\n', "a.csv, line 2: a quote that nothing closes"),
+        ("a.csv", "id,caption,caption\nx,a,b\n", "a.csv: 2 columns are called 'caption'"),
+        ("a.csv", "", "a.csv: is empty; its first line should name the columns"),
+        ("a.tsv", "id\tcaption\nx\tcaf\xe9\n", "a.tsv: is not UTF-8"),
+        ("a.jsonl", '{"id": 1, "id": 2}\n', "line 1: not valid JSON .'id' is there twice"),
         ("a.txt", "\n", "no prompt in it"),
         ("a.txt", "caf\xe9\n", "a.txt: is not UTF-8"),
     ],
@@ -388,6 +392,40 @@ def test_lists_that_are_none(tmp_path, name, content, message):
     (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message):
         prompts.read(tmp_path / name)
+
+
+def test_tables_are_read_as_for_tokenization(tmp_path):
+    """Long cells, quotes that are text, lists as text, every suffix of audio, other systems."""
+    long = "o" * 200_000
+    rows = [
+        ("a.m4a", long),
+        ("clips/b.WAV", '"slow'),
+        ("clips\\c.opus", 'the 12" mix'),
+        ("v1.0", "['one', 'two']"),
+    ]
+    lines = ["file_name\ttext", *map("\t".join, rows)]
+    (tmp_path / "a.tsv").write_text("\n".join(lines), encoding="utf-16")
+    wanted = [("a", long), ("b", '"slow'), ("c", 'the 12" mix'), ("v1.0", "one")]
+    assert [prompt[:2] for prompt in prompts.read(tmp_path / "a.tsv")] == wanted
+    objects = [json.dumps({"file_name": name, "text": f"\u2028{text}"}, ensure_ascii=False)
+               for name, text in rows[:3]]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(objects))
+    assert [prompt[:2] for prompt in prompts.read(tmp_path / "a.jsonl")] == wanted[:3]
+    (tmp_path / "a.txt").write_bytes("\ufeffa\x85 waltz\r\n\r\na march".encode())
+    assert [prompt.text for prompt in prompts.read(tmp_path / "a.txt")] == [
+        "a\x85 waltz",
+        "a march",
+    ]
+
+
+def test_a_folder_of_prompts_with_metadata(tmp_path):
+    (tmp_path / "a.TXT").write_text("\ufeffbeside it")
+    (tmp_path / "._a.json").write_bytes(b"\0\5")
+    names = ("a.wav", "sub/b.flac")
+    table(tmp_path / "metadata.csv", *({"file_name": name, "text": "listed"} for name in names))
+    found = prompts.read(tmp_path)
+    assert [prompt[:2] for prompt in found] == [("a", "beside it"), ("b", "listed")]
+    assert prompts.sidecar(tmp_path / "a.wav") == "beside it"
 
 
 def test_sidecars_are_utf8(tmp_path):

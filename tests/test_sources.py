@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import unicodedata
 import zipfile
 
 import datasets
@@ -239,6 +240,148 @@ def test_equal_bytes_are_found_and_the_first_counts(tmp_path):
     assert {reject.reason for reject in manifest.rejects} == {"duplicate"}
 
 
+def test_sidecars_in_capitals_are_read_and_others_counted(tmp_path):
+    for i, suffix in enumerate((".JSON", ".TXT")):
+        put(tmp_path / f"{i}.WAV", tone(1.1 + i / 10), caption=None)
+        text = f"number {i}"
+        (tmp_path / f"{i}{suffix}").write_text(
+            json.dumps({"text": text}) if suffix == ".JSON" else text
+        )
+    for name in ("alone.json", "alone.TXT", "0.Json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "odd.xyz").write_text("no audio")
+    (tmp_path / "odd.JSON").write_text('{"text": "odd"}')
+    found = scan(Source(audio=tmp_path))
+    assert [track.caption for track in found.tracks] == ["number 0", "number 1"]
+    assert [(r.path, r.reason) for r in found.rejects] == [("odd.xyz", "unknown format")]
+    assert found.ignored == {".json": 2, ".txt": 1}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_to_tar(tar, "a.FLAC", flac("a"))
+        add_to_tar(tar, "a.TXT", b"in a tar")
+    assert [t.caption for t in scan(Source(audio=tmp_path / "a.tar")).tracks] == ["in a tar"]
+
+
+def test_of_files_that_differ_in_their_suffix_the_first_is_named(tmp_path):
+    put(tmp_path / "song.flac", tone(1.1))
+    put(tmp_path / "song.wav", tone(1.2))
+    found = scan(Source(audio=tmp_path))
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("song.wav", "same name")
+    assert reject.detail == "song.flac goes by the same name, and may be other audio; rename one"
+
+
+def test_what_macos_adds_is_no_audio(tmp_path):
+    """AppleDouble files, which have the names of others after `._`."""
+    put(tmp_path / "in" / "a.wav", tone(1.1))
+    for name in ("._a.wav", "._a.json", ".DS_Store", "__MACOSX/in/._a.wav", "__MACOSX/b.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"\0\5\x16\7")
+    assert [t.path for t in scan(Source(audio=tmp_path / "in")).tracks] == ["a.wav"]
+    assert not scan(Source(audio=tmp_path / "in")).rejects
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("./a", "./sub/b"):
+            folder, stem = name.rsplit("/", 1)
+            add_to_tar(tar, f"{folder}/._{stem}.flac", b"\0\5\x16\7")
+            add_to_tar(tar, f"{name}.flac", flac(stem))
+            add_to_tar(tar, f"{folder}/._{stem}.txt", b"\0\5\x16\7")
+            add_to_tar(tar, f"{name}.txt", caption_of(stem).encode())
+        add_to_tar(tar, "__MACOSX/a.flac", flac("c"))
+        add_to_tar(tar, "__MACOSX/a.txt", b"c")
+    found = scan(Source(audio=tmp_path / "a.tar"))
+    assert [t.caption for t in found.tracks] == [caption_of("a"), caption_of("b")]
+    assert not found.rejects and found.ignored == {"hidden files within tars": 6}
+
+
+# --- metadata beside audio, as the Hugging Face hub has it --------------------------------------
+
+
+def write_metadata(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        return write_csv(path, rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_with_metadata(tmp_path, name):
+    for i, path in enumerate(("a.wav", "sub/b.wav", "c.wav", "train/d.wav", "e.wav")):
+        put(tmp_path / path, tone(1.1 + i / 10), caption=None)
+    rows = [
+        {"file_name": "sub/b.wav", "text": "of b", "bpm": "90"},
+        {"file_name": "a.wav", "text": "of a", "bpm": "80"},
+        {"file_name": "a.wav", "text": "also of a", "bpm": "81"},
+        {"file_name": "gone.wav", "text": "nothing", "bpm": ""},
+        {"file_name": "../secret.wav", "text": "nothing", "bpm": ""},
+        {"file_name": "c.wav", "text": "", "bpm": ""},
+        {"file_name": "", "text": "of none", "bpm": ""},
+    ]
+    write_metadata(tmp_path / name, rows)
+    write_metadata(tmp_path / "train" / name, [{"file_name": "d.wav", "text": "of d"}])
+    found = scan(Source(audio=tmp_path))
+    assert [(t.path, t.track_id, t.captions) for t in found.tracks] == [
+        ("a.wav", "a", ("of a", "also of a")),
+        ("sub/b.wav", "sub/b", ("of b",)),
+        ("train/d.wav", "train/d", ("of d",)),
+    ]
+    assert json.loads(found.tracks[0].fields) == {"bpm": ["80", "81"]}
+    first = 1 if name == "metadata.jsonl" else 2
+    assert {r.path: (r.reason, r.detail) for r in found.rejects} == {
+        "c.wav": ("no caption", f"no text in its row under 'text' ({name}, line {first + 5})"),
+        "e.wav": ("no caption", "no e.json or e.txt beside it"),
+        f"{name}, line {first + 6}": ("bad row", "no path in it"),
+        "gone.wav": ("missing", f"no such file ({name}, line {first + 3})"),
+        "../secret.wav": (
+            "outside the folder",
+            f"not below it; --root can name another ({name}, line {first + 4})",
+        ),
+    }
+    assert not found.ignored
+    # the table itself has no tracks but its own
+    table = scan(Source(audio=tmp_path / name))
+    assert [t.path for t in table.tracks] == ["sub/b.wav", "a.wav"]
+    assert table.tracks[1].captions == ("of a", "also of a")
+    before = found.fingerprint
+    rows[0]["text"] = "of another"
+    write_metadata(tmp_path / name, rows)
+    assert scan(Source(audio=tmp_path)).fingerprint != before
+
+
+def test_a_sidecar_counts_before_metadata_and_a_bad_one_does_not(tmp_path):
+    for i, path in enumerate(("a.wav", "b.wav")):
+        put(tmp_path / path, tone(1.1 + i / 10), caption=None)
+    (tmp_path / "a.txt").write_text("beside it")
+    (tmp_path / "b.json").write_text('{"seconds": 3}')
+    rows = [{"file_name": f"{name}.wav", "text": "of the table"} for name in "ab"]
+    write_metadata(tmp_path / "metadata.jsonl", rows)
+    found = scan(Source(audio=tmp_path))
+    assert [t.caption for t in found.tracks] == ["beside it", "of the table"]
+
+
+def test_metadata_for_other_ends_is_left_alone(tmp_path):
+    put(tmp_path / "wavs" / "a.wav", tone(1.1))
+    for content in ("a|in no columns", "file_name,seconds\na.wav,3\ngone.wav,4\n", "", "x,x\n"):
+        (tmp_path / "metadata.csv").write_text(content)
+        (tmp_path / "wavs" / "metadata.csv").write_text(content)
+        found = scan(Source(audio=tmp_path))
+        assert [t.path for t in found.tracks] == ["wavs/a.wav"] and not found.rejects
+    # where there is no other caption it is what is wrong
+    (tmp_path / "wavs" / "a.json").unlink()
+    for content, match in [
+        ("file_name,words\na.wav,of a\n", "metadata.csv: no column of captions; .*has file_name"),
+        ("file_name,text,text\na.wav,a,b\n", "metadata.csv: 2 columns are called 'text'"),
+    ]:
+        (tmp_path / "wavs" / "metadata.csv").write_text(content)
+        with pytest.raises(UserError, match=match):
+            scan(Source(audio=tmp_path / "wavs"))
+    (tmp_path / "wavs" / "metadata.csv").write_text("file_name,words\na.wav,of a\n")
+    source = Source(audio=tmp_path / "wavs", columns=Columns(caption=("words",)))
+    assert [t.caption for t in scan(source).tracks] == ["of a"]
+    write_metadata(tmp_path / "wavs" / "metadata.jsonl", [{"file_name": "a.wav", "text": "of a"}])
+    with pytest.raises(UserError, match="wavs/: has metadata.jsonl and metadata.csv; keep one"):
+        scan(source)
+
+
 # --- manifests ----------------------------------------------------------------------------------
 
 
@@ -420,6 +563,322 @@ def test_captions_that_commas_cut_are_rejected(tmp_path):
     assert "quote its captions" in reject.detail
 
 
+def test_lines_of_json_are_a_table_where_they_have_captions(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption="beside it")
+    put(tmp_path / "b.wav", tone(1.2), caption="beside it")
+    table = tmp_path / "songs.jsonl"
+    rows = [
+        {"audio": "a.wav", "caption": ["one", "two"], "at": 0, "bpm": 90},
+        {"caption": "without a path"},
+        {"audio": 3, "caption": "a number"},
+        {"audio": "b.wav"},
+        {"audio": "b.wav", "caption": "three", "at": "1.0", "extra": None},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    table.write_text("\n".join([*lines, '{"audio":', '"b.wav"', '{"audio": "b.wav", "at": 1}']))
+    found = scan(Source(audio=table, columns=Columns(start="at")))
+    assert [(t.path, t.start, t.captions) for t in found.tracks] == [
+        ("a.wav", 0, ("one", "two")),
+        ("b.wav", 1, ("three",)),
+    ]
+    assert json.loads(found.tracks[0].fields) == {"bpm": 90}
+    assert sorted((r.reason, r.detail[:20]) for r in found.rejects) == [
+        ("bad row", "expected a JSON obje"),
+        ("bad row", "no path in it"),
+        ("bad row", "no path in it"),
+        ("bad row", "not valid JSON (Expe"),
+        ("no caption", "no text in its row u"),
+        ("no caption", "no text in its row u"),
+    ]
+    # a manifest of AudioCraft's has its captions elsewhere
+    table.write_text(json.dumps({"path": "a.wav", "duration": 1.1}))
+    assert [t.caption for t in scan(Source(audio=table)).tracks] == ["beside it"]
+    with pytest.raises(UserError, match="--columns.start: for tables; .* is a manifest"):
+        scan(Source(audio=table, columns=Columns(start="at")))
+
+
+def test_rows_that_a_quote_would_swallow_are_there(tmp_path):
+    for i, name in enumerate(NAMES):
+        put(tmp_path / f"{name}.wav", tone(1.1 + i / 10), caption=None)
+    table = tmp_path / "t.tsv"
+    table.write_text('path\ttext\na.wav\t"slow\nb.wav\tthe 12" mix\nc.wav\t"said" she\n')
+    found = scan(Source(audio=table))
+    assert [t.caption for t in found.tracks] == ['"slow', 'the 12" mix', '"said" she']
+    table = tmp_path / "t.csv"
+    table.write_text('path,text\na.wav,"slow\nb.wav,fast\nc.wav,"loud"\n')
+    found = scan(Source(audio=table))
+    assert [t.caption for t in found.tracks] == ["fast", "loud"]
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("t.csv, line 2", "bad row")
+
+
+def test_captions_may_be_long_but_not_beyond_4_mib(tmp_path):
+    rows = []
+    for i, size in enumerate((2 * 10**5, 5 * 10**6, 10)):
+        put(tmp_path / f"{i}.wav", tone(1.1 + i / 10), caption=None)
+        rows.append({"path": f"{i}.wav", "text": "o" * size, "more": "o" * (5 * 10**6 * (i == 2))})
+    table = write_csv(tmp_path / "t.csv", rows)
+    found = scan(Source(audio=table))
+    assert [len(t.caption) for t in found.tracks] == [2 * 10**5]
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("1.wav", "no caption"),
+        ("2.wav", "no caption"),
+    ]
+    assert all("larger than 4 MiB (t.csv, line" in r.detail for r in found.rejects)
+
+
+def test_paths_as_other_systems_write_them(tmp_path):
+    names = {
+        "sub/a.wav": "sub\\a.wav",
+        "b.wav": " b.wav ",
+        unicodedata.normalize("NFD", "é.wav"): unicodedata.normalize("NFC", "é.wav"),
+        unicodedata.normalize("NFC", "ö.wav"): unicodedata.normalize("NFD", "ö.wav"),
+        "my song.wav": "my%20song.wav",
+        "100%25.wav": "100%25.wav",
+        "d.wav": f"file://{tmp_path}/d.wav",
+    }
+    for i, name in enumerate(names):
+        put(tmp_path / name, tone(1.1 + i / 10), caption=None)
+    rows = [{"path": path, "text": name} for name, path in names.items()]
+    rows += [{"path": path, "text": "x"} for path in ("..\\x.wav", "%2e%2e/x.wav")]
+    put(tmp_path.parent / "x.wav", tone(1.1), caption=None)
+    found = scan(Source(audio=write_csv(tmp_path / "t.csv", rows)))
+    assert [(t.path, t.caption) for t in found.tracks] == [(name, name) for name in names]
+    assert [r.reason for r in found.rejects] == ["outside the folder"] * 2
+    rows = [{"file_name": path, "text": name} for name, path in list(names.items())[:4]]
+    write_metadata(tmp_path / "metadata.jsonl", rows)
+    tracks = scan(Source(audio=tmp_path)).tracks
+    assert {t.path: t.caption for t in tracks} == {name: name for name in list(names)[:4]}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "a saved data set"])
+def test_values_that_python_cannot_hold_are_left_out(tmp_path, kind):
+    """Dates out of its range, and time zones that are none, in columns that nothing is asked of."""
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    late = pa.array([2**62, 0, None], pa.timestamp("us"))
+    inner = pa.struct([("when", pa.timestamp("us")), ("name", pa.string())])
+    table = pa.table({
+        "path": [f"{name}.flac" for name in NAMES],
+        "text": list(NAMES),
+        "when": late,
+        "where": pa.array([0, 1, 2], pa.timestamp("s", "Mars/Phobos")),
+        "length": pa.array([2**62, 1, None], pa.duration("s")),
+        "day": pa.array([2**30, 0, None], pa.date32()),
+        "nested": pa.array([[{"when": 2**62, "name": "x"}], [], None], pa.list_(inner)),
+    })  # fmt: skip
+    found = scan(Source(audio=table_of(tmp_path, kind, table), root=tmp_path))
+    assert [t.caption for t in found.tracks] == list(NAMES) and not found.rejects
+    assert json.loads(found.tracks[0].info) == {"nested": [{"when": None, "name": "x"}]}
+    known = {"when": "1970-01-01 00:00:00", "length": "0:00:01", "day": "1970-01-01"}
+    assert json.loads(found.tracks[1].info) == known | {"nested": []}
+    # as where a track begins it makes no sense
+    source = Source(audio=table_of(tmp_path, kind, table), root=tmp_path)
+    found = scan(dataclasses.replace(source, columns=Columns(start="length")))
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("a.flac", "bad row"),
+        ("b.flac", "bad row"),
+    ]
+
+
+def table_of(folder, kind, table):
+    """A file or folder with the rows of an Arrow table."""
+    if kind == "parquet":
+        pq.write_table(table, folder / "t.parquet")
+        return folder / "t.parquet"
+    datasets.Dataset(table).save_to_disk(folder / "saved")
+    if table.schema.metadata is None:  # the library replaces what is in the columns
+        (path,) = (folder / "saved").glob("*.arrow")
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "a saved data set"])
+def test_a_cell_that_is_not_utf8_is_one_reject(tmp_path, kind):
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    raw = pa.array([b"fine", b"caf\xe9", b"fine"])
+    ends = raw.buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 3, [None, ends, raw.buffers()[2]])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), text)
+    paths = pa.array([f"{name}.flac" for name in NAMES])
+    good = pa.array(list(NAMES))
+    within = pa.StructArray.from_arrays([text], ["x"])
+    for columns, reason in [
+        ({"path": paths, "text": text}, "no caption"),
+        ({"path": paths, "text": lists}, "no caption"),
+        ({"path": paths, "text": good, "title": text}, "no caption"),
+        ({"path": paths, "text": good, "more": within}, "no caption"),
+        ({"path": text, "text": good}, "bad name"),
+    ]:  # fmt: skip
+        found = scan(Source(audio=table_of(tmp_path, kind, pa.table(columns)), root=tmp_path))
+        reasons = [r.reason for r in found.rejects]
+        if reason == "bad name":
+            assert reasons == ["missing", "bad name", "missing"]
+        else:
+            assert [t.path for t in found.tracks] == ["a.flac", "c.flac"] and reasons == [reason]
+    named = pa.table({"path": paths, "text": good, "name": text})
+    source = Source(
+        audio=table_of(tmp_path, kind, named), root=tmp_path, columns=Columns(id="name")
+    )
+    assert [r.reason for r in scan(source).rejects] == ["bad row", "duplicate"]
+
+
+def test_a_column_of_paths_or_of_audio(tmp_path):
+    """Bytes are the audio unless files are there, or the data set says that they are a picture."""
+    paths = [f"{name}.flac" for name in NAMES]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    within = pa.array([{"bytes": flac(name), "path": None} for name in NAMES], struct)
+    picture = [b"\x89PNG"] * 3
+    features = {"info": {"features": {"cover": {"_type": "Image"}, "sound": {"_type": "Audio"}}}}
+    noted = {"huggingface": json.dumps(features)}
+
+    def places(**columns):
+        table = pa.table({"text": list(NAMES)} | columns)
+        for metadata in (None, noted) if "cover" in columns or "sound" in columns else (None,):
+            pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "t.parquet")
+            found = scan(Source(audio=tmp_path / "t.parquet"))
+            yield [track.path for track in found.tracks]
+
+    rows = [f"t.parquet/{i}" for i in range(3)]
+    assert list(places(path=paths, audio=within)) == [rows]
+    assert list(places(file_name=paths, sound=within)) == [rows, rows]
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    assert list(places(path=paths, cover=picture)) == [paths, paths]
+    assert list(places(path=paths, audio=within)) == [rows]
+    assert list(places(file_name=paths, sound=within)) == [paths, rows]
+    assert list(places(path=["gone.flac", *paths[1:]], cover=picture)) == [paths[1:], paths[1:]]
+    assert list(places(cover=picture, sound=within))[1] == rows
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([["a.wav"], ["a"], ["b"]], names=["path", "text", "text"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="t.parquet: 2 columns are called 'text'; rename all but"):
+        scan(Source(audio=tmp_path / "t.parquet"))
+    folder = table_of(tmp_path, "a saved data set", table.select([0, 1]))
+    with pa.ipc.new_stream(next(folder.glob("*.arrow")), table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(UserError, match="saved: .*text.* 2 times"):  # as the library says it
+        scan(Source(audio=folder))
+
+
+def test_names_that_are_in_two_folders_are_ambiguous(tmp_path):
+    rows = [
+        {"youtube_id": name, "start_time": 30, "caption": name} for name in ("x", "y", "z", "é")
+    ]
+    table = write_csv(tmp_path / "test.csv", rows)
+    for i, path in enumerate(("one/Yx.wav", "two/Yx.flac", "one/y.wav", "one/y.flac", "z.wav")):
+        put(tmp_path / path, tone(1.1 + i / 10), caption=None)
+    put(tmp_path / unicodedata.normalize("NFD", "é_30.wav"), tone(2), caption=None)
+    for hidden in (".cache/z.wav", "__MACOSX/z.wav", "one/._y.wav"):
+        put(tmp_path / hidden, tone(1.9), caption=None)
+    found = scan(Source(audio=table, recipe="audiocaps"))
+    # in one folder the first counts, as in a folder of audio
+    assert [t.path for t in found.tracks][:2] == ["one/y.flac", "z.wav"]
+    assert found.tracks[2].caption == "é"
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("test.csv, line 2", "ambiguous")
+    assert (
+        reject.detail == "both one/Yx.wav and two/Yx.flac are called Yx; --root can name one folder"
+    )
+    found = scan(Source(audio=table, recipe="audiocaps", root=tmp_path / "one"))
+    assert [t.path for t in found.tracks] == ["Yx.wav", "y.flac"]
+
+
+def test_rows_of_one_clip_lose_nothing(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    rows = [
+        {
+            "path": "a.wav",
+            "text": "one",
+            "bpm": "90",
+            "keywords": "calm, slow",
+            "by": "x",
+            "n": "1",
+        },
+        {"path": "a.wav", "text": "two", "bpm": "91", "keywords": "slow, sad", "by": "x", "n": "2"},
+        {"path": "a.wav", "text": "one", "bpm": "90", "keywords": "", "by": "", "n": "3"},
+    ]
+    table = write_csv(tmp_path / "t.csv", rows)
+    (track,) = scan(Source(audio=table, columns=Columns(id="n"))).tracks
+    assert track.track_id == "1" and track.captions == ("one", "two")
+    assert json.loads(track.fields) == {
+        "bpm": ["90", "91"],
+        "keywords": ["calm", "slow", "sad"],
+        "by": "x",
+        "n": ["1", "2", "3"],
+    }
+    (track,) = scan(Source(audio=table)).tracks
+    assert track.track_id == "a" and json.loads(track.fields)["n"] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("rock", ["rock"]),
+        ("'rock'", ["rock"]),
+        ('"rock"', ["rock"]),
+        ("['rock', 'pop']", ["rock", "pop"]),
+        ('["rock", "pop"]', ["rock", "pop"]),
+        ("('rock', 'pop')", ["rock", "pop"]),
+        ("{'rock', 'pop'}", ["pop", "rock"]),
+        ("rock, pop ,", ["rock", "pop"]),
+        ("[rock, pop]", ["rock", "pop"]),
+        ("['rock', 'pop", ["rock", "pop"]),
+        ("['hip, hop', [\"rock 'n' roll\"]]", ["hip, hop", "rock 'n' roll"]),
+        ("\"['rock']\"", ["rock"]),
+        ("[]", []),
+        ("80", ["80"]),
+        (["rock", "pop"], ["rock", "pop"]),
+        (["rock, pop"], ["rock, pop"]),
+    ],
+)
+def test_keywords_are_words_however_they_are_noted(tmp_path, written, words):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    row = {"path": "a.wav", "text": "a song", "keywords": written}
+    sources = [tmp_path / "t.jsonl", tmp_path / "t.parquet", tmp_path / "music"]
+    write_metadata(sources[0], [row])
+    pq.write_table(pa.Table.from_pylist([row]), sources[1])
+    put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
+    (tmp_path / "music" / "a.json").write_text(json.dumps(row))
+    if isinstance(written, str):
+        sources.append(write_csv(tmp_path / "t.csv", [row]))
+    for source in sources:
+        (track,) = scan(Source(audio=source)).tracks
+        assert json.loads(track.fields)["keywords"] == words
+    caps = {"ytid": "a", "start_s": "0", "end_s": "1", "caption": "x", "aspect_list": written}
+    write_metadata(sources[0], [caps])
+    source = Source(audio=sources[0], root=tmp_path / "music", recipe="musiccaps")
+    (track,) = scan(source).tracks
+    fields = json.loads(track.fields)
+    assert fields["keywords"] == words and "aspect_list" not in fields
+    assert all(word in ", ".join(data.field_texts(fields)) for word in words)
+
+
+def test_lists_that_were_written_as_text_are_lists(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    row = {"path": "a.wav", "text": "['one', \"two\"]", "genre": '["rock", "pop"]', "key": "[C]"}
+    (track,) = scan(Source(audio=write_csv(tmp_path / "t.csv", [row]))).tracks
+    assert track.captions == ("one", "two")
+    assert json.loads(track.fields) == {"genre": ["rock", "pop"], "key": "[C]"}
+    row |= {"text": "[Verse 1]\nla, la [1999]", "genre": "rock, pop"}
+    (track,) = scan(Source(audio=write_csv(tmp_path / "t.csv", [row]))).tracks
+    assert track.captions == (row["text"],) and json.loads(track.fields)["genre"] == "rock, pop"
+
+
+def test_a_table_without_rows_is_an_error(tmp_path):
+    (tmp_path / "t.csv").write_text("path,text\n")
+    with pytest.raises(UserError, match="t.csv: no row in it"):
+        scan(Source(audio=tmp_path / "t.csv"))
+    for name in ("t.tsv", "t.jsonl"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=f"{name}.*(is empty|no audio in it)"):
+            scan(Source(audio=tmp_path / name))
+
+
 def test_parts_of_files(tmp_path, decoder):
     wav = tone(30, 44100, channels=2)
     put(tmp_path / "long.wav", wav, 44100, caption=None, subtype="FLOAT")
@@ -445,8 +904,11 @@ def test_parts_of_files(tmp_path, decoder):
         ("five", 29.0, 2.0),
         ("six", 31.0, 1.0),
     ]
-    # rows of one clip are one track
-    assert json.loads(found.tracks[0].info) == {"captions": ["also the first"]}
+    # rows of one clip are one track, which goes by the name of the first
+    assert json.loads(found.tracks[0].info) == {
+        "captions": ["also the first"],
+        "id": ["one", "four"],
+    }
     reasons = [(r.reason, r.detail) for r in found.rejects]
     assert reasons[:3] == [
         ("bad row", "it begins before the file, or ends before it begins (table.csv, line 8)"),
@@ -760,7 +1222,7 @@ def test_a_damaged_tar_loses_what_is_damaged(tmp_path, decoder):
     ]  # fmt: skip
     assert [(r.path, r.reason) for r in found.rejects] == [
         ("shard-2.tar/alone.flac", "no caption"),
-        ("shard-2.tar/stems.voice.flac", "duplicate"),
+        ("shard-2.tar/stems.voice.flac", "same name"),
         ("shard-2.tar", "damaged tar"),
         ("shard-3.tar", "damaged tar"),
     ]

@@ -3,13 +3,17 @@
 There may be millions of paths: they are strings, which take a fraction of the time and memory.
 """
 
+import ast
+import codecs
 import errno
 import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
+import unicodedata
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,6 +25,10 @@ from tokenization.audio import RejectedError, Track, is_outage
 CAPTION_NAMES = ("description", "caption", "text")
 PATH_NAMES = ("path", "file_name", "filename", "file", "audio")
 LARGEST_CAPTION = 2**22  # bytes, with all that is noted beside it
+SIDECARS = (".json", ".JSON", ".txt", ".TXT")  # in the order in which they count
+# Fields of AudioCraft that hold lists. A text in the first two is words with commas between them.
+_KEYWORDS = ("keywords", "moods")
+_LISTS = ("genre", "instrument")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +55,10 @@ class Source:
     """Where captioned audio is, see docs/data.md."""
 
     audio: Path
-    """Folder of audio with song.json or song.txt beside each song.flac; AudioCraft manifest
-    (data.jsonl[.gz]) or its folder; table (.csv, .tsv, .parquet, folder of .parquet files);
-    webdataset (.tar or folder of tars); folder of a data set saved by the `datasets` library."""
+    """Folder of audio with song.json or song.txt beside each song.flac, or with a metadata.jsonl or
+    metadata.csv; AudioCraft manifest (data.jsonl[.gz]) or its folder; table (.csv, .tsv, .jsonl,
+    .parquet, folder of .parquet files); webdataset (.tar or folder of tars); folder of a data set
+    saved by the `datasets` library."""
     root: Path | None = None
     """Folder that the paths in a manifest or table are below, and all that a folder of tars or
     Parquet files links to; by default the one that they lie in."""
@@ -124,6 +133,34 @@ class Root:
             if is_below(whole, root):
                 return os.path.relpath(whole, root)
         return os.path.relpath(self.resolve(path), self.real)
+
+    def find(self, path: str) -> tuple[str, str, Ends]:
+        """The real path of the file that a table names, its path below the folder, and its ends."""
+        for spelled in _spellings(path):
+            try:
+                real = self.resolve(spelled)
+                return real, self.relative(spelled), file_ends(real)
+            except FileNotFoundError:
+                continue
+        raise RejectedError("missing", "no such file")
+
+
+def _spellings(path: str) -> Iterator[str]:
+    """A path as it is, then as it may be meant: tables are made on other systems too."""
+    yield path
+    plain = path.strip().removeprefix("file://").replace("\\", "/")
+    others = (
+        unicodedata.normalize(form, one)
+        for one in (plain, urllib.parse.unquote(plain, errors="surrogateescape"))
+        for form in ("NFC", "NFD")
+    )
+    yield from dict.fromkeys(other for other in (plain, *others) if other != path)
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a name in a path begins with a dot, or is the folder of macOS's archives for such."""
+    names = (name for name in path.split("/") if name not in (".", ".."))
+    return any(name.startswith(".") or name == "__MACOSX" for name in names)
 
 
 def is_below(path: str, root: str) -> bool:
@@ -200,15 +237,15 @@ Texts = tuple[tuple[str, ...], str]  # a track's captions and its other fields, 
 
 def captions_and_fields(captions: Iterable[Any], rest: Mapping[str, Any], where: str) -> Texts:
     """`where` is for rejects."""
-    texts = tuple(text.strip() for text in captions if isinstance(text, str) and text.strip())
-    if not texts:
-        raise RejectedError("no caption", f"no text in {where}")
     try:
-        fields = {name: _finite(value) for name, value in rest.items()}
+        texts = tuple(texts_in(list(captions)))
+        if not texts:
+            raise RejectedError("no caption", f"no text in {where}")
+        fields = {name: _field(name, _finite(value)) for name, value in rest.items()}
         fields = {name: value for name, value in fields.items() if value is not None}
         if "captions" in fields:  # under this name records have the other captions
             fields["captions_"] = fields.pop("captions")
-        "".join(texts).encode()
+        size = len("".join(texts).encode())
         # (tables may hold times and the like)
         content = json.dumps(fields, sort_keys=True, allow_nan=False, default=str)
         if "\\ud" in content:  # half a character, or an ordinary pair of halves
@@ -217,7 +254,82 @@ def captions_and_fields(captions: Iterable[Any], rest: Mapping[str, Any], where:
         raise RejectedError("no caption", f"{where} is not valid Unicode") from None
     except (ValueError, RecursionError):
         raise RejectedError("no caption", f"{where} is nested too deeply") from None
+    if size + len(content) > LARGEST_CAPTION:
+        detail = f"{where} and its other fields are larger than {LARGEST_CAPTION >> 20} MiB"
+        raise RejectedError("no caption", detail)
     return texts, content
+
+
+def texts_in(value: Any) -> list[str]:
+    """The captions in a text, in a list, or in a list that was written as text."""
+    value = written_list(value)
+    if isinstance(value, list):
+        return [text for item in value for text in texts_in(item)]
+    return [value.strip()] if isinstance(value, str) and value.strip() else []
+
+
+def written_list(value: Any) -> Any:
+    """The list of texts that a text holds as Python or JSON write it; all else as it is."""
+    found = _parsed(value) if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+    is_list = isinstance(found, list) and all(isinstance(item, str) for item in found)
+    return found if is_list else value
+
+
+def _field(name: str, value: Any) -> Any:
+    if name in _KEYWORDS:
+        return keywords_in(value)
+    return written_list(value) if name in _LISTS else value
+
+
+def keywords_in(value: Any) -> Any:
+    """A list of keywords, however they were noted: as a list, as its text, or with commas."""
+    if isinstance(value, list):
+        return [
+            word
+            for item in value
+            for word in ([item] if isinstance(item, str) else keywords_in(item) or [])
+        ]
+    if not isinstance(value, str):
+        return None if value is None or isinstance(value, bool) else [value]
+    found = _parsed(value)
+    if found is not None:
+        return keywords_in(found)
+    text = value.strip()
+    if text[:1] in ("[", "(", "{"):  # without quotes, or damaged
+        return [word for part in text.split(",") if (word := part.strip(" [](){}'\""))]
+    return [word for part in text.split(",") if (word := part.strip())]
+
+
+def _parsed(text: str) -> list[Any] | str | None:
+    """The list, or quoted text, that Python or JSON would read in a text; None if there is none."""
+    text = text.strip()
+    if f"{text[:1]}{text[-1:]}" not in ("[]", "()", "{}", '""', "''"):
+        return None
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            found = parse(text)
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, set | frozenset):
+            found = sorted(found, key=repr)
+        if isinstance(found, list | tuple):
+            return list(found)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def merged_texts(first: Texts, later: Texts) -> Texts:
+    """Those of two rows of one clip: all captions, and where fields differ all their values."""
+    fields = json.loads(first[1])
+    for name, value in json.loads(later[1]).items():
+        known = fields.setdefault(name, value)
+        if known != value:
+            known = known if isinstance(known, list) else [known]
+            values = value if isinstance(value, list) else [value]
+            fields[name] = known + [item for item in values if item not in known]
+    captions = tuple(dict.fromkeys(first[0] + later[0]))
+    return captions, json.dumps(fields, sort_keys=True, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -227,6 +339,29 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+class _TwiceError(ValueError):
+    pass
+
+
+def load_json(content: str | bytes) -> Any:
+    """As `json.loads`, but a name that is there twice in one object is a ValueError too."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _TwiceError(f"{twice!r} is there twice")
+        return fields
+
+    return json.loads(content, object_pairs_hook=once)
+
+
+def encoding_of(begin: bytes) -> str:
+    """The encoding of a text file by its first bytes: UTF-8, or what spreadsheets call Unicode."""
+    return "utf-16" if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def read_caption(file: BinaryIO, name: str) -> bytes:
@@ -240,39 +375,36 @@ def read_caption(file: BinaryIO, name: str) -> bytes:
 def read_json(content: bytes, name: str, columns: Columns) -> Texts:
     """Of the .json file `name`, AudioCraft's music or sound metadata among them."""
     try:
-        fields = json.loads(content)
+        fields = load_json(content)
     except UnicodeDecodeError:
         raise RejectedError("no caption", f"{name} is not UTF-8") from None
+    except _TwiceError as error:
+        raise RejectedError("no caption", f"{name}: {error}") from None
     except (ValueError, RecursionError):
         raise RejectedError("no caption", f"{name} is not valid JSON") from None
     if not isinstance(fields, dict):
         raise RejectedError("no caption", f"{name} is not a JSON object")
-    wanted = columns.caption or [n for n in CAPTION_NAMES if _has_text(fields.get(n))][:1]
-    values = [fields.pop(n, None) for n in wanted]
-    captions = [text for v in values for text in (v if isinstance(v, list) else [v])]
+    wanted = columns.caption or [n for n in CAPTION_NAMES if texts_in(fields.get(n))][:1]
+    captions = [fields.pop(n, None) for n in wanted]
     names = " or ".join(f"'{n}'" for n in columns.caption or CAPTION_NAMES)
     return captions_and_fields(captions, fields, f"{name} under {names}")
 
 
-def _has_text(value: Any) -> bool:
-    """Whether there is a caption, or a list of them as sounds of AudioCraft may have."""
-    texts = value if isinstance(value, list) else [value]
-    return any(isinstance(text, str) and text.strip() for text in texts)
-
-
 def read_text(content: bytes, name: str, _: Columns) -> Texts:
     try:
-        return captions_and_fields([content.decode("utf-8-sig")], {}, name)
+        text = content.decode(encoding_of(content))
     except UnicodeDecodeError:
         raise RejectedError("no caption", f"{name} is not UTF-8") from None
+    return captions_and_fields([text], {}, name)
 
 
 def read_sidecar(source: Source, root: Root, stem: str) -> Texts:
     """Of the .json or else .txt file beside audio, or else in --metadata; raises without any."""
-    places = [(root, f"{stem}.json"), (root, f"{stem}.txt")]
+    places = [(root, f"{stem}{suffix}") for suffix in SIDECARS]
     name = os.path.basename(stem)
     if source.metadata is not None:
-        places.append((Root(source.metadata), f"{name}.json"))
+        beyond = Root(source.metadata)
+        places += [(beyond, f"{name}{suffix}") for suffix in SIDECARS if is_json(suffix)]
     for folder, path in places:
         shown = os.path.basename(path)
         try:
@@ -289,6 +421,10 @@ def read_sidecar(source: Source, root: Root, stem: str) -> Texts:
             if is_outage(error):
                 raise
             raise RejectedError("no caption", f"{shown}: {error.strerror}") from None
-        read = read_json if path.endswith(".json") else read_text
+        read = read_json if is_json(path) else read_text
         return read(content, shown, source.columns)
     raise RejectedError("no caption", f"no {name}.json or {name}.txt beside it")
+
+
+def is_json(path: str) -> bool:
+    return path.lower().endswith(".json")

@@ -36,15 +36,20 @@ from tokenization.audio import (
     part_of,
 )
 from tokenization.listing import (
+    CAPTION_NAMES,
+    SIDECARS,
     Ends,
     Make,
     Root,
     Source,
     Task,
+    Texts,
     check_below,
     check_name,
     file_ends,
     is_below,
+    is_hidden,
+    merged_texts,
     open_regular,
     printable,
     range_ends,
@@ -55,6 +60,7 @@ from tokenization.listing import (
     refuse,
     split,
 )
+from tokenization.rows import read_rows
 
 _MANIFESTS = ("data.jsonl", "data.jsonl.gz", "data.jsons", "data.jsons.gz")
 _THREADS = 16  # mostly waiting for the disk or the network
@@ -85,7 +91,7 @@ def scan(source: Source) -> Manifest:
     dot are passed over, links that lead out, or to audio below such a name, are rejected, other
     linked folders are not entered, of files that differ in their suffix only the first counts, and
     a captioned file of another suffix is rejected as audio that cannot be read. Rows of one clip
-    become one track of several captions.
+    become one track of all their captions and fields.
     Raises `UserError` if the source cannot be read, or holds no audio.
     """
     ignored: Counter[str] = Counter()
@@ -108,8 +114,7 @@ def scan(source: Source) -> Manifest:
                 clip = (track.path, track.place, track.start, track.duration)
                 if clip in clips:
                     earlier = tracks[clips[clip]]
-                    captions = tuple(dict.fromkeys(earlier.captions + track.captions))
-                    tracks[clips[clip]] = replace(earlier, captions=captions)
+                    tracks[clips[clip]] = _merged(earlier, track, source.columns.id)
                     continue
                 if track.track_id not in names:
                     names.add(track.track_id)
@@ -146,6 +151,19 @@ def scan(source: Source) -> Manifest:
     )
 
 
+def _merged(first: Track, later: Track, id_column: str | None) -> Track:
+    """One track of two rows about it, in which nothing of the later one is lost."""
+    texts = (later.captions, later.fields)
+    if id_column is not None and later.track_id != first.track_id:
+        fields = json.loads(first.fields)
+        earlier_ids = {id_column: fields.get(id_column, first.track_id)}
+        first = replace(first, fields=json.dumps(fields | earlier_ids, sort_keys=True))
+        later_id = {id_column: later.track_id}
+        texts = (later.captions, json.dumps(json.loads(later.fields) | later_id))
+    captions, fields = merged_texts((first.captions, first.fields), texts)
+    return replace(first, captions=captions, fields=fields)
+
+
 def describe_ignored(ignored: Mapping[str, int]) -> str:
     """For people: what kinds of other files there were."""
     if not ignored:
@@ -167,10 +185,9 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
         return _tasks_within(source, ignored, digest)
     name = audio.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")):
-        _refuse_columns(source, "a manifest")
-        return _manifest_tasks(source, audio)
+        return _lines_tasks(source, audio, "a manifest")
     if name.endswith((".csv", ".tsv")):
-        return tables.csv_tasks(source, audio)
+        return tables.text_tasks(source, audio)
     if name.endswith(".parquet"):
         return tables.parquet_tasks(source, [audio], digest)
     if name.endswith(".tar"):
@@ -179,6 +196,16 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if name.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")):
         raise UserError(f"audio {audio}: a compressed tar cannot be read in parts; unpack it once")
     raise UserError(f"audio {audio}: neither a folder nor a .jsonl, .csv, .tsv, .parquet or .tar")
+
+
+def _lines_tasks(source: Source, path: Path, what: str) -> Iterator[Task]:
+    """Of a .jsonl: a table if there are captions in it, or else AudioCraft's manifest."""
+    names, _ = read_rows(path)
+    captions = source.columns.caption or CAPTION_NAMES
+    if names and ("path" not in names or set(captions) & set(names)):
+        return tables.text_tasks(source, path)
+    _refuse_columns(source, what)
+    return _manifest_tasks(source, path)
 
 
 def _refuse_columns(source: Source, what: str) -> None:
@@ -200,8 +227,7 @@ def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash"
     suffixes = {split(name)[1] for name in names}
     manifests = [name for name in _MANIFESTS if name in names]
     if manifests:
-        _refuse_columns(source, "a folder with a manifest")
-        return _manifest_tasks(source, audio / manifests[0])
+        return _lines_tasks(source, audio / manifests[0], "a folder with a manifest")
     if "dataset_dict.json" in names:
         splits = ", ".join(str(audio / name) for name in folders)
         raise UserError(f"audio {audio}: several splits; name one of {splits}")
@@ -314,53 +340,74 @@ def _hash(place: FileBytes | RowBytes) -> bytes:
 
 
 def _folder_tasks(
-    source: Source, root: Root, ignored: Counter[str], below: str = ""
+    source: Source,
+    root: Root,
+    ignored: Counter[str],
+    below: str = "",
+    listings: tuple[tables.Listed, ...] = (),
 ) -> Iterator[Task]:
-    """In the byte order of their paths; `below` is a path in the folder, with its slash."""
+    """In the byte order of their paths; `below` is a path in the folder, with its slash.
+
+    listings: of the folders above, which may name files in this one.
+    """
     entries = _entries(os.path.normpath(os.path.join(root.given, below)))
     folders = {entry.name for entry in entries if _is_folder(entry)}
     entries.sort(key=lambda entry: os.fsencode(entry.name + "/" * (entry.name in folders)))
-    names = {entry.name for entry in entries}
-    stems = {stem for stem, suffix in map(split, names - folders) if suffix in SUFFIXES}
-    taken = set()
+    names = {entry.name for entry in entries} - folders
+    stems = {stem for stem, suffix in map(split, names) if suffix in SUFFIXES}
+    others = {stem for stem, suffix in map(split, names) if suffix not in (".json", ".txt")}
+    captioned = {split(name)[0] for name in names if name.endswith(SIDECARS)}
+    listed = tables.listed_in(source, root, below, names)
+    listings = (listed, *listings) if listed else listings
+    taken: dict[str, str] = {}
     for entry in entries:
         path = below + entry.name
+        stem, suffix = split(entry.name)
         if entry.name in folders:
             if not entry.is_symlink():
-                yield from _folder_tasks(source, root, ignored, f"{path}/")
-            elif not is_below(real := os.path.realpath(entry.path), root.real):
-                refusal = refuse("outside the folder", "a link out of the folder")
-                yield printable(path), refusal
-            elif _is_hidden(os.path.relpath(real, root.real)) and _holds_audio(Path(real)):
-                refusal = refuse("hidden", "a link to a folder below a name that begins with a dot")
-                yield printable(path), refusal
-            # (other linked folders are met where they really are)
-            continue
-        stem, suffix = split(entry.name)
-        captioned = f"{stem}.json" in names or f"{stem}.txt" in names
-        if suffix in SUFFIXES:
-            if stem in taken:
-                detail = "another file has this name but for its suffix"
-                yield printable(path), refuse("duplicate", detail)
+                yield from _folder_tasks(source, root, ignored, f"{path}/", listings)
             else:
-                taken.add(stem)
-                yield printable(path), functools.partial(_folder_track, source, root, path)
-        elif suffix == ".json" or (suffix == ".txt" and stem in stems):
-            continue
-        elif suffix == ".txt" or stem in stems or not captioned:
-            ignored[suffix or "none"] += 1
+                yield from _linked_tasks(root, entry.path, path)
+        elif suffix in SUFFIXES:
+            rows = [row for listing in listings for row in listing.take(path)]
+            for listing in listings:
+                listing.is_used |= stem not in captioned
+            if stem in taken:
+                yield printable(path), refuse("same name", _same_name(taken[stem]))
+            else:
+                taken[stem] = entry.name
+                yield printable(path), functools.partial(_folder_track, source, root, path, rows)
+        elif suffix in (".json", ".txt"):
+            beside = stems if suffix == ".txt" else others
+            if stem not in beside or not entry.name.endswith(SIDECARS):
+                ignored[suffix] += 1
+        elif stem in stems or stem not in captioned:
+            if listed is None or entry.name != listed.name:
+                ignored[suffix or "none"] += 1
         else:
             yield printable(path), functools.partial(_unknown_format, source, root, path, suffix)
+    if listed:
+        yield from listed.left(root)
 
 
-def _is_hidden(path: str) -> bool:
-    return path != "." and any(name.startswith(".") for name in path.split("/"))
+def _same_name(first: str) -> str:
+    return f"{printable(first)} goes by the same name, and may be other audio; rename one"
+
+
+def _linked_tasks(root: Root, where: str, path: str) -> Iterator[Task]:
+    """Of a linked folder: a refusal, or nothing if it is met where it really is."""
+    real = os.path.realpath(where)
+    if not is_below(real, root.real):
+        yield printable(path), refuse("outside the folder", "a link out of the folder")
+    elif is_hidden(os.path.relpath(real, root.real)) and _holds_audio(Path(real)):
+        detail = "a link to a folder below a name that begins with a dot"
+        yield printable(path), refuse("hidden", detail)
 
 
 def _entries(folder: str | Path) -> list[os.DirEntry]:
     try:
         with os.scandir(folder) as listed:
-            return [entry for entry in listed if not entry.name.startswith(".")]
+            return [entry for entry in listed if not is_hidden(entry.name)]
     except OSError as error:
         # (its tracks would be missing without a word)
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
@@ -369,7 +416,7 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
 def _holds_audio(folder: Path) -> bool:
     """Anywhere below."""
     names = (name for _, _, names in os.walk(folder) for name in names)
-    return any(split(name)[1] in SUFFIXES for name in names if not name.startswith("."))
+    return any(split(name)[1] in SUFFIXES for name in names if not is_hidden(name))
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
@@ -379,14 +426,21 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _folder_track(source: Source, root: Root, path: str) -> tuple[Track, Ends]:
+def _folder_track(
+    source: Source, root: Root, path: str, rows: list[Callable[[], Texts]]
+) -> tuple[Track, Ends]:
     try:
         real = root.resolve(path)
         ends = file_ends(real)
     except FileNotFoundError:
         raise RejectedError("unreadable", "a link to nothing") from None
     track_id = os.path.splitext(path)[0]
-    captions, fields = read_sidecar(source, root, track_id)
+    try:
+        captions, fields = read_sidecar(source, root, track_id)
+    except RejectedError:
+        if not rows:
+            raise
+        captions, fields = functools.reduce(merged_texts, [read() for read in rows])
     track = Track(
         path=path, track_id=track_id, place=FileBytes(path=real), captions=captions, fields=fields
     )
@@ -435,12 +489,7 @@ def _manifest_track(
     info_path: str | None,
     open_zip: Callable[[str], zipfile.ZipFile],
 ) -> tuple[Track, Ends]:
-    real = root.resolve(path)
-    below = root.relative(path)
-    try:
-        ends = file_ends(real)
-    except FileNotFoundError:
-        raise RejectedError("missing", "no such file") from None
+    real, below, ends = root.find(path)
     track_id = os.path.splitext(below)[0]
     if info_path is None:
         captions, fields = read_sidecar(source, root, track_id)
@@ -507,7 +556,10 @@ def _check_end(path: Path, end: int) -> None:
 
 def _regular(tar: tarfile.TarFile, ignored: Counter[str]) -> Iterator[tarfile.TarInfo]:
     for member in tar:
-        if member.isreg():
+        if is_hidden(member.name):
+            if not member.isdir():
+                ignored["hidden files within tars"] += 1
+        elif member.isreg():
             yield member
         elif not member.isdir():
             ignored["links and the like within tars"] += 1
@@ -527,14 +579,14 @@ def _sample_tasks(
         suffix = split(member.name)[1]
         if suffix in SUFFIXES:
             audio.append(member)
-        elif member.name[len(key) :] in (".json", ".txt"):
+        elif member.name[len(key) :] in SIDECARS:
             captions[suffix] = member
         else:
             ignored[suffix or "none"] += 1
     for i, member in enumerate(audio):
         shown = printable(f"{path.name}/{member.name}")
         if i > 0:
-            yield shown, refuse("duplicate", "another file has this name but for its suffix")
+            yield shown, refuse("same name", _same_name(os.path.basename(audio[0].name)))
         else:
             yield shown, functools.partial(_tar_track, source, path, member, key, captions)
 

@@ -1,15 +1,24 @@
 """Lists of prompts: ids and captions, of the files that people have them in."""
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from magnet_jax.errors import UserError
-from tokenization.listing import CAPTION_NAMES
-from tokenization.tables import RECIPES, filled, pattern_fields
+from tokenization.audio import SUFFIXES, RejectedError
+from tokenization.listing import (
+    CAPTION_NAMES,
+    SIDECARS,
+    encoding_of,
+    is_hidden,
+    is_json,
+    load_json,
+    split,
+    texts_in,
+)
+from tokenization.rows import Row, read_rows
+from tokenization.tables import METADATA, RECIPES, filled, pattern_fields
 
 _CAPTIONS = (*CAPTION_NAMES, "caption_1", "prompt")
 _IDS = ("id", "audiocap_id", "ytid", "youtube_id", "name", "path", "file_name", "filename", "file")
@@ -31,7 +40,7 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
     A .csv or .tsv has a column of ids and one of captions: MusicCaps' and AudioCaps' tables are
     known (`ytid`; `audiocap_id`, whose reference clip may be called by its `youtube_id`). A .jsonl
     has an object a line with the same names, a .txt a caption a line, and a folder a .json or .txt
-    beside each clip.
+    beside each clip, or a metadata.jsonl or metadata.csv about them.
 
     Args:
       path: the file or folder.
@@ -40,16 +49,14 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
     Raises:
       UserError: nothing in it, no captions, an id that is there twice or names no file.
     """
-    readers = {".csv": _table, ".tsv": _table, ".jsonl": _lines, ".txt": _texts}
+    readers = {".csv": _rows, ".tsv": _rows, ".jsonl": _rows, ".txt": _texts}
     if path.is_dir():
         found = _folder(path)
     elif path.suffix.lower() in readers:
         try:
             found = list(readers[path.suffix.lower()](path))
-        except UnicodeDecodeError:
+        except UnicodeError:
             raise UserError(f"--prompts {path}: is not UTF-8") from None
-        except csv.Error as error:
-            raise UserError(f"--prompts {path}: not a valid table ({error})") from None
     else:
         raise UserError(f"--prompts {path}: must be a folder, or end in {', '.join(readers)}")
     ids: set[str] = set()
@@ -74,83 +81,72 @@ def sidecar(audio: Path) -> str | None:
 
     Raises `UserError` for a .json that is none, and for a .txt that is not UTF-8.
     """
-    path = audio.with_suffix(".json")
-    if path.is_file():
+    path = next((p for p in map(audio.with_suffix, SIDECARS) if p.is_file()), None)
+    if path is None:
+        return None
+    content = path.read_bytes()
+    if is_json(path.name):
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            fields = load_json(content)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error})") from None
         return _first(fields, _CAPTIONS) if isinstance(fields, dict) else None
-    path = audio.with_suffix(".txt")
-    if not path.is_file():
-        return None
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        return content.decode(encoding_of(content)).strip() or None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8; save it as UTF-8") from None
 
 
 def _folder(folder: Path) -> list[Prompt]:
-    stems = {path.stem for path in folder.iterdir() if path.suffix in (".json", ".txt")}
-    texts = {stem: sidecar(folder / f"{stem}.wav") for stem in sorted(stems)}
-    return [Prompt(stem, text, (stem,)) for stem, text in texts.items() if text]
+    names = {path.name for path in folder.iterdir() if not is_hidden(path.name)}
+    stems = sorted({Path(name).stem for name in names if name.endswith(SIDECARS)})
+    texts = {stem: sidecar(folder / f"{stem}.wav") for stem in stems}
+    found = [Prompt(stem, text, (stem,)) for stem, text in texts.items() if text]
+    for name in METADATA:
+        if name in names and "file_name" in read_rows(folder / name)[0]:
+            found += [prompt for prompt in _rows(folder / name) if not texts.get(prompt.id)]
+    return found
 
 
-def _table(path: Path) -> Iterator[Prompt]:
-    delimiter, between = ("\t", "tabs") if path.suffix.lower() == ".tsv" else (",", "commas")
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.DictReader(file, delimiter=delimiter)
-        names = rows.fieldnames or []
-        patterns = [
-            pattern
-            for recipe in RECIPES.values()
-            for pattern in recipe.names
-            if set(pattern_fields(pattern)) <= set(names)
-        ]
-        for row in rows:
-            if any(row.pop(None, ())):  # (what is beyond the last column)
-                raise UserError(
-                    f"{path}, line {rows.line_num}: {len(names)} columns, but more cells; put a "
-                    f"caption with {between} in it in double quotes"
-                )
-            yield _prompt(row, f"{path}, line {rows.line_num}", patterns)
-
-
-def _lines(path: Path) -> Iterator[Prompt]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                fields = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not valid JSON ({error})") from None
-            if not isinstance(fields, dict):
-                raise UserError(f"{path}, line {number}: expected a JSON object")
-            yield _prompt(fields, f"{path}, line {number}", [])
+def _rows(path: Path) -> Iterator[Prompt]:
+    names, rows = read_rows(path)
+    patterns = [
+        pattern
+        for recipe in RECIPES.values()
+        for pattern in recipe.names
+        if set(pattern_fields(pattern)) <= set(names)
+    ]
+    for number, row in rows:
+        if isinstance(row, RejectedError):
+            raise UserError(f"{path}, line {number}: {row.detail}")
+        yield _prompt(row, f"{path}, line {number}", patterns)
 
 
 def _texts(path: Path) -> Iterator[Prompt]:
-    texts = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    for index, text in enumerate(filter(None, texts)):
+    content = path.read_bytes()
+    lines = content.decode(encoding_of(content)).replace("\r", "\n").split("\n")
+    for index, text in enumerate(filter(None, map(str.strip, lines))):
         yield Prompt(f"{index:05d}", text, (f"{index:05d}",))
 
 
-def _prompt(row: Mapping, where: str, patterns: list[str]) -> Prompt:
+def _prompt(row: Row, where: str, patterns: list[str]) -> Prompt:
     found, text = _first(row, _IDS), _first(row, _CAPTIONS)
     if found is None or text is None:
         wanted = _CAPTIONS if found else _IDS
         raise UserError(f"{where}: nothing under {', '.join(wanted)} (it has {', '.join(row)})")
-    name = Path(found).stem if re.search(r"\.(wav|flac|mp3|ogg)$", found) else found
+    f"{found}{text}".encode()  # half characters stand for what is not UTF-8
+    is_file = split(found)[1] in SUFFIXES
+    name = split(re.split(r"[/\\]", found)[-1])[0] if is_file else found
     names = [filled(pattern, row) for pattern in patterns]
     return Prompt(name, text, tuple(dict.fromkeys([name, *filter(None, names)])))
 
 
-def _first(row: Mapping, names: tuple[str, ...]) -> str | None:
+def _first(row: Row, names: tuple[str, ...]) -> str | None:
+    """The first text under one of the names: of several captions of a clip one, as in training."""
     for name in names:
         value = row.get(name)
-        if isinstance(value, list):  # several captions of one clip: the first, as in tokenization
-            value = next((text for text in value if isinstance(text, str) and text.strip()), None)
         if isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
-        if isinstance(value, str) and value.strip():
-            return value.strip()
+        if texts := texts_in(value):
+            return texts[0]
     return None
