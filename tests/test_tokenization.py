@@ -111,7 +111,7 @@ def bad_files(folder):
         "blank.wav": "no caption",
         "damaged.wav": "no caption",
         "list.wav": "no caption",
-        "twice.wav": "duplicate",
+        "twice.wav": "same name",
         "link.wav": "outside the folder",
         "nowhere.wav": "unreadable",
         "linked_folder": "outside the folder",

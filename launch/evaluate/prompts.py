@@ -50,15 +50,13 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
       UserError: nothing in it, no captions, an id that is there twice or names no file.
     """
     readers = {".csv": _rows, ".tsv": _rows, ".jsonl": _rows, ".txt": _texts}
-    if path.is_dir():
-        found = _folder(path)
-    elif path.suffix.lower() in readers:
-        try:
-            found = list(readers[path.suffix.lower()](path))
-        except UnicodeError:
-            raise UserError(f"--prompts {path}: is not UTF-8") from None
-    else:
+    reader = _folder if path.is_dir() else readers.get(path.suffix.lower())
+    if reader is None:
         raise UserError(f"--prompts {path}: must be a folder, or end in {', '.join(readers)}")
+    try:
+        found = list(reader(path))
+    except UnicodeError:
+        raise UserError(f"--prompts {path}: is not UTF-8") from None
     ids: set[str] = set()
     for prompt in found:
         if not re.fullmatch(r"[^/\\\0]+", prompt.id) or prompt.id.startswith("."):
@@ -97,15 +95,14 @@ def sidecar(audio: Path) -> str | None:
         raise UserError(f"{path}: is not UTF-8; save it as UTF-8") from None
 
 
-def _folder(folder: Path) -> list[Prompt]:
+def _folder(folder: Path) -> Iterator[Prompt]:
     names = {path.name for path in folder.iterdir() if not is_hidden(path.name)}
     stems = sorted({Path(name).stem for name in names if name.endswith(SIDECARS)})
     texts = {stem: sidecar(folder / f"{stem}.wav") for stem in stems}
-    found = [Prompt(stem, text, (stem,)) for stem, text in texts.items() if text]
+    yield from (Prompt(stem, text, (stem,)) for stem, text in texts.items() if text)
     for name in METADATA:
         if name in names and "file_name" in read_rows(folder / name)[0]:
-            found += [prompt for prompt in _rows(folder / name) if not texts.get(prompt.id)]
-    return found
+            yield from (prompt for prompt in _rows(folder / name) if not texts.get(prompt.id))
 
 
 def _rows(path: Path) -> Iterator[Prompt]:
