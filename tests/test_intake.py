@@ -13,6 +13,7 @@ import pytest
 import soundfile
 from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
 
+from magnet_jax import formats
 from magnet_jax.errors import PassingError, UserError
 from tokenization import audio, listing
 from tokenization import decoder as decoder_module
@@ -427,7 +428,7 @@ def test_clipping_does_not_depend_on_blocks(tmp_path, decoder, monkeypatch):
     path = put(tmp_path / "a.wav", wav, subtype="FLOAT")
     intake = Intake(sample_rate=None, channels=1, min_seconds=0.1)
     for block in (1, 7, 1000, 4000):
-        monkeypatch.setattr(audio, "_BLOCK", block)
+        monkeypatch.setattr(formats, "BLOCK", block)
         blocks = audio.decode(a_track(path), intake)
         with pytest.raises(StopIteration) as end:
             while True:

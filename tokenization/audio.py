@@ -4,92 +4,33 @@
 people's files crash and hang.
 """
 
-import errno
 import functools
 import io
 import json
 import math
-import os
-import re
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-import soundfile
 import soxr
 
-# Files with these suffixes count as audio: soundfile's formats, less header-less samples, the
-# other names that those formats go by, and what FFmpeg reads.
-SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats()) - {".raw"} | {
-    ".8svx", ".aif", ".aifc", ".iff", ".mat", ".mp2", ".nist", ".oga", ".opus", ".sf", ".snd",
-    ".sph", ".wave",
-    ".3gp", ".aac", ".ac3", ".ape", ".m4a", ".m4b", ".mka", ".mkv", ".mov", ".mp4", ".tta", ".webm",
-    ".wma", ".wv",
-}  # fmt: skip
+from magnet_jax.formats import (
+    MISSING_SECONDS,
+    RejectedError,
+    Sound,
+    check_channels,
+    mix,
+    open_sound,
+    view,
+)
+
 SILENCE_DBFS = -60.0
 LARGEST_PEAK = 8.0  # full scale is 1; samples of +-32768 are no float audio
-LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # in Hz; what is beyond comes of damaged headers
 CLIPPED = 1e-3  # a track of which a larger share is clipped counts as clipped
-
-# What the machine, its network and its mounts have, and no file by itself.
-_OUTAGES = frozenset(
-    {
-        errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ECONNREFUSED,
-        errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
-        errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-    }
-)  # fmt: skip
-_BLOCK = 2**17  # frames read at once
-# Compressed formats may miss their header's length by a few of their own frames.
-_MISSING_SECONDS = 0.1
-# libsndfile's log, where a header promises more bytes or samples than the file has
-_CUT_OFF = [
-    re.compile(pattern, re.MULTILINE)
-    for pattern in (
-        # WAV; AIFF; AU; 8SVX; W64 (WAV's own, in capitals, tells nothing of the sound)
-        r"^\s*(?:data|SSND|Data Size|BODY|riff)\s*: "
-        r"(?P<declared>\d+) \(should be (?P<actual>\d+)\)",
-        # RF64
-        r"frame count (?P<actual>\d+) does not match value from 'ds64' chunk of (?P<declared>\d+)",
-        r"seems to be truncated\. (?P<actual>\d+) <--> (?P<declared>\d+)",  # MAT4
-        r"^Data length (?P<declared>\d+) should be (?P<actual>\d+)",  # WVE
-    )
-]
-_CUT_OFF_SOMEWHERE = "Seems to be a truncated file."  # VOC
-_UNKNOWN_LENGTH = 2**31 - 2**16  # streamed files promise about 2**31 or 2**32 bytes
-_LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
-_FIRST_MP3_FRAME = 2**13  # bytes that hold it, where a header may note how long the sound is
-# What FFmpeg may take a file for: no playlists and no pictures, which lead to other files.
-_FFMPEG_FORMATS = (
-    "aac,ac3,aiff,amr,ape,asf,caf,eac3,flac,flv,loas,matroska,mov,mp3,mpeg,mpegts,ogg,tta,wav,wv"
-)
-_FFMPEG_TIMED = ("mov", "matroska", "asf")  # their headers note how long the sound is
-_MPEG = ("mp1", "mp1float", "mp2", "mp2float", "mp3", "mp3float")  # FFmpeg's decoders
-_SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
-
-
-class RejectedError(Exception):
-    """A track that is left out, with a `Reject`'s reason and detail."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-class _MisreadError(Exception):
-    """A file of which libsndfile would give the beginning as the whole.
-
-    joined: it is one file behind another, and times within are not those of the whole.
-    """
-
-    def __init__(self, *, joined: bool):
-        super().__init__(joined)
-        self.joined = joined
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,22 +133,6 @@ class Facts:
     """Share of samples at full scale that come after two others at full scale."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """A file whose header has been read."""
-
-    format: str
-    sample_rate: int
-    channels: int
-    full_scale: float
-    frames: int | None
-    """Of the whole file by its header."""
-    loss: str | None
-    """What is missing of the whole file by its header."""
-    read: Callable[[int, int | None], Iterator[np.ndarray]]
-    """Frames to pass over and at most to read (None: all) -> blocks [n, channels], float32."""
-
-
 def read_header(track: Track, intake: Intake) -> Facts:
     """What the header says, without reading the sound; raises as `decode` does."""
     with _opened(track) as opened:
@@ -242,6 +167,7 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
                 rate, intake.sample_rate, intake.channels, dtype="float32", quality="VHQ"
             )
         count, clipped, total, square = 0, 0, np.zeros(intake.channels), 0.0
+        values = 0  # samples of all channels
         # of the last two frames: whether they are at full scale
         before = np.zeros((2, opened.channels), bool)
         wanted = None if track.duration is None else round(track.duration * rate)
@@ -251,10 +177,12 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
             size = np.abs(block)
             if (peak := size.max()) > LARGEST_PEAK:
                 raise RejectedError("too loud", f"a peak of {peak:.0f} where full scale is 1")
+            if before.shape[1] != block.shape[1]:
+                before = np.zeros((2, block.shape[1]), bool)
             full = np.concatenate([before, size >= opened.full_scale])
             clipped += np.count_nonzero(full[:-2] & full[1:-1] & full[2:])
             before = full[-2:]
-            count += len(block)
+            count, values = count + len(block), values + block.size
             if count > intake.max_track_seconds * rate:  # (its header may not have told)
                 _check_seconds(count / rate, intake)
             block = mix(block, intake.channels)
@@ -272,7 +200,7 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
         if level < SILENCE_DBFS:
             what = f"mixed to {intake.channels} channels, without its constant part"
             raise RejectedError("silent", f"{level:.0f} dBFS, {what}")
-        share = int(clipped) / (count * opened.channels)
+        share = int(clipped) / values
         if share > intake.max_clipped:
             raise RejectedError("clipped", f"{share:.2%} of its samples")
     if resampler:
@@ -289,27 +217,6 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
     )
 
 
-def mix(block: np.ndarray, channels: int) -> np.ndarray:
-    """[n, any] to [n, channels], as AudioCraft's `convert_audio_channels`.
-
-    To mono the mean of all, from mono the same in each, otherwise the first ones. Raises
-    `RejectedError` for too few.
-    """
-    _check_channels(block.shape[1], channels)
-    if block.shape[1] == channels:
-        return block
-    if channels == 1:
-        return block.mean(1, keepdims=True)
-    if block.shape[1] == 1:
-        return np.repeat(block, channels, axis=1)
-    return np.ascontiguousarray(block[:, :channels])
-
-
-def _check_channels(given: int, wanted: int) -> None:
-    if 1 < given < wanted:
-        raise RejectedError("too few channels", f"{given} channels where 1 or {wanted} go")
-
-
 def open_bytes(place: FileBytes | RowBytes | HeldBytes) -> BinaryIO:
     """The bytes of a track's file, to read and seek in. Raises `RejectedError` and OSError."""
     if isinstance(place, HeldBytes):
@@ -318,16 +225,13 @@ def open_bytes(place: FileBytes | RowBytes | HeldBytes) -> BinaryIO:
         return io.BytesIO(_row_bytes(place))
     if place.size is None:
         return open(place.path, "rb")  # noqa: SIM115
-    return io.BufferedReader(_Range(place.path, place.offset, place.size), _BLOCK)
+    return view(lambda: open(place.path, "rb"), place.offset, place.offset + place.size)
 
 
-def is_outage(error: OSError) -> bool:
-    """Whether a file could not be had through no fault of its own, so that it is no reject.
-
-    EIO counts where a file could not be opened, as when the bucket behind a mount is out of reach:
-    such errors have its name. Within a file it is the disk's damage.
-    """
-    return error.errno in _OUTAGES or (error.errno == errno.EIO and error.filename is not None)
+def _opened(track: Track) -> AbstractContextManager[Sound]:
+    place = track.place
+    named = isinstance(place, FileBytes) and place.size is None
+    return open_sound(place.path, lambda: open_bytes(place), named=named)
 
 
 def part_of(track: Track) -> str:
@@ -339,11 +243,11 @@ def _is_part(track: Track) -> bool:
     return track.start > 0 or track.duration is not None
 
 
-def _check_header(track: Track, opened: _Opened, intake: Intake) -> None:
+def _check_header(track: Track, opened: Sound, intake: Intake) -> None:
     """Raises `RejectedError` for what the header alone decides."""
     if opened.loss and not _is_part(track):
         raise RejectedError("cut off", opened.loss)
-    _check_channels(opened.channels, intake.channels)
+    check_channels(opened.channels, intake.channels)
     count = _promised(track, opened)
     if count is not None and count > intake.max_track_seconds * opened.sample_rate:
         _check_seconds(count / opened.sample_rate, intake)
@@ -357,7 +261,7 @@ def _check_seconds(seconds: float, intake: Intake) -> None:
         raise RejectedError("too long", detail)
 
 
-def _promised(track: Track, opened: _Opened) -> int | None:
+def _promised(track: Track, opened: Sound) -> int | None:
     """Frames that a track has by the header of its file; None if that does not tell."""
     if opened.frames is None:
         return None
@@ -367,311 +271,16 @@ def _promised(track: Track, opened: _Opened) -> int | None:
     return min(count, round(track.duration * opened.sample_rate))
 
 
-def _check_length(track: Track, opened: _Opened, count: int) -> None:
+def _check_length(track: Track, opened: Sound, count: int) -> None:
     """Raises `RejectedError` if there is no sound, or less than was promised."""
     rate = opened.sample_rate
     if count == 0:
         if _is_part(track):
             raise RejectedError("outside the file", f"the file ends before {track.start:g} s")
         raise RejectedError("empty", "no samples")
-    if track.duration is not None:
-        if track.duration - count / rate > _MISSING_SECONDS:
-            detail = f"{count / rate:.2f} s from {track.start:g} s on, of {track.duration:g}"
-            raise RejectedError("cut off", detail)
-    elif opened.frames is not None:
-        begin = round(track.start * rate)
-        if opened.frames - begin - count > _MISSING_SECONDS * rate:
-            detail = f"{count} samples where the header says {opened.frames - begin}"
-            raise RejectedError("cut off", detail)
-
-
-@contextmanager
-def _opened(track: Track) -> Iterator[_Opened]:
-    """Opens a track's file with libsndfile, or with FFmpeg if that would not read all of it."""
-    with ExitStack() as stack:
-        try:
-            with open_bytes(track.place) as file:
-                if file.seek(0, os.SEEK_END) == 0:
-                    raise RejectedError("empty", "a file of 0 bytes")
-            try:
-                opened = stack.enter_context(_open_sndfile(track))
-            except soundfile.LibsndfileError:
-                opened = stack.enter_context(_open_ffmpeg(track))
-            except _MisreadError as error:
-                opened = stack.enter_context(_open_ffmpeg(track, seeks=not error.joined))
-            if not LOWEST_RATE <= opened.sample_rate <= HIGHEST_RATE:
-                raise RejectedError("odd sample rate", f"{opened.sample_rate} Hz")
-            yield opened
-        except FileNotFoundError:
-            raise
-        except (
-            soundfile.SoundFileError, OSError, ValueError, RuntimeError, ArithmeticError
-        ) as error:  # fmt: skip
-            if isinstance(error, OSError) and is_outage(error):
-                raise
-            detail = getattr(error, "error_string", None) or getattr(error, "strerror", None)
-            # (messages may hold the whole path, which differs between machines)
-            name = os.path.basename(track.place.path)
-            detail = (detail or str(error)).replace(track.place.path, name)
-            raise RejectedError("unreadable", detail) from None
-
-
-@contextmanager
-def _open_sndfile(track: Track) -> Iterator[_Opened]:
-    place = track.place
-    with ExitStack() as stack:
-        # (a name helps libsndfile to tell a few old formats)
-        if isinstance(place, FileBytes) and place.size is None:
-            source = place.path
-        else:
-            source = stack.enter_context(open_bytes(place))
-        file = stack.enter_context(soundfile.SoundFile(source))
-        _check_all_is_read(track, file)
-
-        def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
-            if skip:
-                if skip >= file.frames:
-                    return
-                file.seek(skip)
-            left = wanted
-            while left is None or left > 0:
-                size = _BLOCK if left is None else min(left, _BLOCK)
-                block = file.read(size, dtype="float32", always_2d=True)
-                if not len(block):
-                    return
-                left = None if left is None else left - len(block)
-                yield block
-
-        coarse = file.subtype in ("PCM_S8", "PCM_U8")
-        yield _Opened(
-            format=file.format if file.format in ("MP3", "FLAC") else _format_name(file),
-            sample_rate=file.samplerate,
-            channels=file.channels,
-            full_scale=0.99 if coarse else 0.9999,  # 127/128, and 32767/32768
-            frames=file.frames if file.frames < 2**62 else None,
-            loss=_cut_off(track, file),
-            read=read,
-        )
-
-
-def _format_name(file: soundfile.SoundFile) -> str:
-    subtype = file.subtype.removeprefix("PCM_").lower()
-    return f"{file.format} {subtype} bit" if subtype.isdigit() else f"{file.format} {subtype}"
-
-
-@contextmanager
-def _open_ffmpeg(track: Track, *, seeks: bool = True) -> Iterator[_Opened]:
-    import av
-
-    # (a file of another format that is renamed must lead nowhere)
-    options = {"format_whitelist": _FFMPEG_FORMATS, "protocol_whitelist": ""}
-    try:
-        with (
-            open_bytes(track.place) as file,
-            av.open(file, options=options, metadata_errors="replace") as container,
-        ):
-            if not container.streams.audio:
-                raise RejectedError("unreadable", "no sound in it")
-            stream = container.streams.audio[0]
-            decoded = container.decode
-            if stream.codec_context.name in _MPEG:
-                decoded = functools.partial(_mpeg_frames, container)
-            frames = decoded(stream)
-            # (a header may name another rate than the sound has, as that of HE-AAC does)
-            first = next(frames, None)
-            if first is None:
-                raise RejectedError("empty", "no samples")
-            rate, origin = first.sample_rate, first.time or 0.0
-
-            def blocks(frames: Iterable[Any], begin: int, skip: int, wanted: int | None) -> Any:
-                try:
-                    yield from _float_blocks(frames, begin, skip, wanted)
-                except av.FFmpegError as error:
-                    if file.tell() == file.seek(0, os.SEEK_END):
-                        raise RejectedError("cut off", "ends within a packet") from None
-                    raise RejectedError("unreadable", error.strerror) from None
-
-            def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
-                if skip <= _SEEK_AHEAD * rate or not seeks:
-                    return blocks(chain([first], frames), 0, skip, wanted)
-                container.seek(int((origin + skip / rate - _SEEK_AHEAD) * av.time_base))
-                after = decoded(stream)
-                landed = next(after, None)
-                if landed is None:
-                    return iter(())
-                begin = round((landed.time - origin) * rate)
-                return blocks(chain([landed], after), begin, skip, wanted)
-
-            container_name = container.format.name.split(",")[0]
-            seconds = _ffmpeg_seconds(container, stream)
-            yield _Opened(
-                format=f"{stream.codec_context.name} in {container_name}",
-                sample_rate=rate,
-                channels=first.layout.nb_channels,
-                full_scale=0.9999,
-                frames=None if seconds is None else round(seconds * rate),
-                loss=_cut_off_ogg(track) if container_name == "ogg" else None,
-                read=read,
-            )
-    except av.FFmpegError as error:
-        detail = f"neither libsndfile nor FFmpeg reads it ({error.strerror})"
-        raise RejectedError("unreadable", detail) from None
-
-
-def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames of MP3, which may have padding and tags before them, behind them and between files.
-
-    What cannot be decoded before the first frame or after the last is no sound, nor is a tag.
-    """
-    import av
-
-    begun, damage = False, None
-    for packet in container.demux(stream):
-        try:
-            frames = packet.decode()
-        except av.InvalidDataError as error:
-            if begun and bytes(packet)[:3] not in (b"ID3", b"TAG", b"APE"):
-                damage = error
-            continue
-        if frames and damage:
-            raise damage
-        begun = begun or bool(frames)
-        yield from frames
-
-
-def _ffmpeg_seconds(container: Any, stream: Any) -> float | None:
-    """How long the sound is by the header, where it notes that; elsewhere FFmpeg guesses."""
-    import av
-
-    if container.format.name.split(",")[0] not in _FFMPEG_TIMED:
-        return None
-    if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    cover = av.stream.Disposition.attached_pic
-    if all(video.disposition & cover for video in container.streams.video):
-        return None if container.duration is None else container.duration / av.time_base
-    return None  # that of the picture may be another
-
-
-def _float_blocks(
-    frames: Iterable[Any], position: int, skip: int, wanted: int | None
-) -> Iterator[np.ndarray]:
-    """Blocks [n, channels] of FFmpeg's frames, of which the first begins at `position`."""
-    import av
-
-    to_float = av.AudioResampler(format="fltp")
-    blocks, held, left = [], 0, wanted
-    for frame in frames:
-        for part in to_float.resample(frame):
-            samples = part.to_ndarray().T
-            drop = min(max(0, skip - position), len(samples))
-            position += len(samples)
-            samples = samples[drop:] if left is None else samples[drop : drop + left]
-            if len(samples):
-                blocks.append(samples)
-                held += len(samples)
-                left = None if left is None else left - len(samples)
-        if held >= _BLOCK:
-            yield np.concatenate(blocks)
-            blocks, held = [], 0
-        if left == 0:
-            break
-    if held:
-        yield np.concatenate(blocks)
-
-
-def _cut_off(track: Track, file: soundfile.SoundFile) -> str | None:
-    """What is missing of an open file by its headers, or None; not all formats can tell."""
-    log = file.extra_info
-    for pattern in _CUT_OFF:
-        for match in pattern.finditer(log):
-            declared, actual = int(match["declared"]), int(match["actual"])
-            # (the number of samples is libsndfile's own, of the bytes that are there)
-            missing = file.frames / file.samplerate * (declared / max(actual, 1) - 1)
-            if declared < _UNKNOWN_LENGTH and missing > _MISSING_SECONDS:
-                return f"its header says {declared}, and there are {actual}"
-    if _CUT_OFF_SOMEWHERE in log:
-        return "shorter than its header says"
-    return _cut_off_ogg(track) if file.format == "OGG" else None
-
-
-def _cut_off_ogg(track: Track) -> str | None:
-    page = _last_ogg_page(track)
-    # header of 27 bytes: [5] flags, of which 4 ends the stream; [14:18] number of the stream;
-    # [26] number of segments, whose lengths follow
-    if len(page) < 27 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]]):
-        return "ends within a page"
-    if not page[5] & 4:
-        return "the page that ends the stream is missing"
-    return None
-
-
-def _last_ogg_page(track: Track) -> bytes:
-    with open_bytes(track.place) as raw:
-        size = raw.seek(0, os.SEEK_END)
-        raw.seek(max(0, size - _LARGEST_OGG_PAGE))
-        end = raw.read()
-    return end[max(0, end.rfind(b"OggS\0")) :]
-
-
-def _check_all_is_read(track: Track, file: soundfile.SoundFile) -> None:
-    """Raises `_MisreadError` if libsndfile would stop before the end of a file."""
-    if file.format == "OGG":  # of several streams, chained or side by side, it reads the first
-        with open_bytes(track.place) as raw:
-            first, last = raw.read(18), _last_ogg_page(track)
-        whole = len(last) >= 18 and first[:4] == last[:4] == b"OggS"
-        if whole and first[14:18] != last[14:18]:
-            raise _MisreadError(joined=True)
-    elif file.subtype.startswith("MPEG_LAYER"):  # it reads so much as the first frame tells
-        with open_bytes(track.place) as raw:
-            at = 0
-            # tags of ID3v2: 10 bytes, of which the last four hold the length, 7 bits in each
-            while (head := raw.read(10))[:3] == b"ID3" and len(head) == 10:
-                at += 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
-                raw.seek(at)
-            raw.seek(at)
-            frame = raw.read(_FIRST_MP3_FRAME)
-            size = raw.seek(0, os.SEEK_END) - at
-        # flags of four bytes: 1 means that the number of frames follows, 2 that of bytes
-        found = re.search(rb"(?:Xing|Info)\0\0\0([\0-\x0f])(.{4})(.{4})", frame, re.DOTALL)
-        if not found or not found[1][0] & 1:  # a guess, by the bit rate of that frame
-            raise _MisreadError(joined=False)
-        if found[1][0] & 2 and size - found.start() > 1.01 * int.from_bytes(found[3]):
-            raise _MisreadError(joined=True)
-
-
-class _Range(io.RawIOBase):
-    """A range of a file's bytes as a file."""
-
-    _file: int | None = None
-
-    def __init__(self, path: str, offset: int, size: int):
-        self._file = os.open(path, os.O_RDONLY)
-        self._offset, self._size, self._position = offset, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        wanted = min(len(buffer), max(0, self._size - self._position))
-        data = os.pread(self._file, wanted, self._offset + self._position)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-        super().close()
+    if track.duration is not None and track.duration - count / rate > MISSING_SECONDS:
+        detail = f"{count / rate:.2f} s from {track.start:g} s on, of {track.duration:g}"
+        raise RejectedError("cut off", detail)
 
 
 def _row_bytes(place: RowBytes) -> bytes:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from magnet_jax.errors import UserError
-from tokenization.audio import SUFFIXES, FileBytes, RejectedError, RowBytes, Track
+from magnet_jax.formats import SUFFIXES
+from tokenization.audio import FileBytes, RejectedError, RowBytes, Track
 from tokenization.listing import (
     CAPTION_NAMES,
     PATH_NAMES,

@@ -1,0 +1,880 @@
+"""Reading sound files of any format: the whole sound at its own speed, or the reason why not.
+
+libsndfile reads what holds plain samples, FFmpeg the rest. Both believe what a header says of the
+sound's length; here it is held against what the file has.
+"""
+
+import errno
+import functools
+import io
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+
+# Files with these suffixes count as audio: soundfile's formats, less header-less samples, the
+# other names that those formats go by, and what FFmpeg reads.
+SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats()) - {".raw"} | {
+    ".8svx", ".aif", ".aifc", ".bw64", ".bwf", ".iff", ".mat", ".mp2", ".nist", ".oga", ".ogx",
+    ".opus", ".sf", ".snd", ".sph", ".spx", ".wave",
+    ".3g2", ".3gp", ".aac", ".ac3", ".adts", ".adx", ".amr", ".ape", ".asf", ".avi", ".awb", ".dsf",
+    ".dts", ".dtshd", ".eac3", ".ec3", ".f4a", ".f4v", ".flv", ".gsm", ".latm", ".loas", ".m2ts",
+    ".m4a", ".m4b", ".m4r", ".m4v", ".mka", ".mkv", ".mlp", ".mov", ".mp1", ".mp4", ".mpa", ".mpc",
+    ".mpeg", ".mpg", ".mts", ".nut", ".ogv", ".oma", ".qt", ".ra", ".rm", ".rmvb", ".shn", ".tak",
+    ".thd", ".truehd", ".ts", ".tta", ".vob", ".weba", ".webm", ".wma", ".wmv", ".wv",
+}  # fmt: skip
+LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # in Hz; what is beyond comes of damaged headers
+BLOCK = 2**17  # frames read at once
+# Compressed formats may miss their header's length by a few of their own frames.
+MISSING_SECONDS = 0.1
+
+# What the machine, its network and its mounts have, and no file by itself.
+_OUTAGES = frozenset(
+    {
+        errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ECONNREFUSED,
+        errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+        errno.ENETUNREACH, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+    }
+)  # fmt: skip
+# What FFmpeg may take a file for: no playlists and no pictures, which lead to other files.
+_FFMPEG_FORMATS = (
+    "aac,ac3,adx,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,gsm,iff,loas,"
+    "matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,nut,ogg,oma,rm,shn,tak,truehd,tta,voc,w64,wav,wv"
+)
+# Their headers note the time at which the sound ends. There may be gaps within.
+_TIMED = ("asf", "avi", "flv", "matroska", "mov")
+_ENDED = ("asf", "flv", "matroska")  # and not how much comes before it
+# Their headers note how many samples there are.
+_COUNTED = ("ape", "flac", "mpc", "mpc8", "ogg", "tta")
+_MPEG = ("mp1", "mp2", "mp3")
+_SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
+_LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
+_FIRST_MP3_FRAME = 2**13  # bytes that hold it, where a header may note how long the sound is
+
+
+class RejectedError(Exception):
+    """A sound that cannot be read whole, with a fixed phrase to count by, and a detail."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sound:
+    """A file whose header has been read."""
+
+    format: str
+    sample_rate: int
+    channels: int
+    """Of the beginning."""
+    full_scale: float
+    frames: int | None
+    """Of the whole file by its header; None if that does not tell."""
+    loss: str | None
+    """What is missing of the whole file by its header."""
+    read: Callable[[int, int | None], Iterator[np.ndarray]]
+    """Frames to pass over and at most to read (None: all) -> blocks [n, channels], float32.
+
+    A file may change its number of channels, and blocks do so with it. Raises `RejectedError` where
+    the sound ends too early or cannot be decoded.
+    """
+
+
+@contextmanager
+def open_sound(
+    path: str, open_file: Callable[[], BinaryIO] | None = None, *, named: bool = True
+) -> Iterator[Sound]:
+    """Opens a sound; whatever cannot be read, now or later, is a `RejectedError`.
+
+    Args:
+      path: file that the sound lies in.
+      open_file: opens the sound's bytes; None opens the file.
+      named: whether the sound is the file itself, and not a part of it.
+
+    Raises:
+      RejectedError, FileNotFoundError, and OSError that `is_outage`.
+    """
+    open_file = open_file or functools.partial(open, path, "rb")
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(open_file())
+            if file.seek(0, os.SEEK_END) == 0:
+                raise RejectedError("empty", "a file of 0 bytes")
+            sound = _open(path, open_file, named, file, stack)
+            if not LOWEST_RATE <= sound.sample_rate <= HIGHEST_RATE:
+                raise RejectedError("odd sample rate", f"{sound.sample_rate} Hz")
+            yield replace(sound, read=functools.partial(_as_sound, sound.read))
+        except FileNotFoundError:
+            raise
+        except (
+            soundfile.SoundFileError, OSError, ValueError, RuntimeError, ArithmeticError
+        ) as error:  # fmt: skip
+            if isinstance(error, OSError) and is_outage(error):
+                raise
+            detail = getattr(error, "error_string", None) or getattr(error, "strerror", None)
+            # Messages may hold the whole path, which differs between machines.
+            detail = (detail or str(error)).replace(path, Path(path).name)
+            raise RejectedError("unreadable", detail) from None
+
+
+def read_whole(path: str, seconds: float | None = None) -> tuple[np.ndarray, int]:
+    """A file, or so much of its beginning, as [C, N] (float32), and its sample rate.
+
+    Raises `RejectedError`, and OSError for what is not there or out of reach.
+    """
+    with open_sound(path) as sound:
+        if sound.loss:
+            raise RejectedError("cut off", sound.loss)
+        wanted = None if seconds is None else round(seconds * sound.sample_rate)
+        blocks = list(sound.read(0, wanted))
+        if not blocks:
+            raise RejectedError("empty", "no samples")
+        channels = max(block.shape[1] for block in blocks)
+        wav_NC = np.concatenate([mix(block, channels) for block in blocks])
+        return np.ascontiguousarray(wav_NC.T), sound.sample_rate
+
+
+def mix(block: np.ndarray, channels: int) -> np.ndarray:
+    """[n, any] to [n, channels], as AudioCraft's `convert_audio_channels`.
+
+    To mono the mean of all, from mono the same in each, otherwise the first ones. Raises
+    `RejectedError` for too few.
+    """
+    check_channels(block.shape[1], channels)
+    if block.shape[1] == channels:
+        return block
+    if channels == 1:
+        return block.mean(1, keepdims=True)
+    if block.shape[1] == 1:
+        return np.repeat(block, channels, axis=1)
+    return np.ascontiguousarray(block[:, :channels])
+
+
+def check_channels(given: int, wanted: int) -> None:
+    if 1 < given < wanted:
+        raise RejectedError("too few channels", f"{given} channels where 1 or {wanted} go")
+
+
+def is_outage(error: OSError) -> bool:
+    """Whether a file could not be had through no fault of its own, so that it is no reject.
+
+    EIO counts where a file could not be opened, as when the bucket behind a mount is out of reach:
+    such errors have its name. Within a file it is the disk's damage.
+    """
+    return error.errno in _OUTAGES or (error.errno == errno.EIO and error.filename is not None)
+
+
+def _open(
+    path: str, open_file: Callable[[], BinaryIO], named: bool, file: BinaryIO, stack: ExitStack
+) -> Sound:
+    """Opens a sound with the library that reads all of it."""
+    file.seek(0)
+    head = file.read(4)
+    if head == b"OggS":
+        return _open_ogg(open_file, file, stack)
+    if head == bytes(4) and (begin := _padding(file)):
+        # What comes before the first frame of an MP3 hides the note of its length from FFmpeg.
+        open_file, named = (
+            functools.partial(view, open_file, begin, file.seek(0, os.SEEK_END)),
+            False,
+        )
+        file.seek(begin)
+        head = file.read(4)
+    samples = _find_samples(file)
+    if samples and samples.mended:
+        open_file, named = functools.partial(view, open_file, *samples.mended), False
+    sound = None
+    compressed = head == b"fLaC" or head[:3] == b"ID3" or re.match(rb"\xff[\xe0-\xff]", head)
+    if not compressed and not (samples and samples.too_large):
+        # A name helps libsndfile to tell a few old formats.
+        sound = _open_sndfile(path if named else stack.enter_context(open_file()), stack)
+    sound = sound or _open_ffmpeg(open_file, stack)
+    return replace(sound, loss=_loss(samples, sound)) if samples else sound
+
+
+def _padding(file: BinaryIO) -> int:
+    """How many zeros come before the first frame of an MP3; 0 for other files."""
+    at = 0
+    file.seek(0)
+    while data := file.read(BLOCK):
+        if rest := data.lstrip(b"\0"):
+            at += len(data) - len(rest)
+            return at if re.match(rb"\xff[\xe2-\xff]|ID3", rest) else 0
+        at += len(data)
+    return 0
+
+
+# --- headers that tell of another length than the sound has ---------------------------------------
+
+
+class _Samples(NamedTuple):
+    """Where in a file its sound lies."""
+
+    begin: int
+    end: int
+    declared: int | None
+    """Bytes that the header promises; None if it does not tell, or less than there are."""
+    mended: tuple[int, int, int, bytes] | None
+    """Arguments of `view` that make the header tell what is there; None where it does."""
+    too_large: bool
+    """Whether the header has no room for what is there."""
+
+
+class _Layout(NamedTuple):
+    """Of a format of chunks, each with a name, a size and its content."""
+
+    first: int
+    name: int
+    size: int
+    order: str
+    align: int
+    counted: int
+    """Bytes of a chunk's head that its size counts."""
+
+
+_RIFF = _Layout(12, 4, 4, "little", 2, 0)
+_IFF = _Layout(12, 4, 4, "big", 2, 0)
+_LAYOUTS = {
+    b"RIFF": _RIFF,
+    b"RF64": _RIFF,
+    b"BW64": _RIFF,
+    b"RIFX": _IFF,
+    b"FORM": _IFF,
+    b"caff": _Layout(8, 4, 8, "big", 1, 0),
+    b"riff": _Layout(40, 16, 8, "little", 8, 24),  # W64
+}
+_KINDS = (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV")  # of RIFF and FORM
+# Names of the chunk that holds the sound, with the bytes that come before it there.
+_SOUNDS = {b"data": 0, b"SSND": 8, b"BODY": 0}
+# Names of chunks that may come behind the sound.
+_TRAILERS = re.compile(
+    rb"LIST|list|id3 |ID3 |bext|iXML|cue |smpl|inst|acid|fact|PEAK|JUNK|junk|_PMX|aXML|umid|strc|"
+    rb"NAME|AUTH|ANNO|MARK|INST|APPL|COMT|info|free|levl|afsp|DISP|PXML|LGWV|minf|elm1|SAUR"
+)
+_TRAILING_BYTES = 2**20  # that they take at most
+_JUNK = 512  # bytes behind the sound that are no more than a tag
+
+
+def _find_samples(file: BinaryIO) -> _Samples | None:
+    """Where the sound of a format of chunks or of an AU file lies; None for other formats."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] in (b".snd", b"dns."):
+        order = "big" if head[:1] == b"." else "little"
+        begin, declared = (int.from_bytes(head[i : i + 4], order) for i in (4, 8))
+        return _placed(file, size, begin, declared, (8, 4, order), 0, None)
+    layout = _LAYOUTS.get(head[:4])
+    if layout is None or (layout.first == 12 and head[8:] not in _KINDS):
+        return None
+    large = None
+    for name, begin, declared in _chunks(file, layout.first, size, layout):
+        if name == b"ds64":
+            file.seek(begin + 8)
+            large = int.from_bytes(file.read(8), "little"), (begin + 8, 8, "little")
+        elif name in _SOUNDS:
+            field = (begin - layout.size, layout.size, layout.order)
+            if large and declared == 2**32 - 1:
+                declared, field = large
+            before = 4 if head[:4] == b"caff" else _SOUNDS[name]
+            return _placed(file, size, begin + before, declared - before, field, before, layout)
+    return None
+
+
+def _placed(
+    file: BinaryIO,
+    size: int,
+    begin: int,
+    declared: int,
+    field: tuple[int, int, str],
+    before: int,
+    layout: _Layout | None,
+) -> _Samples:
+    """What lies from `begin` on, of which the field at a position says how long it is.
+
+    before: bytes in front of the sound that the field counts.
+    """
+    position, width, order = field
+    before += layout.counted if layout else 0
+    if size - begin <= declared and not _is_unknown(declared + before, width):
+        return _Samples(begin, size, declared, None, False)
+    end = begin + max(0, declared)
+    if not _is_unknown(declared + before, width) or end == begin:
+        padded = end + (-end % layout.align if layout else 0)
+        if any(layout and _are_chunks(file, at, size, layout) for at in (end, padded)):
+            return _Samples(begin, end, declared, None, False)
+        if end > begin and (size - end <= _JUNK or _is_zero(file, end, size)):
+            return _Samples(begin, end, declared, None, False)
+    end = _before_trailers(file, begin, size, layout)
+    value, most = end - begin + before, 2 ** (8 * width) - 1
+    mended = (0, end, position, min(value, most).to_bytes(width, order))
+    return _Samples(begin, end, None, mended, value >= most)
+
+
+def _is_unknown(size: int, width: int) -> bool:
+    """Whether a size is what writers put where they cannot go back: none, or the most there is."""
+    if width == 8:
+        return size <= 0 or size >= 2**63 - 2**16
+    return (
+        size <= 0
+        or 0 <= size - 0x7F000000 <= 32  # SoX
+        or 2**31 - 2**16 <= size <= 2**31
+        or size >= 2**32 - 2**16
+    )
+
+
+def _chunks(file: BinaryIO, at: int, end: int, layout: _Layout) -> Iterator[tuple[bytes, int, int]]:
+    """Names, of four bytes, beginnings and sizes of what chunks hold."""
+    while at + layout.name + layout.size <= end:
+        file.seek(at)
+        head = file.read(layout.name + layout.size)
+        begin = at + len(head)
+        size = int.from_bytes(head[layout.name :], layout.order) - layout.counted
+        yield head[:4], begin, size
+        if size < 0:
+            return
+        at = begin + size
+        at += -at % layout.align
+
+
+def _are_chunks(file: BinaryIO, at: int, end: int, layout: _Layout) -> bool:
+    """Whether nothing but whole chunks lies there."""
+    if end - at < layout.name + layout.size:
+        return end - at >= 0
+    return all(
+        re.fullmatch(rb"[ -~]{4}", name) and 0 <= size <= end - begin
+        for name, begin, size in _chunks(file, at, end, layout)
+    )
+
+
+def _is_zero(file: BinaryIO, at: int, end: int) -> bool:
+    file.seek(at)
+    while at < end and (data := file.read(min(BLOCK, end - at))):
+        if data.strip(b"\0"):
+            return False
+        at += len(data)
+    return True
+
+
+def _before_trailers(file: BinaryIO, begin: int, size: int, layout: _Layout | None) -> int:
+    """Where the sound ends that goes on until other chunks come, or the file ends."""
+    if layout is None:
+        return size
+    at = max(begin, size - _TRAILING_BYTES)
+    file.seek(at)
+    for match in _TRAILERS.finditer(file.read(size - at)):
+        if _are_chunks(file, at + match.start(), size, layout):
+            return at + match.start()
+    return size
+
+
+def _loss(samples: _Samples, sound: Sound) -> str | None:
+    """What is missing of a sound by its header; compressed formats may lack a little."""
+    there = max(1, samples.end - samples.begin)
+    missing = (samples.declared or 0) - there
+    if sound.frames is None:
+        lost = missing > 2**12 and f"{samples.declared} bytes of sound, and there are {there}"
+    else:
+        seconds = sound.frames / sound.sample_rate
+        lost = seconds * missing / there > MISSING_SECONDS and (
+            f"{seconds * samples.declared / there:.2f} s of sound, and there are {seconds:.2f}"
+        )
+    return f"its header promises {lost}" if lost else sound.loss
+
+
+class _View(io.RawIOBase):
+    """A part of a file's bytes as a file, of which a few may be others."""
+
+    def __init__(self, file: BinaryIO, begin: int, end: int, at: int, field: bytes):
+        self._file, self._begin, self._size = file, begin, end - begin
+        self._at, self._field = at, field
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._begin + self._position)
+        data = bytearray(self._file.read(min(len(buffer), max(0, self._size - self._position))))
+        first = max(0, self._at - self._position)
+        last = min(len(data), self._at + len(self._field) - self._position)
+        if first < last:
+            shift = self._position - self._at
+            data[first:last] = self._field[first + shift : last + shift]
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def view(
+    open_file: Callable[[], BinaryIO], begin: int, end: int, at: int = 0, field: bytes = b""
+) -> BinaryIO:
+    """A part of a file as a file, with other bytes at a position."""
+    return io.BufferedReader(_View(open_file(), begin, end, at, field), BLOCK)
+
+
+# --- libsndfile -----------------------------------------------------------------------------------
+
+# Its log, where a header promises more than the file has: MAT4, WVE
+_CUT_OFF = [
+    re.compile(pattern, re.MULTILINE)
+    for pattern in (
+        r"seems to be truncated\. (?P<actual>\d+) <--> (?P<declared>\d+)",
+        r"^Data length (?P<declared>\d+) should be (?P<actual>\d+)",
+    )
+]
+_CUT_OFF_SOMEWHERE = "Seems to be a truncated file."  # VOC
+
+
+def _open_sndfile(source: str | BinaryIO, stack: ExitStack) -> Sound | None:
+    """None for what libsndfile cannot read, or not to its end, and for what is no plain sound."""
+    try:
+        file = stack.enter_context(soundfile.SoundFile(source))
+        compressed = file.format in ("OGG", "FLAC", "MP3") or file.subtype.startswith("MPEG_LAYER")
+        if compressed or file.frames >= 2**62:
+            return None
+        if file.subtype.startswith("PCM") and file.seekable():
+            if _is_encoded(file.read(_ENCODED_BYTES // 2, dtype="float32")):
+                return None
+            file.seek(0)
+    except (soundfile.LibsndfileError, TypeError):  # (it wants to be told of samples in .raw)
+        return None
+
+    def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+        if skip >= file.frames:
+            return
+        if skip:
+            file.seek(skip)
+        left = file.frames - skip if wanted is None else wanted
+        while left > 0:
+            block = file.read(min(left, BLOCK), dtype="float32", always_2d=True)
+            if not len(block):
+                break
+            left -= len(block)
+            yield block
+        if wanted is None:
+            _check_end((file.frames - left) / file.samplerate, file.frames / file.samplerate)
+
+    subtype = file.subtype.removeprefix("PCM_").lower()
+    return Sound(
+        format=f"{file.format} {subtype}" + (" bit" if subtype.isdigit() else ""),
+        sample_rate=file.samplerate,
+        channels=file.channels,
+        # 127/128, and 32767/32768
+        full_scale=0.99 if file.subtype in ("PCM_S8", "PCM_U8") else 0.9999,
+        frames=file.frames,
+        loss=_cut_off(file),
+        read=read,
+    )
+
+
+def _cut_off(file: soundfile.SoundFile) -> str | None:
+    """What is missing of an open file by its headers, or None; not all formats can tell."""
+    log = file.extra_info
+    for pattern in _CUT_OFF:
+        for match in pattern.finditer(log):
+            declared, actual = int(match["declared"]), int(match["actual"])
+            # (the number of samples is libsndfile's own, of the bytes that are there)
+            missing = file.frames / file.samplerate * (declared / max(actual, 1) - 1)
+            if missing > MISSING_SECONDS:
+                return f"its header says {declared}, and there are {actual}"
+    return "shorter than its header says" if _CUT_OFF_SOMEWHERE in log else None
+
+
+def _check_end(seconds: float, promised: float) -> None:
+    """Raises `RejectedError` where a sound ends before its header says."""
+    if promised - seconds > MISSING_SECONDS:
+        detail = f"ends at {seconds:.2f} s, where its header promises {promised:.2f}"
+        raise RejectedError("cut off", detail)
+
+
+# --- FFmpeg ---------------------------------------------------------------------------------------
+
+
+def _open_ffmpeg(
+    open_file: Callable[[], BinaryIO], stack: ExitStack, *, seeks: bool = True
+) -> Sound:
+    import av
+
+    file = stack.enter_context(open_file())
+    # A file of another format that is renamed must lead nowhere.
+    options = {"format_whitelist": _FFMPEG_FORMATS, "protocol_whitelist": ""}
+    try:
+        container = stack.enter_context(av.open(file, options=options, metadata_errors="replace"))
+        stream = _stream(container)
+        frames = _frames(container, stream)
+        # A header may name another rate than the sound has, as that of HE-AAC does.
+        first = next(frames, None)
+    except av.FFmpegError as error:
+        detail = f"neither libsndfile nor FFmpeg reads it ({error.strerror})"
+        raise RejectedError("unreadable", detail) from None
+    if first is None:
+        raise RejectedError("empty", "no samples")
+    name, codec = _names(container, stream)
+    rate, origin = first.sample_rate, first.time or 0.0
+    beginning = float((stream.start_time or 0) * stream.time_base)
+    promised = _promised_seconds(container, stream, beginning, rate, open_file)
+
+    def sought(skip: int) -> tuple[int, Iterable[Any]] | None:
+        """Where the container's index leads to, and frames from there; None if it is no use."""
+        container.seek(int((origin + skip / rate - _SEEK_AHEAD) * av.time_base))
+        after = _frames(container, stream)
+        landed = next(after, None)
+        if landed is None:
+            return skip, ()
+        start = round(((landed.time or 0.0) - origin) * rate)
+        if start > skip or landed.sample_rate != rate:
+            return None
+        return start, itertools.chain([landed], after)
+
+    def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+        with _rejecting(file):
+            found = 0, itertools.chain([first], frames)
+            if seeks and skip > _SEEK_AHEAD * rate and not _is_joined(name, open_file):
+                found = sought(skip)
+            if found is None:
+                yield from _open_ffmpeg(open_file, stack, seeks=False).read(skip, wanted)
+                return
+            start, reached = found[0], 0.0
+
+            def heard(frames: Iterable[Any]) -> Iterator[tuple[int, np.ndarray]]:
+                nonlocal reached
+                for frame in frames:
+                    if name in _TIMED and frame.time is not None:
+                        end = frame.time + frame.samples / frame.sample_rate
+                        reached = max(reached, end - beginning)
+                    yield frame.sample_rate, _to_float(frame)
+
+            count = start
+            for block in _in_blocks(_at_rate(rate, heard(found[1]))):
+                drop = min(max(0, skip - count), len(block))
+                count += len(block)
+                block = block[drop:] if wanted is None else block[drop : drop + wanted]
+                if len(block):
+                    yield block
+                if wanted is not None and not (wanted := wanted - len(block)):
+                    return
+            if promised is not None and wanted is None:
+                _check_end(max(reached, count / rate), promised)
+
+    return Sound(
+        format=codec if codec == name else f"{codec} in {name}",
+        sample_rate=rate,
+        channels=first.layout.nb_channels,
+        full_scale=0.99 if first.format.name.startswith("u8") else 0.9999,
+        frames=None if promised is None else round(promised * rate),
+        loss=None,
+        read=read,
+    )
+
+
+def _names(container: Any, stream: Any) -> tuple[str, str]:
+    return container.format.name.split(",")[0], stream.codec_context.codec.canonical_name
+
+
+def _stream(container: Any) -> Any:
+    if not container.streams.audio:
+        raise RejectedError("unreadable", "no sound in it")
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise RejectedError("unreadable", "its sound is of a kind that FFmpeg does not know")
+    if _names(container, stream)[1] == "flac" and not stream.codec_context.is_open:
+        stream.codec_context.options = {"err_detect": "crccheck+explode"}
+    return stream
+
+
+@contextmanager
+def _rejecting(file: BinaryIO) -> Iterator[None]:
+    """What cannot be decoded is a `RejectedError`."""
+    import av
+
+    try:
+        yield
+    except av.FFmpegError as error:
+        if file.tell() == file.seek(0, os.SEEK_END):
+            raise RejectedError("cut off", "ends within a packet") from None
+        raise RejectedError("unreadable", f"damaged ({error.strerror})") from None
+
+
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    name, codec = _names(container, stream)
+    if codec in _MPEG:
+        return _mpeg_frames(container, stream)
+    return _flac_frames(container, stream) if name == "flac" else container.decode(stream)
+
+
+def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames of MP3, which may have padding and tags before them, behind them and between files.
+
+    What cannot be decoded before the first frame or after the last is no sound, nor is a tag.
+    """
+    import av
+
+    begun, damage = False, None
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.InvalidDataError as error:
+            if begun and bytes(packet)[:3] not in (b"ID3", b"TAG", b"APE"):
+                damage = error
+            continue
+        if frames and damage:
+            raise damage
+        begun = begun or bool(frames)
+        yield from frames
+
+
+def _flac_frames(container: Any, stream: Any) -> Iterator[Any]:
+    """Frames of FLAC, which FFmpeg leaves out where they are damaged; each knows its place."""
+    due = None
+    for frame in container.decode(stream):
+        if due is not None and frame.pts is not None and frame.pts > due:
+            raise RejectedError("unreadable", f"damaged at {due / frame.sample_rate:.2f} s")
+        due = None if frame.pts is None else frame.pts + frame.samples
+        yield frame
+
+
+def _promised_seconds(
+    container: Any, stream: Any, beginning: float, rate: int, open_file: Callable[[], BinaryIO]
+) -> float | None:
+    """How long the sound is by the header, where it notes that; elsewhere FFmpeg guesses."""
+    import av
+
+    name, _ = _names(container, stream)
+    if name == "mp3":
+        frames = _xing(open_file, rate)[0]
+        return None if frames is None else frames / rate
+    if name not in (*_TIMED, *_COUNTED):
+        return None
+    seconds = None
+    cover = av.stream.Disposition.attached_pic
+    if stream.duration is not None:
+        seconds = float(stream.duration * stream.time_base)
+    elif container.duration and all(v.disposition & cover for v in container.streams.video):
+        seconds = container.duration / av.time_base  # with a picture it may be the picture's
+    if seconds and name in _ENDED:
+        return seconds - max(0.0, beginning)
+    return seconds
+
+
+def _xing(open_file: Callable[[], BinaryIO], rate: int) -> tuple[int | None, bool]:
+    """How many samples an MP3 has by its first frame, and whether more lies behind those."""
+    with open_file() as raw:
+        at = 0
+        # tags of ID3v2: 10 bytes, of which the last four hold the length, 7 bits in each
+        while (head := raw.read(10))[:3] == b"ID3" and len(head) == 10:
+            at += 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
+            raw.seek(at)
+        raw.seek(at)
+        frame = raw.read(_FIRST_MP3_FRAME)
+        size = raw.seek(0, os.SEEK_END) - at
+    # Of the four flags 1 means that the number of frames follows, 2 that of bytes.
+    found = re.search(rb"(?:Xing|Info)\0\0\0([\0-\x0f])", frame)
+    if not found or not found[1][0] & 1:
+        return None, False
+    flags, fields = found[1][0], frame[found.end() :]
+    more = flags & 2 and size - found.start() > 1.01 * int.from_bytes(fields[4:8])
+    count = int.from_bytes(fields[:4]) * (1152 if rate >= 32_000 else 576)
+    lame = fields[4 + 2 * (flags & 2) + 25 * (flags & 4) + (flags & 8) // 2 :]
+    if lame[:4] in (b"LAME", b"Lavf", b"Lavc"):  # what its encoder put before and behind
+        count -= int.from_bytes(lame[21:23]) >> 4
+        count -= int.from_bytes(lame[22:24]) & 0xFFF
+    return count, bool(more)
+
+
+def _is_joined(name: str, open_file: Callable[[], BinaryIO]) -> bool:
+    """Whether one file lies behind another: times within are not those of the whole."""
+    if name == "mp3":
+        return _xing(open_file, 1)[1]
+    if name != "flac":
+        return False
+    with open_file() as raw:
+        raw.seek(4)
+        end = b""
+        while data := raw.read(2**20):
+            if b"fLaC" in end + data:
+                return True
+            end = data[-3:]
+    return False
+
+
+def _to_float(frame: Any) -> np.ndarray:
+    """FFmpeg's samples as [n, channels], float32."""
+    samples = frame.to_ndarray()
+    if frame.format.is_planar:
+        samples = samples.T
+    else:
+        samples = samples.reshape(-1, frame.layout.nb_channels)
+    if samples.dtype == np.uint8:
+        return (samples.astype(np.float32) - 128) / 128
+    scale = -np.iinfo(samples.dtype).min if samples.dtype.kind == "i" else 1
+    return samples.astype(np.float32) / np.float32(scale)
+
+
+def _at_rate(rate: int, parts: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
+    """Samples [n, channels] at one rate; of parts whose rates and channels may change."""
+    for (its_rate, channels), group in itertools.groupby(parts, lambda p: (p[0], p[1].shape[1])):
+        if its_rate == rate:
+            yield from (samples for _, samples in group)
+            continue
+        resampler = soxr.ResampleStream(its_rate, rate, channels, dtype="float32", quality="VHQ")
+        for _, samples in group:
+            yield resampler.resample_chunk(samples)
+        yield resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True)
+
+
+def _in_blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same in fewer and larger pieces."""
+    held, count = [], 0
+    for samples in parts:
+        if held and (count >= BLOCK or samples.shape[1] != held[0].shape[1]):
+            yield np.concatenate(held)
+            held, count = [], 0
+        held.append(samples)
+        count += len(samples)
+    if held:
+        yield np.concatenate(held)
+
+
+# --- Ogg: streams one behind the other ------------------------------------------------------------
+
+
+def _open_ogg(open_file: Callable[[], BinaryIO], file: BinaryIO, stack: ExitStack) -> Sound:
+    links, loss = _ogg_links(file)
+    try:
+        first = _open_ffmpeg(functools.partial(view, open_file, *links[0]), stack)
+    except RejectedError:
+        if loss is None or len(links) > 1:
+            raise
+        raise RejectedError("cut off", loss) from None
+    if len(links) == 1:
+        return replace(first, loss=loss)
+
+    def parts() -> Iterator[tuple[int, np.ndarray]]:
+        yield from ((first.sample_rate, block) for block in first.read(0, None))
+        for link in links[1:]:
+            with ExitStack() as inner:
+                sound = _open_ffmpeg(functools.partial(view, open_file, *link), inner)
+                yield from ((sound.sample_rate, block) for block in sound.read(0, None))
+
+    def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+        for block in _at_rate(first.sample_rate, parts()):
+            drop = min(skip, len(block))
+            skip -= drop
+            block = block[drop:] if wanted is None else block[drop : drop + wanted]
+            if len(block):
+                yield block
+            if wanted is not None and not (wanted := wanted - len(block)):
+                return
+
+    return replace(first, frames=None, loss=loss, read=read)
+
+
+def _ogg_links(file: BinaryIO) -> tuple[list[tuple[int, int]], str | None]:
+    """Where streams that play one after the other begin and end, and what the last one lacks."""
+    size = file.seek(0, os.SEEK_END)
+    begins, at, begin_before, loss = [], 0, False, "ends within a page"
+    while (at := _next_ogg_page(file, at, size)) < size:
+        file.seek(at)
+        # [5] flags, of which 2 begins a stream and 4 ends it; [26] number of segments, whose
+        # lengths follow
+        head = file.read(27 + 255)
+        end = at + 27 + head[26] + sum(head[27 : 27 + head[26]]) if len(head) >= 27 else size + 1
+        if end > size:
+            loss = "ends within a page"
+            break
+        loss = None if head[5] & 4 else "the page that ends the stream is missing"
+        begins_stream = bool(head[5] & 2)
+        if begins_stream and not begin_before:
+            begins.append(at)
+        begin_before, at = begins_stream, end
+    begins = begins or [0]
+    return list(itertools.pairwise([*begins, size])), loss
+
+
+def _next_ogg_page(file: BinaryIO, at: int, size: int) -> int:
+    """Where a page begins, from a place on; `size` if there is none."""
+    while at < size:
+        file.seek(at)
+        data = file.read(4)
+        if data == b"OggS":
+            return at
+        file.seek(at)
+        found = file.read(_LARGEST_OGG_PAGE).find(b"OggS")
+        if found >= 0:
+            return at + found
+        at += _LARGEST_OGG_PAGE - 3
+    return size
+
+
+# --- films' sound in files of plain samples -------------------------------------------------------
+
+_ENCODED_BYTES = 2**16  # to look for it in
+_SYNC_WORDS = re.compile(
+    rb"\xfe\x7f\x01\x80|\x7f\xfe\x80\x01|\xff\x1f\x00\xe8|\x1f\xff\xe8\x00|"  # DTS, 16 and 14 bit
+    rb"\x72\xf8\x1f\x4e|\xf8\x72\x4e\x1f"  # IEC 61937
+)
+_AC3_WORDS = re.compile(
+    rb"\x0b\x77...[\x28-\x57\x80-\x87]|\x77\x0b..[\x28-\x57\x80-\x87]", re.DOTALL
+)
+
+
+def _as_sound(
+    read: Callable[[int, int | None], Iterator[np.ndarray]], skip: int, wanted: int | None
+) -> Iterator[np.ndarray]:
+    """The blocks of a file, unless their numbers are no samples."""
+    loud = 0
+    for block in read(skip, wanted):
+        if loud < 2 and block.any():
+            loud += 1
+            if _is_encoded(block):
+                raise RejectedError(
+                    "not sound",
+                    "DTS or Dolby Digital, which play as noise; convert it, as with 'ffmpeg -i "
+                    "FILE NEW.flac'",
+                )
+        yield block
+
+
+def _is_encoded(block: np.ndarray) -> bool:
+    """Whether 16-bit samples are DTS or AC-3, as on CDs and beside films, and no sound."""
+    import av
+
+    samples = block.ravel()
+    begin = np.flatnonzero(samples)[:1]
+    samples = samples[begin[0] :][: _ENCODED_BYTES // 2] if len(begin) else samples[:0]
+    words = np.clip(np.round(samples * 2**15), -(2**15), 2**15 - 1).astype("<i2")
+    data = words.tobytes()
+    if not _SYNC_WORDS.search(data) and len(_AC3_WORDS.findall(data)) < 3:
+        return False
+    # The words may stand there by chance. FFmpeg looks for frames.
+    for order in (data, words.byteswap().tobytes()):
+        try:
+            options = {"format_whitelist": "ac3,dts,eac3,spdif"}
+            with av.open(io.BytesIO(order), options=options):
+                return True
+        except av.FFmpegError:
+            pass
+    return False
