@@ -23,7 +23,7 @@ from magnet_jax import cli, errors
 from magnet_jax.audio import write_wav
 from magnet_jax.codec import Codec, load_codec
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation.scores import SUFFIXES, Listening, read_mono
+from magnet_jax.evaluation.scores import Listening, audio_below, read_mono
 from magnet_jax.files import replacing_file
 
 # (window, hop) in samples
@@ -242,15 +242,10 @@ def _interval(drawn: np.ndarray) -> list[float]:
 
 
 def _spread(settings: Comparison) -> list[Path]:
-    if not settings.audio.is_dir():
-        raise UserError(f"--audio {settings.audio}: no such folder")
-    paths = sorted(
-        path
-        for path in settings.audio.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
-    if not paths:
-        raise UserError(f"--audio {settings.audio}: no audio in it ({', '.join(SUFFIXES)})")
+    try:
+        paths = audio_below(settings.audio)
+    except UserError as error:
+        raise UserError(f"--audio {error}") from None
     places = np.unique(np.linspace(0, len(paths) - 1, settings.clips).astype(int))
     return [paths[i] for i in places]
 

@@ -28,8 +28,8 @@ SUFFIXES = frozenset(f".{name.lower()}" for name in soundfile.available_formats(
     ".3g2", ".3gp", ".aac", ".ac3", ".adts", ".adx", ".amr", ".ape", ".asf", ".avi", ".awb", ".dsf",
     ".dts", ".dtshd", ".eac3", ".ec3", ".f4a", ".f4v", ".flv", ".gsm", ".latm", ".loas", ".m2ts",
     ".m4a", ".m4b", ".m4r", ".m4v", ".mka", ".mkv", ".mlp", ".mov", ".mp1", ".mp4", ".mpa", ".mpc",
-    ".mpeg", ".mpg", ".mts", ".nut", ".ogv", ".oma", ".qt", ".ra", ".rm", ".rmvb", ".shn", ".tak",
-    ".thd", ".truehd", ".ts", ".tta", ".vob", ".weba", ".webm", ".wma", ".wmv", ".wv",
+    ".mpeg", ".mpg", ".mts", ".nut", ".ogv", ".oma", ".qt", ".ra", ".rm", ".rmvb", ".shn", ".sox",
+    ".tak", ".thd", ".truehd", ".ts", ".tta", ".vob", ".weba", ".webm", ".wma", ".wmv", ".wv",
 }  # fmt: skip
 LOWEST_RATE, HIGHEST_RATE = 1000, 1_000_000  # in Hz; what is beyond comes of damaged headers
 BLOCK = 2**17  # frames read at once
@@ -47,13 +47,14 @@ _OUTAGES = frozenset(
 # What FFmpeg may take a file for: no playlists and no pictures, which lead to other files.
 _FFMPEG_FORMATS = (
     "aac,ac3,adx,aiff,amr,amrnb,amrwb,ape,asf,au,avi,caf,dsf,dts,dtshd,eac3,flac,flv,gsm,iff,loas,"
-    "matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,nut,ogg,oma,rm,shn,tak,truehd,tta,voc,w64,wav,wv"
+    "matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,nut,ogg,oma,rm,shn,sox,tak,truehd,tta,voc,w64,wav,wv"
 )
 # Their headers note the time at which the sound ends. There may be gaps within.
 _TIMED = ("asf", "avi", "flv", "matroska", "mov")
 _ENDED = ("asf", "flv", "matroska")  # and not how much comes before it
 # Their headers note how many samples there are.
 _COUNTED = ("ape", "flac", "mpc", "mpc8", "ogg", "tta")
+_FLAC_ROUNDING = 2e-4  # seconds
 _MPEG = ("mp1", "mp2", "mp3")
 _SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
 _LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
@@ -198,7 +199,10 @@ def _open(
     if not compressed and not (samples and samples.too_large):
         # A name helps libsndfile to tell a few old formats.
         sound = _open_sndfile(path if named else stack.enter_context(open_file()), stack)
-    sound = sound or _open_ffmpeg(open_file, stack)
+    if sound is None:
+        sound = _open_ffmpeg(open_file, stack)
+    elif sound.format.startswith("VOC"):  # of its blocks libsndfile knows the first
+        sound = replace(_open_ffmpeg(open_file, stack), loss=sound.loss)
     return replace(sound, loss=_loss(samples, sound)) if samples else sound
 
 
@@ -599,7 +603,9 @@ def _stream(container: Any) -> Any:
         raise RejectedError("unreadable", "no sound in it")
     stream = container.streams.audio[0]
     if stream.codec_context is None:
-        raise RejectedError("unreadable", "its sound is of a kind that FFmpeg does not know")
+        raise RejectedError(
+            "unreadable", "its sound is of a kind that neither libsndfile nor FFmpeg knows"
+        )
     if _names(container, stream)[1] == "flac" and not stream.codec_context.is_open:
         stream.codec_context.options = {"err_detect": "crccheck+explode"}
     return stream
@@ -648,11 +654,12 @@ def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
 
 def _flac_frames(container: Any, stream: Any) -> Iterator[Any]:
     """Frames of FLAC, which FFmpeg leaves out where they are damaged; each knows its place."""
-    due = None
+    due = None  # seconds at which the next frame begins; earlier ones are those of another file
     for frame in container.decode(stream):
-        if due is not None and frame.pts is not None and frame.pts > due:
-            raise RejectedError("unreadable", f"damaged at {due / frame.sample_rate:.2f} s")
-        due = None if frame.pts is None else frame.pts + frame.samples
+        if due is not None and frame.time is not None and frame.time > due + _FLAC_ROUNDING:
+            raise RejectedError("unreadable", f"damaged at {due:.2f} s")
+        begin = due or 0.0 if frame.time is None else frame.time
+        due = begin + frame.samples / frame.sample_rate
         yield frame
 
 

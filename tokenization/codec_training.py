@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from magnet_jax.convert_codec import (
     renamed_from_audiocraft,
 )
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation.scores import describe
 from magnet_jax.files import (
     held,
     is_left_over,
@@ -46,6 +46,7 @@ from magnet_jax.files import (
     replacing,
     replacing_file,
 )
+from magnet_jax.formats import RejectedError, open_sound
 from magnet_jax.records import remove_temporaries
 from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
@@ -121,21 +122,20 @@ class Clips:
     def __init__(self, option: str, folder: Path, rate: int, least_seconds: float):
         if not folder.is_dir():
             raise UserError(f"{option} {folder}: no such folder")
-        paths = sorted(p for p in folder.rglob("*") if p.suffix in (".flac", ".wav"))
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".flac", ".wav"))
         self.paths, self.frames = [], []
         for path in paths:
             try:
-                info = soundfile.info(path)
-            except soundfile.LibsndfileError as error:
-                raise UserError(f"{option}: {path} cannot be read ({error})") from None
-            if (info.samplerate, info.channels) != (rate, 1):
+                its_rate, channels, seconds = describe(path)
+            except UserError as error:
+                raise UserError(f"{option}: {error}") from None
+            if (its_rate, channels) != (rate, 1):
                 raise UserError(
-                    f"{option}: {path} has {info.channels} channels at {info.samplerate} Hz, not "
-                    f"1 at {rate} Hz"
+                    f"{option}: {path} has {channels} channels at {its_rate} Hz, not 1 at {rate} Hz"
                 )
-            if info.frames >= least_seconds * rate:
+            if seconds >= least_seconds:
                 self.paths.append(path)
-                self.frames.append(info.frames)
+                self.frames.append(round(seconds * rate))
         if not self.paths:
             raise UserError(f"{option} {folder}: no .flac or .wav of {least_seconds:g} s or more")
         names = "\n".join(f"{p.relative_to(folder)} {n}" for p, n in zip(self.paths, self.frames))
@@ -153,8 +153,9 @@ class Clips:
 
     def read(self, i: int, start: int, length: int) -> np.ndarray:
         try:
-            return soundfile.read(self.paths[i], length, start, dtype="float32")[0]
-        except soundfile.LibsndfileError as error:
+            with open_sound(str(self.paths[i])) as sound:
+                return np.concatenate(list(sound.read(start, length)))[:, 0]
+        except (RejectedError, ValueError, OSError) as error:
             raise UserError(f"{self.paths[i]}: cannot be read any more ({error})") from None
 
 

@@ -1,9 +1,11 @@
 """The command line of the evaluation; see the package."""
 
+import collections
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
 import platformdirs
-import soundfile
 import tyro
 
 from launch import evaluate, sample
@@ -309,8 +310,8 @@ def labelled_clips(
     files = scores.find_audio(folder)
     labels = {}
     for name, path in files.items():
-        beside = path.with_suffix(".json")
-        value = beside.is_file() and read_object(beside, "").get(field)
+        beside = prompts.beside(path, ".json")
+        value = beside is not None and read_object(beside, "").get(field)
         if isinstance(value, str) and value.strip():
             labels[name] = value.strip()
     if len(set(labels.values())) < 2:
@@ -466,31 +467,33 @@ def _match(
     """
     files = scores.find_audio(folder)
     if listed is not None:
-        there = [prompt for prompt in listed if prompt.id in files]
+        made, real = _by_name(files), _by_name(reference)
+        there = [prompt for prompt in listed if prompt.id in made]
         if not there:
             raise UserError(
                 f"{folder}: none of its clips is called as --prompts has them, such as "
                 f"{listed[0].id}"
             )
         if len(there) < len(listed):
-            missing = next(prompt.id for prompt in listed if prompt.id not in files)
+            missing = next(prompt.id for prompt in listed if prompt.id not in made)
             print(
                 f"note: {folder} has {len(there)} of the {len(listed)} clips that --prompts lists, "
                 f"and not {missing}: only these are scored"
             )
         pairs = {}
         for prompt in there:
-            name = next((name for name in (prompt.id, *prompt.names) if name in reference), None)
+            name = next((name for name in (prompt.id, *prompt.names) if name in real), None)
             if name is not None:
-                pairs[prompt.id] = name
+                pairs[prompt.id] = real[name]
         captions = {prompt.id: prompt.text for prompt in there}
-        row = _Row({prompt.id: files[prompt.id] for prompt in there}, captions, pairs)
+        row = _Row({prompt.id: files[made[prompt.id]] for prompt in there}, captions, pairs)
         _say_pairs(row, reference)
         return row
-    pairs = {name: name for name in files if name in reference}
+    real = _by_name(reference)
+    pairs = {name: real[name] for name in files if name in real}
     captions = {}
     for name, path in files.items():
-        text = prompts.sidecar(path) or (name in pairs and prompts.sidecar(reference[name]))
+        text = prompts.sidecar(path) or (name in pairs and prompts.sidecar(reference[pairs[name]]))
         if text:
             captions[name] = text
     if not captions and not reference:
@@ -500,6 +503,13 @@ def _match(
     row = _Row(files, captions, pairs)
     _say_pairs(row, reference)
     return row
+
+
+def _by_name(files: Mapping[str, Path]) -> dict[str, str]:
+    """Ids of clips by themselves, and by their last part where that is of one clip alone."""
+    names = collections.Counter(path.stem for path in files.values())
+    alone = {path.stem: name for name, path in files.items() if names[path.stem] == 1}
+    return alone | {name: name for name in files}
 
 
 def _say_pairs(row: _Row, reference: Mapping[str, Path]) -> None:
@@ -579,14 +589,13 @@ def _shuffled(names: list[str], seed: int) -> dict[str, str]:
 
 
 def _described(files: Mapping[str, Path]) -> dict[str, Any]:
-    headers = [soundfile.info(path) for path in files.values()]
-    lengths = [header.duration for header in headers]
+    rates, channels, lengths = zip(*map(scores.describe, files.values()), strict=True)
     return {
-        "path": str(next(iter(files.values())).parent),
+        "path": os.path.commonpath([path.parent for path in files.values()]),
         "sha256": scores.digest(files),
         "clips": len(files),
-        "sample_rates": sorted({header.samplerate for header in headers}),
-        "channels": sorted({header.channels for header in headers}),
+        "sample_rates": sorted(set(rates)),
+        "channels": sorted(set(channels)),
         "seconds": [min(lengths), max(lengths)],
     }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from magnet_jax.errors import UserError
-from tokenization.audio import SUFFIXES, RejectedError
+from magnet_jax.formats import SUFFIXES, RejectedError
 from tokenization.listing import (
     CAPTION_NAMES,
     SIDECARS,
@@ -96,13 +96,15 @@ def sidecar(audio: Path) -> str | None:
 
 
 def _folder(folder: Path) -> Iterator[Prompt]:
-    names = {path.name for path in folder.iterdir() if not is_hidden(path.name)}
-    stems = sorted({Path(name).stem for name in names if name.endswith(SIDECARS)})
-    texts = {stem: sidecar(folder / f"{stem}.wav") for stem in stems}
-    yield from (Prompt(stem, text, (stem,)) for stem, text in texts.items() if text)
+    below = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    sidecars = (path for path in below if path.endswith(SIDECARS) and not is_hidden(path))
+    stems = {Path(path).with_suffix("") for path in sidecars}
+    texts = {stem: sidecar(folder / f"{stem}.wav") for stem in sorted(stems)}
+    named = {stem.name for stem, text in texts.items() if text}
+    yield from (Prompt(stem.name, text, (stem.name,)) for stem, text in texts.items() if text)
     for name in METADATA:
-        if name in names and "file_name" in read_rows(folder / name)[0]:
-            yield from (prompt for prompt in _rows(folder / name) if not texts.get(prompt.id))
+        if name in below and "file_name" in read_rows(folder / name)[0]:
+            yield from (prompt for prompt in _rows(folder / name) if prompt.id not in named)
 
 
 def _rows(path: Path) -> Iterator[Prompt]:

@@ -8,13 +8,15 @@ likewise: FAD between its halves, KL between each clip and another, its clips an
 import dataclasses
 import hashlib
 import json
+import os
 import zipfile
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 from tqdm import tqdm
 
@@ -24,9 +26,10 @@ from magnet_jax.evaluation import metrics
 from magnet_jax.evaluation.embedders import Embedded, Embedder
 from magnet_jax.evaluation.probe import Probe, hear, named_label
 from magnet_jax.files import replacing_file
+from magnet_jax.formats import SUFFIXES, RejectedError, open_sound, read_whole
 
-SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif")
 TOP_TAGS = 5  # that are asked whether they hold what a caption names
+_BESIDE = (".json", ".txt")  # of clips
 _FORMAT = 1  # of cached embeddings; files of others are not read
 
 
@@ -58,37 +61,72 @@ class Settings:
 
 
 def find_audio(folder: Path) -> dict[str, Path]:
-    """The audio files right in a folder by their ids: names without suffix, in order.
+    """The audio files below a folder by their ids: paths in it without suffix, in order.
 
     Raises `UserError` if there is none, or two have one id.
     """
+    files: dict[str, Path] = {}
+    for path in audio_below(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in files:
+            raise UserError(f"{path}: {files[name].name} has the same id")
+        files[name] = path
+    return files
+
+
+def audio_below(folder: Path) -> list[Path]:
+    """The audio files in a folder and its subfolders, in order; says what else lies there.
+
+    As in tokenization, names that begin with a dot are passed over, and linked folders are not
+    entered. Raises `UserError` if there is no audio.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    files: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            if path.stem in files:
-                raise UserError(f"{path}: {files[path.stem].name} has the same id")
-            files[path.stem] = path
-    if not files:
-        raise UserError(f"{folder}: no audio in it ({', '.join(SUFFIXES)})")
-    return files
+    found, others = [], Counter()
+    for above, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(above, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in SUFFIXES:
+                found.append(path)
+            elif path.suffix.lower() not in _BESIDE:
+                others[path.suffix.lower() or "without a suffix"] += 1
+    if not found:
+        raise UserError(f"{folder}: no audio in it (.wav, .flac, .mp3 and others: docs/data.md)")
+    if others:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+        print(f"note: {folder}: left out what is no audio: {kinds}")
+    return sorted(found)
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """A file that cannot be read is a `UserError`."""
+    try:
+        yield
+    except RejectedError as error:
+        raise UserError(f"{path}: cannot be read ({error.reason}: {error.detail})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def describe(path: Path) -> tuple[int, int, float]:
+    """Sample rate, channels and seconds of a file; raises `UserError` as `read_mono` does."""
+    with _refusing(path), open_sound(str(path)) as sound:
+        frames = sound.frames
+        if frames is None:
+            frames = sum(len(block) for block in sound.read(0, None))
+        return sound.sample_rate, sound.channels, frames / sound.sample_rate
 
 
 def read_mono(path: Path, sample_rate: int, listening: Listening) -> np.ndarray:
     """A file as embedders get it: cut, levelled, mixed and resampled, in this order; float32 [N].
 
-    Raises `UserError` for a file that libsndfile cannot read, or that holds no sound.
+    Raises `UserError` for a file that tokenization would not read, or not to its end.
     """
-    try:
-        wav_NC, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except soundfile.LibsndfileError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    wav_CN = wav_NC.T
-    if listening.seconds is not None:
-        wav_CN = wav_CN[:, : round(listening.seconds * rate)]
-    if not wav_CN.size or not np.isfinite(wav_CN).all():
-        raise UserError(f"{path}: holds {'NaN' if wav_CN.size else 'no samples'}")
+    with _refusing(path):
+        wav_CN, rate = read_whole(str(path), listening.seconds)
+    if not np.isfinite(wav_CN).all():
+        raise UserError(f"{path}: holds NaN or infinite samples")
     if listening.lufs is not None:
         wav_CN, _ = audio.normalize_loudness(wav_CN, rate, listening.lufs)
     mono_N = wav_CN.mean(0)
