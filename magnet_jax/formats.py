@@ -562,26 +562,20 @@ def _open_ffmpeg(
                 yield from _open_ffmpeg(open_file, stack, seeks=False).read(skip, wanted)
                 return
             start, reached = found[0], 0.0
+            position = start / rate  # in seconds
 
             def heard(frames: Iterable[Any]) -> Iterator[tuple[int, np.ndarray]]:
-                nonlocal reached
+                nonlocal position, reached
                 for frame in frames:
+                    seconds = frame.samples / frame.sample_rate
+                    position += seconds
                     if name in _TIMED and frame.time is not None:
-                        end = frame.time + frame.samples / frame.sample_rate
-                        reached = max(reached, end - beginning)
+                        reached = max(reached, frame.time + seconds - beginning)
                     yield frame.sample_rate, _to_float(frame)
 
-            count = start
-            for block in _in_blocks(_at_rate(rate, heard(found[1]))):
-                drop = min(max(0, skip - count), len(block))
-                count += len(block)
-                block = block[drop:] if wanted is None else block[drop : drop + wanted]
-                if len(block):
-                    yield block
-                if wanted is not None and not (wanted := wanted - len(block)):
-                    return
+            yield from _cut_out(_at_rate(rate, heard(found[1])), skip - start, wanted)
             if promised is not None and wanted is None:
-                _check_end(max(reached, count / rate), promised)
+                _check_end(max(reached, position), promised)
 
     return Sound(
         format=codec if codec == name else f"{codec} in {name}",
@@ -721,7 +715,7 @@ def _is_joined(name: str, open_file: Callable[[], BinaryIO]) -> bool:
         raw.seek(4)
         end = b""
         while data := raw.read(2**20):
-            if b"fLaC" in end + data:
+            if b"fLaC" in data or b"fLaC" in end + data[:3]:
                 return True
             end = data[-3:]
     return False
@@ -734,6 +728,8 @@ def _to_float(frame: Any) -> np.ndarray:
         samples = samples.T
     else:
         samples = samples.reshape(-1, frame.layout.nb_channels)
+    if samples.dtype == np.float32:
+        return samples
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128
     scale = -np.iinfo(samples.dtype).min if samples.dtype.kind == "i" else 1
@@ -752,15 +748,21 @@ def _at_rate(rate: int, parts: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.
         yield resampler.resample_chunk(np.zeros((0, channels), np.float32), last=True)
 
 
-def _in_blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """The same in fewer and larger pieces."""
+def _cut_out(parts: Iterable[np.ndarray], skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+    """Blocks of so many samples, None being all, behind those that are passed over."""
     held, count = [], 0
     for samples in parts:
+        drop = min(skip, len(samples))
+        skip -= drop
+        samples = samples[drop:] if wanted is None else samples[drop : drop + wanted]
         if held and (count >= BLOCK or samples.shape[1] != held[0].shape[1]):
             yield np.concatenate(held)
             held, count = [], 0
-        held.append(samples)
-        count += len(samples)
+        if len(samples):
+            held.append(samples)
+            count += len(samples)
+        if wanted is not None and not (wanted := wanted - len(samples)):
+            break
     if held:
         yield np.concatenate(held)
 
@@ -787,14 +789,7 @@ def _open_ogg(open_file: Callable[[], BinaryIO], file: BinaryIO, stack: ExitStac
                 yield from ((sound.sample_rate, block) for block in sound.read(0, None))
 
     def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
-        for block in _at_rate(first.sample_rate, parts()):
-            drop = min(skip, len(block))
-            skip -= drop
-            block = block[drop:] if wanted is None else block[drop : drop + wanted]
-            if len(block):
-                yield block
-            if wanted is not None and not (wanted := wanted - len(block)):
-                return
+        return _cut_out(_at_rate(first.sample_rate, parts()), skip, wanted)
 
     return replace(first, frames=None, loss=loss, read=read)
 
@@ -839,13 +834,12 @@ def _next_ogg_page(file: BinaryIO, at: int, size: int) -> int:
 # --- films' sound in files of plain samples -------------------------------------------------------
 
 _ENCODED_BYTES = 2**16  # to look for it in
-_SYNC_WORDS = re.compile(
-    rb"\xfe\x7f\x01\x80|\x7f\xfe\x80\x01|\xff\x1f\x00\xe8|\x1f\xff\xe8\x00|"  # DTS, 16 and 14 bit
-    rb"\x72\xf8\x1f\x4e|\xf8\x72\x4e\x1f"  # IEC 61937
-)
-_AC3_WORDS = re.compile(
-    rb"\x0b\x77...[\x28-\x57\x80-\x87]|\x77\x0b..[\x28-\x57\x80-\x87]", re.DOTALL
-)
+# DTS of 16 and 14 bit, and IEC 61937, in both orders of bytes
+_SYNC_WORDS = [
+    bytes.fromhex(word)
+    for word in ("fe7f0180", "7ffe8001", "ff1f00e8", "1fffe800", "72f81f4e", "f8724e1f")
+]
+_AC3_FRAMES = _ENCODED_BYTES // 3840 // 2  # there at the highest bit rate, with some to spare
 
 
 def _as_sound(
@@ -874,7 +868,7 @@ def _is_encoded(block: np.ndarray) -> bool:
     samples = samples[begin[0] :][: _ENCODED_BYTES // 2] if len(begin) else samples[:0]
     words = np.clip(np.round(samples * 2**15), -(2**15), 2**15 - 1).astype("<i2")
     data = words.tobytes()
-    if not _SYNC_WORDS.search(data) and len(_AC3_WORDS.findall(data)) < 3:
+    if not _has_ac3_words(words) and not any(word in data for word in _SYNC_WORDS):
         return False
     # The words may stand there by chance. FFmpeg looks for frames.
     for order in (data, words.byteswap().tobytes()):
@@ -884,4 +878,14 @@ def _is_encoded(block: np.ndarray) -> bool:
                 return True
         except av.FFmpegError:
             pass
+    return False
+
+
+def _has_ac3_words(words: np.ndarray) -> bool:
+    """Whether AC-3's sync word comes often, two words before a version that there is."""
+    for word, shift in ((0x770B, 8), (0x0B77, 0)):
+        at = np.flatnonzero(words[:-2] == word) + 2
+        version = (words[at] >> shift & 0xFF) >> 3
+        if np.count_nonzero((version >= 5) & (version <= 16)) >= _AC3_FRAMES:
+            return True
     return False
