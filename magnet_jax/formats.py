@@ -10,6 +10,7 @@ import io
 import itertools
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -51,9 +52,10 @@ _FFMPEG_FORMATS = (
 )
 # Their headers note the time at which the sound ends. There may be gaps within.
 _TIMED = ("asf", "avi", "flv", "matroska", "mov")
-_ENDED = ("asf", "flv", "matroska")  # and not how much comes before it
+_ENDED = ("asf", "matroska")  # and not how much comes before it
 # Their headers note how many samples there are.
 _COUNTED = ("ape", "flac", "mpc", "mpc8", "ogg", "tta")
+_ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _FLAC_ROUNDING = 2e-4  # seconds
 _MPEG = ("mp1", "mp2", "mp3")
 _SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
@@ -648,12 +650,14 @@ def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
 
 def _flac_frames(container: Any, stream: Any) -> Iterator[Any]:
     """Frames of FLAC, which FFmpeg leaves out where they are damaged; each knows its place."""
-    due = None  # seconds at which the next frame begins; earlier ones are those of another file
-    for frame in container.decode(stream):
-        if due is not None and frame.time is not None and frame.time > due + _FLAC_ROUNDING:
+    due = 0.0  # the latest time of the next frame; those of a file behind this one begin anew
+    rate = stream.codec_context.sample_rate
+    for number, frame in enumerate(container.decode(stream)):
+        if number and frame.time is not None and frame.time > due + _FLAC_ROUNDING:
             raise RejectedError("unreadable", f"damaged at {due:.2f} s")
-        begin = due or 0.0 if frame.time is None else frame.time
-        due = begin + frame.samples / frame.sample_rate
+        begin = due if frame.time is None else frame.time
+        # Behind a change of rate FFmpeg may count samples of the first rate.
+        due = begin + frame.samples / min(rate, frame.sample_rate)
         yield frame
 
 
@@ -671,13 +675,26 @@ def _promised_seconds(
         return None
     seconds = None
     cover = av.stream.Disposition.attached_pic
-    if stream.duration is not None:
+    if name == "asf":
+        seconds = _asf_seconds(open_file)
+    elif stream.duration is not None:
         seconds = float(stream.duration * stream.time_base)
     elif container.duration and all(v.disposition & cover for v in container.streams.video):
         seconds = container.duration / av.time_base  # with a picture it may be the picture's
     if seconds and name in _ENDED:
         return seconds - max(0.0, beginning)
     return seconds
+
+
+def _asf_seconds(open_file: Callable[[], BinaryIO]) -> float | None:
+    """When the sound of an ASF file ends; FFmpeg guesses where the file has another size."""
+    with open_file() as raw:
+        head = raw.read(2**16)
+    at = head.find(_ASF_PROPERTIES)
+    if at < 0 or len(head) < at + 92:
+        return None
+    ticks, _, preroll, flags = struct.unpack_from("<QQQI", head, at + 64)
+    return None if flags & 1 else ticks / 1e7 - preroll / 1e3  # 1: streamed
 
 
 def _xing(open_file: Callable[[], BinaryIO], rate: int) -> tuple[int | None, bool]:
