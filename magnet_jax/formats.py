@@ -57,6 +57,7 @@ _ENDED = ("asf", "matroska")  # and not how much comes before it
 _COUNTED = ("ape", "flac", "mpc", "mpc8", "ogg", "tta")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 _FLAC_ROUNDING = 2e-4  # seconds
+_NAMES = {"flac": "FLAC", "mp3": "MP3"}
 _MPEG = ("mp1", "mp2", "mp3")
 _SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
 _LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
@@ -580,7 +581,7 @@ def _open_ffmpeg(
                 _check_end(max(reached, position), promised)
 
     return Sound(
-        format=codec if codec == name else f"{codec} in {name}",
+        format=_NAMES.get(codec, codec) if codec == name else f"{codec} in {name}",
         sample_rate=rate,
         channels=first.layout.nb_channels,
         full_scale=0.99 if first.format.name.startswith("u8") else 0.9999,
