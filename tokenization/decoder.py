@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 
 from magnet_jax.errors import PassingError, UserError
-from magnet_jax.formats import is_outage
 from tokenization import audio
 from tokenization.audio import Facts, HeldBytes, Intake, RejectedError, RowBytes, Track
 
@@ -320,7 +319,7 @@ def serve(connection: Connection, decode: Callable = audio.decode) -> None:
         except MemoryError:
             answer = ("rejected", ("unreadable", "asks for more memory than there is"))
         except Exception as error:
-            if isinstance(error, OSError) and is_outage(error):
+            if isinstance(error, OSError) and audio.is_outage(error):
                 connection.send(("out", f"{track.place.path}: {error.strerror}"))
                 continue
             # (its last line alone, and without the path, which differs between machines)

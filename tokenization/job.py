@@ -49,7 +49,6 @@ from magnet_jax.errors import (
     stop_when_terminated,
 )
 from magnet_jax.files import how_to_make_room
-from magnet_jax.formats import is_outage
 from magnet_jax.torch_env import import_torch
 from tokenization import encode as encoding
 from tokenization import manifest as manifests
@@ -61,6 +60,7 @@ from tokenization.audio import (
     Reject,
     RejectedError,
     Track,
+    is_outage,
 )
 from tokenization.decoder import Decoder, Unpacker, open_audio
 from tokenization.listing import Source

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from magnet_jax.errors import UserError
-from magnet_jax.formats import is_outage
-from tokenization.audio import RejectedError, Track
+from tokenization.audio import RejectedError, Track, is_outage
 
 # Where captions and paths are looked for unless the user names the place.
 CAPTION_NAMES = ("description", "caption", "text")

@@ -23,14 +23,15 @@ from typing import Any
 from tqdm import tqdm
 
 from magnet_jax.errors import PassingError, UserError
-from magnet_jax.formats import SUFFIXES, is_outage
 from tokenization import tables
 from tokenization.audio import (
+    SUFFIXES,
     FileBytes,
     Reject,
     RejectedError,
     RowBytes,
     Track,
+    is_outage,
     open_bytes,
     part_of,
 )

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from magnet_jax.errors import UserError
-from magnet_jax.formats import SUFFIXES
-from tokenization.audio import FileBytes, RejectedError, RowBytes, Track
+from tokenization.audio import SUFFIXES, FileBytes, RejectedError, RowBytes, Track
 from tokenization.listing import (
     CAPTION_NAMES,
     PATH_NAMES,

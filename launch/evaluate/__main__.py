@@ -310,7 +310,8 @@ def labelled_clips(
     files = scores.find_audio(folder)
     labels = {}
     for name, path in files.items():
-        beside = prompts.beside(path, ".json")
+        beside = (path.with_suffix(suffix) for suffix in (".json", ".JSON"))
+        beside = next((file for file in beside if file.is_file()), None)
         value = beside is not None and read_object(beside, "").get(field)
         if isinstance(value, str) and value.strip():
             labels[name] = value.strip()
