@@ -93,7 +93,7 @@ def main(args: Args) -> None:
     folder = pretrained.locate(args.source)
     if not pretrained.is_audiocraft(folder):
         raise UserError(
-            f"{args.source}: not an AudioCraft checkpoint but a model of this project, which "
+            f"{args.source}: not an AudioCraft checkpoint but a model that "
             "needs no import: launch.sample and launch.export take it as it is"
         )
     with files.noting_rounded() as notes:

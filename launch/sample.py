@@ -18,6 +18,7 @@ from typing import Annotated, Literal
 import tyro
 
 from magnet_jax import bucket, cli, errors, memory
+from magnet_jax.arguments import Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
@@ -25,6 +26,7 @@ from magnet_jax.config import (
     HybridConfig,
     KernelConfig,
     Preset,
+    PromptSeconds,
     RescoreConfig,
     RunConfig,
     SamplingMeshConfig,
@@ -45,17 +47,17 @@ class Args:
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
     ] = ()
     """Text of a clip; give it again for more clips."""
-    unconditional: int = 0
+    unconditional: Annotated[int, Between(0, 100_000)] = 0
     """Clips to generate without text, after those of the prompts."""
-    seed: int = 0
+    seed: Seed = 0
     """Clip i depends on the seed, on i and on its text: not on the other clips."""
-    seconds: float | None = None
+    seconds: Seconds | None = None
     """Length of a clip; by default what the model was trained on. Longer clips of a MusicGen are
     generated in windows of that length, which overlap."""
     extend_stride: float | None = None
     """Of a MusicGen's clip longer than that: seconds by which the windows lie apart; None is 0.6
     of a window."""
-    step: int | None = None
+    step: Index | None = None
     """Checkpoint to use; by default the newest."""
     weights: Literal["ema", "raw"] | None = None
     """Of a run: averaged weights (the default), or those of the last step."""
@@ -67,7 +69,7 @@ class Args:
     """Schedule and sampling; the defaults are the model's: --checkpoint MODEL --help shows them."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     """The same for a MusicGen, and for the beginning of a hybrid's clip."""
-    hybrid_prompt_seconds: float | None = None
+    hybrid_prompt_seconds: PromptSeconds | None = None
     """Of a hybrid: seconds of a clip that are generated one step after another, before the rest is
     in parallel (docs/hybrid.md); 0 is none, the clip's length or more is all of it, None the
     model's own."""
@@ -79,9 +81,9 @@ class Args:
     paper's Figure 4; its equation 5 calls the other share w.)"""
     rescorer_guidance: float = RescoreConfig.guidance
     """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
-    batch_size: int = 8
+    batch_size: Count = 8
     """Clips generated at once; it changes no clip but for rounding."""
-    lufs: float | None = -14.0
+    lufs: Annotated[float, Between(-70, 0)] | None = -14.0
     """Loudness of the files in LUFS; None keeps the model's own."""
     codec: str | None = None
     """Where the codec is, if it is no longer where the data set was made with it."""
@@ -149,6 +151,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         as it is, so that a long list goes on where it was stopped.
       notes: folder for the JSON files; None is beside the WAVs.
     """
+    check_fields(args, "--")
     for prompt in args.prompt:
         if prompt.encode(errors="replace").decode() != prompt:
             raise UserError(f"--prompt {prompt!r}: not valid UTF-8")
@@ -159,24 +162,10 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     texts = [*args.prompt, *[""] * args.unconditional]
     if not texts:
         raise UserError("nothing to do: give --prompt TEXT, or --unconditional N")
-    if args.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
-    if args.seconds is not None and not 0 < args.seconds <= 600:
-        raise UserError("--seconds must be positive, and at most 600")
     if bucket.is_url(args.out):
         raise UserError(f"--out {args.out}: sampling needs a folder on disk; copy it from there")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the WAVs need a folder")
-    if args.lufs is not None and not -70 <= args.lufs <= 0:
-        raise UserError("--lufs must lie between -70 and 0, or be None")
-    if not 0 <= args.seed < 2**31:
-        raise UserError("--seed must lie between 0 and 2147483647")
-    if args.unconditional < 0:
-        raise UserError("--unconditional must not be negative")
-    if args.hybrid_prompt_seconds is not None and not args.hybrid_prompt_seconds >= 0:
-        raise UserError(
-            f"--hybrid-prompt-seconds must be at least 0, not {args.hybrid_prompt_seconds:g}"
-        )
     rescoring = RescoreConfig(weight=args.rescorer_weight, guidance=args.rescorer_guidance)
     if args.rescorer is None and rescoring != RescoreConfig():
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")

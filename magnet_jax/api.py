@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import jax
 import numpy as np
@@ -23,23 +23,42 @@ import soxr
 from tqdm import tqdm
 
 from magnet_jax import pretrained, programs, rescore, sampling
-from magnet_jax.codec import Codec, Decoder
+from magnet_jax.arguments import (
+    Between,
+    Count,
+    Index,
+    Seconds,
+    Seed,
+    as_array,
+    as_name,
+    as_texts,
+    checked,
+)
+from magnet_jax.codec import Codec, Decoder, check_codes
 from magnet_jax.config import (
     KIND_NAMES,
     AutoregressiveConfig,
     ComputeDtype,
-    DecodeConfig,
+    Guidance,
     HybridConfig,
     KernelConfig,
     Preset,
+    PromptSeconds,
     RescoreConfig,
     SamplingMeshConfig,
+    Steps,
+    TopK,
     preset_steps,
 )
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
 
-Descriptions = str | Sequence[str | None]
+Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
+Array = Annotated[np.ndarray, as_array]
+Name = Annotated[str | Path, as_name]
+# As in AudioCraft, 0 switches the nucleus and the sampling off.
+NucleusMass = Annotated[float, Between(0, 1)]
+Temperature = Annotated[float, Between(0, 1e6)]
 
 
 class _Report:
@@ -86,14 +105,15 @@ class Generator:
         self._report = _Report()
 
     @classmethod
+    @checked
     def get_pretrained(
         cls,
-        name: str | Path,
+        name: Name,
         *,
         weights: Literal["ema", "raw"] | None = None,
-        step: int | None = None,
-        text_encoder: str | None = None,
-        codec: str | None = None,
+        step: Index | None = None,
+        text_encoder: Name | None = None,
+        codec: Name | None = None,
         compute_dtype: ComputeDtype = "auto",
         codec_backend: pretrained.CodecBackend = "jax",
         kernels: KernelConfig = KernelConfig(),
@@ -116,7 +136,11 @@ class Generator:
         """
         programs.keep_on_disk()
         loaded = pretrained.load(
-            name, weights=weights, step=step, text_encoder=text_encoder, codec=codec
+            name,
+            weights=weights,
+            step=step,
+            text_encoder=text_encoder and str(text_encoder),
+            codec=codec and str(codec),
         )
         config = dataclasses.replace(loaded.config, compute_dtype=compute_dtype)
         decoder = pretrained.load_decoder(loaded, str(name), codec_backend)
@@ -143,20 +167,22 @@ class Generator:
         """Seconds of the clips that the model was trained on."""
         return self.loaded.config.data.segment_seconds
 
+    @checked
     def set_custom_progress_callback(
         self, progress_callback: Callable[[int, int], None] | None = None
     ) -> None:
         """Calls `progress_callback(steps done, steps in all)` where `progress` is asked for."""
         self._callback = progress_callback
 
+    @checked
     def generate(
         self,
         descriptions: Descriptions,
         progress: bool = False,
         return_tokens: bool = False,
         *,
-        seed: int = 0,
-        text_pad_len: int | Literal["batch"] | None = None,
+        seed: Seed = 0,
+        text_pad_len: sampling.TextPadLen = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Generates a clip for each description.
 
@@ -170,33 +196,32 @@ class Generator:
         Returns:
           audio, float32 [B, C, samples].
         """
-        return self._generate(
-            _texts(descriptions), None, progress, return_tokens, seed, text_pad_len
-        )
+        texts = [""] if descriptions is None else descriptions
+        return self._generate(texts, None, progress, return_tokens, seed, text_pad_len)
 
+    @checked
     def generate_unconditional(
         self,
-        num_samples: int,
+        num_samples: Count,
         progress: bool = False,
         return_tokens: bool = False,
         *,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Generates clips without text; see `generate`."""
-        if num_samples < 1:
-            raise UserError(f"num_samples must be at least 1, not {num_samples}")
         return self._generate([""] * num_samples, None, progress, return_tokens, seed, None)
 
+    @checked
     def generate_continuation(
         self,
-        prompt: np.ndarray,
-        prompt_sample_rate: int,
-        descriptions: Descriptions | None = None,
+        prompt: Array,
+        prompt_sample_rate: Annotated[int, Between(1, 10_000_000)],
+        descriptions: Descriptions = None,
         progress: bool = False,
         return_tokens: bool = False,
         *,
-        seed: int = 0,
-        text_pad_len: int | Literal["batch"] | None = None,
+        seed: Seed = 0,
+        text_pad_len: sampling.TextPadLen = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Goes on from audio; what is returned begins with it and is `duration` long.
 
@@ -209,12 +234,20 @@ class Generator:
         Raises:
           UserError: a prompt of another shape, or as long as the clip.
         """
-        wav_BCN = np.asarray(prompt)
+        wav_BCN = self._prompt(prompt, prompt_sample_rate)
+        texts = [""] * len(wav_BCN) if descriptions is None else descriptions
+        if len(texts) != len(wav_BCN):
+            raise UserError(f"{len(wav_BCN)} prompts need as many descriptions, not {len(texts)}")
+        codes = [self._encode(wav_CN, prompt_sample_rate) for wav_CN in wav_BCN]
+        return self._generate(texts, np.stack(codes), progress, return_tokens, seed, text_pad_len)
+
+    def _prompt(self, wav_BCN: np.ndarray, sample_rate: int) -> np.ndarray:
+        """A prompt as float32 [B, C, samples], of any rate and channel count."""
+        given = f"{wav_BCN.dtype} {list(wav_BCN.shape)}"
         wav_BCN = wav_BCN[None] if wav_BCN.ndim == 2 else wav_BCN
         if wav_BCN.ndim != 3 or not np.issubdtype(wav_BCN.dtype, np.floating) or not wav_BCN.size:
             raise UserError(
-                f"prompt must be floating-point audio [B, C, samples] or [C, samples], not "
-                f"{wav_BCN.dtype} {list(np.shape(prompt))}"
+                f"prompt must be floating-point audio [B, C, samples] or [C, samples], not {given}"
             )
         if wav_BCN.shape[1] > wav_BCN.shape[2]:
             raise UserError(
@@ -222,15 +255,21 @@ class Generator:
                 "come before samples here, unlike in soundfile; transpose it"
             )
         with np.errstate(over="ignore"):  # becomes infinite, and is refused
-            if not np.isfinite(wav_BCN.astype(np.float32)).all():
-                raise UserError("prompt holds NaN or infinite samples")
-        if prompt_sample_rate <= 0:
-            raise UserError(f"prompt_sample_rate must be positive, not {prompt_sample_rate}")
-        texts = [""] * len(wav_BCN) if descriptions is None else _texts(descriptions)
-        if len(texts) != len(wav_BCN):
-            raise UserError(f"{len(wav_BCN)} prompts need as many descriptions, not {len(texts)}")
-        codes = [self._encode(wav_CN, prompt_sample_rate) for wav_CN in wav_BCN]
-        return self._generate(texts, np.stack(codes), progress, return_tokens, seed, text_pad_len)
+            wav_BCN = wav_BCN.astype(np.float32, copy=False)
+        if not np.isfinite(wav_BCN).all():
+            raise UserError("prompt holds NaN or infinite samples")
+        seconds = wav_BCN.shape[2] / sample_rate
+        if seconds > self.duration:  # before it is brought to the codec's rate, which takes memory
+            raise UserError(
+                f"a prompt of {seconds:g} s leaves nothing to generate of {self.duration:g} s: ask "
+                "for more seconds, or give a shorter prompt"
+            )
+        if round(seconds * self.sample_rate) < 1:
+            raise UserError(
+                f"prompt is shorter than a sample at {self.sample_rate} Hz: {wav_BCN.shape[2]} "
+                f"samples of prompt_sample_rate {sample_rate}"
+            )
+        return wav_BCN
 
     def _encode(self, wav_CN: np.ndarray, sample_rate: int) -> np.ndarray:
         """Codes [K, P] of audio of any rate and channel count."""
@@ -238,7 +277,7 @@ class Generator:
             wav_CN = wav_CN.mean(0, keepdims=True).repeat(self.audio_channels, axis=0)
         if sample_rate != self.sample_rate:
             wav_CN = soxr.resample(wav_CN.T, sample_rate, self.sample_rate).T
-        return self.encoder.encode(wav_CN[None].astype(np.float32))[0]
+        return self.encoder.encode(wav_CN[None])[0]
 
     @functools.cached_property
     def encoder(self) -> Codec:
@@ -249,7 +288,7 @@ class Generator:
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
         for message in self._notes(texts):
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)  # that of who called this package
         with _listening(self._report, progress, self._callback) as on_step:
             generated = self._clips(
                 texts,
@@ -274,9 +313,16 @@ class Generator:
             **keywords,
         )
 
-    def generate_audio(self, gen_tokens: np.ndarray) -> np.ndarray:
+    @checked
+    def generate_audio(self, gen_tokens: Array) -> np.ndarray:
         """Audio, float32 [B, C, samples], of tokens [B, K, T]."""
-        return sampling.decode_audio(self.decoder, np.asarray(gen_tokens))
+        if gen_tokens.dtype.kind not in "iu":
+            raise UserError(f"gen_tokens must be whole numbers, not {gen_tokens.dtype}")
+        try:
+            codes_BKT = check_codes(gen_tokens, self.decoder.spec)
+        except ValueError as error:
+            raise UserError(f"gen_tokens: {error}") from None
+        return sampling.decode_audio(self.decoder, codes_BKT.astype(np.int32))
 
 
 class MAGNeT(Generator):
@@ -287,23 +333,24 @@ class MAGNeT(Generator):
     rescorer_weight: float = RescoreConfig.weight
     _rescoring_model: Loaded | None = None
 
+    @checked
     def set_generation_params(
         self,
         use_sampling: bool | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        max_cfg_coef: float | None = None,
-        min_cfg_coef: float | None = None,
-        decoding_steps: Sequence[int] | None = None,
+        top_k: TopK | None = None,
+        top_p: NucleusMass | None = None,
+        temperature: Temperature | None = None,
+        max_cfg_coef: Guidance | None = None,
+        min_cfg_coef: Guidance | None = None,
+        decoding_steps: Steps | None = None,
         span_arrangement: Literal["nonoverlap", "stride1"] | None = None,
         *,
         span_scoring: Literal["max", "prod"] | None = None,
         anneal_temp: bool | None = None,
-        span_len: int | None = None,
+        span_len: Annotated[int, Between(1, 30_000)] | None = None,
         whole_spans: bool | None = None,
         preset: Preset | None = None,
-        duration: float | None = None,
+        duration: Seconds | None = None,
     ) -> None:
         """Sets how clips are generated; what is not given gets the model's own default.
 
@@ -330,13 +377,11 @@ class MAGNeT(Generator):
             if decoding_steps is not None:
                 raise UserError("give preset or decoding_steps, not both")
             decoding_steps = preset_steps(preset, len(default.steps))
-        if decoding_steps is not None:
-            decoding_steps = tuple(int(steps) for steps in decoding_steps)
-            if len(decoding_steps) != len(default.steps):
-                raise UserError(
-                    f"decoding_steps needs one number a codebook, {len(default.steps)}, not "
-                    f"{list(decoding_steps)}"
-                )
+        if decoding_steps is not None and len(decoding_steps) != len(default.steps):
+            raise UserError(
+                f"decoding_steps needs one number a codebook, {len(default.steps)}, not "
+                f"{list(decoding_steps)}"
+            )
         if temperature == 0:  # near to AudioCraft, whose MAGNeT then samples at 0.01
             use_sampling, temperature = False, None
         if top_p == 0:
@@ -360,11 +405,12 @@ class MAGNeT(Generator):
         )
         hybrid = isinstance(self.generation, HybridConfig)
         self.generation = dataclasses.replace(self.generation, decode=decode) if hybrid else decode
-        self.duration = _checked_duration(duration, self.max_duration)
+        self.duration = self.max_duration if duration is None else duration
 
+    @checked
     def set_rescorer(
         self,
-        rescorer: str | Path | Generator | sampling.Rescorer | None,
+        rescorer: Any,
         weight: float | None = None,
         *,
         guidance: float | None = None,
@@ -427,14 +473,15 @@ class HybridMAGNeT(MAGNeT):
 
     kind = "hybrid"
 
+    @checked
     def set_prompt_params(
         self,
-        seconds: float | None = None,
+        seconds: PromptSeconds | None = None,
         use_sampling: bool | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        cfg_coef: float | None = None,
+        top_k: TopK | None = None,
+        top_p: NucleusMass | None = None,
+        temperature: Temperature | None = None,
+        cfg_coef: Guidance | None = None,
     ) -> None:
         """Sets how clips begin; what is not given gets the model's own default.
 
@@ -445,7 +492,7 @@ class HybridMAGNeT(MAGNeT):
         default = self.loaded.config.sampling
         self.generation = dataclasses.replace(
             self.generation,
-            prompt_seconds=default.prompt_seconds if seconds is None else float(seconds),
+            prompt_seconds=default.prompt_seconds if seconds is None else seconds,
             autoregressive=_autoregressive(
                 default.autoregressive, use_sampling, top_k, top_p, temperature, cfg_coef
             ),
@@ -458,14 +505,15 @@ class MusicGen(Generator):
     kind = "musicgen"
     extend_stride: float | None = None
 
+    @checked
     def set_generation_params(
         self,
         use_sampling: bool | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        temperature: float | None = None,
-        duration: float | None = None,
-        cfg_coef: float | None = None,
+        top_k: TopK | None = None,
+        top_p: NucleusMass | None = None,
+        temperature: Temperature | None = None,
+        duration: Seconds | None = None,
+        cfg_coef: Guidance | None = None,
         *,
         extend_stride: float | None = None,
     ) -> None:
@@ -484,7 +532,7 @@ class MusicGen(Generator):
         self.generation = _autoregressive(
             self.loaded.config.sampling, use_sampling, top_k, top_p, temperature, cfg_coef
         )
-        self.duration = _checked_duration(duration, self.max_duration)
+        self.duration = self.max_duration if duration is None else duration
         if extend_stride is not None:
             sampling.window_stride(self.loaded, extend_stride, "extend_stride")  # checks it
         self.extend_stride = extend_stride
@@ -523,32 +571,10 @@ def _autoregressive(
     )
 
 
-def _replaced(settings: DecodeConfig | AutoregressiveConfig, **given):
-    """The settings with what was given, as their own types."""
-    for name, value in given.items():
-        if value is not None:
-            kind = type(getattr(settings, name))
-            settings = dataclasses.replace(settings, **{name: kind(value)})
-    return settings
-
-
-def _checked_duration(duration: float | None, default: float) -> float:
-    if duration is None:
-        return default
-    if not 0 < duration <= 600:
-        raise UserError(f"duration must be positive, and at most 600 seconds, not {duration}")
-    return float(duration)
-
-
-def _texts(descriptions: Descriptions) -> list[str]:
-    one = descriptions is None or isinstance(descriptions, str)
-    texts = [descriptions] if one else list(descriptions)
-    if not texts:
-        raise UserError("descriptions are empty: give at least one, or use generate_unconditional")
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"descriptions must be texts, not {text!r}")
-    return [text or "" for text in texts]
+def _replaced(settings: Any, **given) -> Any:
+    """The settings with what was given."""
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(settings, **given)
 
 
 @contextlib.contextmanager

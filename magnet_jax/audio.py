@@ -3,11 +3,12 @@
 import io
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import soundfile
 
+from magnet_jax.arguments import Between, as_array, as_name, checked
 from magnet_jax.errors import UserError
 from magnet_jax.files import replacing_file
 
@@ -101,17 +102,22 @@ def _require_finite(path: Path, wav_CN: np.ndarray) -> None:
 SILENCE_RMS = 2e-3
 
 
+_Rate = Annotated[int, Between(1, 2**31 - 1, words="be a positive whole number")]
+_Decibels = Annotated[float, Between(-200, 200)]
+
+
+@checked
 def audio_write(
-    stem_name: str | Path,
-    wav: np.ndarray,
-    sample_rate: int,
+    stem_name: Annotated[str | Path, as_name],
+    wav: Annotated[np.ndarray, as_array],
+    sample_rate: _Rate,
     format: Literal["wav", "mp3", "flac", "ogg"] = "wav",
-    mp3_rate: int = 320,
+    mp3_rate: _Rate = 320,
     normalize: bool = True,
     strategy: Literal["peak", "clip", "rms", "loudness", "none"] = "peak",
-    peak_clip_headroom_db: float = 1,
-    rms_headroom_db: float = 18,
-    loudness_headroom_db: float = 14,
+    peak_clip_headroom_db: _Decibels = 1,
+    rms_headroom_db: _Decibels = 18,
+    loudness_headroom_db: _Decibels = 14,
     loudness_compressor: bool = False,
     log_clipping: bool = True,
     make_parent_dir: bool = True,
@@ -144,15 +150,6 @@ def audio_write(
     """
     path = Path(f"{stem_name}.{format}" if add_suffix else stem_name)
     wav_CN = _as_channels(path, wav)
-    for name, value, known in (
-        ("format", format, ["wav", "flac", "ogg", "mp3"]),
-        ("strategy", strategy, ["peak", "clip", "rms", "loudness", "none"]),
-    ):
-        if value not in known:
-            raise UserError(f"{path}: {name} must be one of {', '.join(known)}, not {value!r}")
-    for name, value in (("sample_rate", sample_rate), ("mp3_rate", mp3_rate)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise UserError(f"{path}: {name} must be a positive whole number, not {value!r}")
     if format == "ogg" and sample_rate > 200_000:  # libvorbis would end the process
         raise UserError(f"{path}: Ogg Vorbis goes up to 200000 Hz, not {sample_rate}")
     if strategy == "loudness" and len(wav_CN) > 5:  # the standard weighs five
@@ -182,14 +179,9 @@ def audio_write(
     return path
 
 
-def _as_channels(path: Path, wav: object) -> np.ndarray:
-    # Finite float32 [C, samples], of whatever NumPy makes an array of.
-    try:
-        wav_CN = np.asarray(wav)
-    except (TypeError, ValueError, RuntimeError) as error:  # ragged lists; tensors not on the CPU
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: wav cannot be made a NumPy array ({reason})") from None
-    floating = np.issubdtype(wav_CN.dtype, np.floating) or wav_CN.dtype.name == "bfloat16"
+def _as_channels(path: Path, wav_CN: np.ndarray) -> np.ndarray:
+    # Finite float32 [C, samples].
+    floating = np.issubdtype(wav_CN.dtype, np.floating)
     if wav_CN.ndim not in (1, 2) or not wav_CN.size or not floating:
         raise UserError(
             f"{path}: wav must be floating-point [C, samples] or [samples], not {wav_CN.dtype} "

@@ -15,6 +15,7 @@ import numpy as np
 import yaml
 
 from magnet_jax.errors import UserError
+from magnet_jax.files import few
 from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
 
 AUDIOCRAFT_VERSION = "1.4.0a2"  # of the layout written here
@@ -54,20 +55,39 @@ def read_file(path: Path) -> File:
     content = load_tensors(path)
     if isinstance(content, dict) and isinstance(content.get("pretrained"), str):
         return File({}, {}, "", "float32", content["pretrained"])
-    if (
-        not isinstance(content, dict)
-        or not isinstance(content.get("best_state"), dict)
-        or not isinstance(content.get("xp.cfg"), str)
-    ):
-        raise UserError(f"{path}: not an AudioCraft checkpoint (no 'best_state' and 'xp.cfg')")
-    state = content["best_state"]
-    if isinstance(state.get("model"), dict):  # as AudioCraft's solvers take them to fine-tune from
-        state = state["model"]
+    state = _best_state(content) if isinstance(content, dict) else None
+    if state is None or not isinstance(content.get("xp.cfg"), str):
+        raise UserError(
+            f"{path}: not an AudioCraft checkpoint (no 'best_state' and 'xp.cfg'{_held(content)})"
+        )
     tensors = as_arrays(path, state)
     xp_cfg = parse_xp_cfg(content["xp.cfg"], f"{path}: its 'xp.cfg'")
     halves = all(array.dtype == np.float16 for array in tensors.values())
     dtype = "float16" if tensors and halves else "float32"
     return File(tensors, xp_cfg, content["xp.cfg"], dtype, "")
+
+
+def _best_state(content: Mapping) -> dict[str, Any] | None:
+    """The best weights of a checkpoint, which FSDP keeps under a key of its own."""
+    states = [content.get(key) for key in ("fsdp_best_state", "best_state")]
+    states = [state for state in states if isinstance(state, dict)]
+    # The other one is there, too, and empty.
+    state = next(filter(None, states), states[0] if states else None)
+    if state is not None and isinstance(state.get("model"), dict):
+        state = state["model"]  # so AudioCraft's solvers keep it
+    # FSDP wraps modules, which may show in their names.
+    return state and {
+        str(name).replace("_fsdp_wrapped_module.", ""): t for name, t in state.items()
+    }
+
+
+def _held(content: Any) -> str:
+    """What a file holds instead, in a few words."""
+    if not isinstance(content, dict):
+        return f"; it holds a {type(content).__name__}"
+    if "pytorch-lightning_version" in content:
+        return "; it is a checkpoint of PyTorch Lightning"
+    return f"; it holds {few([str(key) for key in content])}" if content else "; it is empty"
 
 
 def parse_xp_cfg(text: str, where: str) -> dict[str, Any]:

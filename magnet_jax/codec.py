@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from magnet_jax import files, hub
+from magnet_jax import files, hub, transformers_folder
 from magnet_jax.audiocraft import CODEC_FILE, read_file
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.convert_codec import (
@@ -295,7 +295,7 @@ def _find(source: str) -> _Weights:
     if path.is_dir():
         return _from_transformers(path, source)
     if "/" in source and hub.is_hub_id(source):
-        folder = hub.fetch(source, ("config.json", "model.safetensors"), "codec")
+        folder = transformers_folder.fetch(source, ("config.json",), "codec")
         return _from_transformers(folder, source)
     raise UserError(
         f"codec {source}: no such folder or file, and no hub id (owner/name); "

@@ -9,8 +9,9 @@ import json
 import math
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from magnet_jax.arguments import Between, check_fields
 from magnet_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -22,6 +23,14 @@ Products = Literal["auto", "axes", "rows", "amx"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 LoraTarget = Literal["self", "cross", "mlp"]
 Remat = Literal["none", "products", "attention", "full"]
+# What steers sampling; the Python API and the commands hold their arguments to the same limits.
+Steps = tuple[Annotated[int, Between(1, 1000)], ...]
+Temperature = Annotated[float, Between(1e-6, 1e6)]
+Guidance = Annotated[float, Between(-1000, 1000)]
+NucleusMass = Annotated[float, Between(0, 1, above=True)]
+TopK = Annotated[int, Between(0, 2**31 - 1)]
+SpanLength = Annotated[int, Between(0, 30_000)]
+PromptSeconds = Annotated[float, Between(0, 1e6, words="be at least 0, and at most 1000000")]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
@@ -364,19 +373,19 @@ class LoraConfig:
 class DecodeConfig:
     """How text becomes tokens (section 3.3; defaults of section 4, text-to-music)."""
 
-    steps: tuple[int, ...] = (20, 10, 10, 10)
+    steps: Steps = (20, 10, 10, 10)
     """Decoding steps of each codebook."""
-    temperature: float = 3.0
+    temperature: Temperature = 3.0
     """At the first step of a codebook."""
     anneal_temperature: bool = True
     """Bring the temperature down to 0 linearly over a codebook's steps."""
-    top_p: float = 0.9
+    top_p: NucleusMass = 0.9
     """Nucleus mass; 1 keeps every token."""
-    top_k: int = 0
+    top_k: TopK = 0
     """Sample among the k most probable tokens instead of the nucleus; 0 uses the nucleus."""
-    max_guidance: float = 10.0
+    max_guidance: Guidance = 10.0
     """Guidance coefficient where everything is masked (equation 6)."""
-    min_guidance: float = 1.0
+    min_guidance: Guidance = 1.0
     """Guidance coefficient where nothing is masked."""
     greedy: bool = False
     """Take the most probable token instead of sampling."""
@@ -384,44 +393,31 @@ class DecodeConfig:
     """Score a span by its most probable token (the paper) or by the product of all."""
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
     """Hide whole spans of a fixed grid, or any neighbouring frames (scored by their product)."""
-    span_length: int = 0
+    span_length: SpanLength = 0
     """Frames in a span; 0 is what the model was trained with."""
     whole_spans: bool = False
     """Cut a clip's end down to whole spans as AudioCraft does; stride1 has no grid to cut to."""
 
     def __post_init__(self):
-        _require(len(self.steps) > 0 and min(self.steps) >= 1, "decode.steps must all be >= 1")
-        _require(0 < self.temperature < math.inf, "decode.temperature must be positive")
-        for name in ("max_guidance", "min_guidance"):
-            _require(math.isfinite(getattr(self, name)), f"decode.{name} must be a number")
-        _require(0 < self.top_p <= 1, "decode.top_p must lie in (0, 1]")
-        _require(self.top_k >= 0, "decode.top_k must not be negative")
-        _require(self.span_length >= 0, "decode.span_length must not be negative")
-        for name in ("span_score", "span_arrangement"):
-            _checked(
-                typing.get_type_hints(DecodeConfig)[name], getattr(self, name), f"decode.{name}"
-            )
+        check_fields(self, "decode.")
+        _require(len(self.steps) > 0, "decode.steps needs one number a codebook, and has none")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RescoreConfig:
     """How a second model takes part in decoding (section 3.3 and Figure 4 of the paper)."""
 
-    weight: float = 0.5
+    weight: Annotated[float, Between(0, 1)] = 0.5
     """Share of the rescorer's probabilities in the scores of spans: 0 is no rescorer, 1 the
     rescorer alone. It is the w of Figure 4; in equation 5 w is the model's own share, 1 - weight.
     The paper does not say which value it used."""
-    guidance: float = 1.0
+    guidance: Guidance = 1.0
     """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
 
     def __post_init__(self):
+        check_fields(self, "rescorer ")
         _require(
-            0 <= self.weight <= 1,
-            f"rescorer weight must lie between 0 (no rescorer) and 1 (the rescorer alone), not "
-            f"{self.weight}",
-        )
-        _require(
-            0 <= self.guidance < math.inf,
+            self.guidance >= 0,
             f"rescorer guidance must be a number of at least 0, not {self.guidance:g}",
         )
 
@@ -455,21 +451,18 @@ def preset_steps(preset: str, num_codebooks: int) -> tuple[int, ...]:
 class AutoregressiveConfig:
     """How text becomes tokens one step after another; the defaults are MusicGen's."""
 
-    temperature: float = 1.0
-    top_k: int = 250
+    temperature: Temperature = 1.0
+    top_k: TopK = 250
     """Sample among the k most probable tokens; 0 uses the nucleus."""
-    top_p: float = 1.0
+    top_p: NucleusMass = 1.0
     """Nucleus mass where top_k is 0; 1 keeps every token."""
-    guidance: float = 3.0
+    guidance: Guidance = 3.0
     """Guidance coefficient; 1 is none."""
     greedy: bool = False
     """Take the most probable token instead of sampling."""
 
     def __post_init__(self):
-        _require(0 < self.temperature < math.inf, "autoregressive.temperature must be positive")
-        _require(math.isfinite(self.guidance), "autoregressive.guidance must be a number")
-        _require(0 < self.top_p <= 1, "autoregressive.top_p must lie in (0, 1]")
-        _require(self.top_k >= 0, "autoregressive.top_k must not be negative")
+        check_fields(self, "autoregressive.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -477,16 +470,13 @@ class HybridConfig:
     """How a model of kind hybrid turns text into tokens: the first seconds one step after another,
     the rest of the clip in parallel (section 5.2)."""
 
-    prompt_seconds: float = 1.0
+    prompt_seconds: PromptSeconds = 1.0
     """Seconds generated autoregressively; 0 is none of the clip, its length or more all of it."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     decode: DecodeConfig = DecodeConfig()
 
     def __post_init__(self):
-        _require(
-            self.prompt_seconds >= 0,
-            f"hybrid_prompt_seconds must be at least 0, not {self.prompt_seconds:g}",
-        )
+        check_fields(self, "hybrid_")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -506,9 +496,7 @@ class KernelConfig:
     goes by platform, and never takes it."""
 
     def __post_init__(self):
-        for name in ("full", "local", "products"):
-            hint = typing.get_type_hints(KernelConfig)[name]
-            _checked(hint, getattr(self, name), f"kernels.{name}")
+        check_fields(self, "kernels.")
         _require(self.local_block >= 0, "kernels.local_block must not be negative")
 
     @property
@@ -529,8 +517,8 @@ class SamplingMeshConfig:
     """Devices that split the frames of a clip."""
 
     def __post_init__(self):
+        check_fields(self, "mesh.")
         _require(self.data >= 1 or self.data == -1, "mesh.data must be positive, or -1")
-        _require(self.guidance in (1, 2), f"mesh.guidance must be 1 or 2, not {self.guidance}")
         _require(self.frames >= 1, "mesh.frames must be positive")
 
 
@@ -778,6 +766,8 @@ def from_json(cls: type, path: Path) -> Any:
         values = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     return from_dict(cls, values, str(path))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from magnet_jax import files, hub
+from magnet_jax import hub, transformers_folder
 from magnet_jax.audiocraft import misfits, xp_setting
 from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
 from magnet_jax.errors import UserError
@@ -180,11 +180,11 @@ def read_codec_folder(
         raise UserError(f"{where}: no config.json in {folder}{hint}") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: damaged config.json ({error!r})") from None
-    if model_type != "encodec":
+    settings, prefix = transformers_folder.part_of(settings, "audio_encoder")
+    if settings.get("model_type") != "encodec":
+        model_type = settings.get("model_type", model_type)
         raise UserError(f"{where}: a {model_type} model, not an encodec model")
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"{where}: no model.safetensors in {folder}")
-    tensors = files.read_tensors(folder / "model.safetensors")
+    tensors, _ = transformers_folder.read_tensors(folder, prefix=prefix)
     return settings, {parametrized_name(name): array for name, array in tensors.items()}
 
 
@@ -597,6 +597,13 @@ def codec_folder_from_audiocraft(
     """
     settings, num_codebooks = codec_settings_from_xp_cfg(xp_cfg, where)
     tensors = codec_from_audiocraft(state_dict, settings, num_codebooks, where)
+    write_codec_folder(folder, settings, tensors)
+
+
+def write_codec_folder(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> None:
+    """Writes what `read_codec_folder` gives into an existing folder, float32."""
     # float16 is widened, which is exact.
     tensors = {name: np.ascontiguousarray(a, np.float32) for name, a in tensors.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -13,6 +14,11 @@ from typing import Any
 
 class UserError(Exception):
     """One line that says what is wrong, where, and how to mend it."""
+
+    def __init__(self, message: str):
+        # What the user gave stands in it, and may hold line breaks, or what no terminal can show.
+        line = re.sub(r"\s*[\r\n]+\s*", " ", message)
+        super().__init__(line.encode(errors="backslashreplace").decode())
 
 
 class PassingError(UserError):

@@ -27,6 +27,7 @@ from magnet_jax import (
     t5,
     torch_lm,
     transformer,
+    transformers_folder,
 )
 from magnet_jax import codec as codecs
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, parse_xp_cfg, read_file, xp_setting
@@ -227,13 +228,13 @@ def _copy_codec(codec: CodecSpec, folder: Path, offline: bool) -> CodecSpec:
     """Copies what is neither shipped with the package nor published; the codec as found there."""
     path, copied = Path(codec.source), folder / CODEC_FOLDER
     if not path.exists() and offline and "/" in codec.source:
-        path = hub.fetch(codec.source, ("config.json", "model.safetensors"), "codec")
+        path = transformers_folder.fetch(codec.source, ("config.json",), "codec")
     if not path.exists():
         return codec
     copied.mkdir()
     if path.is_dir():
-        for name in ("config.json", "model.safetensors"):
-            shutil.copyfile(path / name, copied / name)
+        settings, tensors = convert_codec.read_codec_folder(path)
+        convert_codec.write_codec_folder(copied, settings, tensors)
     elif path.name == CODEC_FILE:
         file = read_file(path)
         convert_codec.codec_folder_from_audiocraft(file.tensors, file.xp_cfg, copied, str(path))

@@ -12,14 +12,14 @@ import secrets
 import shutil
 import socket
 import warnings
+import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (NumPy then reads bfloat16)
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from magnet_jax.errors import UserError
 
@@ -42,16 +42,81 @@ def read_object(path: Path, hint: str) -> dict[str, Any]:
     return values
 
 
-def read_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, see `finite`; `UserError` if it is missing or damaged."""
+def read_tensors(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, np.ndarray]:
+    """The wanted tensors of a safetensors file, see `finite`.
+
+    Raises `UserError` if it is missing or damaged, or holds numbers that are not finite.
+    """
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="numpy") as reader:
+            tensors = {name: reader.get_tensor(name) for name in filter(wanted, reader.keys())}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    # KeyError: a type that NumPy lacks
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged, not readable as weights ({error})") from None
+    # TypeError: NumPy lacks a type, such as float8
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        reason = unlike_weights(path) or error
+        raise UserError(f"{path}: damaged, not readable as weights ({reason})") from None
     return finite(path, tensors)
+
+
+def unlike_weights(path: Path) -> str:
+    """What a file that is not read as weights is, and how to mend it; '' where that is unknown."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(1024)
+    except OSError:
+        return ""
+    safe = path.suffix == ".safetensors"
+    if not size:
+        return "it is empty: copy or download it again"
+    if head.startswith(b"version https://git-lfs"):
+        return (
+            "it is a pointer of Git LFS, not the weights themselves: run `git lfs pull` in its "
+            "repository, or download the file"
+        )
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page, not weights: download the file itself"
+    if head[:2] == b"PK":
+        if safe:
+            return "it is a file of torch.save: its name must end in .bin, not .safetensors"
+        return "" if zipfile.is_zipfile(path) else "it is cut off: copy or download it again"
+    if head[8:9] == b"{":
+        if not safe:
+            return "it is a safetensors file: its name must end in .safetensors"
+        return "it is cut off: copy or download it again" if _is_cut_off(path, size) else ""
+    if all(byte in b"\t\n\r" or byte >= 32 for byte in head) and head.isascii():
+        return "it is a text, not weights: download the file itself"
+    return ""
+
+
+def _is_cut_off(path: Path, size: int) -> bool:
+    """Whether a safetensors file promises more than it holds."""
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > size:
+            return True
+        try:
+            header = json.loads(file.read(start - 8))
+            ends = [entry["data_offsets"][1] for entry in header.values() if "dtype" in entry]
+            return start + max(ends, default=0) > size
+        except (ValueError, AttributeError, TypeError, LookupError):
+            return False
+
+
+_WEIGHTS_SUFFIXES = (".bin", ".ckpt", ".gguf", ".msgpack", ".npz", ".onnx", ".pt", ".pth",
+                     ".safetensors", ".th")  # fmt: skip
+
+
+def weights_beside(folder: Path) -> str:
+    """A remark on the weights that lie in a folder under names that nobody asks for."""
+    with contextlib.suppress(OSError):
+        names = sorted(path.name for path in folder.iterdir())
+        if found := [n for n in names if any(f"{s}." in f"{n}." for s in _WEIGHTS_SUFFIXES)]:
+            return f"; it holds {few(found)}, which are not read under these names"
+    return ""
 
 
 class RoundedWarning(UserWarning):

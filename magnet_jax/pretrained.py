@@ -1,8 +1,9 @@
 """A model to sample from or to export, wherever it lies.
 
-`load` takes the folder of a training run, of an exported model, or of an AudioCraft checkpoint, and
-hub ids of the latter two; any folder may be in a bucket (gs://). Of AudioCraft's it takes MAGNeT
-and the text-conditioned MusicGen. 'demo' is the model that ships with the package.
+`load` takes the folder of a training run, of an exported model, of an AudioCraft checkpoint or of
+transformers' MusicGen, and hub ids of the latter three; any folder may be in a bucket (gs://). Of
+AudioCraft's it takes MAGNeT and the text-conditioned MusicGen. 'demo' is the model that ships with
+the package.
 """
 
 import functools
@@ -17,7 +18,18 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from magnet_jax import bucket, bundle, checkpoint, convert, files, finetune, hub, t5
+from magnet_jax import (
+    bucket,
+    bundle,
+    checkpoint,
+    convert,
+    convert_musicgen,
+    files,
+    finetune,
+    hub,
+    t5,
+    transformers_folder,
+)
 from magnet_jax import codec as codec_module
 from magnet_jax.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.codec import load_codec
@@ -91,12 +103,16 @@ def load(
     if weights not in (None, "ema", "raw"):
         raise UserError(f"weights must be 'ema' or 'raw', not {weights!r}")
     folder = locate(source)
-    if is_audiocraft(folder):
+    if is_audiocraft(folder) or is_musicgen(folder):
         _check_held(folder, {}, weights, step)
-        loaded = read_audiocraft(folder, str(source), text_encoder=text_encoder, codec=codec)
+        read = read_audiocraft if is_audiocraft(folder) else read_musicgen
+        loaded = read(folder, str(source), text_encoder=text_encoder, codec=codec)
         return loaded._replace(params=jax.device_put(loaded.params, jax.local_devices()[0]))
     if text_encoder is not None:
-        raise UserError(f"{source}: has a text encoder; only AudioCraft checkpoints take another")
+        raise UserError(
+            f"{source}: has a text encoder; only checkpoints of AudioCraft and transformers take "
+            "another"
+        )
     if bundle.is_export(folder):
         loaded = _load_export(folder, weights, step)
     else:
@@ -148,10 +164,12 @@ def locate(source: Path | str) -> Path:
             return folder
         raise UserError(
             f"{source}: no training run there, no exported model (config.json) and no AudioCraft "
-            f"checkpoint ({LM_FILE})"
+            f"checkpoint ({LM_FILE}){files.weights_beside(folder)}"
         )
     name = str(source)
-    if "/" not in name or not hub.is_hub_id(name) or folder.exists():
+    if folder.exists():
+        raise UserError(f"{source}: is a file; name the folder that holds it")
+    if "/" not in name or not hub.is_hub_id(name):
         raise UserError(
             f"{source}: no such folder, and neither a hub id (owner/name) nor "
             f"{', '.join(SHIPPED)}, which ships"
@@ -160,13 +178,14 @@ def locate(source: Path | str) -> Path:
     instead = f"a folder with its files, such as {LM_FILE} and {CODEC_FILE}"
     folder = hub.fetch(name, ("config.json", "README.md"), "model", instead)
     if bundle.is_export(folder):
-        patterns = ("*.json", "*.safetensors", "text_encoder/*", "codec/*")
-    else:
-        patterns = (LM_FILE, CODEC_FILE)
-    folder = hub.fetch(name, patterns, "model", instead)
-    if not bundle.is_export(folder) and not (folder / LM_FILE).exists():
-        raise UserError(f"{source}: holds no AudioCraft checkpoint ({LM_FILE}) and no export")
-    return folder
+        wanted = ("*.json", "*.safetensors", "text_encoder/*", "codec/*")
+        return hub.fetch(name, wanted, "model", instead)
+    folder = hub.fetch(name, (LM_FILE, CODEC_FILE), "model", instead)
+    if (folder / LM_FILE).exists():
+        return folder
+    if is_musicgen(folder):
+        return transformers_folder.fetch(name, ("*.json",), "model", instead)
+    raise UserError(f"{source}: holds no AudioCraft checkpoint ({LM_FILE}) and no export")
 
 
 @functools.cache
@@ -178,6 +197,18 @@ def _mirror(url: str) -> bucket.Mirror:
 def is_audiocraft(folder: Path) -> bool:
     """Whether a folder holds an AudioCraft checkpoint and not an export, which may hold both."""
     return (folder / LM_FILE).exists() and not bundle.is_export(folder)
+
+
+def is_musicgen(folder: Path) -> bool:
+    """Whether a folder holds transformers' MusicGen; raises `UserError` for its other models."""
+    found = transformers_folder.model_type(folder)
+    if found in (None, "musicgen"):
+        return found is not None
+    uses = {"encodec": "a codec, for --codec", "t5": "a text encoder, for --text-encoder"}
+    raise UserError(
+        f"{folder}: {uses.get(found, f'a {found} model of transformers')}; of its models MusicGen "
+        "alone is read"
+    )
 
 
 def fingerprint(loaded: Loaded) -> str:
@@ -208,6 +239,8 @@ def read_defaults(source: Path | str) -> tuple[ModelConfig, SamplingConfig]:
         file = read_file(folder / LM_FILE)
         model = convert.model_from_xp_cfg(file.xp_cfg, 1, str(folder / LM_FILE))
         config = _imported_config(model, file.xp_cfg, "", str(folder / LM_FILE))
+    elif is_musicgen(folder):
+        config = _musicgen_config(folder, "")
     else:
         config = from_json(RunConfig, folder / "config.json")
     return config.model, config.sampling
@@ -222,6 +255,8 @@ def read_settings(source: Path | str) -> RunConfig:
     if is_audiocraft(folder):
         lm = convert.read_audiocraft(folder)
         return _imported_config(lm.model, lm.xp_cfg, "", str(folder / LM_FILE))
+    if is_musicgen(folder):
+        return _musicgen_config(folder, "")
     if bundle.is_export(folder):
         exported = bundle.read_config(folder)
         return _exported_config(exported, bundle.read_generation(folder, exported.model))
@@ -374,6 +409,52 @@ def read_audiocraft(
     )
 
 
+def read_musicgen(
+    folder: Path, name: str, *, text_encoder: str | None = None, codec: str | None = None
+) -> Loaded:
+    """The model of transformers' MusicGen, parameters as NumPy arrays; see `load`."""
+    text_source, codec_source = text_encoder or str(folder), codec or str(folder)
+    config = _musicgen_config(folder, text_source)
+    t5_config, t5_params, tokenizer = t5.load(text_source)
+    if t5_config.d_model != config.model.text_width:
+        raise UserError(
+            f"{folder}: needs a text encoder {config.model.text_width} wide, and {text_source} is "
+            f"{t5_config.d_model} wide; name another as --text-encoder"
+        )
+    return Loaded(
+        config=config,
+        codec=_fitting_codec(codec_source, config.model, folder),
+        codec_source=codec_source,
+        params={"lm": convert_musicgen.read_params(folder, config.model)},
+        t5_config=t5_config,
+        t5_params=t5_params,
+        tokenizer=tokenizer,
+        step=0,
+        lineage={"imported_from": Path(name).resolve().name if Path(name).exists() else name},
+    )
+
+
+def _musicgen_config(folder: Path, text_source: str) -> RunConfig:
+    """What transformers' MusicGen says of itself; its clips are 30 s long where it says nothing."""
+    model = convert_musicgen.read_model(folder)
+    return RunConfig(
+        model=model,
+        text=TextConfig(source=text_source, max_tokens=MAX_TOKENS),
+        data=DataConfig(segment_seconds=30.0),
+    )
+
+
+def _fitting_codec(source: str, model: ModelConfig, where: Path) -> CodecSpec:
+    """What a codec is; `UserError` unless its tokens can be the model's."""
+    spec = codec_module.read_spec(source, model.num_codebooks)
+    if spec.codebook_size != model.codebook_size:
+        raise UserError(
+            f"{where}: the codec {source} has codebooks of {spec.codebook_size}, and the model "
+            f"reads {model.codebook_size}; name the right one as --codec"
+        )
+    return spec
+
+
 def _imported_config(model: ModelConfig, xp_cfg: dict, text_source: str, where: str) -> RunConfig:
     seconds = xp_setting(xp_cfg, "dataset.segment_duration")
     if not isinstance(seconds, int | float) or isinstance(seconds, bool) or not seconds > 0:
@@ -396,18 +477,13 @@ def _read_codec(
     file = read_file(path)
     source = given or file.pretrained or str(path)
     try:
-        spec = codec_module.read_spec(source, model.num_codebooks)
+        spec = _fitting_codec(source, model, path)
     except UserError as error:
         if not file.pretrained or given:
             raise
         raise UserError(
             f"{path} points to the codec {file.pretrained}; name its folder as --codec ({error})"
         ) from None
-    if spec.codebook_size != model.codebook_size:
-        raise UserError(
-            f"{path}: the codec {source} has codebooks of {spec.codebook_size}, and the model "
-            f"reads {model.codebook_size}; name the right one as --codec"
-        )
     own = not given and not file.pretrained
     return spec, source, {
         "codec_pretrained": file.pretrained,

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magnet_jax import attention, autoregressive, codec, decode, hybrid, programs, seanet, t5
+from magnet_jax import (
+    arguments,
+    attention,
+    autoregressive,
+    codec,
+    decode,
+    hybrid,
+    programs,
+    seanet,
+    t5,
+)
+from magnet_jax.arguments import Between, Seed
 from magnet_jax.config import (
     SAMPLING_CONFIGS,
     AutoregressiveConfig,
@@ -36,6 +47,7 @@ from magnet_jax.convert_codec import SeanetConfig
 from magnet_jax.errors import UserError
 from magnet_jax.pretrained import Loaded
 
+TextPadLen = Literal["batch"] | Annotated[int, Between(0, 2**16)] | None
 SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
 AXES = ("data", "guidance", "frames")
 # Frames whose samples are computed at once: all those of a clip would take most of the memory.
@@ -160,9 +172,7 @@ def notes_on_cut_texts(loaded: Loaded, texts: Sequence[str]) -> list[str]:
     ]
 
 
-def tokenize_texts(
-    loaded: Loaded, texts: Sequence[str], text_pad_len: int | Literal["batch"] | None = None
-) -> Text:
+def tokenize_texts(loaded: Loaded, texts: Sequence[str], text_pad_len: TextPadLen = None) -> Text:
     """The tokens of descriptions, of which an empty one stands for no text.
 
     `text_pad_len` attends over zeros up to that many positions behind each text, 'batch' up to
@@ -172,8 +182,7 @@ def tokenize_texts(
     The width S is the least of 16, 32, 64, ... that holds the longest text: few shapes, and short
     texts are cheap.
     """
-    if isinstance(text_pad_len, str) and text_pad_len != "batch":
-        raise UserError(f"text_pad_len must be a number, 'batch' or None, not {text_pad_len!r}")
+    text_pad_len = arguments.check(TextPadLen, text_pad_len, "text_pad_len")
     if not texts:
         raise UserError("no clips are asked for: give at least one text, '' for none")
     max_tokens = loaded.config.text.max_tokens
@@ -209,7 +218,7 @@ def generate(
     seed: int,
     first_sample: int = 0,
     prompt_BKP: np.ndarray | None = None,
-    text_pad_len: int | Literal["batch"] | None = None,
+    text_pad_len: TextPadLen = None,
     decoder: codec.Decoder | codec.Codec | None = None,
     rescorer: Rescorer | None = None,
     rescorer_weight: float = RescoreConfig.weight,
@@ -237,8 +246,7 @@ def generate(
       UserError: the decoding, the prompt, the rescorer or the hardware does not fit the model.
     """
     model, batch = loaded.config.model, len(texts)
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**31:
-        raise UserError(f"seed must lie between 0 and 2147483647, not {seed!r}")
+    seed = arguments.check(Seed, seed, "seed")
     if not isinstance(decoding, SAMPLING_CONFIGS[model.kind]):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if prompt_BKP is None:
@@ -523,6 +531,11 @@ def clip_arguments(
     num_prompt = prompt_BKP.shape[-1]
     spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
     if isinstance(spans, DecodeConfig):
+        if spans.span_length > num_frames:
+            raise UserError(
+                f"span_length {spans.span_length} is longer than the clip, which has {num_frames} "
+                "frames: give fewer"
+            )
         if spans.span_length:
             model = dataclasses.replace(model, span_length=spans.span_length)
         # (first, as a hybrid's beginning may be all that is left of a clip)

@@ -19,14 +19,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 from tokenizers import Tokenizer
 
-from magnet_jax import files, hub
+from magnet_jax import files, hub, transformers_folder
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import as_arrays, load_tensors
 
 Params = dict[str, Any]
 
@@ -35,8 +33,6 @@ PAD = "<pad>"
 UNKNOWN = "<unk>"
 
 _SAFETENSORS = "model.safetensors"
-_SAFETENSORS_INDEX = "model.safetensors.index.json"
-_TORCH_WEIGHTS = "pytorch_model.bin"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +92,9 @@ PUBLISHED = {
 def published_config(source: str) -> T5Config:
     """The sizes of an encoder, from its folder or, of the published ones, without."""
     name = source.removeprefix("google-t5/")
-    return PUBLISHED[name] if name in PUBLISHED else _read_config(_locate(source) / "config.json")
+    return (
+        PUBLISHED[name] if name in PUBLISHED else _read_config(_locate(source) / "config.json")[0]
+    )
 
 
 class _Weight(NamedTuple):
@@ -277,9 +275,9 @@ def load(source: str) -> tuple[T5Config, Params, Tokenizer]:
       UserError: nothing there, or not a T5 encoder; names every missing or misshapen tensor.
     """
     directory = _locate(source)
-    config = _read_config(directory / "config.json")
+    config, prefix = _read_config(directory / "config.json")
     tokenizer = _read_tokenizer(directory / "tokenizer.json", config.vocab_size)
-    tensors, origin = _read_tensors(directory)
+    tensors, origin = transformers_folder.read_tensors(directory, _of_encoder, prefix)
     if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
         tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
 
@@ -374,15 +372,17 @@ def _locate(source: str) -> Path:
         return Path(source)
     if not hub.is_hub_id(source):
         raise UserError(f"text encoder {source!r}: no such folder")
-    patterns = ["config.json", "tokenizer.json", "model*.safetensors", _SAFETENSORS_INDEX]
-    directory = hub.fetch(source, patterns, "text encoder")
-    if not any(directory.glob("model*.safetensors")):
-        directory = hub.fetch(source, [*patterns, _TORCH_WEIGHTS], "text encoder")
-    return directory
+    return transformers_folder.fetch(source, ("config.json", "tokenizer.json"), "text encoder")
 
 
-def _read_config(path: Path) -> T5Config:
+def _of_encoder(name: str) -> bool:
+    return name == "shared.weight" or name.startswith("encoder.")
+
+
+def _read_config(path: Path) -> tuple[T5Config, str]:
+    """The sizes, and the prefix of the encoder's tensors, which is MusicGen's."""
     values = files.read_object(path, "a T5 folder needs it")
+    values, prefix = transformers_folder.part_of(values, "text_encoder")
     if values.get("model_type") != "t5":
         raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 't5'")
     fields = dataclasses.fields(T5Config)
@@ -390,7 +390,8 @@ def _read_config(path: Path) -> T5Config:
     if missing:
         raise UserError(f"{path}: missing settings: {', '.join(missing)}")
     try:
-        return T5Config(**{f.name: values[f.name] for f in fields if f.name in values})
+        sizes = {f.name: values[f.name] for f in fields if f.name in values}
+        return T5Config(**sizes), prefix
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -413,48 +414,3 @@ def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if (size := tokenizer.get_vocab_size()) > vocab_size:
         raise UserError(f"{path}: {size} tokens, but config.json has vocab_size {vocab_size}")
     return tokenizer
-
-
-def _part_names(index: Path) -> list[str]:
-    """The files that an index of weights names: in its own folder, and nowhere else."""
-    weight_map = files.read_object(index, "a T5 folder needs it").get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f"{index}: no 'weight_map' from tensors to files in it")
-    for name in weight_map.values():
-        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
-            raise UserError(f"{index}: {name!r} is not the plain name of a file beside it")
-    return sorted(set(weight_map.values()))
-
-
-def _read_tensors(directory: Path) -> tuple[dict[str, np.ndarray], Path]:
-    """The encoder's tensors by transformers' names, see `files.finite`, and their file."""
-
-    def wanted(name: str) -> bool:
-        return name == "shared.weight" or name.startswith("encoder.")
-
-    tensors = {}
-    if (directory / _SAFETENSORS).is_file():
-        origin, parts = directory / _SAFETENSORS, [directory / _SAFETENSORS]
-    elif (directory / _SAFETENSORS_INDEX).is_file():
-        origin = directory / _SAFETENSORS_INDEX
-        parts = [directory / name for name in _part_names(origin)]
-    elif (directory / _TORCH_WEIGHTS).is_file():
-        origin = directory / _TORCH_WEIGHTS
-        state = load_tensors(origin)
-        if isinstance(state, dict):
-            state = {name: tensor for name, tensor in state.items() if wanted(name)}
-        return as_arrays(origin, state), origin
-    else:
-        raise UserError(
-            f"{directory}: no {_SAFETENSORS}, {_SAFETENSORS_INDEX} or {_TORCH_WEIGHTS} in it"
-        )
-    for part in parts:
-        try:
-            with safetensors.safe_open(part, framework="numpy") as reader:
-                held = {name: reader.get_tensor(name) for name in filter(wanted, reader.keys())}
-        except FileNotFoundError:
-            raise UserError(f"{part}: no such file, but {origin} names it") from None
-        except safetensors.SafetensorError as error:
-            raise UserError(f"{part}: damaged ({error})") from None
-        tensors |= files.finite(part, held)
-    return tensors, origin

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import pickle
+import re
 import sys
 import types
 from collections.abc import Mapping
@@ -57,14 +58,26 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path}: not readable as weights and refused: it is damaged, or holds more than "
-            "tensors and plain values, and loading it could run code; re-save its tensors alone"
-        ) from None
     except Exception as error:  # what a damaged file raises depends on the damage
+        if unlike := files.unlike_weights(Path(path)):
+            raise UserError(f"{path}: not readable as weights ({unlike})") from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise UserError(_refused(path, str(error))) from None
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(f"{path}: damaged, not readable as weights ({reason})") from None
+
+
+def _refused(path: Path, complaint: str) -> str:
+    """What to say of a file that PyTorch does not open without running code in it."""
+    named = re.search(r"GLOBAL ([\w.]+)", complaint)
+    mend = "re-save its tensors alone"
+    if named and named[1].startswith("omegaconf."):  # so AudioCraft saves while it trains
+        mend = "AudioCraft's audiocraft.utils.export.export_lm writes a state_dict.bin from it"
+    holds = f"holds {named[1]}, " if named else "is damaged, or holds "
+    return (
+        f"{path}: not readable as weights and refused: it {holds}more than tensors and plain "
+        f"values, and loading it could run code; {mend}"
+    )
 
 
 def as_arrays(where: Path | str, tensors: Any) -> dict[str, np.ndarray]:

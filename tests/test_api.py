@@ -7,6 +7,7 @@ import shutil
 
 import huggingface_hub
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import soundfile
@@ -528,6 +529,31 @@ def test_bad_prompts(model, prompt, texts, complaint):
 def test_bad_options(model, options, complaint):
     with pytest.raises(UserError, match=complaint):
         model.generate("a waltz", **options)
+
+
+def test_odd_values_that_are_good(model):
+    torch = import_torch()
+    first, tokens = model.generate(
+        np.array(["a waltz"]), return_tokens=np.True_, seed=np.int64(3), text_pad_len=np.int8(0)
+    )
+    assert_same_sound(model.generate(("a waltz",), seed=torch.tensor(3)), first)
+    for kind in (torch.tensor, jnp.asarray, np.ndarray.tolist, np.uint16):
+        assert_same_sound(model.generate_audio(kind(tokens)), first)
+    half = first[..., : first.shape[-1] // 2]
+    strided = torch.from_numpy(np.repeat(half, 2, axis=-1))[..., ::2]
+    expected = model.generate_continuation(half, model.sample_rate, seed=2)
+    for prompt in (
+        torch.tensor(half), torch.tensor(half).double(), strided, jnp.asarray(half),
+        half.tolist(), half[0],
+    ):  # fmt: skip
+        found = model.generate_continuation(prompt, np.int32(model.sample_rate), [""], seed=2)
+        assert_same_sound(found, expected)
+
+
+def test_a_span_longer_than_the_clip(magnet):
+    magnet.set_generation_params(span_len=26, duration=0.5)
+    with pytest.raises(UserError, match="span_len.* 26 is longer than the clip, .* 25 frames"):
+        magnet.generate("a waltz")
 
 
 @pytest.mark.parametrize("descriptions", [[], [1], ["x", 2.0]])

@@ -157,6 +157,36 @@ def test_files_of_another_kind(tmp_path):
             convert.read_audiocraft(tmp_path)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("best", [None, {}])
+def test_the_best_weights_of_fsdp(tmp_path, nested, best):
+    """AudioCraft keeps them under a key of their own, and 'best_state' is empty or not there."""
+    torch = import_torch()
+    content = torch.load(MAGNET / "state_dict.bin", weights_only=True)
+    state = {f"_fsdp_wrapped_module.{n}": t for n, t in content.pop("best_state").items()}
+    content["fsdp_best_state"] = {"model": state} if nested else state
+    if best is not None:
+        content["best_state"] = best
+    torch.save(content, tmp_path / "state_dict.bin")
+    found, expected = (convert.read_audiocraft(folder) for folder in (tmp_path, MAGNET))
+    assert found.model == expected.model
+    assert_same_bits(convert.flatten(found.params), convert.flatten(expected.params))
+
+
+def test_other_files_of_torch_are_told_by_what_they_hold(tmp_path):
+    torch = import_torch()
+    for content, complaint in (
+        ({"pytorch-lightning_version": "2.0", "state_dict": {}}, "PyTorch Lightning"),
+        ({"model": {}, "optimizer": {}}, "holds model, optimizer"),
+        ({}, "it is empty"),
+        ([1], "holds a list"),
+        (torch.zeros(1), "holds a Tensor"),
+    ):
+        torch.save(content, tmp_path / "state_dict.bin")
+        with pytest.raises(UserError, match=f"not an AudioCraft checkpoint.*{complaint}"):
+            convert.read_audiocraft(tmp_path)
+
+
 # --- xp.cfg -------------------------------------------------------------------------------------
 
 

@@ -74,6 +74,6 @@ def test_a_folder_of_that_name_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("./demo", Path("demo")):
         with pytest.raises(UserError, match="nor demo, which ships"):
-            pretrained.locate(name)
+            MAGNeT.get_pretrained(name)
     with pytest.raises(UserError, match="none: no such folder, and neither a hub id"):
         pretrained.locate("none")
