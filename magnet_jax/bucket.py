@@ -15,7 +15,6 @@ line of any.
 import base64
 import contextlib
 import functools
-import logging
 import os
 import re
 import tempfile
@@ -24,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from magnet_jax.errors import PassingError, UserError
+from magnet_jax.errors import PassingError, UserError, silenced
 
 TIMEOUT = "MAGNET_JAX_BUCKET_TIMEOUT"  # seconds that a bucket may be out of reach
 SECONDS = 300
@@ -46,6 +45,12 @@ def url_of(path: str | os.PathLike) -> str:
 
 def split(url: str) -> tuple[str, str]:
     """The bucket and the folder within it; `UserError` for what is not gs://BUCKET/FOLDER."""
+    if found := re.search(r"[][*?#]", url):
+        # What Orbax deletes there by name, its clients would take for a pattern of names.
+        raise UserError(
+            f"{url}: {found[0]} is a pattern, or the end, of a name for the programs that read "
+            "buckets; give a name without any of [ ] * ? #"
+        )
     match = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]+[a-z0-9])/+(.*[^/])/*", url)
     if not match:
         raise UserError(
@@ -70,8 +75,8 @@ def prepare(url: str) -> None:
     """
     _set_up()
     bucket, prefix = split(url)
-    with explained(url), _store(bucket) as store:
-        store.read(f"{prefix}/config.json").result()
+    with explained(url):
+        _store(bucket).read(f"{prefix}/config.json").result()
 
 
 @functools.cache
@@ -89,14 +94,6 @@ def _set_up() -> None:
     for name, seconds in zip(("CONNECT_TIMEOUT", "LOW_SPEED_TIME"), REQUEST_SECONDS):
         os.environ.setdefault(f"TENSORSTORE_CURL_{name}_SECONDS", str(seconds))
     os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-    from orbax.checkpoint._src.serialization import tensorstore_utils
-
-    contexts = tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT
-    for context in contexts:
-        context["gcs_request_retries"] = _retries(patience())
-    # What these log as errors, some with traces, they raise as well (absl is Orbax's).
-    for name in ("absl", "gcsfs"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
     # gcsfs's memory of what is in a folder does not hear of what TensorStore and other hosts write.
     fsspec.config.conf["gcs"] = {
         "use_listings_cache": False,
@@ -114,7 +111,7 @@ def _need_packages() -> None:
         ) from None
 
 
-def _retries(seconds: float) -> dict[str, Any]:
+def retries(seconds: float) -> dict[str, Any]:
     """TensorStore's: it waits 1, 2, 4, ... and at most 32 seconds between attempts."""
     attempts, waited = 1, 0
     while waited < seconds:
@@ -129,7 +126,6 @@ def _client() -> Any:
     _need_packages()
     from google.cloud import storage
 
-    logging.getLogger("google").setLevel(logging.CRITICAL)  # what it logs it raises as well
     return storage.Client()
 
 
@@ -176,7 +172,8 @@ def reason(error: BaseException) -> str:
 def explained(url: str) -> Iterator[None]:
     """Turns what a client raises into a `UserError` of one line."""
     try:
-        yield
+        with silenced("google", "gcsfs"):
+            yield
     except UserError:
         raise
     except Exception as error:  # three clients, a dozen types, without a common one
@@ -200,32 +197,23 @@ def check(url: str, name: str) -> None:
     with explained(url):
         client, limits = _client(), _limits(SECONDS_AT_START)
         bucket = client.get_bucket(bucket_name, **limits)  # as Orbax does
-        with _store(bucket_name) as store:
-            store.write(f"{prefix}/{name}", b"magnet_jax").result()
+        _store(bucket_name).write(f"{prefix}/{name}", b"magnet_jax").result()
         blob = bucket.blob(f"{prefix}/{name}")
         blob.download_as_bytes(**limits)
         blob.delete(**limits)
 
 
-@contextlib.contextmanager
-def _store(bucket: str) -> Iterator[Any]:
+def _store(bucket: str) -> Any:
     """A bucket as Orbax writes arrays to it.
 
-    TensorStore prints where it has looked for credentials in vain before it asks the machine for
-    them, at its first request; what is printed meanwhile is dropped.
+    At its first request TensorStore may print where it has looked for credentials in vain, before
+    it asks the machine for them.
     """
     import tensorstore
 
-    shown, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        retries = _retries(SECONDS_AT_START)
-        spec = {"driver": "gcs", "bucket": bucket, "gcs_request_retries": retries}
-        yield tensorstore.KvStore.open(spec).result()
-    finally:
-        os.dup2(shown, 2)
-        os.close(shown)
-        os.close(nowhere)
+    spec = {"driver": "gcs", "bucket": bucket}
+    spec["gcs_request_retries"] = retries(SECONDS_AT_START)
+    return tensorstore.KvStore.open(spec).result()
 
 
 def names(url: str) -> set[str]:
@@ -335,6 +323,46 @@ def create(url: str, path: str, content: bytes) -> bytes:
         with contextlib.suppress(PreconditionFailed):
             blob.upload_from_string(content, if_generation_match=0, **_limits())
         return blob.download_as_bytes(**_limits())
+
+
+def read_version(url: str, path: str) -> tuple[bytes, int] | None:
+    """What a file below a folder holds, and its generation; None where there is none.
+
+    Raises `UserError` where the bucket cannot be read.
+    """
+    with explained(url):
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        blob, limits = _blob(url, path), _limits(SECONDS_AT_START)
+        while True:
+            try:
+                blob.reload(**limits)
+                version = blob.generation
+                return blob.download_as_bytes(if_generation_match=version, **limits), version
+            except PreconditionFailed:  # written in between
+                continue
+            except NotFound:
+                return None
+
+
+def swap(url: str, path: str, version: int, content: bytes | None) -> bool:
+    """Writes a file below a folder, or removes it, if it has that generation (0: if there is none).
+
+    Returns whether it had. Raises `UserError` where the bucket cannot be written.
+    """
+    with explained(url):
+        from google.api_core.exceptions import NotFound, PreconditionFailed
+
+        blob, limits = _blob(url, path), _limits(SECONDS_AT_START)
+        try:
+            if content is None:
+                with contextlib.suppress(NotFound):
+                    blob.delete(if_generation_match=version, **limits)
+            else:
+                blob.upload_from_string(content, if_generation_match=version, **limits)
+        except PreconditionFailed:
+            return False
+        return True
 
 
 def move(url: str, names: Collection[tuple[str, str]]) -> None:

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from safetensors.numpy import save_file
 
-from magnet_jax import bucket, convert, files, finetune, records, t5, transformer
+from magnet_jax import bucket, convert, files, finetune, items, lock, records, t5, transformer
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
-from magnet_jax.errors import UserError
+from magnet_jax.errors import UserError, silenced
 
 # Settings that may change when a run goes on: what was trained keeps its meaning without them.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
@@ -37,10 +36,12 @@ MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_ev
            "autoregressive", "data.path", "data.num_threads", "data.prefetch"}  # fmt: skip
 
 BASE = "base.safetensors"
+BEGUN = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is not whole yet
+LOGGERS = ("absl", "gcsfs")  # what Orbax logs as errors, with traces, it raises as well
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
-             "tensorboard", "wandb", "samples", "profile", BASE}  # fmt: skip
+             "tensorboard", "wandb", "samples", "profile", BASE, lock.NAME}  # fmt: skip
 # What no run, sampling or export reads; nor are checkpoints fetched from a bucket.
-UNREAD = {"checkpoints", "tensorboard", "wandb", "samples", "profile"}
+UNREAD = {"checkpoints", "tensorboard", "wandb", "samples", "profile", lock.NAME}
 
 
 def changed_settings(old: Any, new: Any, prefix: str = "") -> list[str]:
@@ -145,6 +146,11 @@ def _checkpoints(out: str | Path) -> epath.Path:
     return epath.Path(Path(out).absolute()) / "checkpoints"
 
 
+def _manager(out: str | Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    handlers = items.registry(options.multiprocessing_options, bucket.is_url(out))
+    return ocp.CheckpointManager(_checkpoints(out), options=options, handler_registry=handlers)
+
+
 def open_manager(config: RunConfig) -> ocp.CheckpointManager:
     """The run's checkpoints; saving is asynchronous and atomic.
 
@@ -167,7 +173,7 @@ def open_manager(config: RunConfig) -> ocp.CheckpointManager:
         **best,
     )
     with bucket.explained(config.out) if bucket.is_url(config.out) else contextlib.nullcontext():
-        return ocp.CheckpointManager(_checkpoints(config.out), options=options)
+        return _manager(config.out, options)
 
 
 def save(
@@ -183,12 +189,12 @@ def save(
     Raises:
       UserError: this checkpoint or the one before it cannot be written.
     """
-    items = {name: ocp.args.StandardSave(tree) for name, tree in state.items()}
+    trees = {name: ocp.args.PyTreeSave(tree) for name, tree in state.items()}
     metrics = None if loss is None else {"loss": loss}
     with writing(manager):
         manager.save(
             step,
-            args=ocp.args.Composite(**items, data=ocp.args.JsonSave(data)),
+            args=ocp.args.Composite(**trees, data=ocp.args.JsonSave(data)),
             metrics=metrics,
             force=True,
         )
@@ -200,13 +206,16 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        whole = manager.all_steps()
         if bucket.is_url(manager.directory):
             cause, remedy = bucket.reason(error), ""
         elif isinstance(error, OSError | ValueError | RuntimeError):
             cause, remedy = " ".join(str(error).split())[:200], "make room or give access, and "
+            # Orbax has forgotten those that the new one would have replaced.
+            whole = [int(name) for name in _names(os.fspath(manager.directory)) if name.isdigit()]
         else:
             raise
-        steps = ", ".join(map(str, sorted(manager.all_steps()))) or "none"
+        steps = ", ".join(map(str, sorted(whole))) or "none"
         raise UserError(
             f"{manager.directory}: a checkpoint cannot be written: {cause}; whole ones are of "
             f"steps: {steps}; {remedy}the same command goes on"
@@ -219,15 +228,22 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
     Raises `UserError` where that save has failed.
     """
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(Exception):  # the first error is the one to show
+    with silenced(*LOGGERS):
+        try:
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(Exception):  # the first error is the one to show
+                    manager.close()
+                raise
+            with writing(manager):
+                manager.wait_until_finished()
             manager.close()
-        raise
-    with writing(manager):
-        manager.wait_until_finished()
-    manager.close()
+        except BaseException:
+            if jax.process_index() == 0 and not bucket.is_url(manager.directory):
+                for begun in Path(manager.directory).glob(f"*{BEGUN}*"):
+                    shutil.rmtree(begun, ignore_errors=True)  # a full disk needs the room
+            raise
 
 
 def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
@@ -237,18 +253,14 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
       UserError: the checkpoint is damaged or of another model.
     """
     args = {
-        name: ocp.args.JsonRestore() if tree is None else ocp.args.StandardRestore(tree)
+        name: ocp.args.JsonRestore()
+        if tree is None
+        else ocp.args.PyTreeRestore(tree, ocp.checkpoint_utils.construct_restore_args(tree))
         for name, tree in abstract.items()
     }
-    show = sys.unraisablehook
-    # When one read fails, those still under way report to an event loop that is gone.
-    sys.unraisablehook = lambda late: (
-        None if "Event loop is closed" in str(late.exc_value) else show(late)
-    )
     try:
-        items = dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
-        sys.unraisablehook = show
-        return items
+        with silenced(*LOGGERS):
+            return dict(manager.restore(step, args=ocp.args.Composite(**args)).items())
     except (MemoryError, PermissionError, KeyboardInterrupt):
         raise
     except Exception as error:  # Orbax and its stores raise a great many types
@@ -322,7 +334,7 @@ def read_params(
             primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process_{me}"
         )
     options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone)
-    with ocp.CheckpointManager(_checkpoints(out), options=options) as manager:
+    with _manager(out, options) as manager:
         steps = manager.all_steps()
         if not steps:
             raise UserError(f"{out}: the run has no checkpoint yet")

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend, and how they are shown; how a job is stopped."""
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -40,10 +41,6 @@ def reported() -> Iterator[None]:
         yield
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        if error.__cause__ is not None:
-            # A library failed underneath, and its threads may still complain while the process
-            # ends. The line above is what there is to say.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         raise SystemExit(os.EX_TEMPFAIL if isinstance(error, PassingError) else 2) from None
     except BrokenPipeError:
         # Whoever read the output, a pager or `head`, has seen enough.
@@ -59,6 +56,30 @@ def reported() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+_silenced: dict[str, list[int]] = {}  # of each logger, the levels to go back to
+_silencing = threading.Lock()
+
+
+@contextmanager
+def silenced(*names: str) -> Iterator[None]:
+    """Keeps libraries' loggers from showing what is raised as well, until the end."""
+    with _silencing:
+        for name in names:
+            logger = logging.getLogger(name)
+            _silenced.setdefault(name, []).append(logger.level)
+            logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        with _silencing:
+            for name in names:  # (several threads may do so at once, and the last one restores)
+                levels = _silenced[name]
+                if len(levels) > 1:
+                    levels.pop()
+                else:
+                    logging.getLogger(name).setLevel(levels.pop())
 
 
 def stop_when_terminated() -> None:

@@ -14,7 +14,7 @@ import functools
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from magnet_jax import (
     data,
     distributed,
     finetune,
+    lock,
     objective,
     optimizer,
     plan,
@@ -156,8 +157,6 @@ def set_up(config: RunConfig) -> Setup:
 
     Raises `UserError`, in all processes if in one.
     """
-    if not config.out:
-        raise UserError("no folder for the run: give --out DIR")
     if not config.data.path:
         raise UserError("no data: give --data.path DIR, a folder that tokenization.job wrote")
     if bucket.is_url(config.data.path):
@@ -380,10 +379,13 @@ def train(config: RunConfig) -> None:
         written, or the loss is not finite.
     """
     distributed.start(config.distributed, say=lambda line: tqdm.write(line))
-    setup = set_up(config)  # until then there is nothing to save
-    with catching_signals() as caught:
-        step = _train(config, setup, caught)
-    push(setup)
+    if not config.out:
+        raise UserError("no folder for the run: give --out DIR")
+    with held(config.out) as check_held:
+        setup = set_up(config)  # until then there is nothing to save
+        with catching_signals() as caught:
+            step = _train(config, setup, caught, check_held)
+        push(setup)
     if step < config.steps:
         distributed.say_first(
             f"stopped and saved at step {step}; the same command goes on from there"
@@ -393,6 +395,20 @@ def train(config: RunConfig) -> None:
         f"done, saved at step {step}; to hear it: python -m launch.sample --checkpoint "
         f'{config.out} --prompt "TEXT" --out wavs'
     )
+
+
+@contextlib.contextmanager
+def held(out: str) -> Iterator[Callable[[], None]]:
+    """Holds a run's folder for all processes of this run, and gives what checks that it still does.
+
+    Raises `UserError`, in all processes, where another run has it; so does the check.
+    """
+    with contextlib.ExitStack() as stack:
+        locks = []
+        distributed.first_does(
+            lambda: locks.append(stack.enter_context(lock.held(out, tqdm.write)))
+        )
+        yield lambda: distributed.first_does(lambda: locks[0].check())
 
 
 def _restored(
@@ -433,7 +449,9 @@ def _describe(setup: Setup, config: RunConfig, state: dict, step: int) -> str:
     )
 
 
-def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
+def _train(
+    config: RunConfig, setup: Setup, caught: list[int], check_held: Callable[[], None]
+) -> int:
     """`train`, until any process has caught something; the last step, saved."""
     static, first = setup.static, distributed.is_first()
     batches, held_out = distributed.all_do(lambda: open_data(config, setup))
@@ -546,6 +564,7 @@ def _train(config: RunConfig, setup: Setup, caught: list[int]) -> int:
             if saving or last:
                 if scalars:
                     scalars.flush()
+                check_held()
                 push(setup)  # first: a checkpoint's run is whole up to its step
                 checkpoint.save(manager, step, state, position, loss)
                 saved = step
