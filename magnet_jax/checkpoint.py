@@ -29,15 +29,17 @@ from magnet_jax import bucket, convert, files, finetune, items, lock, records, t
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError, silenced
 
-# Settings that may change when a run goes on: what was trained keeps its meaning without them.
+# Settings that may change when a run goes on: what is trained is the same without them. Each
+# setting is here or in tests/test_checkpoint.py.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
            "sample_prompts", "save_every", "keep_last", "keep_every", "keep_best", "remat",
            "clips_per_device", "kernels", "mesh", "distributed", "profile", "wandb", "decode",
-           "autoregressive", "data.path", "data.num_threads", "data.prefetch"}  # fmt: skip
+           "autoregressive", "hybrid_prompt_seconds", "data.path", "data.num_threads",
+           "data.prefetch"}  # fmt: skip
 
 BASE = "base.safetensors"
 BEGUN = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is not whole yet
-LOGGERS = ("absl", "gcsfs")  # what Orbax logs as errors, with traces, it raises as well
+LOGGERS = ("absl", "gcsfs", "google")  # what these log, with traces, they raise as well
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
              "tensorboard", "wandb", "samples", "profile", BASE, lock.NAME}  # fmt: skip
 # What no run, sampling or export reads; nor are checkpoints fetched from a bucket.
@@ -210,7 +212,9 @@ def writing(manager: ocp.CheckpointManager) -> Iterator[None]:
         if bucket.is_url(manager.directory):
             cause, remedy = bucket.reason(error), ""
         elif isinstance(error, OSError | ValueError | RuntimeError):
-            cause, remedy = " ".join(str(error).split())[:200], "make room or give access, and "
+            cause, remedy = " ".join(str(error).split()), "make room or give access, and "
+            if len(cause) > 240:  # TensorStore says first what it was at, and last what is wrong
+                cause = f"{cause[:80]} ... {cause[-140:]}"
             # Orbax has forgotten those that the new one would have replaced.
             whole = [int(name) for name in _names(os.fspath(manager.directory)) if name.isdigit()]
         else:

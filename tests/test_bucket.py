@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from test_distributed import free_port
 from test_processes import begin, losses
 
 from launch import export, sample
-from magnet_jax import bucket, checkpoint, steps, train
+from magnet_jax import bucket, checkpoint, lock, steps, train
 from magnet_jax.config import DecodeConfig, MeshConfig, RunConfig, to_json
 from magnet_jax.errors import PassingError, UserError
 
@@ -109,6 +110,8 @@ def test_killed_cut_off_and_resumed_as_if_nothing_had_been(server, tokens, tmp_p
         with pytest.raises(UserError, match=f"^{url}: out of reach .*mend the network"):
             train.train(config)
     shown = re.split(r"[\r\n]+", capfd.readouterr().err)
+    # TensorStore's own line on credentials stays: to hide it would hide other threads' lines.
+    shown = [line for line in shown if "google_auth_provider" not in line]
     assert [line for line in shown if line.strip() and not line.startswith("train:")] == []
     again()
     assert steps_in(url)[-1] == last
@@ -203,6 +206,41 @@ def test_only_what_has_changed_is_brought_to_the_bucket(server, monkeypatch):
 def test_a_bucket_that_cannot_be_had_is_one_line_before_training(server, tokens, out, message):
     with pytest.raises(UserError, match=message):
         train.train(tiny.run_config(tokens, out))
+
+
+def test_names_that_are_patterns_are_refused(tokens):
+    """What is deleted by such a name might be another run's."""
+    for name in ("run[1]", "run*", "r?n", "run#1"):
+        message = re.escape(f"gs://music/{name}: {re.search('[][*?#]', name)[0]} is a pattern")
+        with pytest.raises(UserError, match=message):
+            train.train(tiny.run_config(tokens, f"gs://music/{name}"))
+
+
+def test_a_second_run_is_told_of_the_first(server, tokens, monkeypatch):
+    url = "gs://music/held"
+    monkeypatch.setattr(lock, "SIGN", 0.05)
+    monkeypatch.setattr(lock, "SILENCE", 2.0)
+    with lock.held(url, pytest.fail) as first:
+        refused = pytest.raises(PassingError, match=f"{url}: another .* process {os.getpid()} on")
+        with refused:
+            train.train(tiny.run_config(tokens, url, steps=1))
+        with monkeypatch.context() as patch:  # seen from another machine
+            patch.setattr(lock, "_machine", lambda: "another")
+            with refused, lock.held(url, print):
+                pass
+        first.check()
+        assert bucket.names(url) == {lock.NAME}
+        left = json.dumps(lock.myself() | {"machine": "another", "host": "node7"}).encode()
+        _, version = bucket.read_version(url, lock.NAME)
+        while not bucket.swap(url, lock.NAME, version, left):
+            _, version = bucket.read_version(url, lock.NAME)
+        with pytest.raises(UserError, match="is that of process .* on node7"):
+            first.check()
+    said = []
+    with lock.held(url, said.append) as second:  # that host is dead
+        second.check()
+    assert len(said) == 1 and "on node7" in said[0]
+    assert bucket.names(url) == set()
 
 
 def test_other_contents_are_refused(server, tokens):

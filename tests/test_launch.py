@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -300,6 +302,28 @@ def test_errors_are_one_line(capsys):
         raise errors.PassingError("of today")
     assert exit_.value.code == 75
     assert capsys.readouterr().err == "error: two lines\nerror: of today\n"
+
+
+def test_stderr_is_there_after_an_error_with_a_cause(capfd):
+    """Whoever calls a command from Python, and catches its end, sees later errors as well."""
+    with pytest.raises(SystemExit), errors.reported():
+        raise UserError("first") from OSError("of a library")
+    os.write(2, b"and what comes later\n")
+    assert capfd.readouterr().err == "error: first\nand what comes later\n"
+
+
+def test_loggers_are_silent_for_a_while_alone(caplog):
+    logger = logging.getLogger("some_library")
+    logger.setLevel(logging.INFO)
+    outer, inner = errors.silenced("some_library"), errors.silenced("some_library")
+    outer.__enter__()
+    inner.__enter__()  # (of another thread, say, which ends later)
+    outer.__exit__(None, None, None)
+    logger.error("raised as well")
+    assert caplog.messages == [] and logger.level == logging.CRITICAL
+    inner.__exit__(None, None, None)
+    logger.error("shown")
+    assert caplog.messages == ["shown"] and logger.level == logging.INFO
 
 
 def test_loudness_is_reached_and_peaks_stay_within_full_scale():
