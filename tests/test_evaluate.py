@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
-from sounds import cut_file, pitch_embedder, put, tone
+from sounds import cut_file, pitch_embedder, put, put_with_ffmpeg, tone
 
 from launch import sample
 from launch.evaluate import __main__ as command
@@ -185,6 +185,59 @@ def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tm
         cut_file(path)
     with pytest.raises(UserError, match=r"\.npz: damaged \(.*\); remove it"):
         scores.embed(embedder, files, cache=cache)
+
+
+def test_clips_are_found_and_read_as_in_tokenization(tmp_path, capsys):
+    wav = tone(2.0)
+    kept = [
+        put(tmp_path / "a.wav", wav, caption=None),
+        put(tmp_path / "b" / "a.FLAC", wav, caption=None, format="FLAC"),
+        put(tmp_path / "b" / "c" / "d.au", wav, caption=None, format="AU"),
+        put_with_ffmpeg(tmp_path / "e.m4a", wav, 16000, "aac", caption=None),
+        put_with_ffmpeg(tmp_path / "b" / "e.wma", wav, 16000, "wmav2", caption=None),
+    ]
+    streamed = bytearray(kept[1].read_bytes())
+    streamed[21:26] = bytes([streamed[21] & 0xF0, 0, 0, 0, 0])  # of unknown length
+    kept[1].write_bytes(streamed)
+    put(tmp_path / ".hidden" / "f.wav", wav)
+    put(tmp_path / "b" / "._g.wav", wav)
+    (tmp_path / "cover.jpg").touch()
+    (tmp_path / "b" / "h.xyz").touch()
+    files = scores.find_audio(tmp_path)
+    assert files == dict(zip(["a", "b/a", "b/c/d", "b/e", "e"], sorted(kept), strict=True))
+    assert "left out what is no audio: 1 .jpg, 1 .xyz" in capsys.readouterr().out
+    for path in kept:
+        wav_N = scores.read_mono(path, 16000, Listening())
+        assert len(wav_N) == pytest.approx(2 * 16000, abs=2500)
+        assert scores.describe(path)[:2] == (16000, 1)
+        assert scores.describe(path)[2] == pytest.approx(2, abs=0.1)
+    np.testing.assert_allclose(scores.read_mono(kept[1], 16000, Listening()), wav[:, 0], atol=1e-4)
+    for path in (kept[0], kept[1]):
+        cut_file(path)
+        with pytest.raises(UserError, match=f"{path.name}: cannot be read .cut off"):
+            scores.read_mono(path, 16000, Listening())
+
+
+def test_clips_in_subfolders_are_evaluated(real, tmp_path, capsys):
+    nested = tmp_path / "real"
+    for name in "abcd":
+        folder = nested / ("one" if name in "ab" else "two")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(real / f"{name}.wav", folder)
+        shutil.copy(real / f"{name}.json", folder)
+    for generated in (real, nested):
+        receipt = evaluated(
+            tmp_path / generated.name, "--generated", generated, "--reference", nested
+        )
+        assert receipt["clips_with_reference"] == receipt["clips_with_captions"] == 4
+        assert receipt["sets"]["reference"]["path"] == str(nested)
+    listed = tmp_path / "list.csv"
+    listed.write_text("id,caption\n" + "".join(f"{n},{c}\n" for n, c in CAPTIONS.items()))
+    receipt = evaluated(
+        tmp_path / "listed", "--generated", nested, "--reference", nested, "--prompts", listed
+    )
+    assert receipt["clips_with_reference"] == 4
+    assert receipt["scores"]["generated"]["musicnn"]["kl"]["value"] == pytest.approx(0, abs=1e-3)
 
 
 def test_loudness_is_levelled_if_asked(tmp_path):
