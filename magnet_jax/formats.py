@@ -89,7 +89,8 @@ class Sound:
     read: Callable[[int, int | None], Iterator[np.ndarray]]
     """Frames to pass over and at most to read (None: all) -> blocks [n, channels], float32.
 
-    A file may change its number of channels, and blocks do so with it. Raises `RejectedError` where
+    To be called once. A file may change its number of channels, and blocks do so with it. Raises
+    `RejectedError` where
     the sound ends too early or cannot be decoded.
     """
 
@@ -188,13 +189,18 @@ def _open(
         return _open_ogg(open_file, file, stack)
     if head == bytes(4) and (begin := _padding(file)):
         # What comes before the first frame of an MP3 hides the note of its length from FFmpeg.
-        open_file, named = (
-            functools.partial(view, open_file, begin, file.seek(0, os.SEEK_END)),
-            False,
-        )
+        size = file.seek(0, os.SEEK_END)
+        open_file, named = functools.partial(view, open_file, begin, size), False
         file.seek(begin)
         head = file.read(4)
     samples = _find_samples(file)
+    if (at := _second_header(file, samples)) is not None:
+        size = file.seek(0, os.SEEK_END)
+        openers = [
+            functools.partial(_open_part, path, functools.partial(view, open_file, *part))
+            for part in ((0, at), (at, size))
+        ]
+        return _chained(openers, stack)
     if samples and samples.mended:
         open_file, named = functools.partial(view, open_file, *samples.mended), False
     sound = None
@@ -205,8 +211,31 @@ def _open(
     if sound is None:
         sound = _open_ffmpeg(open_file, stack)
     elif sound.format.startswith("VOC"):  # of its blocks libsndfile knows the first
-        sound = replace(_open_ffmpeg(open_file, stack), loss=sound.loss)
+        sound = replace(_open_ffmpeg(open_file, stack), loss=_voc_loss(file))
     return replace(sound, loss=_loss(samples, sound)) if samples else sound
+
+
+def _open_part(path: str, open_file: Callable[[], BinaryIO], stack: ExitStack) -> Sound:
+    return _open(path, open_file, False, stack.enter_context(open_file()), stack)
+
+
+def _chained(openers: list[Callable[[ExitStack], Sound]], stack: ExitStack) -> Sound:
+    """Several sounds one behind the other, at the rate of the first."""
+    first = openers[0](stack)
+
+    def parts() -> Iterator[tuple[int, np.ndarray]]:
+        yield from ((first.sample_rate, block) for block in first.read(0, None))
+        for opener in openers[1:]:
+            with ExitStack() as inner:
+                sound = opener(inner)
+                if sound.loss:
+                    raise RejectedError("cut off", sound.loss)
+                yield from ((sound.sample_rate, block) for block in sound.read(0, None))
+
+    def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+        return _cut_out(_at_rate(first.sample_rate, parts()), skip, wanted)
+
+    return replace(first, frames=None, read=read)
 
 
 def _padding(file: BinaryIO) -> int:
@@ -320,7 +349,7 @@ def _placed(
         padded = end + (-end % layout.align if layout else 0)
         if any(layout and _are_chunks(file, at, size, layout) for at in (end, padded)):
             return _Samples(begin, end, declared, None, False)
-        if end > begin and (size - end <= _JUNK or _is_zero(file, end, size)):
+        if end > begin and (size - end <= _JUNK or _is_no_sound(file, end, size)):
             return _Samples(begin, end, declared, None, False)
     end = _before_trailers(file, begin, size, layout)
     value, most = end - begin + before, 2 ** (8 * width) - 1
@@ -364,7 +393,11 @@ def _are_chunks(file: BinaryIO, at: int, end: int, layout: _Layout) -> bool:
     )
 
 
-def _is_zero(file: BinaryIO, at: int, end: int) -> bool:
+def _is_no_sound(file: BinaryIO, at: int, end: int) -> bool:
+    """Whether a tag lies there that is no chunk, or nothing but zeros."""
+    file.seek(at)
+    if file.read(10).lstrip(b"\0").startswith((b"ID3", b"APETAGEX", b"LYRICSBE")):
+        return True
     file.seek(at)
     while at < end and (data := file.read(min(BLOCK, end - at))):
         if data.strip(b"\0"):
@@ -397,6 +430,52 @@ def _loss(samples: _Samples, sound: Sound) -> str | None:
             f"{seconds * samples.declared / there:.2f} s of sound, and there are {seconds:.2f}"
         )
     return f"its header promises {lost}" if lost else sound.loss
+
+
+# How headers begin, and how many of their bytes are the same in all files of a format.
+_HEADERS = {
+    b"RIFF": 4,
+    b"RIFX": 4,
+    b"RF64": 4,
+    b"BW64": 4,
+    b"FORM": 4,
+    b"riff": 16,
+    b"caff": 8,
+    b".snd": 7,
+    b"Crea": 20,  # VOC
+    b"FLV\1": 9,
+    b"TTA1": 6,
+    b"MAC ": 6,
+    b"nut/": 24,
+    b"\x30\x26\xb2\x75": 16,  # ASF
+    b"\x1a\x45\xdf\xa3": 5,  # Matroska
+}
+
+
+def _second_header(file: BinaryIO, samples: _Samples | None) -> int | None:
+    """Where one file ends that another of its format lies behind; None if there is none."""
+    file.seek(0)
+    head = file.read(24)
+    shift = 0
+    if head[4:8] == b"ftyp":
+        shift, mark = 4, head[4:12]
+    elif head[:4] in _HEADERS:
+        mark = head[: _HEADERS[head[:4]]]
+    else:
+        return None
+    at = len(head) if samples is None else samples.begin + (samples.declared or 0)
+    file.seek(at)
+    before = b""
+    while data := file.read(2**20):
+        data, at = before + data, at - len(before)
+        found = data.find(mark)
+        while found >= 0:
+            if len(mark) > 4 or data[found + 8 : found + 12] in _KINDS:
+                return at + found - shift
+            found = data.find(mark, found + 1)
+        before = data[-len(mark) - 12 :]
+        at += len(data)
+    return None
 
 
 class _View(io.RawIOBase):
@@ -452,7 +531,6 @@ _CUT_OFF = [
         r"^Data length (?P<declared>\d+) should be (?P<actual>\d+)",
     )
 ]
-_CUT_OFF_SOMEWHERE = "Seems to be a truncated file."  # VOC
 
 
 def _open_sndfile(source: str | BinaryIO, stack: ExitStack) -> Sound | None:
@@ -497,6 +575,20 @@ def _open_sndfile(source: str | BinaryIO, stack: ExitStack) -> Sound | None:
     )
 
 
+def _voc_loss(file: BinaryIO) -> str | None:
+    """What is missing of a VOC file: blocks of a kind, a size of three bytes, and a content."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(20)
+    at = int.from_bytes(file.read(2), "little")
+    while at < size:
+        file.seek(at)
+        head = file.read(4)
+        if head[0] == 0:  # the end
+            return None
+        at += 4 + int.from_bytes(head[1:], "little")
+    return "ends within a block" if at > size else None
+
+
 def _cut_off(file: soundfile.SoundFile) -> str | None:
     """What is missing of an open file by its headers, or None; not all formats can tell."""
     log = file.extra_info
@@ -507,7 +599,7 @@ def _cut_off(file: soundfile.SoundFile) -> str | None:
             missing = file.frames / file.samplerate * (declared / max(actual, 1) - 1)
             if missing > MISSING_SECONDS:
                 return f"its header says {declared}, and there are {actual}"
-    return "shorter than its header says" if _CUT_OFF_SOMEWHERE in log else None
+    return None
 
 
 def _check_end(seconds: float, promised: float) -> None:
@@ -750,8 +842,10 @@ def _to_float(frame: Any) -> np.ndarray:
         return samples
     if samples.dtype == np.uint8:
         return (samples.astype(np.float32) - 128) / 128
-    scale = -np.iinfo(samples.dtype).min if samples.dtype.kind == "i" else 1
-    return samples.astype(np.float32) / np.float32(scale)
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32)
+    scale = -1 / np.iinfo(samples.dtype).min  # a power of two
+    return np.multiply(samples, np.float32(scale), dtype=np.float32, casting="unsafe")
 
 
 def _at_rate(rate: int, parts: Iterable[tuple[int, np.ndarray]]) -> Iterator[np.ndarray]:
@@ -790,26 +884,16 @@ def _cut_out(parts: Iterable[np.ndarray], skip: int, wanted: int | None) -> Iter
 
 def _open_ogg(open_file: Callable[[], BinaryIO], file: BinaryIO, stack: ExitStack) -> Sound:
     links, loss = _ogg_links(file)
+    openers = [
+        functools.partial(_open_ffmpeg, functools.partial(view, open_file, *link)) for link in links
+    ]
     try:
-        first = _open_ffmpeg(functools.partial(view, open_file, *links[0]), stack)
+        sound = _chained(openers, stack) if len(links) > 1 else openers[0](stack)
     except RejectedError:
         if loss is None or len(links) > 1:
             raise
         raise RejectedError("cut off", loss) from None
-    if len(links) == 1:
-        return replace(first, loss=loss)
-
-    def parts() -> Iterator[tuple[int, np.ndarray]]:
-        yield from ((first.sample_rate, block) for block in first.read(0, None))
-        for link in links[1:]:
-            with ExitStack() as inner:
-                sound = _open_ffmpeg(functools.partial(view, open_file, *link), inner)
-                yield from ((sound.sample_rate, block) for block in sound.read(0, None))
-
-    def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
-        return _cut_out(_at_rate(first.sample_rate, parts()), skip, wanted)
-
-    return replace(first, frames=None, loss=loss, read=read)
+    return replace(sound, loss=loss)
 
 
 def _ogg_links(file: BinaryIO) -> tuple[list[tuple[int, int]], str | None]:

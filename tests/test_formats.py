@@ -104,6 +104,28 @@ def test_links_of_one_serial_number_are_read_to_the_end(tmp_path):
     np.testing.assert_array_equal(wav_N, np.tile(once, 3))
 
 
+@pytest.mark.parametrize(
+    ("suffix", "codec"),
+    [("wav", "pcm_s16le"), ("aiff", "pcm_s16be"), ("caf", "pcm_s16be"), ("au", "pcm_s16be"),
+     ("w64", "pcm_s16le"), ("voc", "pcm_s16le"), ("m4a", "aac"), ("mka", "libopus"), ("flv", "aac"),
+     ("wma", "wmav2"), ("tta", "tta"), ("avi", "libmp3lame"), ("ts", "aac")],
+)  # fmt: skip
+def test_a_file_behind_another_is_read_too(tmp_path, suffix, codec):
+    rates = (48000, 48000) if codec == "libopus" else (44100, 48000)
+    parts = [encoded(tmp_path / f"{i}.{suffix}", codec, rate) for i, rate in enumerate(rates)]
+    apart = [read_whole(str(part)) for part in parts]
+    (wav_N,), rate = read_whole(str(joined(tmp_path / f"c.{suffix}", *parts)))
+    seconds = sum(wav_CN.shape[1] / its_rate for wav_CN, its_rate in apart)
+    assert rate == rates[0] and len(wav_N) / rate == pytest.approx(seconds, abs=0.05)
+    np.testing.assert_array_equal(wav_N[:rate], apart[0][0][0, :rate])
+    assert pitch(wav_N, rate) == pytest.approx(440, abs=1)
+    assert wav_N[-2 * rate : -rate].std() == pytest.approx(0.3 / 2**0.5, rel=0.06)
+    cut_file(parts[1])
+    if suffix not in ("ts", "avi"):  # these do not tell
+        with pytest.raises(RejectedError):
+            read_whole(str(joined(tmp_path / f"c.{suffix}", *parts)))
+
+
 # --- FLAC -----------------------------------------------------------------------------------------
 
 
@@ -258,6 +280,13 @@ def test_streamed_sizes_are_no_promise(tmp_path, size):
     path.write_bytes(with_size(path.read_bytes(), "wav", 3_000_000_000))
     with pytest.raises(RejectedError, match="cut off"):
         read_whole(str(path))
+
+
+@pytest.mark.parametrize("tag", [b"ID3\3\0\0\0\0\x4e\x10", b"APETAGEX"])
+def test_tags_behind_a_wav_are_no_sound(tmp_path, tag):
+    path = put(tmp_path / "a.wav", tone(2), RATE, None)
+    path.write_bytes(path.read_bytes() + tag + np.random.default_rng(0).bytes(10_000))
+    assert read_whole(str(path))[0].shape == (1, 2 * RATE)
 
 
 def test_an_empty_file_with_tags_is_empty(tmp_path):
