@@ -14,33 +14,34 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = f"{_CACHE.name}/python"
     sys.dont_write_bytecode = False
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs that run once, on little: XLA's newer kernels take three times as long to compile.
-XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 # XLA ends the process when a device is late for a collective; on a busy machine fake ones may be.
-os.environ["XLA_FLAGS"] = (
-    f"{XLA_FLAGS} "
-    "--xla_force_host_platform_device_count=8 "
+XLA_FLAGS = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
     "--xla_cpu_collective_call_terminate_timeout_seconds=900"
 )
+EIGHT = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {EIGHT}"
 # One thread for PyTorch and BLAS: several of them, beside another worker's, wait in busy loops.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where the code itself asks for more
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Writing a program to the cache has crashed a worker, rarely, in XLA's serialisation: only the
-# test of the cache does it.
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "3600"
-# Most of the suite's time is compilation of programs that run once, on little.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 from magnet_jax import programs  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Most of the suite's time is compilation of programs that run once, on little. So they are compiled
+# quickly, and not kept on disk; XLA's newer kernels would take three times as long. What is equal
+# to the reference, or to the last bit after a resume, is shown on programs as users have them.
+AS_USERS_RUN = ("golden", "end_to_end", "train", "processes", "bucket", "checkpoint")
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+NEVER = 3600.0  # seconds that a program would have to take to be kept on disk
 
 # Tracing makes many small objects, and the libraries' own need not be looked through every time.
 gc.freeze()
@@ -57,6 +58,32 @@ LONGEST = ("train", "processes", "tokenization", "api", "end_to_end", "bucket", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request):
+    """Sets how this module's programs are compiled, here and in processes that it starts."""
+    if request.module.__name__.removeprefix("test_") in AS_USERS_RUN:
+        yield
+        return
+    kept = jax.config.jax_persistent_cache_min_compile_time_secs
+    compile_options = compiler.get_compile_options
+
+    def quick_options(*args, env_options_overrides=None, **keywords):
+        overrides = QUICK | (env_options_overrides or {})
+        return compile_options(*args, env_options_overrides=overrides, **keywords)
+
+    flags = " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", quick_options)
+        patch.setenv("XLA_FLAGS", f"{XLA_FLAGS} {EIGHT} {flags}")
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(NEVER))
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", NEVER)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
 
 
 @pytest.fixture(scope="module", autouse=True)
