@@ -119,8 +119,9 @@ def main(args: list[str]) -> None:
         from magnet_jax import amx
 
         amx.use_synchronous_dispatch()
-    from magnet_jax import train
+    from magnet_jax import programs, train
 
+    programs.keep_on_disk()  # a run that goes on, and one that looked for its mesh, finds its own
     train.train(config)
 
 
