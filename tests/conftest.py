@@ -39,7 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation of programs that run once, on little. So they are compiled
 # quickly, and not kept on disk; XLA's newer kernels would take three times as long. What is equal
 # to the reference, or to the last bit after a resume, is shown on programs as users have them.
-AS_USERS_RUN = ("golden", "end_to_end", "train", "processes", "bucket", "checkpoint")
+AS_USERS_RUN = ("golden", "end_to_end", "resume", "processes", "bucket", "checkpoint")
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 NEVER = 3600.0  # seconds that a program would have to take to be kept on disk
 

@@ -80,7 +80,9 @@ ENDLESS = [10**400, -(10**400)]
 FRACTIONS = [1.5, 1.0, np.float64(2), torch.tensor(2.0)]
 
 
-@pytest.mark.parametrize("value", [None, *NO_NUMBERS, *NOT_FINITE, *ENDLESS], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", [None, *NO_NUMBERS, *NOT_FINITE, *ENDLESS], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_number(value):
     for hint in (float, int, SHARE, int | Literal["a"]):
         if hint is int and isinstance(value, int) and type(value) is not bool:

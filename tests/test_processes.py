@@ -13,7 +13,6 @@ import pytest
 import tiny
 from conftest import XLA_FLAGS
 from test_distributed import free_port
-from test_train import newest_step
 
 from magnet_jax import train, watch
 from magnet_jax.config import LoraConfig, MeshConfig, to_json
@@ -65,7 +64,7 @@ def finish(processes: list[subprocess.Popen], folder: Path) -> list[int]:
 
 def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen], folder: Path) -> None:
     deadline = time.monotonic() + 240
-    while newest_step(run) < step:
+    while tiny.newest_step(run) < step:
         logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log_*")))
         assert all(process.poll() is None for process in processes), logs
         assert time.monotonic() < deadline, logs
@@ -131,7 +130,7 @@ def test_stopped_killed_and_resumed_with_other_numbers_of_processes(tmp_path):
     time.sleep(rng.uniform(0, 0.3))
     two[rng.integers(2)].send_signal(signal.SIGTERM)
     assert finish(two, tmp_path) == [128 + signal.SIGTERM] * 2
-    stopped_at = newest_step(run)
+    stopped_at = tiny.newest_step(run)
     assert "the same command goes on" in (tmp_path / "log_0").read_text()
     assert "the same command" not in (tmp_path / "log_1").read_text()
 
@@ -144,7 +143,7 @@ def test_stopped_killed_and_resumed_with_other_numbers_of_processes(tmp_path):
         process.kill()
         process.wait()
 
-    config = dataclasses.replace(config, steps=newest_step(run) + 6)
+    config = dataclasses.replace(config, steps=tiny.newest_step(run) + 6)
     with pytest.MonkeyPatch.context() as patch:
         tiny.use_one_device(patch)
         train.train(config)

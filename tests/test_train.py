@@ -9,9 +9,7 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +20,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from conftest import XLA_FLAGS
 
 from launch.train import config_names, inherited, load_config
 from magnet_jax import (
@@ -113,63 +110,9 @@ def make_static(config: RunConfig, mesh=None) -> steps.Static:
     return steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
-def final_state(config: RunConfig) -> dict:
-    abstract, _ = steps.state_shardings(make_static(config))
-    with checkpoint.open_manager(config) as manager:
-        return checkpoint.restore(manager, config.steps, **abstract)
-
-
-def assert_equal_trees(one, other):
-    for (path, leaf), expected in zip(
-        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
-    ):
-        np.testing.assert_array_equal(leaf, expected, err_msg=jax.tree_util.keystr(path))
-
-
-def newest_step(run: Path) -> int:
-    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
-    return max(steps, default=0)
-
-
-def test_killed_at_any_step_and_resumed_equals_never_killed(finished, tmp_path):
-    config = dataclasses.replace(
-        finished, out=str(tmp_path / "killed"), eval_every=0, sample_every=0
-    )
-    (tmp_path / "config.json").write_text(to_json(config))
-    script = (
-        "import sys; from pathlib import Path; from magnet_jax import train; "
-        "from magnet_jax.config import RunConfig, from_json; "
-        "train.train(from_json(RunConfig, Path(sys.argv[1])))"
-    )
-    seed = int.from_bytes(os.urandom(4))
-    print("moment of the kill drawn with seed", seed)
-    rng = np.random.default_rng(seed)
-    for wanted in (rng.integers(1, 16),):
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path / "config.json")],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"XLA_FLAGS": XLA_FLAGS},
-        )
-        deadline = time.monotonic() + 240
-        while newest_step(Path(config.out)) < wanted:
-            assert process.poll() is None, "the run ended by itself"
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    train.train(config)
-    assert_equal_trees(final_state(config), final_state(finished))
-    lines = [line for line in watch.read_scalars(Path(config.out)) if "train/loss" in line]
-    assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
-    whole = [line for line in watch.read_scalars(Path(finished.out)) if "train/loss" in line]
-    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in whole]
-
-
 def test_a_finished_run_holds_what_the_readme_promises(finished):
     out = Path(finished.out)
-    assert newest_step(out) == 30
+    assert tiny.newest_step(out) == 30
     assert len(list((out / "checkpoints").iterdir())) == finished.keep_last
     assert list((out / "tensorboard").iterdir())
     scalars = watch.read_scalars(out)
@@ -197,7 +140,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
             train.set_up(config)
     train.set_up(dataclasses.replace(config, seed=5))
     train.train(config)
-    assert newest_step(Path(config.out)) == 1
+    assert tiny.newest_step(Path(config.out)) == 1
     with pytest.raises(UserError, match="other settings: seed"):
         train.set_up(dataclasses.replace(config, seed=5))
     (tmp_path / "other").mkdir()
@@ -287,7 +230,7 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
     step = steps.train_step
 
     def interrupting(*args, **kwargs):
-        if newest_step(Path(config.out)) == 0:
+        if tiny.newest_step(Path(config.out)) == 0:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **kwargs)
 
@@ -296,7 +239,7 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
         with pytest.raises(SystemExit) as exit_:
             train.train(config)
     assert exit_.value.code == 128 + signal.SIGTERM
-    assert newest_step(Path(config.out)) == 1
+    assert tiny.newest_step(Path(config.out)) == 1
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +353,7 @@ def test_configs_are_stepped(name, tokens, tmp_path, capsys):
         sample_every=0,
     )
     train.train(shrunken)
-    assert newest_step(Path(shrunken.out)) == 2
+    assert tiny.newest_step(Path(shrunken.out)) == 2
     # A run that ends before its first average says which weights to take.
     assert ("--weights raw" in capsys.readouterr().out) == (config.optimizer.ema_updates == 10)
 
@@ -489,7 +432,7 @@ def test_a_resumed_run_reads_its_own_text_encoder(tokens, tmp_path):
     train.train(config)
     shutil.rmtree(source)
     train.train(dataclasses.replace(config, steps=2))
-    assert newest_step(Path(config.out)) == 2
+    assert tiny.newest_step(Path(config.out)) == 2
 
 
 def test_damaged_checkpoints_are_named(finished, tmp_path):
@@ -651,7 +594,7 @@ def test_a_save_that_fails_is_one_line_and_the_run_goes_on_afterwards(tokens, tm
         with pytest.raises(UserError, match="No space left.*whole ones are of steps: 2; make room"):
             train.train(config)
     train.train(config)
-    assert newest_step(Path(config.out)) == 6
+    assert tiny.newest_step(Path(config.out)) == 6
 
 
 def test_weights_and_biases_get_the_same_numbers(tmp_path, monkeypatch):
@@ -702,7 +645,7 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(tokens, tmp_pa
         patch.setattr(steps, "train_step", diverging)
         with pytest.raises(UserError, match="of step 3 is nan.*the checkpoint of step 2"):
             train.train(config)
-    assert newest_step(Path(config.out)) == 2
+    assert tiny.newest_step(Path(config.out)) == 2
 
 
 @pytest.mark.parametrize(("name", "rate"), [("adamw", 1e-3), ("dadam", 1.0)])

@@ -161,3 +161,8 @@ def one_after_another(
         sampling, num_given=1 + num_prompt, choice=choice, guided=True,
     )  # fmt: skip
     return patterns.to_frames(steps_BKS, config.delays, num_frames, first=1)[0]
+
+
+def newest_step(run: Path) -> int:
+    steps = [int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(steps, default=0)
