@@ -434,6 +434,8 @@ class MAGNeT(Generator):
                 "rescorer must be a folder, a hub id, a MusicGen or MAGNeT that is loaded, a "
                 f"sampling.Rescorer or None, not {rescorer!r}"
             )
+        if isinstance(rescorer, str | Path):
+            rescorer = as_name(rescorer, "rescorer")
         settings = _replaced(RescoreConfig(), weight=weight, guidance=guidance)
         model = None
         if rescorer is not None and not isinstance(rescorer, sampling.Rescorer):

@@ -369,14 +369,17 @@ def is_left_over(name: str) -> bool:
 
 
 def _beside(path: Path, kind: str) -> Path:
-    """A hidden name beside `path` of this writer's own."""
-    return path.with_name(f".{path.name}.{_HERE}{secrets.token_hex(4)}.{kind}")
+    """A hidden name beside `path` of this writer's own, never longer than a name may be."""
+    return path.with_name(f".{path.name[:50]}.{_HERE}{secrets.token_hex(4)}.{kind}")
 
 
 def _old(folder: Path) -> Path:
     """Where a folder lies while another takes its name."""
     folder = folder.resolve()
-    return folder.with_name(f".{folder.name}.old")
+    name = folder.name
+    if len(os.fsencode(name)) > 200:  # no name is longer than 255 bytes
+        name = f"{name[:30]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return folder.with_name(f".{name}.old")
 
 
 def _made_and_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:

@@ -304,7 +304,8 @@ CALLS = {
     ),
     (MAGNeT, "set_rescorer"): (
         {"rescorer": sampling.Rescorer(None, None, None)},
-        {"rescorer": ([], [3, object(), True]), "weight": ([np.float32(0.5), 1], [-0.1, 1.1]),
+        {"rescorer": ([], [3, object(), True, "x" * 300, "\ud800"]),
+         "weight": ([np.float32(0.5), 1], [-0.1, 1.1]),
          "guidance": ([], [-1, 1e300])},
     ),
     (MAGNeT, "generate"): (

@@ -113,6 +113,17 @@ def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_p
             process.stdout.close()
 
 
+@pytest.mark.parametrize("name", ["n" * 255, "\u00e9" * 127], ids=["ascii", "accents"])
+def test_names_may_be_as_long_as_the_file_system_takes(tmp_path, name):
+    for word in ("old", "new"):
+        with files.replacing(tmp_path / name) as folder:
+            fill(folder, word)
+        assert content(tmp_path / name) == {word}
+    with files.replacing_file(tmp_path / f"{name[:-2]}x") as path:
+        path.write_text("new")
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
     (tmp_path / "far").mkdir()
     fill(tmp_path / "far", "old")
