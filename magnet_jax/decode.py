@@ -151,7 +151,7 @@ def make_schedule(
                 (
                     stage,
                     step,
-                    max(int(rate * units_K[stage]), least),
+                    max(int(rate * np.float32(units_K[stage])), least),
                     share * config.max_guidance + (1 - share) * config.min_guidance,
                     max(temperature, 1e-2),
                     number,

@@ -30,7 +30,7 @@ FIXED = {
     *(f"optimizer.{name}" for name in (
         "name", "schedule", "peak_lr", "final_lr_ratio", "embed_lr_ratio", "head_lr_ratio",
         "warmup_steps", "schedule_steps", "b1", "b2", "eps", "weight_decay", "clip_norm",
-        "ema_decay", "d0", "growth_rate",
+        "ema_decay", "ema_updates", "d0", "growth_rate",
     )),
     *(f"lora.{name}" for name in ("rank", "alpha", "targets")),
 }  # fmt: skip
