@@ -243,6 +243,8 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
             with writing(manager):
                 manager.wait_until_finished()
             manager.close()
+        except lock.LostError:
+            raise  # what is begun there is the other's
         except BaseException:
             if jax.process_index() == 0 and not bucket.is_url(manager.directory):
                 for begun in Path(manager.directory).glob(f"*{BEGUN}*"):

@@ -164,6 +164,10 @@ def in_words(holder: dict[str, Any]) -> str:
     return f"process {holder['process']} on {holder['host']}, since {holder['since']}"
 
 
+class LostError(UserError):
+    """Another process has taken over what this one held."""
+
+
 class Held:
     """A lock that this process holds."""
 
@@ -179,14 +183,14 @@ class Held:
                 self._lock.sign(self._mine)
 
     def check(self) -> None:
-        """Raises `UserError` where another process has it, which took this one for dead."""
+        """Raises `LostError` where another process has it, which took this one for dead."""
         try:
             now = self._lock.read()
         except PassingError:  # (whoever writes there next will meet the same)
             return
         if now is None or now.content != self._mine:
             other = "was removed" if now is None else f"is that of {in_words(_read(now))}"
-            raise UserError(
+            raise LostError(
                 f"{self._where}/{NAME} {other}: this process gave no sign of life for more than "
                 f"{SILENCE:g} s and writes nothing more there"
             )

@@ -123,12 +123,14 @@ def test_a_run_that_was_taken_over_saves_no_more(tokens, tmp_path, monkeypatch):
         save(manager, step, *args)
         if step == 2:
             (tmp_path / "run" / lock.NAME).write_text("{}")
+            (tmp_path / "run" / "checkpoints" / others).mkdir()
 
+    others = f"9{checkpoint.BEGUN}"  # what the other has begun
     monkeypatch.setattr(checkpoint, "save", taken)
     with pytest.raises(UserError, match=f"{lock.NAME} is that of process"):
         train.train(config)
     names = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
-    assert names == {"1", "2"}
+    assert names == {"1", "2", others}
 
 
 def test_a_disk_that_fills_up_while_saving_keeps_the_older_step(tmp_path, monkeypatch, capfd):
