@@ -205,7 +205,7 @@ def test_tokens_out_of_range_are_one_line(dataset, tmp_path):
         (["{}", "--codec", "embedded"], "--codec decodes a record"),
         (["{}", "--grep", "a", "--record", "0", "--out", "x"], "give one of them"),
         (["{}", "--json", "list.txt"], "must end in .json"),
-        ([], "required"),
+        ([], "must be given"),
     ],
 )
 def test_bad_input_is_one_line(dataset, words, complaint):
