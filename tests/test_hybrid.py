@@ -398,7 +398,7 @@ def test_a_clip_begins_as_the_autoregressive_one_and_is_completed(params):
 
 def test_a_span_in_which_the_prompt_ends_is_scored_by_what_is_predicted_of_it(params):
     """Predictions are sure. What is given is not predicted, and makes no span less sure."""
-    sure = params | {"heads": 10 * params["heads"]}
+    sure = params | {"heads": 100 * params["heads"]}
     decoding = dataclasses.replace(DECODING, steps=(3, 3, 3))
     _, hidden_PBT = generate(sure, 7, decoding=decoding, span_score="prod")
     for codebook, given in enumerate((10, 9, 7)):
