@@ -656,7 +656,7 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
     for more, message in (
         (
             ["--hybrid-prompt-seconds", "-1"],
-            "^--hybrid-prompt-seconds must be at least 0, not -1$",
+            "^--hybrid-prompt-seconds must be at least 0, and at most 1000000, not -1.0$",
         ),
         (
             ["--hybrid-prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"]
