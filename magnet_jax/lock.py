@@ -25,6 +25,8 @@ NAME = ".lock"
 SIGN = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a holder counts as dead
 
+_tokens: set[str] = set()  # of the locks that this process holds
+
 
 class Seen(NamedTuple):
     """A lock as it was read."""
@@ -129,7 +131,9 @@ def _is_there(holder: dict[str, Any]) -> bool | None:
         return None
     process = holder["process"]
     if (started := _started(process)) is not None:
-        return started == holder["started"]
+        # This process may have left one in a bucket that was out of reach.
+        forgotten = process == os.getpid() and holder.get("token") not in _tokens
+        return started == holder["started"] and not forgotten
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -253,13 +257,16 @@ def held(out: str, say: Callable[[str], None]) -> Iterator[Held]:
     new = folder is not None and not folder.exists()
     if new:
         folder.mkdir(parents=True, exist_ok=True)
-    mine = json.dumps(myself() | {"token": secrets.token_hex(8)}).encode()
+    token = secrets.token_hex(8)
+    mine = json.dumps(myself() | {"token": token}).encode()
     _take(lock, mine, say, out)
+    _tokens.add(token)
     hold = Held(out, lock, mine)
     try:
         yield hold
     finally:
         hold.release()
+        _tokens.discard(token)
         if new:
             with contextlib.suppress(OSError):  # not empty, as a rule
                 folder.rmdir()

@@ -508,7 +508,7 @@ def test_tokenizing_is_measured(capsys, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no audio in it"):
         tokenizing.measure(dataclasses.replace(args, whole=tmp_path))
     with pytest.raises(UserError, match="--cores-per-worker 0"):
-        tokenizing.measure(dataclasses.replace(args, cores_per_worker=0))
+        tokenizing.measure(dataclasses.replace(args, workers=2, cores_per_worker=0))
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     with pytest.raises(UserError, match="--cores-per-worker: for Linux alone"):
-        tokenizing.measure(dataclasses.replace(args, cores_per_worker=1))
+        tokenizing.measure(dataclasses.replace(args, workers=2, cores_per_worker=1))

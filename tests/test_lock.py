@@ -69,6 +69,16 @@ def test_what_a_killed_process_held_is_taken_over_at_once(tmp_path, reaped):
     process.wait()
 
 
+def test_what_this_process_could_not_give_back_it_takes_again(tmp_path, monkeypatch):
+    """A bucket out of reach keeps the lock; the same process may begin there once more."""
+    with monkeypatch.context() as patch, lock.held(str(tmp_path), pytest.fail):
+        patch.setattr(lock.Folder, "swap", lambda *_: False)
+    assert (tmp_path / lock.NAME).exists()
+    with lock.held(str(tmp_path), pytest.fail):
+        pass
+    assert not (tmp_path / lock.NAME).exists()
+
+
 def test_a_process_that_has_the_number_of_a_dead_one_is_another(tmp_path):
     left_in(tmp_path, started="1")
     with lock.held(str(tmp_path), pytest.fail):

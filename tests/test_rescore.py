@@ -455,7 +455,7 @@ def test_weights_are_shares_and_musicgen_is_not_rescored(loaded, musicgen):
         with pytest.raises(UserError, match="rescorer weight must lie between 0"):
             clips(loaded, rescorer=PLANTED, rescorer_weight=weight)
     for guidance in (float("inf"), float("nan"), -1.0):
-        with pytest.raises(UserError, match="rescorer guidance must be a number of at least 0"):
+        with pytest.raises(UserError, match="rescorer guidance must"):
             RescoreConfig(guidance=guidance)
     with pytest.raises(UserError, match="kind musicgen has no spans to score"):
         clips(musicgen, decoding=musicgen.config.autoregressive, rescorer=PLANTED)

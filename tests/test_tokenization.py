@@ -106,7 +106,7 @@ def bad_files(folder):
         "song.xyz": "unknown format",
         "pipe.wav": "unreadable",
         "cut_mp3.mp3": "cut off",
-        "cut_flac.flac": "unreadable",
+        "cut_flac.flac": "cut off",
         "alone.wav": "no caption",
         "blank.wav": "no caption",
         "damaged.wav": "no caption",
@@ -137,11 +137,11 @@ def test_every_reason_to_reject_a_file(tmp_path, capfd):
     assert [record["track_id"] for record in read(out)] == ["twice"]
     assert len(list(out.glob("tokens-*"))) == 1
     assert "1 records (1 train, 0 validation)" in summary
-    assert "28 of 29 files rejected (7 no caption, 4 unreadable, 3 cut off, " in summary
+    assert "28 of 29 files rejected (7 no caption, 4 cut off, 3 outside the folder, " in summary
     assert "2 other files: 1 .png, 1 .txt" in summary
     # with a lower limit the command says why not, and keeps the list
     for ratio, message in [
-        (0.9, "28 of 29 audio files rejected.*0.9: 7 no caption, 4 unreadable"),
+        (0.9, "28 of 29 audio files rejected.*0.9: 7 no caption, 4 cut off"),
         (0.1, "16 of 29 audio files rejected so far.*0.1: 7 no caption, 3 outside"),  # at once
     ]:
         strict = tmp_path / f"strict{ratio}"
