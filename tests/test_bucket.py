@@ -18,8 +18,7 @@ from fake_bucket import serve
 from gcsfs.retry import HttpError
 from google.api_core import exceptions
 from google.auth.exceptions import DefaultCredentialsError
-from test_distributed import free_port
-from test_processes import begin, losses
+from several import begin, free_port, losses
 
 from launch import export, sample
 from magnet_jax import bucket, checkpoint, lock, steps, train

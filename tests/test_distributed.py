@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from conftest import XLA_FLAGS
+from several import free_port
 
 from magnet_jax import cli, distributed
 from magnet_jax.distributed import detect
@@ -234,12 +235,6 @@ from magnet_jax import distributed, errors
 with errors.reported():
     distributed.start(sys.argv[1], timeout=float(sys.argv[2]))
 """
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
 
 
 def begin(script: str, *args: str) -> subprocess.Popen:

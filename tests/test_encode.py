@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_seanet import RANDOM, SMALL, save_random
+from random_codecs import RANDOM, SMALL, save_random
 
 from magnet_jax.codec import load_codec
 from magnet_jax.errors import UserError

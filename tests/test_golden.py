@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import GOLDEN
+from golden_model import magnet_logits, read_text
 
 from magnet_jax import (
     audiocraft,
@@ -39,16 +40,6 @@ STAGES = range(convert.read_audiocraft(MAGNET).model.num_codebooks)
 BFLOAT16_TOLERANCE = 0.02  # mean error, as a share of the logits' standard deviation
 
 
-def read_text(path, with_text=True):
-    """The text of an .npz file as the network takes it: states, mask, zero keys."""
-    arrays = np.load(path)
-    states_BSE, lengths_B = arrays["t5_hidden"], arrays["text_lengths"] * with_text
-    width = states_BSE.shape[1]
-    # With no text at all the reference attends over zeros alone, which gives zeros.
-    zeros_B = (width - lengths_B) * with_text
-    return states_BSE, np.arange(width) < lengths_B[:, None], zeros_B.astype(np.int32)
-
-
 # --- MAGNeT -------------------------------------------------------------------------------------
 
 
@@ -63,13 +54,6 @@ generate_magnet = jax.jit(
         "config", "choice", "span_score", "span_arrangement", "guided", "savings", "kernels",
     ),
 )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames=("config", "local", "dtype"))
-def magnet_logits(params, states, mask, zeros, codes, stage, *, config, local, dtype=jnp.float32):
-    model = transformer.bind(config, params)
-    text = model.read_text(states, mask, zeros, dtype=dtype)
-    return model.head(model.trunk(codes, text, local=local), stage)
 
 
 def stage_logits(magnet, stage, with_text=True, dtype=jnp.float32):

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_bucket import serve
-from sounds import album, put, tone
-from test_distributed import free_port
-from test_tokenization import content
+from several import free_port
+from sounds import album, content, put, tone
 
 from magnet_jax import bucket, records
 from magnet_jax.errors import UserError

@@ -4,50 +4,16 @@ import dataclasses
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from conftest import XLA_FLAGS
-from test_distributed import free_port
+from several import begin, losses
 
-from magnet_jax import train, watch
+from magnet_jax import train
 from magnet_jax.config import LoraConfig, MeshConfig, to_json
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from magnet_jax import errors, train
-from magnet_jax.config import RunConfig, from_json
-with errors.reported():
-    train.train(from_json(RunConfig, Path(sys.argv[1])))
-"""
-
-
-def begin(file: Path, count: int) -> list[subprocess.Popen]:
-    """Starts a run in `count` processes with a device each; what they say goes to a file each."""
-    port = free_port()
-    processes = []
-    for index in range(count):
-        environ = {
-            "XLA_FLAGS": XLA_FLAGS,
-            "MAGNET_JAX_COORDINATOR": f"127.0.0.1:{port}",
-            "MAGNET_JAX_PROCESS_ID": str(index),
-            "MAGNET_JAX_NUM_PROCESSES": str(count),
-        }
-        with (file.parent / f"log_{index}").open("w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-c", SCRIPT, str(file)],
-                    stdout=log,
-                    stderr=log,
-                    env=os.environ | environ,
-                )
-            )
-    return processes
 
 
 def finish(processes: list[subprocess.Popen], folder: Path) -> list[int]:
@@ -69,12 +35,6 @@ def wait_for_step(run: Path, step: int, processes: list[subprocess.Popen], folde
         assert all(process.poll() is None for process in processes), logs
         assert time.monotonic() < deadline, logs
         time.sleep(0.02)
-
-
-def losses(run: Path) -> dict[int, float]:
-    return {
-        line["step"]: line["train/loss"] for line in watch.read_scalars(run) if "train/loss" in line
-    }
 
 
 def test_two_processes_fine_tune_and_sample(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from test_seanet import RANDOM, SMALL, save_random
+from random_codecs import RANDOM, SMALL, save_random
 
 from magnet_jax import receptive_field as field_module
 from magnet_jax.codec import load_codec

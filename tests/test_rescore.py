@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDEN, SHIPPED_GOLDEN
-from test_golden import magnet_logits, read_text
-from test_sampling import TEXTS, clips, load_golden
+from golden_model import TEXTS, clips, load_golden, magnet_logits, read_text
 
 from magnet_jax import (
     autoregressive,

@@ -7,49 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHIPPED_GOLDEN
+from golden_model import DECODING, clips, load_golden
 from jax.experimental.compilation_cache import compilation_cache
-from tiny import EMBEDDED_CODEC
 
-from magnet_jax import attention, codec, convert, programs, sampling, t5
+from magnet_jax import attention, codec, programs, sampling
 from magnet_jax.config import (
     PRESETS,
-    DataConfig,
-    DecodeConfig,
     KernelConfig,
-    RunConfig,
     SamplingMeshConfig,
-    TextConfig,
     preset_steps,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.pretrained import Loaded
-
-USUAL = 2.0  # seconds that the model was trained on; 100 frames
-DECODING = DecodeConfig(steps=(3, 2, 2, 2))
-TEXTS = ("a slow waltz on the piano", "", "a fiddle tune")
-
-
-def load_golden(seconds=USUAL):
-    """The golden model with a random text encoder of its width, and the golden codec."""
-    golden = convert.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")
-    config, _, tokenizer = t5.load("embedded")
-    config = dataclasses.replace(config, d_model=golden.model.text_width, d_ff=16, num_layers=1)
-    spec = dataclasses.replace(EMBEDDED_CODEC, sample_rate=32000, codebook_size=128)
-    return Loaded(
-        config=RunConfig(
-            model=golden.model,
-            text=TextConfig(max_tokens=128),
-            data=DataConfig(segment_seconds=seconds),
-        ),
-        codec=spec,
-        codec_source="",
-        params={"lm": golden.params},
-        t5_config=config,
-        t5_params=t5.init(config, jax.random.key(0)),
-        tokenizer=tokenizer,
-        step=0,
-        lineage={},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +29,6 @@ def loaded():
 def decoder():
     return codec.load_decoder(
         str(SHIPPED_GOLDEN / "encodec_tiny" / "compression_state_dict.bin"), num_codebooks=4
-    )
-
-
-def clips(loaded, texts=TEXTS, num_frames=100, decoding=DECODING, seed=1, **settings):
-    return sampling.generate(
-        loaded, texts, num_frames=num_frames, decoding=decoding, seed=seed, **settings
     )
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+from random_codecs import RANDOM, SMALL, save_random
 from sounds import RATE, put, tone
-from test_seanet import RANDOM, SMALL, save_random
 
 from launch import sample
 from magnet_jax import codec as codecs

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from sounds import RATE, album, cut_file, put, put_with_ffmpeg, tone
+from sounds import RATE, album, content, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax import records
 from magnet_jax.config import ASSETS
@@ -35,15 +35,6 @@ pytestmark = pytest.mark.usefixtures("one_codec")
 
 def read(out, split="train"):
     return [records.decode_example(example) for example in records.open_split(out, split)]
-
-
-def content(out):
-    """Every file that must not depend on how often the job was killed."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in sorted(out.rglob("*"))
-        if path.is_file() and not path.name.startswith(".lock")
-    }
 
 
 # --- files that are not fit ---------------------------------------------------------------------

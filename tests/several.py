@@ -1,0 +1,55 @@
+"""Runs in several processes, each of which has one device."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import XLA_FLAGS
+
+from magnet_jax import watch
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from magnet_jax import errors, train
+from magnet_jax.config import RunConfig, from_json
+with errors.reported():
+    train.train(from_json(RunConfig, Path(sys.argv[1])))
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def begin(file: Path, count: int) -> list[subprocess.Popen]:
+    """Starts a run in `count` processes with a device each; what they say goes to a file each."""
+    port = free_port()
+    processes = []
+    for index in range(count):
+        environ = {
+            "XLA_FLAGS": XLA_FLAGS,
+            "MAGNET_JAX_COORDINATOR": f"127.0.0.1:{port}",
+            "MAGNET_JAX_PROCESS_ID": str(index),
+            "MAGNET_JAX_NUM_PROCESSES": str(count),
+        }
+        with (file.parent / f"log_{index}").open("w") as log:
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", SCRIPT, str(file)],
+                    stdout=log,
+                    stderr=log,
+                    env=os.environ | environ,
+                )
+            )
+    return processes
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {
+        line["step"]: line["train/loss"] for line in watch.read_scalars(run) if "train/loss" in line
+    }
