@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from sounds import album, put, tone
+from sounds import album, content, put, tone
 from test_sources import KINDS
-from test_tokenization import content
 
 from magnet_jax import files
 from magnet_jax.errors import UserError
