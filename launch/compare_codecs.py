@@ -20,11 +20,11 @@ import soxr
 from tqdm import tqdm
 
 from magnet_jax import cli, errors
-from magnet_jax.audio import write_wav
-from magnet_jax.codec import Codec, load_codec
+from magnet_jax.codec.encodec import Codec, load_codec
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import Listening, audio_below, read_mono
-from magnet_jax.files import replacing_file
+from magnet_jax.io.audio import write_wav
+from magnet_jax.io.files import replacing_file
 
 # (window, hop) in samples
 _RESOLUTIONS = ((512, 128), (1024, 256), (2048, 512))

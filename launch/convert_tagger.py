@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from magnet_jax import cli, errors, files
+from magnet_jax import cli, errors
 from magnet_jax.errors import UserError
+from magnet_jax.io import files
 
 _MODEL = "musicnn/MTT_musicnn"
 SAMPLE_RATE, FFT_SIZE, NUM_MELS = 16_000, 512, 96

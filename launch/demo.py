@@ -17,10 +17,13 @@ from tqdm import tqdm
 
 from launch import export, sample
 from launch.train import load_config
-from magnet_jax import cli, errors, pretrained, sampling, train, watch
+from magnet_jax import cli, errors
+from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import ASSETS
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.files import is_left_over, replacing_file
+from magnet_jax.io.files import is_left_over, replacing_file
+from magnet_jax.train import loop, watch
 from tokenization import job
 
 matplotlib.use("Agg")
@@ -140,7 +143,7 @@ def demo(args: Args) -> None:
     config = dataclasses.replace(
         config, data=dataclasses.replace(config.data, path=str(data)), out=str(run)
     )
-    train.train(config)
+    loop.train(config)
 
     announce(
         4, "texts to music", "launch.sample", "--checkpoint", str(run), *options(PROMPTS),

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from magnet_jax import cli, export, files, finetune, pretrained
+from magnet_jax import cli
+from magnet_jax.checkpoints import export, finetune, pretrained
 from magnet_jax.errors import UserError, reported
+from magnet_jax.io import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,13 @@ import re
 import time
 from pathlib import Path
 
-from magnet_jax import audiocraft, cli, export, files, pretrained
-from magnet_jax.audiocraft import CODEC_FILE, LM_FILE
-from magnet_jax.convert_codec import codec_folder_from_audiocraft
+from magnet_jax import cli
+from magnet_jax.checkpoints import export, pretrained
+from magnet_jax.convert import audiocraft
+from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE
+from magnet_jax.convert.codec_rules import codec_folder_from_audiocraft
 from magnet_jax.errors import UserError, reported
+from magnet_jax.io import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,12 @@ import jax
 import numpy as np
 from tokenizers import Tokenizer
 
-from magnet_jax import audiocraft, cli, convert, convert_codec, files, t5
+from magnet_jax import cli
 from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
+from magnet_jax.convert import audiocraft, codec_rules, lm_rules
 from magnet_jax.errors import UserError, reported
+from magnet_jax.io import files
+from magnet_jax.model import t5
 
 # The published models' sizes (section 4 and Appendix A of the paper).
 SIZES = {
@@ -81,11 +84,11 @@ def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) ->
 
 def write_codec(folder: Path, seed: int) -> None:
     """Writes `compression_state_dict.bin`: an EnCodec of 32 kHz with random weights."""
-    layout = convert_codec.codec_layout(CODEC_SETTINGS, NUM_CODEBOOKS)
+    layout = codec_rules.codec_layout(CODEC_SETTINGS, NUM_CODEBOOKS)
     audiocraft.write_weights(
         folder / audiocraft.CODEC_FILE,
         random_tensors({there: shape for _, there, shape in layout}, seed, "float32"),
-        convert_codec.make_codec_xp_cfg(CODEC_SETTINGS, NUM_CODEBOOKS),
+        codec_rules.make_codec_xp_cfg(CODEC_SETTINGS, NUM_CODEBOOKS),
     )
 
 
@@ -117,8 +120,8 @@ def make(args: Args) -> None:
     with files.replacing(args.out) as folder:
         audiocraft.write_weights(
             folder / audiocraft.LM_FILE,
-            random_tensors(convert.audiocraft_shapes(model), args.seed, args.dtype),
-            convert.make_xp_cfg(config, codec, "t5-base"),
+            random_tensors(lm_rules.audiocraft_shapes(model), args.seed, args.dtype),
+            lm_rules.make_xp_cfg(config, codec, "t5-base"),
             args.dtype,
         )
         write_codec(folder, args.seed)

@@ -16,8 +16,11 @@ import jax
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
-from magnet_jax import cli, data, errors, files, t5
+from magnet_jax import cli, errors
+from magnet_jax.data import pipeline
 from magnet_jax.errors import UserError
+from magnet_jax.io import files
+from magnet_jax.model import t5
 
 _SPACE = "▁"
 _LONGEST_PIECE = 16
@@ -62,7 +65,7 @@ def read_texts(directory: Path) -> list[str]:
         found = info.get("description") if isinstance(info, dict) else None
         captions = found if isinstance(found, list) else [found]
         if captions and all(isinstance(caption, str) for caption in captions):
-            texts += [*captions, *data.field_texts(info)]
+            texts += [*captions, *pipeline.field_texts(info)]
     if not texts:
         raise UserError(f"--captions {directory}: no .json with a 'description' in it")
     return texts

@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from magnet_jax import bucket, cli, errors, memory
+from magnet_jax import cli, errors
 from magnet_jax.arguments import Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import (
     PRESETS,
@@ -33,7 +33,8 @@ from magnet_jax.config import (
     preset_steps,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.files import replacing_file
+from magnet_jax.io import bucket, memory
+from magnet_jax.io.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,10 +172,13 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
     # JAX is slow to load
     if args.kernels.products == "amx":
-        from magnet_jax import amx
+        from magnet_jax.model import amx
 
         amx.use_synchronous_dispatch()
-    from magnet_jax import audio, pretrained, programs, rescore, sampling
+    from magnet_jax import programs
+    from magnet_jax.checkpoints import pretrained
+    from magnet_jax.decode import rescore, sampling
+    from magnet_jax.io import audio
 
     programs.keep_on_disk()
     memory.keep_freed()
@@ -345,7 +349,7 @@ def parse(args: list[str]) -> Args:
     found = first.parse_known_args(args)[0]
     given = {}
     if found.checkpoint:
-        from magnet_jax import pretrained  # JAX is slow to load
+        from magnet_jax.checkpoints import pretrained  # JAX is slow to load
 
         model, defaults = pretrained.read_defaults(found.checkpoint)
         if isinstance(defaults, HybridConfig):

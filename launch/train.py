@@ -11,8 +11,9 @@ import sys
 
 import configs
 from configs import ablations
-from magnet_jax import cli, errors, memory
+from magnet_jax import cli, errors
 from magnet_jax.config import RunConfig, with_hybrid_objective
+from magnet_jax.io import memory
 
 
 def config_names() -> list[str]:
@@ -39,9 +40,9 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
 
     Once the run has begun, its own folder tells, and `source` may be gone.
     """
-    from magnet_jax import checkpoint, pretrained
+    from magnet_jax.checkpoints import pretrained, run_folder
 
-    begun = bool(out) and checkpoint.has_begun(out)
+    begun = bool(out) and run_folder.has_begun(out)
     of = pretrained.read_settings(out if begun else source)
     weights = config.stage_weights
     return dataclasses.replace(
@@ -116,13 +117,14 @@ def main(args: list[str]) -> None:
     config = parse(args)
     # After the command line is known to be right: these are slow to load.
     if config.kernels.products == "amx":
-        from magnet_jax import amx
+        from magnet_jax.model import amx
 
         amx.use_synchronous_dispatch()
-    from magnet_jax import programs, train
+    from magnet_jax import programs
+    from magnet_jax.train import loop
 
     programs.keep_on_disk()  # a run that goes on, and one that looked for its mesh, finds its own
-    train.train(config)
+    loop.train(config)
 
 
 if __name__ == "__main__":

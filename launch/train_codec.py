@@ -6,7 +6,8 @@ python -m launch.train_codec --audio data/recipe/train --valid data/recipe/valid
 
 from collections.abc import Sequence
 
-from magnet_jax import cli, errors, memory
+from magnet_jax import cli, errors
+from magnet_jax.io import memory
 from tokenization.codec_training import Training, train
 
 

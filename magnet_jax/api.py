@@ -22,7 +22,7 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import pretrained, programs, rescore, sampling
+from magnet_jax import programs
 from magnet_jax.arguments import (
     Between,
     Count,
@@ -34,7 +34,9 @@ from magnet_jax.arguments import (
     as_texts,
     checked,
 )
-from magnet_jax.codec import Codec, Decoder, check_codes
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.checkpoints.pretrained import Loaded
+from magnet_jax.codec.encodec import Codec, Decoder, check_codes
 from magnet_jax.config import (
     KIND_NAMES,
     AutoregressiveConfig,
@@ -50,8 +52,8 @@ from magnet_jax.config import (
     TopK,
     preset_steps,
 )
+from magnet_jax.decode import rescore, sampling
 from magnet_jax.errors import UserError
-from magnet_jax.pretrained import Loaded
 
 Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
 Array = Annotated[np.ndarray, as_array]

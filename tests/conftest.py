@@ -39,7 +39,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation of programs that run once, on little. So they are compiled
 # quickly, and not kept on disk; XLA's newer kernels would take three times as long. What is equal
 # to the reference, or to the last bit after a resume, is shown on programs as users have them.
-AS_USERS_RUN = ("golden", "end_to_end", "resume", "processes", "bucket", "checkpoint")
+AS_USERS_RUN = ("golden", "end_to_end", "resume", "processes", "bucket", "run_folder")
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 NEVER = 3600.0  # seconds that a program would have to take to be kept on disk
 
@@ -52,7 +52,7 @@ SHIPPED_GOLDEN = Path(__file__).parent / "golden"
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHIPPED_GOLDEN))
 
 # The files that take minutes go first, so that no worker is left alone with one at the end.
-LONGEST = ("train", "processes", "tokenization", "api", "end_to_end", "bucket", "benchmark")
+LONGEST = ("loop", "processes", "job", "api", "end_to_end", "bucket", "benchmark")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -97,7 +97,7 @@ def forget_programs():
 @pytest.fixture(scope="module")
 def one_codec():
     """Loads the embedded codec once for all tokenization jobs of a file."""
-    from magnet_jax.codec import load_codec
+    from magnet_jax.codec.encodec import load_codec
     from tokenization import job
 
     codec = load_codec("embedded")

@@ -9,9 +9,11 @@ import numpy as np
 from conftest import SHIPPED_GOLDEN
 from tiny import EMBEDDED_CODEC
 
-from magnet_jax import convert, sampling, t5, transformer
+from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import DataConfig, DecodeConfig, RunConfig, TextConfig
-from magnet_jax.pretrained import Loaded
+from magnet_jax.convert import lm_rules
+from magnet_jax.decode import sampling
+from magnet_jax.model import t5, transformer
 
 USUAL = 2.0  # seconds that the model was trained on; 100 frames
 DECODING = DecodeConfig(steps=(3, 2, 2, 2))
@@ -37,7 +39,7 @@ def magnet_logits(params, states, mask, zeros, codes, stage, *, config, local, d
 
 def load_golden(seconds=USUAL):
     """The golden model with a random text encoder of its width, and the golden codec."""
-    golden = convert.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")
+    golden = lm_rules.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")
     config, _, tokenizer = t5.load("embedded")
     config = dataclasses.replace(config, d_model=golden.model.text_width, d_ff=16, num_layers=1)
     spec = dataclasses.replace(EMBEDDED_CODEC, sample_rate=32000, codebook_size=128)

@@ -2,7 +2,7 @@
 
 import json
 
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io.torch_env import import_torch
 
 SMALL = {
     "codebook_size": 32,

@@ -8,15 +8,16 @@ from pathlib import Path
 
 from conftest import XLA_FLAGS
 
-from magnet_jax import watch
+from magnet_jax.train import watch
 
 SCRIPT = """
 import sys
 from pathlib import Path
-from magnet_jax import errors, train
+from magnet_jax.train.loop import loop as train
+from magnet_jax import errors
 from magnet_jax.config import RunConfig, from_json
 with errors.reported():
-    train.train(from_json(RunConfig, Path(sys.argv[1])))
+    loop.train(from_json(RunConfig, Path(sys.argv[1])))
 """
 
 

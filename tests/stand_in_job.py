@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from magnet_jax.codec import read_spec
+from magnet_jax.codec.encodec import read_spec
 from magnet_jax.errors import UserError
 from tokenization import job
 

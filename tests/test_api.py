@@ -20,24 +20,17 @@ import magnet_jax
 from launch import export as export_command
 from launch import import_audiocraft, sample
 from launch import train as launch_train
-from magnet_jax import (
-    MAGNeT,
-    MusicGen,
-    api,
-    audiocraft,
-    convert,
-    files,
-    finetune,
-    pretrained,
-    sampling,
-    t5,
-    train,
-    watch,
-)
-from magnet_jax.codec import load_codec
+from magnet_jax import MAGNeT, MusicGen, api
+from magnet_jax.checkpoints import finetune, pretrained
+from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import LoraConfig
+from magnet_jax.convert import audiocraft, lm_rules
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io import files
+from magnet_jax.io.torch_env import import_torch
+from magnet_jax.model import t5
+from magnet_jax.train import loop, watch
 
 XP_NAME = "conditioners.description.t5.name"
 
@@ -59,7 +52,7 @@ def sources(tmp_path_factory):
         shutil.copy(GOLDEN / f"{name}_tiny" / "state_dict.bin", folder)
         shutil.copy(GOLDEN / "encodec_tiny" / "compression_state_dict.bin", folder)
         (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n# A model\n")
-    width = convert.read_audiocraft(root / "magnet").model.text_width
+    width = lm_rules.read_audiocraft(root / "magnet").model.text_width
     save_text_encoder(root / "t5", width)
     return root
 
@@ -419,7 +412,7 @@ def test_models_from_the_hub(sources, imported, tmp_path, monkeypatch, kind):
 
 def test_a_codec_of_another_size_is_refused(copied, tmp_path):
     codec = load_codec("embedded").spec
-    if codec.codebook_size == convert.read_audiocraft(copied / "magnet").model.codebook_size:
+    if codec.codebook_size == lm_rules.read_audiocraft(copied / "magnet").model.codebook_size:
         pytest.skip("these happen to be of one size")
     with pytest.raises(UserError, match="codebooks of"):
         run_import(copied, "magnet", tmp_path / "bundle", codec="embedded")
@@ -873,20 +866,20 @@ def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_pat
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
     tuned = pretrained.load(run)
     assert tuned.lineage["init_from"] == "base" and tuned.lineage["lora_rank"] == 4
-    before, after = (convert.flatten(m.params["lm"]) for m in (base, tuned))
+    before, after = (lm_rules.flatten(m.params["lm"]) for m in (base, tuned))
     changed = {path for path in before if (np.asarray(before[path]) != after[path]).any()}
     assert changed == {p.path for p in finetune.PROJECTIONS}
     # Adapters are not averaged: their products would be other than those of the averages.
-    last = convert.flatten(pretrained.load(run, weights="raw").params["lm"])
+    last = lm_rules.flatten(pretrained.load(run, weights="raw").params["lm"])
     assert_same_bits(last, after)
 
     out = tmp_path / "merged"
     export_command.main(export_command.Args(checkpoint=run, out=out, verify=True))
-    assert_same_bits(convert.flatten(pretrained.load(out).params["lm"]), after)
+    assert_same_bits(lm_rules.flatten(pretrained.load(out).params["lm"]), after)
     adapter = tmp_path / "adapter"
     export_command.main(export_command.Args(checkpoint=run, out=adapter, adapter_only=True))
     assert_same_bits(
-        convert.flatten(pretrained.load(base_folder, adapter=adapter).params["lm"]), after
+        lm_rules.flatten(pretrained.load(base_folder, adapter=adapter).params["lm"]), after
     )
     with pytest.raises(UserError, match="no run that trained adapters"):
         export_command.main(export_command.Args(checkpoint=out, out=adapter, adapter_only=True))
@@ -918,8 +911,8 @@ def test_what_does_not_match_is_refused_or_listed(imported, tmp_path, monkeypatc
     )
     config = dataclasses.replace(config, model=model, text=text)
     with pytest.raises(UserError, match="tokenize with that codec, or give --init-partial"):
-        train.train(config)
-    train.train(dataclasses.replace(config, init_partial=True))
+        loop.train(config)
+    loop.train(dataclasses.replace(config, init_partial=True))
     said = capsys.readouterr().out
     assert "  matched  blocks/mlp/up" in said and "  fresh    heads" in said
     assert f"model.first_context is 7; {imported / 'magnet'} learnt with 0" in said

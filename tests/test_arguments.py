@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from tiny import EMBEDDED_CODEC
 
-from magnet_jax import HybridMAGNeT, MAGNeT, MusicGen, arguments, audio_write, sampling
+from magnet_jax import HybridMAGNeT, MAGNeT, MusicGen, arguments, audio_write
 from magnet_jax.arguments import Between, check, checked
-from magnet_jax.codec import Codec
+from magnet_jax.codec.encodec import Codec
 from magnet_jax.config import (
     AutoregressiveConfig,
     DecodeConfig,
@@ -28,8 +28,9 @@ from magnet_jax.config import (
     RunConfig,
     SamplingMeshConfig,
 )
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io.torch_env import import_torch
 
 torch = import_torch()
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from magnet_jax import pretrained, sampling, train, transformer
+from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
     AutoregressiveConfig,
     DataConfig,
@@ -18,6 +18,9 @@ from magnet_jax.config import (
     TextConfig,
     with_hybrid_objective,
 )
+from magnet_jax.decode import sampling
+from magnet_jax.model import transformer
+from magnet_jax.train import loop
 
 SMALLER = ModelConfig(
     num_codebooks=2, codebook_size=1024, width=64, num_heads=4, num_layers=2, text_width=128
@@ -64,7 +67,7 @@ def test_a_model_that_knows_four_clips_gives_each_for_its_caption(
         log_every=80,
         save_every=steps,
     )
-    train.train(config)
+    loop.train(config)
 
     loaded = pretrained.load(tmp_path / "run")
     assert transformer.count_params(loaded.params) <= 3_000_000
@@ -110,7 +113,7 @@ def test_a_hybrid_begins_from_text_alone_and_completes_the_clip(tmp_path, monkey
         log_every=80,
         save_every=steps,
     )
-    train.train(with_hybrid_objective(config))
+    loop.train(with_hybrid_objective(config))
 
     truth_BKT = np.stack([example["codes"][:2] for example in examples])
     codes_BKT = sampling.generate(

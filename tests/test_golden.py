@@ -17,26 +17,16 @@ import tiny
 from conftest import GOLDEN
 from golden_model import magnet_logits, read_text
 
-from magnet_jax import (
-    audiocraft,
-    autoregressive,
-    convert,
-    convert_codec,
-    decode,
-    hybrid,
-    masking,
-    objective,
-    sharding,
-    steps,
-    t5,
-    transformer,
-)
-from magnet_jax.codec import load_codec
+from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import DecodeConfig, KernelConfig, MeshConfig, RunConfig
+from magnet_jax.convert import audiocraft, codec_rules, lm_rules
+from magnet_jax.decode import autoregressive, hybrid, parallel
+from magnet_jax.model import sharding, t5, transformer
+from magnet_jax.train import masking, objective, steps
 
 MAGNET, MUSICGEN, CODEC = (GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen", "encodec"))
 CASES = json.loads((MAGNET / "generate.json").read_text())
-STAGES = range(convert.read_audiocraft(MAGNET).model.num_codebooks)
+STAGES = range(lm_rules.read_audiocraft(MAGNET).model.num_codebooks)
 BFLOAT16_TOLERANCE = 0.02  # mean error, as a share of the logits' standard deviation
 
 
@@ -45,11 +35,11 @@ BFLOAT16_TOLERANCE = 0.02  # mean error, as a share of the logits' standard devi
 
 @pytest.fixture(scope="module")
 def magnet():
-    return convert.read_audiocraft(MAGNET)
+    return lm_rules.read_audiocraft(MAGNET)
 
 
 generate_magnet = jax.jit(
-    decode.generate,
+    parallel.generate,
     static_argnames=(
         "config", "choice", "span_score", "span_arrangement", "guided", "savings", "kernels",
     ),
@@ -90,16 +80,16 @@ def test_magnet_logits_in_bfloat16(magnet, stage):
 # What is left out, and how attention is computed, changes no token: every case with all savings,
 # and some with each alone, with none, and with other kernels.
 VARIANTS = {
-    "all": (decode.ALL_SAVINGS, KernelConfig(full="dense", local="blocks", local_block=32)),
-    "none": (decode.NO_SAVINGS, KernelConfig(full="dense", local="dense")),
-    "blocks": (decode.ALL_SAVINGS, KernelConfig(full="blocks", local="blocks", local_block=54)),
-    "slices": (decode.ALL_SAVINGS, KernelConfig(full="slices", local="slices", local_block=32)),
+    "all": (parallel.ALL_SAVINGS, KernelConfig(full="dense", local="blocks", local_block=32)),
+    "none": (parallel.NO_SAVINGS, KernelConfig(full="dense", local="dense")),
+    "blocks": (parallel.ALL_SAVINGS, KernelConfig(full="blocks", local="blocks", local_block=54)),
+    "slices": (parallel.ALL_SAVINGS, KernelConfig(full="slices", local="slices", local_block=32)),
     **{
         f"{field.name} alone": (
-            dataclasses.replace(decode.NO_SAVINGS, **{field.name: True}),
+            dataclasses.replace(parallel.NO_SAVINGS, **{field.name: True}),
             KernelConfig(full="dense", local="dense"),
         )
-        for field in dataclasses.fields(decode.Savings)
+        for field in dataclasses.fields(parallel.Savings)
     },
 }
 
@@ -135,10 +125,10 @@ def test_magnet_tokens(magnet, name, variant):
     decoded = generate_magnet(
         magnet.params,
         *read_text(MAGNET / "forward.npz", case["text"]),
-        decode.sample_keys(0, jnp.arange(batch)),
+        parallel.sample_keys(0, jnp.arange(batch)),
         codes_BKT,
         num_prompt,
-        decode.make_schedule(
+        parallel.make_schedule(
             decoding, num_frames=num_frames, num_prompt=num_prompt, span_length=span
         ),
         0.0,
@@ -146,7 +136,7 @@ def test_magnet_tokens(magnet, name, variant):
         choice="greedy",
         span_score=decoding.span_score,
         span_arrangement=decoding.span_arrangement,
-        guided=decode.guided_steps(decoding, any_text=case["text"]),
+        guided=parallel.guided_steps(decoding, any_text=case["text"]),
         savings=savings,
         kernels=kernels,
     )
@@ -179,7 +169,7 @@ def test_magnet_loss_and_gradients(magnet, stage):
     assert float(value) == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
     prefix = f"gradnorm_stage{stage}/"
     expected = {n.removeprefix(prefix): reference[n] for n in reference if n.startswith(prefix)}
-    found = convert.to_audiocraft(gradients, config)
+    found = lm_rules.to_audiocraft(gradients, config)
     assert expected and expected.keys() <= found.keys()
     for name, gradient in found.items():
         norm = float(expected.get(name, 0))  # what the reference gave no gradient has none
@@ -229,7 +219,7 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
     loss = float(objective.means(sums)["loss"])
     assert loss == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
     prefix = f"gradnorm_stage{stage}/"
-    for name, gradient in convert.to_audiocraft(gradients, config).items():
+    for name, gradient in lm_rules.to_audiocraft(gradients, config).items():
         norm = float(reference[prefix + name]) if prefix + name in reference else 0.0
         assert np.linalg.norm(gradient) == pytest.approx(norm, rel=1e-3, abs=1e-7), name
 
@@ -239,7 +229,7 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
 
 @pytest.fixture(scope="module")
 def musicgen():
-    return convert.read_audiocraft(MUSICGEN)
+    return lm_rules.read_audiocraft(MUSICGEN)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +265,7 @@ def test_musicgen_tokens(musicgen, name):
     codes_BKT = tiny.one_after_another(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz"),
-        decode.sample_keys(0, jnp.arange(batch)),
+        parallel.sample_keys(0, jnp.arange(batch)),
         prompt_BKP,
         autoregressive.Sampling(1.0, 0.0, 3.0),
         config=musicgen.model,
@@ -306,7 +296,7 @@ def test_musicgen_tokens_of_the_program_that_users_run(musicgen, apart):
     found = jax.jit(run)(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz"),
-        decode.sample_keys(0, jnp.arange(batch)),
+        parallel.sample_keys(0, jnp.arange(batch)),
         codes_BKT,
         autoregressive.Sampling(1.0, 0.0, 3.0),
         (),
@@ -321,10 +311,10 @@ def test_musicgen_tokens_of_the_program_that_users_run(musicgen, apart):
 @pytest.mark.parametrize("folder", [MAGNET, MUSICGEN], ids=lambda folder: folder.name)
 def test_language_models_come_back_bit_for_bit(folder, tmp_path):
     file = audiocraft.read_file(folder / "state_dict.bin")
-    imported = convert.read_audiocraft(folder)
+    imported = lm_rules.read_audiocraft(folder)
     audiocraft.write_weights(
         tmp_path / "state_dict.bin",
-        convert.to_audiocraft(imported.params, imported.model),
+        lm_rules.to_audiocraft(imported.params, imported.model),
         imported.xp_cfg_text,
         imported.dtype,
     )
@@ -356,9 +346,9 @@ def test_codec_waveform(codec):
 
 def test_codec_comes_back_bit_for_bit():
     file = audiocraft.read_file(CODEC / "compression_state_dict.bin")
-    settings, count = convert_codec.codec_settings_from_xp_cfg(file.xp_cfg, "codec")
-    tensors = convert_codec.codec_from_audiocraft(file.tensors, settings, count)
-    again = convert_codec.codec_to_audiocraft(tensors, settings, count)
+    settings, count = codec_rules.codec_settings_from_xp_cfg(file.xp_cfg, "codec")
+    tensors = codec_rules.codec_from_audiocraft(file.tensors, settings, count)
+    again = codec_rules.codec_to_audiocraft(tensors, settings, count)
     assert again.keys() == file.tensors.keys()
     for name, array in file.tensors.items():
         assert np.array_equal(again[name], array), name
@@ -396,6 +386,6 @@ def test_span_masks(num_frames, span_length):
 def test_nucleus(name):
     reference = np.load(GOLDEN / "top_p.npz")
     mass = float(name.removeprefix("probs_p"))
-    probs = decode.nucleus(jax.nn.softmax(reference["logits"]), mass)
+    probs = parallel.nucleus(jax.nn.softmax(reference["logits"]), mass)
     np.testing.assert_allclose(probs, reference[name], atol=1e-6)
     np.testing.assert_array_equal(probs > 0, reference[name] > 0)

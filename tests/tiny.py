@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import soxr
 
-from magnet_jax import autoregressive, codec, convert, patterns, records, sharding, transformer
+from magnet_jax.codec import encodec
 from magnet_jax.config import (
     ASSETS,
     CodecSpec,
@@ -23,6 +23,10 @@ from magnet_jax.config import (
     RunConfig,
     TextConfig,
 )
+from magnet_jax.convert import lm_rules
+from magnet_jax.data import records
+from magnet_jax.decode import autoregressive
+from magnet_jax.model import patterns, sharding, transformer
 
 SECONDS = 2.0
 TINY = ModelConfig(
@@ -45,7 +49,7 @@ PUBLISHED_CODEC = dataclasses.replace(
 
 def write_clips(directory: Path, count: int) -> list[dict]:
     """A data set of the first two seconds (after the first) of shipped clips; its examples."""
-    encoder = codec.load_codec("embedded")
+    encoder = encodec.load_codec("embedded")
     rate = encoder.spec.sample_rate
     examples = []
     for path in sorted((ASSETS / "clips").glob("*.flac"))[:count]:
@@ -69,7 +73,7 @@ def write_clips(directory: Path, count: int) -> list[dict]:
 
 def write_noise(directory: Path, counts: dict[str, int], frames: int = 60) -> None:
     """A data set of random tokens of the shipped codec's kind: fast, and good for nothing else."""
-    spec = codec.read_spec("embedded")
+    spec = encodec.read_spec("embedded")
     rng = np.random.default_rng(0)
     splits = {
         split: [
@@ -129,8 +133,8 @@ def run_config(data: Path, out: Path, **changes) -> RunConfig:
 
 def random_params(model: ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    shapes = convert.lm_shapes(model)
-    return convert.unflatten(
+    shapes = lm_rules.lm_shapes(model)
+    return lm_rules.unflatten(
         {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     )
 

@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 import soxr
 
-from magnet_jax.formats import MISSING_SECONDS, Sound, check_channels, mix, open_sound, view
-from magnet_jax.formats import SUFFIXES as SUFFIXES
-from magnet_jax.formats import RejectedError as RejectedError
-from magnet_jax.formats import is_outage as is_outage
+from magnet_jax.io.formats import MISSING_SECONDS, Sound, check_channels, mix, open_sound, view
+from magnet_jax.io.formats import SUFFIXES as SUFFIXES
+from magnet_jax.io.formats import RejectedError as RejectedError
+from magnet_jax.io.formats import is_outage as is_outage
 
 SILENCE_DBFS = -60.0
 LARGEST_PEAK = 8.0  # full scale is 1; samples of +-32768 are no float audio

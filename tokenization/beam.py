@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from magnet_jax import cli, machine
+from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io import machine
+from magnet_jax.io.torch_env import import_torch
 from tokenization import job as jobs
 from tokenization.job import Done, Job, Maker, Progress, Unit
 from tokenization.manifest import NAME

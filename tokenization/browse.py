@@ -15,12 +15,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from magnet_jax import cli, records
-from magnet_jax.audio import write_wav
-from magnet_jax.codec import check_codes, check_same_codec, load_codec
+from magnet_jax import cli
+from magnet_jax.codec.encodec import check_codes, check_same_codec, load_codec
 from magnet_jax.config import CodecSpec
+from magnet_jax.data import records
 from magnet_jax.errors import UserError, reported
-from magnet_jax.files import check_new_file, replacing_file
+from magnet_jax.io.audio import write_wav
+from magnet_jax.io.files import check_new_file, replacing_file
 
 _CAPTION = 60  # characters of it in a line
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
-from magnet_jax.files import check_new_file, replacing_file
+from magnet_jax.io.files import check_new_file, replacing_file
 from tokenization import decoder
 from tokenization.audio import CLIPPED, SILENCE_DBFS, Facts, Intake, Reject, RejectedError, Track
 from tokenization.listing import Source

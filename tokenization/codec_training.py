@@ -27,7 +27,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from magnet_jax.config import ASSETS, EMBEDDED
-from magnet_jax.convert_codec import (
+from magnet_jax.convert.codec_rules import (
     SeanetConfig,
     bandwidth,
     codec_layout,
@@ -35,9 +35,10 @@ from magnet_jax.convert_codec import (
     read_codec_folder,
     renamed_from_audiocraft,
 )
+from magnet_jax.data.records import remove_temporaries
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import describe
-from magnet_jax.files import (
+from magnet_jax.io.files import (
     held,
     is_left_over,
     not_half_written,
@@ -46,9 +47,8 @@ from magnet_jax.files import (
     replacing,
     replacing_file,
 )
-from magnet_jax.formats import RejectedError, open_sound
-from magnet_jax.records import remove_temporaries
-from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
+from magnet_jax.io.formats import RejectedError, open_sound
+from magnet_jax.io.torch_env import as_arrays, import_torch, load_tensors
 
 CODEC = SeanetConfig(
     hidden_size=64, num_filters=16, num_lstm_layers=1, sampling_rate=16_000, use_causal_conv=False

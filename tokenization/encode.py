@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from magnet_jax.codec import Codec, exactly, join_sides
-from magnet_jax.receptive_field import convolution_frames
-from magnet_jax.torch_env import import_torch
+from magnet_jax.codec.encodec import Codec, exactly, join_sides
+from magnet_jax.codec.receptive_field import convolution_frames
+from magnet_jax.io.torch_env import import_torch
 
 MOST_SHORT = 64  # tracks shorter than a window that wait for others of their length
 

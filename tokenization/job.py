@@ -38,9 +38,10 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from magnet_jax import bucket, cli, machine, memory, records
-from magnet_jax.codec import check_device, interleaved_spec, load_codec, read_spec
+from magnet_jax import cli
+from magnet_jax.codec.encodec import check_device, interleaved_spec, load_codec, read_spec
 from magnet_jax.config import EMBEDDED, CodecSpec
+from magnet_jax.data import records
 from magnet_jax.errors import (
     PassingError,
     UserError,
@@ -48,8 +49,9 @@ from magnet_jax.errors import (
     reported,
     stop_when_terminated,
 )
-from magnet_jax.files import how_to_make_room
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io import bucket, machine, memory
+from magnet_jax.io.files import how_to_make_room
+from magnet_jax.io.torch_env import import_torch
 from tokenization import encode as encoding
 from tokenization import manifest as manifests
 from tokenization import mixing

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from magnet_jax import bucket, files, records
 from magnet_jax.config import CodecSpec
+from magnet_jax.data import records
+from magnet_jax.data.records import Shard
 from magnet_jax.errors import PassingError, UserError
-from magnet_jax.records import Shard
+from magnet_jax.io import bucket, files
 
 Example = Mapping[str, Any]
 

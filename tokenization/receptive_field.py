@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from magnet_jax import cli, receptive_field
-from magnet_jax.codec import Codec, load_codec
+from magnet_jax import cli
+from magnet_jax.codec import receptive_field
+from magnet_jax.codec.encodec import Codec, load_codec
+from magnet_jax.codec.receptive_field import Background, Field, Response, energy_within
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError, reported
-from magnet_jax.files import check_new_file, replacing_file
-from magnet_jax.receptive_field import Background, Field, Response, energy_within
+from magnet_jax.io.files import check_new_file, replacing_file
 
 _FLOOR = 1e-5  # the picture's lower end, of the response's peak; its square, of the energy
 

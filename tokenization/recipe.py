@@ -32,9 +32,10 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import audio, cli
+from magnet_jax import cli
 from magnet_jax.errors import UserError, end_with_parent, reported, stop_when_terminated
-from magnet_jax.files import held, not_half_written, read_object, replacing_file
+from magnet_jax.io import audio
+from magnet_jax.io.files import held, not_half_written, read_object, replacing_file
 from tokenization import scores
 from tokenization.scores import Note, Tune
 

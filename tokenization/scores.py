@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from magnet_jax.errors import UserError
-from magnet_jax.files import replacing_file
+from magnet_jax.io.files import replacing_file
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,11 +20,13 @@ from launch.ablate import report, studies
 from launch.ablate.studies import Setting, Study
 from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
-from magnet_jax import bucket, cli, errors, files, memory, records
+from magnet_jax import cli, errors
 from magnet_jax.config import DecodeConfig, HybridConfig, RescoreConfig, RunConfig
-from magnet_jax.convert import flatten
+from magnet_jax.convert.lm_rules import flatten
+from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
+from magnet_jax.io import bucket, files, memory
 
 CONFIG = "recipe_small"
 LUFS = -14.0  # of every clip, real and generated
@@ -66,7 +68,7 @@ class Trained(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(Common):
-    checkpoint: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    run_folder: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """A MAGNeT or a hybrid, as for launch.sample."""
     step: int | None = None
     """Of a run: the checkpoint to use; None is the newest."""
@@ -252,7 +254,7 @@ def plan(args: Common) -> tuple[Study, list[Cell]]:
         common["probe"] = scores.digest(clips)
     study, seconds, codec, models = (_given if isinstance(args, Given) else _trained)(args)
     if args.probe is not None:
-        from magnet_jax.codec import read_spec  # JAX is slow to load
+        from magnet_jax.codec.encodec import read_spec  # JAX is slow to load
 
         common["probe_codec"] = read_spec(args.probe_codec or codec).sha256
     common["seconds"] = seconds
@@ -329,7 +331,7 @@ class _Prepared(NamedTuple):
 
     study: Study
     seconds: float
-    codec: str
+    encodec: str
     """What the tokens are decoded with."""
     models: dict[Any, Run]
     """By name and seed; that of --checkpoint by None."""
@@ -370,22 +372,25 @@ def _trained(args: Trained) -> _Prepared:
                     "which the study has options for"
                 )
     if any(config.kernels.products == "amx" for _, config in configs.values()):
-        from magnet_jax import amx
+        from magnet_jax.model import amx
 
         amx.use_synchronous_dispatch()  # (which JAX does not take later on)
-    from magnet_jax import checkpoint, codec, t5, train
+    from magnet_jax.checkpoints import run_folder
+    from magnet_jax.codec import encodec
+    from magnet_jax.model import t5
+    from magnet_jax.train import loop
 
     spec = records.read_codec_spec(args.data)
-    found = codec.read_spec(spec.source, spec.num_codebooks // spec.sides)
+    found = encodec.read_spec(spec.source, spec.num_codebooks // spec.sides)
     if found.sha256 != spec.sha256:
         raise UserError(f"{args.data}: {spec.source} is no longer the codec that it was made with")
     text, parameters, tokenizer = t5.load(args.text)
     of = {"data": records.digest(args.data), "text": _hash(parameters, tokenizer.to_str())}
     # What a run may change when it goes on, but for what its clips and losses depend on.
-    free = checkpoint.MUTABLE - {"steps", "decode", "autoregressive", "eval_batches"}
+    free = run_folder.MUTABLE - {"steps", "decode", "autoregressive", "eval_batches"}
     models = {}
     for key, (words, config) in configs.items():
-        train.check_fit(config, spec, text)
+        loop.check_fit(config, spec, text)
         settings = {
             name: value
             for name, value in flatten(dataclasses.asdict(config), separator=".").items()
@@ -411,7 +416,7 @@ def _train_words(args: Trained, name: str, seed: int, seconds: float) -> list[st
 
 def _given(args: Given) -> _Prepared:
     """The model of a study that trains none."""
-    from magnet_jax import pretrained  # JAX is slow to load
+    from magnet_jax.checkpoints import pretrained  # JAX is slow to load
 
     model, own = pretrained.read_defaults(args.checkpoint)
     if not model.parallel:

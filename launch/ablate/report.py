@@ -10,7 +10,7 @@ from typing import Any
 from launch.ablate.studies import Setting, Study
 from launch.evaluate.__main__ import COLUMNS
 from magnet_jax.errors import UserError
-from magnet_jax.files import read_object, replacing_file
+from magnet_jax.io.files import read_object, replacing_file
 
 _FORMAT = "magnet_jax ablation 1"
 _LISTENER = "musicnn"
@@ -92,7 +92,7 @@ def _scores(receipt: Path) -> dict[str, dict[str, float]]:
 
 def validation_loss(run: Path) -> float | None:
     """The last one that a run has logged; None where there is none."""
-    from magnet_jax import watch  # JAX is slow to load
+    from magnet_jax.train import watch  # JAX is slow to load
 
     if not (run / "metrics.jsonl").exists():
         return None

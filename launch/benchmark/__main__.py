@@ -17,7 +17,8 @@ from launch.benchmark import (
     tradeoff,
     training,
 )
-from magnet_jax import cli, errors, memory
+from magnet_jax import cli, errors
+from magnet_jax.io import memory
 
 Command = (
     Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]

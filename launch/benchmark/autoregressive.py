@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from launch.benchmark import models, report
 from launch.benchmark.decoding import TEXTS
-from magnet_jax import convert, sampling
+from magnet_jax.convert import lm_rules
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.files import replacing_file
+from magnet_jax.io.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,7 @@ def measure(args: Args) -> None:
         if args.peer:  # (its module imports torch)
             from launch.benchmark.musicgen_peer import Peer
 
-            peer = Peer(convert.to_audiocraft(loaded.params["lm"], model), model)
+            peer = Peer(lm_rules.to_audiocraft(loaded.params["lm"], model), model)
         loaded = sampling.prepare(loaded)
         print(report.aligned(("batch", "ours", "a step", "theirs", "ratio", "same tokens")))
         rows = []

@@ -10,7 +10,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from launch.benchmark import models
-from magnet_jax import pretrained, sampling
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 
 

@@ -17,10 +17,14 @@ from tqdm import tqdm
 
 from launch.benchmark import models, peaks, report, rescoring
 from launch.benchmark.peaks import seconds_of
-from magnet_jax import convert, flops, pretrained, programs, rescore, sampling
-from magnet_jax.codec import Decoder
+from magnet_jax import programs
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.codec.encodec import Decoder
 from magnet_jax.config import ComputeDtype, DecodeConfig, Preset, RescoreConfig, preset_steps
+from magnet_jax.convert import lm_rules
+from magnet_jax.decode import rescore, sampling
 from magnet_jax.errors import UserError
+from magnet_jax.train import flops
 
 if TYPE_CHECKING:
     from launch.benchmark import torch_peer
@@ -324,7 +328,7 @@ def make_peer(args: Args, job: Job) -> "torch_peer.Peer":
     model = job.loaded.config.model
     # The peer's weights have been rounded like ours; it computes in its own precision.
     params = jax.tree.map(lambda x: np.asarray(x, np.float32), job.loaded.params["lm"])
-    state_dict = convert.to_audiocraft(params, model)
+    state_dict = lm_rules.to_audiocraft(params, model)
     peer = torch_peer.Peer(state_dict, model, args.peer_device, args.peer_dtype)
     short = dataclasses.replace(job.decoding, steps=(1,) * model.num_codebooks)
     states_BSE, lengths_B = job.text_states(1)

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from launch import make_random_checkpoint
-from magnet_jax import convert, errors, machine, pretrained
+from magnet_jax import errors
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.convert import lm_rules
+from magnet_jax.io import machine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,7 @@ def measure(args: Args) -> None:
             make_random_checkpoint.Args(out=source, size=args.size, dtype=args.dtype)
         )
         model, _ = pretrained.read_defaults(source)
-        count = sum(map(math.prod, convert.lm_shapes(model).values()))
+        count = sum(map(math.prod, lm_rules.lm_shapes(model).values()))
         seconds, peak = _run("launch.import_audiocraft", "--source", source, "--out", out)
         print(
             f"{count / 1e6:.0f} M parameters, {args.dtype}: imported in {seconds:.1f} s, peak "

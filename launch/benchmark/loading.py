@@ -8,15 +8,18 @@ import jax
 import numpy as np
 
 from launch.train import load_config
-from magnet_jax import data, records, sampling, sharding, steps, t5, train
+from magnet_jax.data import pipeline, records
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
+from magnet_jax.model import sharding, t5
+from magnet_jax.train import loop, steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     """Frames a second: the loader alone, and a train step alone on batches in memory."""
 
-    data: Path
+    pipeline: Path
     """A data set of `python -m tokenization.job`."""
     config: str = "demo"
     """Config of the train step."""
@@ -33,9 +36,9 @@ def measure(args: Args) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))
     spec = records.read_codec_spec(args.data)
     t5_config, t5_params, tokenizer = t5.load(config.text.source)
-    train.check_fit(config, spec, t5_config)
+    loop.check_fit(config, spec, t5_config)
     frames = sampling.segment_frames(config, spec)
-    batches = data.make_train_iterator(
+    batches = pipeline.make_train_iterator(
         config.data,
         frames=frames,
         num_codebooks=config.model.num_codebooks,
@@ -52,11 +55,11 @@ def measure(args: Args) -> None:
     mesh = sharding.make_mesh(config.mesh)
     static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
     t5_params = jax.tree.map(np.asarray, t5_params)
-    setup = train.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
-    state = train.first_state(setup, jax.random.key(config.seed))
+    setup = loop.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
+    state = loop.first_state(setup, jax.random.key(config.seed))
     where = steps.frozen_shardings(static)[1]
-    frozen = train.place({"text": t5_params} if where else {}, where)
-    batch = train.to_devices(batch, mesh)
+    frozen = loop.place({"text": t5_params} if where else {}, where)
+    batch = loop.to_devices(batch, mesh)
     # As in training, each codebook has its turn; the first round compiles both programs.
     num_codebooks = config.model.num_codebooks
     for step in range(num_codebooks + args.steps):

@@ -8,11 +8,12 @@ from pathlib import Path
 import jax
 
 from launch import make_random_checkpoint as random_checkpoint
-from magnet_jax import pretrained, transformer
-from magnet_jax.audiocraft import CODEC_FILE
-from magnet_jax.codec import read_spec
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.codec.encodec import read_spec
 from magnet_jax.config import DataConfig, ModelConfig, RunConfig, TextConfig
+from magnet_jax.convert.audiocraft import CODEC_FILE
 from magnet_jax.errors import UserError
+from magnet_jax.model import transformer
 
 SEED = 0
 SEGMENT_SECONDS = 10.0  # of the model with random weights, as of the published ones

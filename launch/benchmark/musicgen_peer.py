@@ -7,7 +7,7 @@ import numpy as np
 
 from magnet_jax.config import ModelConfig
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io.torch_env import import_torch
 
 torch = import_torch()
 Tensor = torch.Tensor
@@ -31,7 +31,7 @@ class Peer:
     """A MusicGen in transformers, in float32 on the CPU, ready to generate greedily.
 
     Args:
-      state_dict: AudioCraft's tensors, such as `convert.to_audiocraft` gives.
+      state_dict: AudioCraft's tensors, such as `lm_rules.to_audiocraft` gives.
       model: their sizes.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from magnet_jax.errors import UserError
-from magnet_jax.files import replacing_file
+from magnet_jax.io.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

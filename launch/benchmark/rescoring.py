@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from launch.benchmark import report
 from launch.benchmark.peaks import seconds_of
-from magnet_jax import sampling
-from magnet_jax.sampling import Rescorer
+from magnet_jax.decode import sampling
+from magnet_jax.decode.sampling import Rescorer
 
 if TYPE_CHECKING:
     from launch.benchmark.decoding import Job

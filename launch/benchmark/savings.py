@@ -10,10 +10,11 @@ from tqdm import tqdm
 
 from launch import make_random_checkpoint as random_checkpoint
 from launch.benchmark import models
-from magnet_jax import decode, programs, sampling
+from magnet_jax import programs
+from magnet_jax.decode import parallel, sampling
 from magnet_jax.errors import UserError
 
-NAMES = tuple(field.name for field in dataclasses.fields(decode.Savings))
+NAMES = tuple(field.name for field in dataclasses.fields(parallel.Savings))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,11 @@ def measure(args: Args) -> None:
         loaded = sampling.prepare(loaded)
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
         decoding = dataclasses.replace(loaded.config.decode, steps=args.steps)
-        kinds = {"all": decode.ALL_SAVINGS} | {
-            f"without {n}": dataclasses.replace(decode.ALL_SAVINGS, **{n: False}) for n in NAMES
+        kinds = {"all": parallel.ALL_SAVINGS} | {
+            f"without {n}": dataclasses.replace(parallel.ALL_SAVINGS, **{n: False}) for n in NAMES
         }
 
-        def call(savings: decode.Savings, seed: int) -> float:
+        def call(savings: parallel.Savings, seed: int) -> float:
             compiling, started = programs.seconds(), time.perf_counter()
             sampling.generate(
                 loaded,

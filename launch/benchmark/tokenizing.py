@@ -15,12 +15,12 @@ import numpy as np
 import soundfile
 
 from launch.benchmark import report
-from magnet_jax import machine
-from magnet_jax.codec import load_codec
+from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import Listening, read_mono
-from magnet_jax.files import replacing_file
+from magnet_jax.io import machine
+from magnet_jax.io.files import replacing_file
 from tokenization import encode
 from tokenization import job as tokenization
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from magnet_jax.config import DecodeConfig, ModelConfig
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import import_torch
+from magnet_jax.io.torch_env import import_torch
 
 torch = import_torch()
 nn, functional = torch.nn, torch.nn.functional
@@ -152,7 +152,7 @@ class Peer:
     """A MAGNeT in PyTorch, ready to generate.
 
     Args:
-      state_dict: AudioCraft's tensors, such as `convert.to_audiocraft` gives.
+      state_dict: AudioCraft's tensors, such as `lm_rules.to_audiocraft` gives.
       model: their sizes.
       device, dtype: of weights and activations; probabilities are float32.
 

@@ -16,16 +16,19 @@ from launch.benchmark.decoding import TEXTS, clip_frames, open_rescorer
 from launch.benchmark.peaks import seconds_of
 from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
-from magnet_jax import bucket, cli, pretrained, sampling
+from magnet_jax import cli
+from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,
     RescoreConfig,
     SamplingConfig,
 )
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
-from magnet_jax.files import replacing_file
+from magnet_jax.io import bucket
+from magnet_jax.io.files import replacing_file
 
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 PROMPT = "prompt"

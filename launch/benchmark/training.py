@@ -9,10 +9,13 @@ from pathlib import Path
 from launch.benchmark import report
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
-from magnet_jax import amx, flops, records, sampling, sharding, steps, t5, train, watch
 from magnet_jax.config import ComputeDtype, Products, RunConfig
+from magnet_jax.data import records
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.files import replacing_file
+from magnet_jax.io.files import replacing_file
+from magnet_jax.model import amx, sharding, t5
+from magnet_jax.train import flops, loop, steps, watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +85,7 @@ def measure(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = _config(args, Path(folder) / "run")
         peaks = [jax_peak(sampling.compute_dtype(config))]
-        train.train(config)
+        loop.train(config)
         # The peak before and after: the machine may have others on it.
         peaks.append(jax_peak(sampling.compute_dtype(config)))
         line = watch.read_scalars(Path(config.out))[-1]

@@ -13,20 +13,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch.compile import report
+from launch.compile import hlo, report
 from launch.make_random_checkpoint import CODEC_SETTINGS, SIZES
-from magnet_jax import (
-    codec,
-    convert_codec,
-    decode,
-    flops,
-    hlo,
-    pretrained,
-    sampling,
-    t5,
-    targets,
-    transformer,
-)
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.codec import encodec
 from magnet_jax.config import (
     CodecSpec,
     DataConfig,
@@ -38,10 +28,14 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     preset_steps,
 )
-from magnet_jax.convert_codec import SeanetConfig
+from magnet_jax.convert import codec_rules
+from magnet_jax.convert.codec_rules import SeanetConfig
+from magnet_jax.decode import parallel, sampling
 from magnet_jax.errors import UserError
+from magnet_jax.model import t5, transformer
+from magnet_jax.train import flops, targets
 
-Saving = Literal[tuple(field.name for field in dataclasses.fields(decode.Savings))]
+Saving = Literal[tuple(field.name for field in dataclasses.fields(parallel.Savings))]
 FRAME_RATE = 50  # frames a second of the published codec
 
 
@@ -68,7 +62,7 @@ class Decode:
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """The topology's first devices are used, one by default."""
     kernels: KernelConfig = KernelConfig()
-    codec: bool = True
+    encodec: bool = True
     """The program ends in samples; --no-codec: in tokens, for PyTorch to decode."""
     without: tuple[Saving, ...] = ()
     """Savings to do without, to see what they are worth."""
@@ -108,7 +102,7 @@ def lower_decode(
             kernels=args.kernels,
             mesh=args.mesh,
             savings=dataclasses.replace(
-                decode.default_savings(target.platform),
+                parallel.default_savings(target.platform),
                 **dict.fromkeys(args.also, True),
                 **dict.fromkeys(args.without, False),
             ),
@@ -124,7 +118,7 @@ def lower_decode(
     return sampling.clip_program.lower(*shapes, made_for=made_for), config, codes_BKT.shape[-1]
 
 
-def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.Decoder | None]:
+def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.Decoder | None]:
     """A model of a published size and its codec's decoder, with shapes for parameters."""
     model = ModelConfig(**SIZES[args.model])
     config = RunConfig(
@@ -139,7 +133,9 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.De
     t5_config = t5.PUBLISHED["t5-base"]
 
     def rounded(init: Callable[[jax.Array], dict]) -> dict:
-        return jax.eval_shape(lambda key: decode.round_weights(init(key), dtype), jax.random.key(0))
+        return jax.eval_shape(
+            lambda key: parallel.round_weights(init(key), dtype), jax.random.key(0)
+        )
 
     spec = CodecSpec(
         source="facebook/encodec_32khz",
@@ -165,10 +161,10 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, codec.De
         return loaded, None
     fields = {field.name for field in dataclasses.fields(SeanetConfig)}
     seanet = SeanetConfig(**{k: v for k, v in CODEC_SETTINGS.items() if k in fields})
-    layout = convert_codec.codec_layout(CODEC_SETTINGS, model.num_codebooks)
+    layout = codec_rules.codec_layout(CODEC_SETTINGS, model.num_codebooks)
     ones = {name: np.broadcast_to(np.float32(1), shape) for name, _, shape in layout}
-    params = convert_codec.decoder_params(ones, seanet, model.num_codebooks)
-    return loaded, codec.Decoder(spec, seanet, params)
+    params = codec_rules.decoder_params(ones, seanet, model.num_codebooks)
+    return loaded, encodec.Decoder(spec, seanet, params)
 
 
 def _shapes(tree: Any, mesh: Mesh, spec: P) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
-from magnet_jax import hlo, targets
+from launch.compile import hlo
 from magnet_jax.errors import UserError
-from magnet_jax.files import replacing_file
+from magnet_jax.io.files import replacing_file
+from magnet_jax.train import targets
 
 
 def compiled_costs(lowered: jax.stages.Lowered, target: targets.Target) -> dict[str, Any]:

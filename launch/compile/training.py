@@ -14,10 +14,12 @@ from jax.sharding import Mesh
 
 from launch.compile import report
 from launch.train import load_config
-from magnet_jax import flops, plan, sampling, sharding, steps, t5, targets
 from magnet_jax.config import ComputeDtype, MeshConfig, Remat, RunConfig
+from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.files import check_new_file, replacing_file
+from magnet_jax.io.files import check_new_file, replacing_file
+from magnet_jax.model import sharding, t5
+from magnet_jax.train import flops, plan, steps, targets
 
 FRAME_RATE = 50  # frames a second of the published codecs
 

@@ -18,15 +18,17 @@ import tyro
 
 from launch import evaluate, sample
 from launch.evaluate import prompts
-from magnet_jax import bucket, cli, errors, records
+from magnet_jax import cli, errors
+from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import probe, scores
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Embedder, Name, load
 from magnet_jax.evaluation.scores import Clips, Listening
-from magnet_jax.files import held, read_object, replacing_file
+from magnet_jax.io import bucket
+from magnet_jax.io.files import held, read_object, replacing_file
 
 if TYPE_CHECKING:
-    from magnet_jax.codec import Codec
+    from magnet_jax.codec.encodec import Codec
 
 _FORMAT = "magnet_jax evaluation 1"
 # The columns of the table, as far as there is anything in them.
@@ -125,7 +127,7 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
 
     model = None
     if sampler is not None and sampler.kernels.products == "amx":
-        from magnet_jax import amx
+        from magnet_jax.model import amx
 
         amx.use_synchronous_dispatch()  # (which JAX does not take once an embedder has run)
     heard_real = [
@@ -262,7 +264,7 @@ def _checked(args: Args) -> Args:
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
     _check_own(args)
     if args.seconds is None and args.checkpoint is not None:
-        from magnet_jax import pretrained  # JAX is slow to load
+        from magnet_jax.checkpoints import pretrained  # JAX is slow to load
 
         seconds = pretrained.read_settings(args.checkpoint).data.segment_seconds
         return dataclasses.replace(args, seconds=seconds)
@@ -344,7 +346,7 @@ def _labelled(
     if args.probe_codec is None:
         return _Labelled(files, labels, {}, None)
     from launch.evaluate import baselines  # (which imports JAX, slowly)
-    from magnet_jax.codec import load_codec
+    from magnet_jax.codec.encodec import load_codec
 
     codec = load_codec(args.probe_codec)
     folder = args.probe_round_trip or args.out / "probe-round-trip"
@@ -524,7 +526,7 @@ def _say_pairs(row: _Row, reference: Mapping[str, Path]) -> None:
 def _baseline_codec(args: Args, sampler: sample.Args, listed: list[prompts.Prompt]) -> "Codec":
     """The model's codec; raises `UserError` for --data of another one, and for too few prompts."""
     from launch.evaluate import baselines
-    from magnet_jax import pretrained  # JAX is slow to load
+    from magnet_jax.checkpoints import pretrained  # JAX is slow to load
 
     if len(listed) < 2:
         raise UserError("--baselines shuffles captions: give two prompts at least")

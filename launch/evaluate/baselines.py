@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from magnet_jax import audio, files, records
-from magnet_jax.codec import Codec, check_same_codec
+from magnet_jax.codec.encodec import Codec, check_same_codec
 from magnet_jax.config import CodecSpec
+from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.evaluation.scores import Listening
+from magnet_jax.io import audio, files
 
 
 def codec_round_trip(

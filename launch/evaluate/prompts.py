@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from magnet_jax.errors import UserError
-from magnet_jax.formats import SUFFIXES, RejectedError
+from magnet_jax.io.formats import SUFFIXES, RejectedError
 from tokenization.listing import (
     CAPTION_NAMES,
     SIDECARS,

@@ -19,9 +19,9 @@ from urllib.error import URLError
 
 import numpy as np
 
-from magnet_jax import hub
 from magnet_jax.errors import UserError
-from magnet_jax.torch_env import as_arrays, import_torch, load_tensors
+from magnet_jax.io import hub
+from magnet_jax.io.torch_env import as_arrays, import_torch, load_tensors
 
 Name = Literal["musicnn", "vggish", "passt", "ast", "clap"]
 

@@ -20,13 +20,13 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import audio
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import metrics
 from magnet_jax.evaluation.embedders import Embedded, Embedder
 from magnet_jax.evaluation.probe import Probe, hear, named_label
-from magnet_jax.files import replacing_file
-from magnet_jax.formats import SUFFIXES, RejectedError, open_sound, read_whole
+from magnet_jax.io import audio
+from magnet_jax.io.files import replacing_file
+from magnet_jax.io.formats import SUFFIXES, RejectedError, open_sound, read_whole
 
 TOP_TAGS = 5  # that are asked whether they hold what a caption names
 _BESIDE = (".json", ".txt")  # of clips

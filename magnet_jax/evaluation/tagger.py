@@ -20,7 +20,7 @@ import numpy as np
 
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
-from magnet_jax.files import read_object, read_tensors
+from magnet_jax.io.files import read_object, read_tensors
 
 SAMPLE_RATE = 16_000
 FFT_SIZE, HOP, NUM_MELS = 512, 256, 96

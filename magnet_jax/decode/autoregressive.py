@@ -1,0 +1,161 @@
+"""MusicGen: text to tokens one step at a time, and the logits of given tokens (teacher forcing).
+
+The network is MAGNeT's under causal attention, its codebooks in the delay pattern (patterns.py;
+Copet et al. 2023, arXiv 2306.05284). Every step reads and predicts all codebooks at once. The
+beginning of a hybrid's clip is made in the same way (hybrid.py).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magnet_jax.config import ModelConfig, Products
+from magnet_jax.decode.parallel import Choice, choose_token
+from magnet_jax.model import attention, patterns, transformer
+
+UNKNOWN = -1  # stands where a code is still to be generated
+
+
+class Sampling(NamedTuple):
+    """Numbers of the sampling that a program takes as they come."""
+
+    temperature: jax.Array | float
+    limit: jax.Array | float  # see `parallel.choose_token`
+    guidance: jax.Array | float  # coefficient
+
+
+def attend_causally(*qkv: jax.Array, context: None) -> jax.Array:
+    """What `Transformer.trunk` wants of a model that sees the past alone."""
+    return attention.causal_attention(*qkv)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype"))
+@transformer.exact_products
+def step_logits(
+    params: dict,
+    states_BSE: jax.Array,
+    text_mask_BS: jax.Array,
+    num_zero_keys_B: jax.Array,
+    steps_BKS: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """What the model predicts after each of S steps: logits float32 [B, K, S, V].
+
+    Args:
+      params: the transformer's parameters.
+      states_BSE, text_mask_BS, num_zero_keys_B: see `Transformer.read_text`.
+      steps_BKS: from `patterns.to_steps`.
+    """
+    model = transformer.bind(config, params)
+    text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
+    states_BSD = model.trunk(steps_BKS, text, local=False, attend=attend_causally)
+    return model.all_heads(states_BSD)
+
+
+def teacher_forced(
+    params: dict,
+    states_BSE: jax.Array,
+    text_mask_BS: jax.Array,
+    num_zero_keys_B: jax.Array,
+    codes_BKT: jax.Array,
+    *,
+    config: ModelConfig,
+    dtype: jnp.dtype = jnp.float32,
+) -> tuple[jax.Array, np.ndarray]:
+    """What the model predicts for each code from the steps before it, in one pass.
+
+    Args:
+      params, states_BSE, text_mask_BS, num_zero_keys_B: see `step_logits`.
+      codes_BKT: token ids 0..V; V where a code is not known.
+
+    Returns:
+      logits float32 [B, K, T, V], aligned with the codes, and valid [K, T]: False at the last
+      frames of delayed codebooks, which would need steps past the end (their logits are another
+      frame's).
+    """
+    num_frames = codes_BKT.shape[-1]
+    steps_BKS = patterns.to_steps(codes_BKT, config.delays, config.mask_id, num_frames)
+    logits_BKSV = step_logits(
+        params, states_BSE, text_mask_BS, num_zero_keys_B, steps_BKS, config=config, dtype=dtype
+    )
+    return patterns.to_frames(logits_BKSV, config.delays, num_frames, first=0)
+
+
+def advance(
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    keys_B: jax.Array,
+    steps_BKS: jax.Array,
+    sampling: Sampling,
+    *,
+    num_given: int,
+    choice: Choice,
+    guided: bool,
+    apart: bool = False,
+    spare: int = 0,
+    products: Products = "axes",
+    on_step: Callable[[jax.Array], None] | None = None,
+) -> tuple[jax.Array, transformer.Cache]:
+    """Fills in what is `UNKNOWN` in steps [B, K, S], one step after another. To be traced.
+
+    Args:
+      config, params: the model.
+      text: of the B rows and, if `guided` and no text is something to the model, of as many
+        without.
+      keys_B: one random key a row.
+      steps_BKS: from `patterns.to_steps`.
+      num_given: steps of which nothing is unknown, the first one included.
+      choice: how tokens are chosen.
+      guided: whether rows without text are computed as well; without, guidance is 1.
+      apart: whether the layers are written out, see `Transformer.layers_apart`.
+      spare: steps that the cache has room for beyond those that are in it in the end.
+      products: see `transformer.product`.
+      on_step: called with the number of steps done while the program runs.
+
+    Returns:
+      the steps, and a cache of all but the last of them, of B rows and, if guided, of as many
+      without text.
+    """
+    batch, _, num_steps = steps_BKS.shape
+    dtype = text.key_LBSNH.dtype
+
+    def rows(codes_BKC):  # with their text and, after them, the same without
+        return jnp.concatenate([codes_BKC, codes_BKC]) if guided else codes_BKC
+
+    model = transformer.bind(config, params)
+    cache = model.empty_cache(rows(steps_BKS).shape[0], num_steps - 1 + spare, dtype)
+    if num_given > 1:
+        given = rows(steps_BKS[..., : num_given - 1])
+        _, cache = model.extend(given, text, cache, 0, products=products)
+
+    layers = model.layers_apart(text) if apart else None
+
+    def predict(carry, step):
+        """Predicts step `step` from the one before it, which is complete by then."""
+        steps_BKS, cache = carry
+        before_BK1 = jax.lax.dynamic_slice_in_dim(steps_BKS, step - 1, 1, axis=-1)
+        model = transformer.bind(config, params)
+        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers, products)
+        logits_BKV = model.all_heads(states_R1D)[:, :, 0]
+        if guided:
+            logits_BKV, without_BKV = jnp.split(logits_BKV, 2)
+            logits_BKV = without_BKV + sampling.guidance * (logits_BKV - without_BKV)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
+        probs_BKV = jax.nn.softmax(logits_BKV / sampling.temperature, axis=-1)
+        token_BK = choose_token(keys, probs_BKV, choice, sampling.limit)
+        given_BK = jax.lax.dynamic_index_in_dim(steps_BKS, step, axis=-1, keepdims=False)
+        token_BK = jnp.where(given_BK == UNKNOWN, token_BK, given_BK)
+        steps_BKS = jax.lax.dynamic_update_index_in_dim(steps_BKS, token_BK, step, axis=-1)
+        if on_step is not None:
+            on_step(step - num_given + 1)
+        return (steps_BKS, cache), None
+
+    carry, _ = jax.lax.scan(predict, (steps_BKS, cache), jnp.arange(num_given, num_steps))
+    return carry

@@ -1,0 +1,249 @@
+"""Rescoring: a second model has a say in which spans decoding keeps (section 3.3, Appendix D).
+
+At each step MAGNeT predicts what is hidden, and the candidate goes through the rescorer, which
+gives its own probability to every token. Spans are scored by a convex combination of both, and the
+worst are hidden again; equation 5 and Figure 4 of the paper, which disagree on whose weight w is
+(`RescoreConfig.weight` is the rescorer's share, as in the figure).
+
+Scores need the probabilities of the candidate's tokens alone, [B, T]: those of all tokens, [B, T,
+V], which equation 5 speaks of, would be V times as many numbers for the same scores.
+
+Two rescorers ship. MusicGen and AudioGen, and a hybrid, read the candidate in one causal pass,
+teacher-forced. MAGNeT, another checkpoint, reads it with the tokens in question hidden, as it has
+learnt to predict hidden tokens and no others. Both have their own text encoder, of any width; their
+codec must be the model's. Others can be written: `sampling.Rescorer` says how.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.checkpoints.pretrained import Loaded
+from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
+from magnet_jax.decode import autoregressive, parallel, sampling
+from magnet_jax.decode.sampling import Rescorer, Text
+from magnet_jax.errors import UserError
+from magnet_jax.model import attention, patterns, t5, transformer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """What a program is made for, of a model as rescorer."""
+
+    model: ModelConfig
+    t5_config: t5.T5Config
+    guided: bool
+    dtype: jnp.dtype
+    kernels: KernelConfig
+    platform: str
+    num_devices: int
+
+
+def load(source: Path | str) -> Loaded:
+    """`pretrained.load`, with errors that are a rescorer's."""
+    folder = None
+    try:
+        folder = pretrained.locate(source)
+        return pretrained.load(source)
+    except UserError as error:
+        if folder is None or not pretrained.is_audiocraft(folder):
+            raise type(error)(f"rescorer: {error}") from error.__cause__
+        # (options such as --text-encoder are the other model's)
+        raise UserError(
+            f"rescorer {source}: import it with launch.import_audiocraft, which takes the options "
+            f"named here, and give that folder ({error})"
+        ) from None
+
+
+def from_model(
+    loaded: Loaded,
+    partner: Loaded,
+    *,
+    guidance: float = RescoreConfig.guidance,
+    execution: sampling.Execution = sampling.Execution(),
+    name: str = "this model",
+) -> Rescorer:
+    """A MusicGen, an AudioGen or a MAGNeT as the rescorer of another model.
+
+    Args:
+      loaded: the model; it computes in the precision of `partner`.
+      partner: the MAGNeT that generates.
+      guidance: coefficient of the rescorer's own guidance; 1 is none, and half the work.
+      execution: how `partner` runs; a MAGNeT as rescorer has the same kernels.
+      name: what messages call the model.
+
+    Raises:
+      UserError: its tokens mean something else than the partner's.
+    """
+    check_partners(loaded, partner, name)
+    config = dataclasses.replace(loaded.config, compute_dtype=partner.config.compute_dtype)
+    loaded = loaded._replace(config=config)
+    read = _musicgen_reader if config.model.autoregressive else _magnet_reader
+    reading = _Reading(
+        model=config.model,
+        t5_config=loaded.t5_config,
+        guided=guidance != 1,
+        dtype=sampling.compute_dtype(config),
+        kernels=execution.kernels,
+        platform=jax.default_backend(),
+        num_devices=sampling.make_mesh(execution.mesh).size,
+    )
+    loaded = sampling.on_devices(loaded, execution)
+    params = {
+        "lm": loaded.params["lm"],
+        "text": loaded.t5_params,
+        "guidance": np.float32(guidance),
+    }
+    return Rescorer(read(reading), params, functools.partial(sampling.tokenize_texts, loaded))
+
+
+def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
+    """Raises `UserError` unless `partner` can be rescored, and tokens mean the same to both."""
+    if not partner.config.model.parallel:
+        raise UserError(
+            f"a model of kind {partner.config.model.kind} has no spans to score: leave out the "
+            f"rescorer {name}"
+        )
+    (codec, model), (its_codec, its_model) = (
+        (one.codec, one.config.model) for one in (partner, loaded)
+    )
+    if its_codec.sha256 != codec.sha256:
+        called = its_codec.source, its_codec.sample_rate
+        if called == (codec.source, codec.sample_rate):
+            raise UserError(
+                f"rescorer {name} and the model learnt the tokens of two codecs called "
+                f"{codec.source} ({codec.sample_rate} Hz), whose weights differ: take a rescorer "
+                "of the same codec"
+            )
+        raise UserError(
+            f"rescorer {name} learnt the tokens of codec {its_codec.source} "
+            f"({its_codec.sample_rate} Hz), the model those of {codec.source} "
+            f"({codec.sample_rate} Hz): take a rescorer of the same codec"
+        )
+    if its_codec.interleaved != codec.interleaved:
+        raise UserError(
+            f"rescorer {name} learnt {its_codec.layout}, the model {codec.layout}: take a rescorer "
+            "of the same"
+        )
+    for what, its, wanted in (
+        ("frames a second", its_codec.frame_rate, codec.frame_rate),
+        ("codebooks", its_model.num_codebooks, model.num_codebooks),
+        ("tokens a codebook", its_model.codebook_size, model.codebook_size),
+    ):
+        if its != wanted:
+            raise UserError(
+                f"rescorer {name} has {its:g} {what}, the model {wanted:g}: take a rescorer with "
+                "as many"
+            )
+
+
+@transformer.exact_products
+def _read_text(
+    params: dict, text: Text, *, reading: _Reading, dtype: jnp.dtype
+) -> transformer.TextKeys:
+    """What the rescorer's cross-attention needs of the texts, through its own text encoder."""
+    states_BSE = t5.encode(
+        params["text"], reading.t5_config, text.ids_BS, text.mask_BS, dtype=dtype
+    )
+    model = transformer.bind(reading.model, params["lm"])
+    return model.read_text(states_BSE, text.mask_BS, text.num_zero_keys_B, dtype=dtype)
+
+
+def _codebook(codes_BKT: jax.Array, stage: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(codes_BKT, stage, axis=1, keepdims=False)
+
+
+def _probabilities(
+    logits_BTV: jax.Array, without_BTV: jax.Array | None, guidance: jax.Array, token_BT: jax.Array
+) -> jax.Array:
+    """What logits, guided where there are some without text too, give for tokens; [B, T]."""
+    if without_BTV is not None:
+        logits_BTV = without_BTV + guidance * (logits_BTV - without_BTV)
+    # (past the end of a clip stand mask ids, which have no logit, and do not count)
+    chosen_BT1 = jnp.take_along_axis(logits_BTV, token_BT[..., None], axis=-1, mode="clip")
+    return jnp.exp(chosen_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1))
+
+
+# (cached: one function object for one reading, and so one program)
+@functools.cache
+def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]:
+    """`Rescorer.read` of a model that predicts each step from those before it."""
+    config = reading.model
+
+    def read(params, text, *, num_frames, length):
+        # Past `length` the candidate has mask ids, which is what steps without a code hold anyway.
+        keys = _read_text(params, text, reading=reading, dtype=reading.dtype)
+        if reading.guided and not config.null_text_adds_nothing:
+            keys = transformer.with_null_rows(keys)
+        # As many as generation takes: up to the last frame of the most delayed codebook.
+        num_steps = patterns.num_steps(num_frames, config.delays) - 1
+        kernels = attention.choose_kernels(
+            KernelConfig(products=reading.kernels.products), reading.platform, config, num_steps,
+            reading.dtype, num_devices=reading.num_devices,
+        )  # fmt: skip
+        positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
+
+        def probabilities(codes_BKT, hidden_BT, stage, *, local):
+            steps_BKS = patterns.to_steps(codes_BKT, config.delays, config.mask_id, num_steps)
+            if reading.guided:
+                steps_BKS = jnp.concatenate([steps_BKS, steps_BKS])
+            model = transformer.bind(config, params["lm"])
+            states_BSD = model.trunk(
+                steps_BKS,
+                keys,
+                local=False,
+                attend=autoregressive.attend_causally,
+                positions_BTD=positions_1SD,
+                products=kernels.products,
+            )
+            # After step t + delay comes the code of frame t: of one codebook, a slice of steps.
+            delay = jnp.asarray(config.delays)[stage]
+            states_BTD = jax.lax.dynamic_slice_in_dim(states_BSD, delay, num_frames, axis=1)
+            logits_BTV = model.head(states_BTD, stage)
+            both = jnp.split(logits_BTV, 2) if reading.guided else (logits_BTV, None)
+            return _probabilities(*both, params["guidance"], _codebook(codes_BKT, stage))
+
+        return probabilities
+
+    return read
+
+
+@functools.cache
+def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]:
+    """`Rescorer.read` of a model that predicts hidden tokens from those that are kept."""
+    config = reading.model
+
+    def read(params, text, *, num_frames, length):
+        kernels = attention.choose_kernels(
+            reading.kernels, reading.platform, config, num_frames, reading.dtype,
+            num_devices=reading.num_devices,
+        )  # fmt: skip
+        network = parallel.guided_network(
+            config,
+            params["lm"],
+            _read_text(params, text, reading=reading, dtype=reading.dtype),
+            num_frames,
+            kernels=kernels,
+            length=length,
+        )
+
+        def probabilities(codes_BKT, hidden_BT, stage, *, local):
+            token_BT = _codebook(codes_BKT, stage)
+            given_BT = jnp.where(hidden_BT, config.mask_id, token_BT)
+            codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, given_BT, stage, axis=1)
+            guided = reading.guided
+            states_RTD = network.trunk(
+                codes_BKT, stage=stage, local=local, guided=guided, first_B=None
+            )
+            both = network.head(states_RTD, stage, guided=guided)
+            return _probabilities(*both, params["guidance"], token_BT)
+
+        return probabilities
+
+    return read

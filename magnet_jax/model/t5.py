@@ -1,0 +1,417 @@
+"""The T5 text encoder in JAX (Raffel et al. 2020, arXiv 1910.10683), and its tokenizer.
+
+Parameters are a plain dict, layers stacked on axis 0 (E width, N heads, H head size, F MLP width,
+L layers):
+
+    embed [vocabulary,E]; relative_bias [buckets,N]; norm_final/scale [E];
+    blocks/{norm_self/scale [L,E], self/{query,key,value [L,E,N,H], out [L,N,H,E]},
+            norm_mlp/scale [L,E], mlp/{up [L,E,F], down [L,F,E]} and, gated, mlp/gate [L,E,F]}
+
+Folders are those of transformers: config.json, tokenizer.json, model.safetensors.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from tokenizers import Tokenizer
+
+from magnet_jax.config import ASSETS, EMBEDDED
+from magnet_jax.convert import transformers_folder
+from magnet_jax.errors import UserError
+from magnet_jax.io import files, hub
+
+Params = dict[str, Any]
+
+END = "</s>"
+PAD = "<pad>"
+UNKNOWN = "<unk>"
+
+_SAFETENSORS = "model.safetensors"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """The encoder's part of a transformers T5 config.json; its names, its defaults."""
+
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    vocab_size: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "relu"
+
+    def __post_init__(self):
+        if self.feed_forward_proj not in ("relu", "gated-gelu"):
+            raise UserError(
+                f"T5 feed_forward_proj {self.feed_forward_proj!r} is not supported: "
+                "it must be 'relu' or 'gated-gelu'"
+            )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if field.type is int and not (whole and value >= 1):
+                raise UserError(f"T5 {field.name} must be a whole number above 0, not {value!r}")
+        if self.relative_attention_num_buckets % 4:
+            raise UserError("T5 relative_attention_num_buckets must be a multiple of 4")
+        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own
+        if self.relative_attention_max_distance <= exact:
+            raise UserError(
+                f"T5 relative_attention_max_distance must be above {exact}, a quarter of "
+                f"relative_attention_num_buckets, not {self.relative_attention_max_distance}"
+            )
+        epsilon = self.layer_norm_epsilon
+        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
+            raise UserError(f"T5 layer_norm_epsilon must be a number above 0, not {epsilon!r}")
+
+    @property
+    def gated(self) -> bool:
+        return self.feed_forward_proj == "gated-gelu"
+
+
+# Sizes of published encoders, for planning without their weights.
+PUBLISHED = {
+    name: T5Config(d_kv=64, vocab_size=32128, **sizes)
+    for name, sizes in {
+        "t5-small": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8),
+        "t5-base": dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
+        "t5-large": dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
+    }.items()
+}
+
+
+def published_config(source: str) -> T5Config:
+    """The sizes of an encoder, from its folder or, of the published ones, without."""
+    name = source.removeprefix("google-t5/")
+    return (
+        PUBLISHED[name] if name in PUBLISHED else _read_config(_locate(source) / "config.json")[0]
+    )
+
+
+class _Weight(NamedTuple):
+    """One leaf of the params and what transformers calls it."""
+
+    path: tuple[str, ...]
+    name: str  # with '{}' for the layer if the leaf is stacked
+    shape: tuple[int, ...]  # of one layer, here
+    file_shape: tuple[int, ...]  # of one layer, in the file; linear maps are [out, in] there
+    std: float | None  # initial standard deviation; None: ones
+
+    @property
+    def stacked(self) -> bool:
+        return "{}" in self.name
+
+
+def _weights(config: T5Config) -> list[_Weight]:
+    """The one table behind `init`, `load` and `save`; initial scales as in transformers' T5."""
+    e, n, h, f = config.d_model, config.num_heads, config.d_kv, config.d_ff
+    attention, mlp = "encoder.block.{}.layer.0.", "encoder.block.{}.layer.1."
+
+    def norm(path: tuple[str, ...], name: str) -> _Weight:
+        return _Weight(path, name, (e,), (e,), None)
+
+    def project(kind: str, std: float) -> _Weight:
+        name = f"{attention}SelfAttention.{kind[0]}.weight"
+        return _Weight(("blocks", "self", kind), name, (e, n, h), (n * h, e), std)
+
+    def mlp_in(kind: str, file_kind: str) -> _Weight:
+        name = f"{mlp}DenseReluDense.{file_kind}.weight"
+        return _Weight(("blocks", "mlp", kind), name, (e, f), (f, e), e**-0.5)
+
+    embed, buckets = (config.vocab_size, e), (config.relative_attention_num_buckets, n)
+    bias_name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    out_name = f"{attention}SelfAttention.o.weight"
+    down_name = f"{mlp}DenseReluDense.wo.weight"
+    return [
+        _Weight(("embed",), "shared.weight", embed, embed, 1.0),
+        _Weight(("relative_bias",), bias_name, buckets, buckets, e**-0.5),
+        norm(("blocks", "norm_self", "scale"), f"{attention}layer_norm.weight"),
+        project("query", (e * h) ** -0.5),
+        project("key", e**-0.5),
+        project("value", e**-0.5),
+        _Weight(("blocks", "self", "out"), out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
+        norm(("blocks", "norm_mlp", "scale"), f"{mlp}layer_norm.weight"),
+        *([mlp_in("gate", "wi_0"), mlp_in("up", "wi_1")] if config.gated else [mlp_in("up", "wi")]),
+        _Weight(("blocks", "mlp", "down"), down_name, (f, e), (e, f), f**-0.5),
+        norm(("norm_final", "scale"), "encoder.final_layer_norm.weight"),
+    ]
+
+
+def _nested(leaves: dict[tuple[str, ...], Any]) -> Params:
+    tree: Params = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def init(config: T5Config, key: jax.Array) -> Params:
+    """Random float32 parameters with T5's initial scales; see the module's docstring for shapes."""
+    leaves = {}
+    weights = _weights(config)
+    for weight, key_of_weight in zip(weights, jax.random.split(key, len(weights))):
+        shape = (config.num_layers, *weight.shape) if weight.stacked else weight.shape
+        if weight.std is None:
+            leaves[weight.path] = jnp.ones(shape, jnp.float32)
+        else:
+            leaves[weight.path] = weight.std * jax.random.normal(key_of_weight, shape, jnp.float32)
+    return _nested(leaves)
+
+
+def _relative_buckets(config: T5Config, length: int) -> np.ndarray:
+    """Bucket of each key's distance from each query, [S,S]: exact when near, logarithmic beyond.
+
+    Half of the buckets are for keys after the query, half for the others.
+    """
+    half = config.relative_attention_num_buckets // 2
+    exact = half // 2
+    distance_SS = np.arange(length)[None, :] - np.arange(length)[:, None]
+    far_SS = np.maximum(np.abs(distance_SS), exact).astype(np.float32)
+    # float32 throughout, as in transformers: a distance at a bucket's edge must fall alike
+    share_SS = np.log(far_SS / np.float32(exact)) / np.float32(
+        np.log(config.relative_attention_max_distance / exact)
+    )
+    far_bucket_SS = exact + (share_SS * np.float32(half - exact)).astype(np.int32)
+    near_SS = np.abs(distance_SS) < exact
+    bucket_SS = np.where(near_SS, np.abs(distance_SS), np.minimum(far_bucket_SS, half - 1))
+    return bucket_SS + half * (distance_SS > 0)
+
+
+def encode(
+    params: Params,
+    config: T5Config,
+    text_ids_BS: jax.Array,
+    text_mask_BS: jax.Array,
+    dtype: jnp.dtype = jnp.float32,
+) -> jax.Array:
+    """States of the last layer, float32 `[B,S,E]`; zero where the mask is False.
+
+    A row is a function of its own unmasked tokens: padding, however long, changes nothing.
+
+    Args:
+      params: as in the module's docstring.
+      text_ids_BS: token ids.
+      text_mask_BS: True where there is a token; a row may be all False (no text).
+      dtype: precision of the matrix products; norms, softmax and the residual stay float32.
+    """
+    # float32 means float32: accelerators would otherwise round the factors
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    text_mask_BS = jnp.asarray(text_mask_BS, bool)
+
+    def product(equation: str, *factors: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, *(f.astype(dtype) for f in factors), precision=precision)
+
+    def norm(x_BSE: jax.Array, scale_E: jax.Array) -> jax.Array:
+        power_BS1 = jnp.mean(jnp.square(x_BSE), axis=-1, keepdims=True)
+        return x_BSE * jax.lax.rsqrt(power_BS1 + config.layer_norm_epsilon) * scale_E[None, None]
+
+    buckets_SS = _relative_buckets(config, text_ids_BS.shape[1])
+    bias_SSN = jnp.take(params["relative_bias"], buckets_SS, axis=0)
+    bias_NSS = jnp.transpose(bias_SSN, (2, 0, 1)).astype(jnp.float32)
+    # finite, so that a row without any token gives numbers, not NaN
+    bias_BNSS = jnp.where(text_mask_BS[:, None, None, :], bias_NSS[None], -1e9)
+
+    def block(x_BSE: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+        y_BSE = norm(x_BSE, layer["norm_self"]["scale"])
+        query, key, value = (
+            product("BSE,ENH->BSNH", y_BSE, layer["self"][k]) for k in ("query", "key", "value")
+        )
+        # T5 does not divide by the root of the head size: the initial scale of query does
+        logits_BNSS = product("BQNH,BSNH->BNQS", query, key).astype(jnp.float32) + bias_BNSS
+        weights_BNSS = jax.nn.softmax(logits_BNSS, axis=-1)
+        heads_BSNH = product("BNQS,BSNH->BQNH", weights_BNSS, value)
+        x_BSE = x_BSE + product("BSNH,NHE->BSE", heads_BSNH, layer["self"]["out"])
+
+        y_BSE = norm(x_BSE, layer["norm_mlp"]["scale"])
+        up_BSF = product("BSE,EF->BSF", y_BSE, layer["mlp"]["up"])
+        if config.gated:
+            gate_BSF = product("BSE,EF->BSF", y_BSE, layer["mlp"]["gate"])
+            hidden_BSF = jax.nn.gelu(gate_BSF, approximate=True) * up_BSF
+        else:
+            hidden_BSF = jax.nn.relu(up_BSF)
+        return x_BSE + product("BSF,FE->BSE", hidden_BSF, layer["mlp"]["down"]), None
+
+    x_BSE = jnp.take(params["embed"], text_ids_BS, axis=0).astype(jnp.float32)
+    x_BSE, _ = jax.lax.scan(block, x_BSE, params["blocks"])
+    states_BSE = norm(x_BSE, params["norm_final"]["scale"])
+    return jnp.where(text_mask_BS[:, :, None], states_BSE, 0.0)
+
+
+def tokenize(tokenizer: Tokenizer, text: str, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `[S]` int32 and mask `[S]` bool of a text, S = max_tokens, closed by `</s>` as T5 does.
+
+    A longer text is cut, its last token still `</s>`; a shorter one is padded, mask False. An empty
+    text has an all-False mask: to the model it is no text (as AudioCraft's T5 conditioner has it).
+    """
+    ids_S = np.full(max_tokens, tokenizer.token_to_id(PAD), np.int32)
+    mask_S = np.zeros(max_tokens, bool)
+    if text.strip():
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[: max_tokens - 1]
+        ids.append(tokenizer.token_to_id(END))
+        ids_S[: len(ids)] = ids
+        mask_S[: len(ids)] = True
+    return ids_S, mask_S
+
+
+def load(source: str) -> tuple[T5Config, Params, Tokenizer]:
+    """Configuration, float32 parameters and tokenizer of a T5 checkpoint; a decoder is left out.
+
+    Args:
+      source: 'embedded' (the small one that ships), a folder with config.json, tokenizer.json and
+        model.safetensors (or its shards, or pytorch_model.bin), or a hub id such as 't5-base'.
+
+    Raises:
+      UserError: nothing there, or not a T5 encoder; names every missing or misshapen tensor.
+    """
+    directory = _locate(source)
+    config, prefix = _read_config(directory / "config.json")
+    tokenizer = _read_tokenizer(directory / "tokenizer.json", config.vocab_size)
+    tensors, origin = transformers_folder.read_tensors(directory, _of_encoder, prefix)
+    if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
+        tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
+
+    leaves, problems = {}, []
+    for weight in _weights(config):
+        layers = []
+        for name in _file_names(weight, config):
+            if name not in tensors:
+                problems.append(f"{name} is missing")
+            elif tensors[name].shape != weight.file_shape:
+                found, wanted = list(tensors[name].shape), list(weight.file_shape)
+                problems.append(f"{name} is {found}, not {wanted}")
+            elif not np.issubdtype(tensors[name].dtype, np.floating):
+                problems.append(f"{name} is {tensors[name].dtype}, not floating point")
+            else:
+                layers.append(_from_file(tensors[name], weight))
+        if not problems:
+            leaf = np.stack(layers) if weight.stacked else layers[0]
+            leaves[weight.path] = jnp.asarray(leaf, jnp.float32)
+    if problems:
+        raise UserError(
+            f"{origin}: does not fit {directory / 'config.json'}: {'; '.join(problems)}"
+        )
+    return config, _nested(leaves), tokenizer
+
+
+def save(directory: Path, config: T5Config, params: Params, tokenizer: Tokenizer) -> None:
+    """Writes a folder that `load`, and transformers' T5EncoderModel and AutoTokenizer, read."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for weight in _weights(config):
+        leaf = params
+        for key in weight.path:
+            leaf = leaf[key]
+        layers = np.asarray(leaf, np.float32)
+        for name, layer in zip(
+            _file_names(weight, config), layers if weight.stacked else [layers], strict=True
+        ):
+            tensors[name] = _to_file(layer, weight)
+    safetensors.numpy.save_file(tensors, directory / _SAFETENSORS, metadata={"format": "pt"})
+    (directory / _SAFETENSORS).chmod(0o644)  # the library leaves it to its owner alone
+    model = {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        **dataclasses.asdict(config),
+        "is_encoder_decoder": False,
+        "use_cache": False,
+        "pad_token_id": tokenizer.token_to_id(PAD),
+        "eos_token_id": tokenizer.token_to_id(END),
+    }
+    (directory / "config.json").write_text(json.dumps(model, indent=2) + "\n")
+    # (its own `save` raises a bare Exception of a full disk)
+    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    # this class takes tokenizer.json as it is; T5Tokenizer would put its own normaliser in
+    names = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": PAD,
+        "eos_token": END,
+        "unk_token": UNKNOWN,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
+
+
+def _file_names(weight: _Weight, config: T5Config) -> list[str]:
+    if weight.stacked:
+        return [weight.name.format(i) for i in range(config.num_layers)]
+    return [weight.name]
+
+
+def _from_file(array: np.ndarray, weight: _Weight) -> np.ndarray:
+    return array.T.reshape(weight.shape) if _linear(weight) else array
+
+
+def _to_file(array: np.ndarray, weight: _Weight) -> np.ndarray:
+    if not _linear(weight):
+        return np.ascontiguousarray(array)
+    out_size, in_size = weight.file_shape
+    return np.ascontiguousarray(array.reshape(in_size, out_size).T)
+
+
+def _linear(weight: _Weight) -> bool:
+    """Whether the leaf is a linear map, which torch keeps transposed."""
+    return weight.stacked and len(weight.file_shape) == 2
+
+
+def _locate(source: str) -> Path:
+    """The folder of a source; a hub id is fetched, or found in the hub's cache."""
+    if source == EMBEDDED:
+        return ASSETS / "text"
+    if Path(source).is_dir():
+        return Path(source)
+    if not hub.is_hub_id(source):
+        raise UserError(f"text encoder {source!r}: no such folder")
+    return transformers_folder.fetch(source, ("config.json", "tokenizer.json"), "text encoder")
+
+
+def _of_encoder(name: str) -> bool:
+    return name == "shared.weight" or name.startswith("encoder.")
+
+
+def _read_config(path: Path) -> tuple[T5Config, str]:
+    """The sizes, and the prefix of the encoder's tensors, which is MusicGen's."""
+    values = files.read_object(path, "a T5 folder needs it")
+    values, prefix = transformers_folder.part_of(values, "text_encoder")
+    if values.get("model_type") != "t5":
+        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 't5'")
+    fields = dataclasses.fields(T5Config)
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise UserError(f"{path}: missing settings: {', '.join(missing)}")
+    try:
+        sizes = {f.name: values[f.name] for f in fields if f.name in values}
+        return T5Config(**sizes), prefix
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; make it once with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise UserError(f"{path}: not a tokenizer ({error})") from None
+    # `tokenize` does both itself
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    if absent := [t for t in (PAD, END) if tokenizer.token_to_id(t) is None]:
+        raise UserError(f"{path}: not T5's tokenizer: it has no {' and no '.join(absent)}")
+    if (size := tokenizer.get_vocab_size()) > vocab_size:
+        raise UserError(f"{path}: {size} tokens, but config.json has vocab_size {vocab_size}")
+    return tokenizer

@@ -1,0 +1,553 @@
+"""The transformer: summed codebook embeddings, pre-norm blocks, one head a codebook (section 4).
+
+`Transformer` holds the parameters (float32) and says how they may be sharded. Training, decoding
+and checkpoints handle them as a plain nested dict, which `init_params` makes and `bind` puts back
+into a module. Parameter shapes, layers stacked on axis 0:
+
+    embed [K, V+1, D]      text_proj/{kernel [E, D], bias [D]}      heads [K, D, V]
+    blocks/{self, cross}/{query, key, value} [L, D, N, H]           blocks/*/out [L, N, H, D]
+    blocks/mlp/{up [L, D, F], down [L, F, D]}
+    blocks/{norm_self, norm_cross, norm_mlp}/{scale, bias} [L, D]   norm_final/{scale, bias} [D]
+
+and, where the config says so, biases and norms of queries and keys:
+
+    blocks/{self, cross}/{query_bias, key_bias, value_bias} [L, N, H]   blocks/*/out_bias [L, D]
+    blocks/{self, cross}/{norm_query, norm_key}/{scale, bias} [L, D]
+    blocks/mlp/{up_bias [L, F], down_bias [L, D]}                       heads_bias [K, V]
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.model import amx
+from magnet_jax.model.attention import cached_attention, cross_attention, self_attention
+
+ATTENDED = "attended"  # name of what attention gives, for the backward pass to keep
+# What the backward pass keeps of a layer; everything else is computed again.
+REMAT_POLICIES = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class TextKeys(NamedTuple):
+    """What cross-attention needs of the texts: computed once, used at every step of decoding."""
+
+    key_LBSNH: jax.Array
+    value_LBSNH: jax.Array
+    mask_BS: jax.Array
+    num_zero_keys_B: jax.Array
+
+
+def with_null_rows(text: TextKeys) -> TextKeys:
+    """The rows of `text`, then as many without text: with keys, of which none counts."""
+    return TextKeys(
+        *(jnp.concatenate([x, x], axis=1) for x in text[:2]),
+        jnp.concatenate([text.mask_BS, jnp.zeros_like(text.mask_BS)]),
+        jnp.concatenate([text.num_zero_keys_B, jnp.zeros_like(text.num_zero_keys_B)]),
+    )
+
+
+class Cache(NamedTuple):
+    """Keys and values of the C steps that an autoregressive model has seen, or will see.
+
+    Heads come before steps: so a step's queries read them as they lie.
+    """
+
+    key_LBNCH: jax.Array
+    value_LBNCH: jax.Array
+
+
+def sinusoids(num_frames: int, width: int) -> np.ndarray:
+    """Positions as cosines then sines of t / 10000^(i / (D/2 - 1)). float32 [T, D]."""
+    half = width // 2
+    frequencies = 10000.0 ** (-np.arange(half) / (half - 1))
+    phases = np.arange(num_frames)[:, None] * frequencies[None, :]
+    return np.concatenate([np.cos(phases), np.sin(phases)], axis=1).astype(np.float32)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact GELU, by erf as in PyTorch."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+def exact_products(run: Callable) -> Callable:
+    """Lets a function to be traced, with a keyword `dtype`, mean float32 by float32.
+
+    Accelerators would otherwise round the factors of such products.
+    """
+
+    @functools.wraps(run)
+    def wrapped(*args: Any, dtype: jnp.dtype = jnp.float32, **keywords: Any) -> Any:
+        exact = jnp.dtype(dtype) == jnp.float32
+        with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+            return run(*args, dtype=dtype, **keywords)
+
+    return wrapped
+
+
+def product(
+    x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1, *, products: Products
+) -> jax.Array:
+    """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`.
+
+    "axes" leaves clips and frames as they are. "rows" multiplies one matrix of all frames: XLA for
+    CPUs then reads it as it lies where the gradient of the kernel sums over clips and frames, and
+    would copy it with two axes. On TPUs joining the axes is itself a copy. "amx" does the same by
+    `amx.matmul`.
+    """
+    if products == "axes":
+        return jnp.tensordot(x_BTD, kernel, num_axes)
+    b, t = x_BTD.shape[:2]
+    rows = x_BTD.reshape(b * t, -1)
+    multiply = amx.matmul if products == "amx" else jnp.matmul
+    rows = multiply(rows, kernel.reshape(rows.shape[1], -1))
+    return rows.reshape(b, t, *kernel.shape[num_axes:])
+
+
+def _gaussian(
+    key: jax.Array, shape: tuple[int, ...], fan_in: int, axes: tuple, depth: jax.Array | None = None
+) -> nnx.Param:
+    """Truncated normal of variance 1 / fan_in, cut at three deviations.
+
+    This is AudioCraft's `weight_init: gaussian`. With `depth`, the number of a layer from 1, the
+    variance is divided by twice that, which is its `depthwise_init: current`.
+    """
+    std = 1 / math.sqrt(fan_in) if depth is None else 1 / jnp.sqrt(2.0 * fan_in * depth)
+    value = std * jax.random.truncated_normal(key, -3.0, 3.0, shape, jnp.float32)
+    return nnx.Param(value, out_sharding=axes)
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Uniform within 1 / sqrt(fan_in) of zero, as a torch.nn.Linear begins.
+
+    AudioCraft leaves two kinds of weights as they begin: those of query, key and value, which it
+    keeps outside of any Linear, and the projection of the text.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _bias(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
+    """Zeros at first: AudioCraft's `zero_bias_init`, and its own law for query, key and value."""
+    return nnx.Param(jnp.zeros(shape), out_sharding=axes)
+
+
+class LayerNorm(nnx.Module):
+    def __init__(self, width: int):
+        self.scale = nnx.Param(jnp.ones(width), out_sharding=("embed",))
+        self.bias = nnx.Param(jnp.zeros(width), out_sharding=("embed",))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        x = x_BTD.astype(jnp.float32)
+        mean = x.mean(-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(-1, keepdims=True)
+        x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+        return (x * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BTD.dtype)
+
+
+class Attention(nnx.Module):
+    """The four projections of one attention layer; `normed` adds norms of queries and keys."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array, *, normed: bool):
+        d, n, h = config.width, config.num_heads, config.head_size
+        self.biased, self.normed, self.products = config.attention_bias, normed, "axes"
+        for name in ("query", "key", "value"):
+            kernel = _uniform(rngs.params(), (d, n, h), d)
+            setattr(self, name, nnx.Param(kernel, out_sharding=("embed", "heads", None)))
+            if self.biased:
+                setattr(self, f"{name}_bias", _bias((n, h), ("heads", None)))
+        self.out = _gaussian(rngs.params(), (n, h, d), d, ("heads", None, "embed"), depth)
+        if self.biased:
+            self.out_bias = _bias((d,), ("embed",))
+        if normed:
+            self.norm_query, self.norm_key = LayerNorm(d), LayerNorm(d)
+
+    def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
+        """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
+        kernel_DNH = getattr(self, name)[...].astype(x_BTD.dtype)
+        return self.finish(name, product(x_BTD, kernel_DNH, products=self.products))
+
+    def finish(self, name: str, x_BTNH: jax.Array) -> jax.Array:
+        """Adds to a product what there is of bias and norm."""
+        if self.biased:
+            x_BTNH = x_BTNH + getattr(self, f"{name}_bias")[...][None, None].astype(x_BTNH.dtype)
+        if self.normed and name != "value":
+            norm, (b, t, n, h) = getattr(self, f"norm_{name}"), x_BTNH.shape
+            x_BTNH = norm(x_BTNH.reshape(b, t, n * h)).reshape(b, t, n, h)
+        return x_BTNH
+
+    def of_zeros(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+        """Key and value [1, 1, N, H] of a position that is zeros; None where they are zeros too."""
+        if not (self.biased or self.normed):
+            return None
+        zeros_11NH = jnp.zeros((1, 1, *self.key.shape[-2:]), dtype)
+        return self.finish("key", zeros_11NH), self.finish("value", zeros_11NH)
+
+    def merge(self, x_BTNH: jax.Array) -> jax.Array:
+        x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2, products=self.products)
+        return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
+
+
+class Mlp(nnx.Module):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array):
+        d, f = config.width, config.mlp_ratio * config.width
+        self.biased, self.products = config.mlp_bias, "axes"
+        self.up = _gaussian(rngs.params(), (d, f), d, ("embed", "mlp"), depth)
+        self.down = _gaussian(rngs.params(), (f, d), f, ("mlp", "embed"), depth)
+        if self.biased:
+            self.up_bias, self.down_bias = _bias((f,), ("mlp",)), _bias((d,), ("embed",))
+
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        dtype = x_BTD.dtype
+        hidden_BTF = product(x_BTD, self.up[...].astype(dtype), products=self.products)
+        if self.biased:
+            hidden_BTF = hidden_BTF + self.up_bias[...][None, None].astype(dtype)
+        x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype), products=self.products)
+        return x_BTD + self.down_bias[...][None, None].astype(dtype) if self.biased else x_BTD
+
+
+class Block(nnx.Module):
+    """One layer; `depth` is its number from 1, which only its first weights depend on."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array):
+        self.norm_self = LayerNorm(config.width)
+        self.norm_cross = LayerNorm(config.width)
+        self.norm_mlp = LayerNorm(config.width)
+        self.self = Attention(config, rngs, depth, normed=config.query_key_norm)
+        self.cross = Attention(config, rngs, depth, normed=config.cross_query_key_norm)
+        self.mlp = Mlp(config, rngs, depth)
+
+    def __call__(
+        self, x_BTD: jax.Array, text: TextKeys, attend: Callable[..., tuple[jax.Array, Any]]
+    ) -> tuple[jax.Array, Any]:
+        """`text` is this layer's; `attend` takes query, key and value of the frames.
+
+        Rows beyond those of `text` have none, which a model with biases in cross-attention does not
+        take: see `with_null_rows`. What `attend` returns beside the attended values is
+        passed on.
+        """
+        h_BTD = self.norm_self(x_BTD)
+        attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
+        x_BTD = x_BTD + self.self.merge(checkpoint_name(attended, ATTENDED))
+        # Without text, cross-attention would add exact zeros, unless it has biases.
+        num_texts = text.mask_BS.shape[0]
+        num_without = x_BTD.shape[0] - num_texts
+        if num_without and self.cross.biased:
+            raise ValueError(f"{num_without} rows have no row of text, not even an empty one")
+        if num_texts:
+            query_BTNH = self.cross.heads("query", self.norm_cross(x_BTD[:num_texts]))
+            zero_11NH = self.cross.of_zeros(x_BTD.dtype)
+            attended = cross_attention(query_BTNH, *text, zero_11NH)
+            added_BTD = self.cross.merge(checkpoint_name(attended, ATTENDED))
+            x_BTD = x_BTD + jnp.pad(added_BTD, ((0, num_without), (0, 0), (0, 0)))
+        return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
+
+
+class Transformer(nnx.Module):
+    """The network of MAGNeT and of MusicGen, which differ in what a frame attends to.
+
+    MAGNeT (`trunk`): at stage 0 everything, or `first_context` frames to both sides; at the stages
+    above `local_context` frames to both sides (or, if that is 0, everything too). MusicGen
+    (`extend`): the steps before it. A hybrid: this for the first steps, that for the others.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        k, v, d, e = config.num_codebooks, config.codebook_size, config.width, config.text_width
+        self.config = config
+
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+        def stack(rngs: nnx.Rngs, depth: jax.Array) -> Block:
+            return Block(config, rngs, depth)
+
+        self.embed = _gaussian(rngs.params(), (k, v + 1, d), d, (None, "vocab", "embed"))
+        uniform = lambda key, shape, _: _uniform(key, shape, e)  # noqa: E731
+        self.text_proj = nnx.Linear(
+            e,
+            d,
+            rngs=rngs,
+            kernel_init=uniform,
+            bias_init=uniform,
+            kernel_metadata={"out_sharding": (None, "embed")},
+            bias_metadata={"out_sharding": ("embed",)},
+        )
+        self.blocks = stack(rngs, jnp.arange(1, config.num_layers + 1))
+        self.norm_final = LayerNorm(d)
+        self.heads = _gaussian(rngs.params(), (k, d, v), d, (None, "embed", "vocab"))
+        if config.head_bias:
+            self.heads_bias = _bias((k, v), (None, "vocab"))
+
+    def read_text(
+        self,
+        states_BSE: jax.Array,
+        text_mask_BS: jax.Array,
+        num_zero_keys_B: jax.Array | None = None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> TextKeys:
+        """Projects T5 states to every layer's cross-attention keys and values.
+
+        Args:
+          states_BSE: text encoder states.
+          text_mask_BS: True at the tokens of the text; a row without any is unconditional.
+          num_zero_keys_B: see `cross_attention`; None is zero of them.
+          dtype: precision of the products.
+        """
+        text_BSD = (
+            states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
+            + self.text_proj.bias[...][None, None].astype(dtype)
+        ) * text_mask_BS[..., None].astype(dtype)
+        graph, layers = nnx.split(self.blocks.cross)
+
+        def project(name):
+            kernel_LDNH = getattr(self.blocks.cross, name)[...].astype(dtype)
+            x_LBSNH = jnp.einsum("BSD,LDNH->LBSNH", text_BSD, kernel_LDNH)
+            finish = lambda layer, x_BSNH: nnx.merge(graph, layer).finish(name, x_BSNH)  # noqa: E731
+            return jax.vmap(finish)(layers, x_LBSNH)
+
+        key, value = project("key"), project("value")
+        if num_zero_keys_B is None:
+            num_zero_keys_B = jnp.zeros(states_BSE.shape[0], jnp.int32)
+        return TextKeys(key, value, text_mask_BS, num_zero_keys_B)
+
+    def trunk(
+        self,
+        codes_BKT: jax.Array,
+        text: TextKeys,
+        *,
+        local: bool,
+        attend: Callable[..., jax.Array] = self_attention,
+        positions_BTD: jax.Array | np.ndarray | None = None,
+        past: Cache | None = None,
+        remat: Remat = "none",
+        sharding: jax.sharding.Sharding | None = None,
+        products: Products = "axes",
+        written_out: bool = False,
+    ) -> jax.Array:
+        """Everything below the heads.
+
+        Args:
+          codes_BKT: token ids 0..V, V where masked.
+          text: from `read_text`, for the first rows; rows beyond those have no text (of a model
+            with biases in attention: for all rows). Its dtype is the precision of the products.
+          local: True for stages above 0.
+          attend: `self_attention`, or that function with some of its arguments.
+          positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start; a
+            leading axis of 1 serves all rows.
+          past: keys and values of earlier steps, whose layer's `attend` is given as well.
+          remat: what the backward pass recomputes, see `RunConfig.remat`.
+          sharding: where activations [B, T, D] live; without it XLA would let them follow the
+            parameters, and a batch split over fsdp would not stay split.
+          products: see `product`.
+          written_out: the layers are, eight at a time. The gradient of a loop copies each of its
+            activations into a stack and out again, which XLA for CPUs does in passes of their own.
+            Not with `remat`: outside of a loop XLA would keep what is to be computed again.
+
+        Returns:
+          final-norm states [B, T, D].
+        """
+        context = self.config.context(local)
+
+        pin = (
+            (lambda x: x)
+            if sharding is None
+            else functools.partial(jax.lax.with_sharding_constraint, shardings=sharding)
+        )
+        if positions_BTD is None:
+            positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
+
+        self.blocks.set_attributes(products=products)
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            block, key_BSNH, value_BSNH, past_BNCH = inputs
+
+            def attend_frames(*qkv):
+                given = () if past_BNCH is None else (past_BNCH,)
+                return attend(*qkv, *given, context=context), None
+
+            own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
+            x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend_frames)
+            return pin(x_BTD), None
+
+        if remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
+        x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
+        inputs = (layers, text.key_LBSNH, text.value_LBSNH, past)
+        x_BTD, _ = jax.lax.scan(
+            layer, x_BTD, inputs, unroll=8 if written_out and remat == "none" else 1
+        )
+        return self.norm_final(x_BTD)
+
+    def layers_apart(self, text: TextKeys) -> list[Any]:
+        """Every layer's parameters and keys and values of the text, as `extend` takes them.
+
+        A loop over layers copies a layer's weights out of the stack before it multiplies by them,
+        on CPUs. Where a step is a few rows, that is most of the time; this copies them once.
+        """
+        _, layers = nnx.split(self.blocks)
+        stacked = (layers, text.key_LBSNH, text.value_LBSNH)
+        apart = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_layers)]
+        return jax.lax.optimization_barrier(apart)
+
+    def extend(
+        self,
+        codes_BKT: jax.Array,
+        text: TextKeys,
+        cache: Cache,
+        first: jax.Array | int,
+        apart: list[Any] | None = None,
+        products: Products = "axes",
+    ) -> tuple[jax.Array, Cache]:
+        """Everything below the heads for T more steps of an autoregressive model.
+
+        Args:
+          codes_BKT: what the steps hold (patterns.py): token ids 0..V, V for none.
+          text: as for `trunk`.
+          cache: from `empty_cache`, filled by earlier calls.
+          first: number of the first of these steps; may be traced.
+          apart: from `layers_apart`: layers are then written out, and not a loop.
+          products: see `product`.
+
+        Returns:
+          final-norm states [B, T, D], from which the next steps are predicted, and the cache with
+          these steps in it.
+        """
+        capacity = cache.key_LBNCH.shape[3]
+        positions_TD = jax.lax.dynamic_slice_in_dim(
+            jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
+        )
+        self.blocks.set_attributes(products=products)
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BTD, inputs):
+            block, text_key, text_value, past = inputs
+
+            def attend(*qkv_BTNH):
+                new = Cache(*(jnp.swapaxes(x_BTNH, 1, 2) for x_BTNH in qkv_BTNH[1:]))
+                return cached_attention(*qkv_BTNH, past, first), new
+
+            own = text._replace(key_LBSNH=text_key, value_LBSNH=text_value)
+            return nnx.merge(graph, block)(x_BTD, own, attend)
+
+        x_BTD = self._embed(codes_BKT, positions_TD[None], text.key_LBSNH.dtype)
+        if apart is None:
+            inputs = (layers, text.key_LBSNH, text.value_LBSNH, cache)
+            x_BTD, new = jax.lax.scan(layer, x_BTD, inputs)
+        else:
+            each = []
+            for i, own in enumerate(apart):
+                x_BTD, new = layer(x_BTD, (*own, jax.tree.map(lambda x, i=i: x[i], cache)))
+                each.append(new)
+            new = jax.tree.map(lambda *x: jnp.stack(x), *each)
+        # The layers read the cache; what is new is written once, in place, for all of them.
+        cache = Cache(
+            *(jax.lax.dynamic_update_slice_in_dim(x, y, first, 3) for x, y in zip(cache, new))
+        )
+        return self.norm_final(x_BTD), cache
+
+    def empty_cache(self, batch: int, capacity: int, dtype: jnp.dtype) -> Cache:
+        """A cache for `capacity` steps of `batch` rows."""
+        c = self.config
+        shape = (c.num_layers, batch, c.num_heads, capacity, c.head_size)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def _embed(
+        self, codes_BKT: jax.Array, positions_BTD: jax.Array | np.ndarray, dtype: jnp.dtype
+    ) -> jax.Array:
+        codebooks_1K1 = jnp.arange(self.config.num_codebooks)[None, :, None]
+        x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
+        return (x_BTD + positions_BTD).astype(dtype)
+
+    def all_heads(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits of every codebook, float32 [B, K, T, V]."""
+        logits_BKTV = jnp.einsum(
+            "BTD,KDV->BKTV",
+            x_BTD,
+            self.heads[...].astype(x_BTD.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        if self.config.head_bias:
+            logits_BKTV = logits_BKTV + self.heads_bias[...][None, :, None]
+        return logits_BKTV
+
+    def head(self, x_BTD: jax.Array, stage: jax.Array | int) -> jax.Array:
+        """Logits of codebook `stage` alone, float32 [B, T, V]."""
+        kernel_DV = jax.lax.dynamic_index_in_dim(self.heads[...], stage, keepdims=False)
+        logits_BTV = jnp.einsum(
+            "BTD,DV->BTV", x_BTD, kernel_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+        )
+        if self.config.head_bias:
+            bias_V = jax.lax.dynamic_index_in_dim(self.heads_bias[...], stage, keepdims=False)
+            logits_BTV = logits_BTV + bias_V[None, None]
+        return logits_BTV
+
+
+def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> dict:
+    """Fresh parameters, whose tokens begin as a codec's vectors in their embeddings and heads.
+
+    Vectors are taken from their codebook's mean, brought to one size (elements of mean square 1),
+    and projected at random to the model's width, lengths kept on average: an embedding of E
+    numbers is sqrt(E) long, where a position is sqrt(D / 2). Heads are as long as random ones, 1.
+
+    Args:
+      params: from `init_params`.
+      vectors_KVE: from `encodec.codebook_vectors`; further codebooks are left out.
+      key: of the projections.
+
+    Returns:
+      `params` with another 'embed', whose id for 'masked' stays, and other 'heads'.
+    """
+    width = params["embed"].shape[-1]
+    vectors_KVE = vectors_KVE - vectors_KVE.mean(1, keepdims=True)
+    size_K11 = np.sqrt(np.square(vectors_KVE).mean((1, 2), keepdims=True))
+    vectors_KVE = vectors_KVE / np.where(size_K11 > 0, size_K11, 1)  # (0: all alike)
+    vectors_KVE = vectors_KVE[: len(params["embed"])]
+    num_codebooks, size, code_width = vectors_KVE.shape
+    shape = (num_codebooks, code_width, width)
+    projection_KED = jax.random.normal(key, shape) / math.sqrt(width)
+    embed_KVD = jnp.einsum("KVE,KED->KVD", vectors_KVE, projection_KED)
+    heads_KDV = jnp.swapaxes(embed_KVD, 1, 2) / math.sqrt(code_width)
+    return params | {
+        "embed": params["embed"].at[:, :size].set(embed_KVD),  # (the last one is 'masked')
+        "heads": heads_KDV,
+    }
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+    """Fresh parameters as a nested dict (shapes in the module's docstring)."""
+    with nnx.use_eager_sharding(False):
+        model = Transformer(config, nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+@functools.cache
+def abstract(config: ModelConfig) -> Transformer:
+    """The module with shapes instead of arrays; its metadata name the logical axes."""
+    with nnx.use_eager_sharding(False):
+        return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
+
+
+def bind(config: ModelConfig, params: dict) -> Transformer:
+    """A `Transformer` over `params`; cheap, and made anew inside every traced function."""
+    graph, state = nnx.split(abstract(config))
+    state = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(state, params)
+    with nnx.use_eager_sharding(False):
+        return nnx.merge(graph, state)
+
+
+def count_params(params: dict) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

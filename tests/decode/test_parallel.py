@@ -1,0 +1,398 @@
+"""Decoding: the schedule's promises, the choice of spans, samples that batches leave alone.
+
+That greedy tokens are the reference's is checked in test_golden.py.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
+from magnet_jax.decode import parallel
+from magnet_jax.model import transformer
+
+
+def test_a_nucleus_of_everything_keeps_everything():
+    logits = 20 * jax.random.normal(jax.random.key(0), (50, 300))
+    probs = jnp.concatenate([jax.nn.softmax(logits), jax.nn.one_hot(jnp.arange(3), 300)])
+    np.testing.assert_allclose(parallel.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
+
+
+def test_schedule_follows_equation_6_and_anneals():
+    config = DecodeConfig(steps=(5, 1, 2), temperature=3.0, max_guidance=10, min_guidance=1)
+    first, second, third = parallel.make_schedule(
+        config, num_frames=120, num_prompt=0, span_length=3
+    )
+    rates = np.cos(np.pi / 2 * np.arange(5) / 4)
+    np.testing.assert_array_equal(first.num_hidden, [[40, 36, 28, 15, 1]])
+    np.testing.assert_allclose(first.guidance[0], rates * 10 + (1 - rates), rtol=1e-6)
+    np.testing.assert_allclose(first.temperature, [[2.4, 1.8, 1.2, 0.6, 0.01]], rtol=1e-6)
+    np.testing.assert_array_equal(second.stage, [[1]])
+    np.testing.assert_array_equal(third.stage, [[2, 2]])
+    np.testing.assert_array_equal(third.step, [[0, 1]])
+    np.testing.assert_array_equal(second.num_hidden, [[40]])
+    np.testing.assert_array_equal(third.num_hidden, [[40, 1]])
+    np.testing.assert_array_equal(third.number, [[7, 8]])
+
+
+def test_as_many_spans_are_hidden_as_in_audiocraft():
+    """Its formula, in PyTorch, at every step of 1 to 100 and for 1 to 1500 units."""
+    units = torch.arange(1, 1501)
+    for steps in range(1, 101):
+        rate = torch.cos(torch.linspace(0, 1, steps) * math.pi * 0.5)
+        expected = (rate[:, None] * units).int()
+        found = parallel.hidden_rates(steps)
+        np.testing.assert_allclose(found, rate, rtol=0, atol=1e-7)
+        found = (found[:, None] * units.numpy().astype(np.float32)).astype(np.int32)
+        np.testing.assert_array_equal(found, expected, err_msg=f"{steps} steps")
+
+
+@pytest.mark.parametrize(
+    ("arrangement", "span"), [("nonoverlap", 3), ("stride1", 3), ("stride1", 1)]
+)
+def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
+    """A codebook each of 1 to 100 steps: counts, guidance and temperature, whatever is given."""
+    config = DecodeConfig(
+        steps=tuple(range(1, 101)), max_guidance=10, min_guidance=1.5, temperature=3.5,
+        span_arrangement=arrangement,
+    )  # fmt: skip
+    for num_frames, num_prompt in ((156, 0), (749, 31)):
+        schedule = parallel.make_schedule(
+            config, num_frames=num_frames, num_prompt=num_prompt, span_length=span
+        )
+        units = num_frames - num_prompt
+        if arrangement == "nonoverlap":
+            units = num_frames // span - num_prompt // span
+        assert len(schedule) == 100
+        for part in schedule:
+            steps = part.step.size
+            for step, time in enumerate(torch.linspace(0, 1, steps)):
+                rate = torch.cos(time * math.pi * 0.5)
+                count = max(int((rate * units).item()), 1)
+                if arrangement == "stride1":
+                    count = max(count, span)
+                guidance = float(rate) * 10 + (1 - float(rate)) * 1.5
+                temperature = max(3.5 * ((steps - 1 - step) / steps), 1e-2)
+                assert part.num_hidden[0, step] == count, (steps, step, units)
+                assert part.guidance[0, step] == pytest.approx(guidance, rel=1e-6)
+                assert part.temperature[0, step] == np.float32(temperature)
+
+
+def test_neighbouring_stages_of_as_many_steps_go_together():
+    for steps, shapes in (
+        ((20, 10, 10, 10), [(1, 20), (3, 10)]),
+        ((10, 10, 10), [(1, 10), (2, 10)]),  # the first attends to everything, so it is apart
+        ((4, 3, 2, 2), [(1, 4), (1, 3), (2, 2)]),
+        ((7,), [(1, 7)]),
+    ):
+        schedule = parallel.make_schedule(
+            DecodeConfig(steps=steps), num_frames=30, num_prompt=0, span_length=3
+        )
+        assert [part.stage.shape for part in schedule] == shapes
+
+
+def test_rows_without_text_are_needed_where_guidance_is():
+    config = DecodeConfig(max_guidance=10, min_guidance=1)
+    assert parallel.guided_steps(config, any_text=True) == "all_but_last"
+    assert parallel.guided_steps(config, any_text=False) == "none"
+    constant = DecodeConfig(max_guidance=3, min_guidance=3)
+    assert parallel.guided_steps(constant, any_text=True) == "all"
+    none = DecodeConfig(max_guidance=1, min_guidance=1)
+    assert parallel.guided_steps(none, any_text=True) == "none"
+
+
+def toy_network(codebook_size):
+    """Logits that depend on the position and on what is visible; no parameters."""
+    table = jax.random.normal(jax.random.key(7), (4, codebook_size + 1, codebook_size))
+
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
+        assert first_B is None
+        logits = table[0][codes_BKT[:, 0]] + 2 * table[1][jnp.roll(codes_BKT[:, 1], 1, axis=-1)]
+        logits = logits + table[2][jnp.arange(codes_BKT.shape[-1]) % codebook_size][None]
+        return jnp.concatenate([logits, 0.5 * logits]) if guided else logits
+
+    def head(states_RMD, stage, *, guided):
+        logits = states_RMD + table[3, stage][None, None]
+        return tuple(jnp.split(logits, 2)) if guided else (logits, None)
+
+    return parallel.Network(trunk, head)
+
+
+@functools.partial(jax.jit, static_argnames=("num_prompt", "arrangement", "savings", "on_step"))
+def decode_toy(schedule, keys_B, codes_BKT, top_p, num_prompt, arrangement, savings, on_step):
+    return parallel.decode(
+        toy_network(16),
+        schedule,
+        keys_B,
+        codes_BKT,
+        num_prompt,
+        top_p,
+        mask_id=16,
+        span_length=3,
+        choice="top_p",
+        span_score="max",
+        span_arrangement=arrangement,
+        guided="all_but_last",
+        savings=savings,
+        on_step=on_step,
+    )
+
+
+def run_toy(
+    samples, *, seed=0, top_p=0.9, steps=(6, 3, 3, 3), prompt=0, num_frames=30,
+    arrangement="nonoverlap", savings=parallel.ALL_SAVINGS, on_step=None,
+):  # fmt: skip
+    codes_BKT = jnp.full((len(samples), 4, num_frames), 16, jnp.int32)
+    return decode_toy(
+        parallel.make_schedule(
+            DecodeConfig(steps=steps, span_arrangement=arrangement),
+            num_frames=num_frames,
+            num_prompt=prompt,
+            span_length=3,
+        ),
+        parallel.sample_keys(seed, jnp.asarray(samples)),
+        codes_BKT.at[..., :prompt].set(1),
+        top_p,
+        num_prompt=prompt,
+        arrangement=arrangement,
+        savings=savings,
+        on_step=on_step,
+    )
+
+
+def test_every_span_is_kept_exactly_once_and_never_hidden_again():
+    counts = (6, 3, 1, 3)
+    decoded = run_toy([0, 1], steps=counts)
+    assert (decoded.codes_BKT < 16).all() and (decoded.codes_BKT >= 0).all()
+    start = 0
+    for steps in counts:
+        hidden_PBT = np.asarray(decoded.hidden_PBT[start : start + steps])
+        assert hidden_PBT[0].all()
+        assert not (hidden_PBT[1:] & ~hidden_PBT[:-1]).any()
+        spans = hidden_PBT.reshape(*hidden_PBT.shape[:2], -1, 3)
+        assert (spans.all(-1) == spans.any(-1)).all()
+        start += steps
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_a_sample_depends_on_its_number_and_seed_alone(arrangement):
+    run = functools.partial(run_toy, arrangement=arrangement)
+    three = run([0, 1, 2]).codes_BKT
+    np.testing.assert_array_equal(three[1:2], run([1]).codes_BKT)
+    np.testing.assert_array_equal(three[::-1], run([2, 1, 0]).codes_BKT)
+    assert (three[0] != three[1]).any()
+    assert (three != run([0, 1, 2], seed=1).codes_BKT).any()
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+@pytest.mark.parametrize("prompt", [0, 10])
+def test_drawing_where_hidden_alone_draws_the_same_tokens(arrangement, prompt):
+    """Bit for bit, of 10 spans in quarters of 3: each frame has a random number of its own."""
+    run = functools.partial(run_toy, [0, 3], arrangement=arrangement, prompt=prompt)
+    every_frame = dataclasses.replace(parallel.ALL_SAVINGS, masked_head=False)
+    for one, other in zip(run(), run(savings=every_frame), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def plain_hide_spans(score_T, num_hidden, span_length):
+    """The reference's search for one row, as its description tells it, step by step."""
+    starts = range(len(score_T) - span_length + 1)
+    spans = [np.float32(score_T[i : i + span_length].sum()) for i in starts]
+    order = np.argsort(-np.asarray(spans), kind="stable")
+
+    def hide(count):
+        mask = np.zeros(len(score_T), bool)
+        for start in order[:count]:
+            mask[start : start + span_length] = True
+        return mask
+
+    low, high = num_hidden // span_length, num_hidden - span_length + 1
+    middle = round((low + high) / 2)
+    mask = hide(middle)
+    while low < middle < high:
+        mask = hide(middle)
+        if mask.sum() > num_hidden:
+            high = middle
+        else:
+            low = middle
+        middle = round((low + high) / 2)
+    return mask
+
+
+@pytest.mark.parametrize(("num_frames", "span_length"), [(30, 1), (31, 3), (64, 4), (100, 5)])
+def test_overlapping_spans_are_chosen_as_a_plain_search_does(num_frames, span_length):
+    rng = np.random.default_rng(num_frames)
+    score_BT = rng.exponential(size=(3, num_frames)).astype(np.float32)
+    score_BT[1, rng.permutation(num_frames)[:20]] = parallel.KEPT
+    score_BT[2] = 0  # as at the first step
+    hide = jax.jit(parallel.hide_spans, static_argnums=2)
+    for num_hidden in range(span_length, num_frames + 1):
+        found = hide(score_BT, num_hidden, span_length)
+        for row, score_T in zip(found, score_BT):
+            expected = plain_hide_spans(score_T, num_hidden, span_length)
+            np.testing.assert_array_equal(row, expected, err_msg=f"{num_hidden} hidden")
+
+
+def test_overlapping_spans_reach_every_frame_of_any_length():
+    decoded = run_toy([0, 1], num_frames=31, arrangement="stride1")
+    assert decoded.codes_BKT.shape[-1] == 31
+    assert (decoded.codes_BKT < 16).all()
+    starts = np.cumsum((0, 6, 3, 3))
+    assert decoded.hidden_PBT[starts].all()
+    assert not decoded.hidden_PBT[starts + 1].all()
+
+
+def test_progress_is_reported_step_by_step():
+    seen = []
+
+    def on_step(done, total):
+        seen.append((int(done), int(total)))
+
+    run_toy([0, 1], on_step=on_step)
+    jax.effects_barrier()
+    assert sorted(seen) == [(i, 15) for i in range(1, 16)]
+
+
+def test_top_k_keeps_the_k_most_probable():
+    probs = jax.nn.softmax(5 * jax.random.normal(jax.random.key(0), (20, 300)))
+    for k in (1, 2, 17, 250, 300, 1000):
+        kept = np.asarray(jax.jit(parallel.top_k_tokens)(probs, k))
+        np.testing.assert_array_equal((kept > 0).sum(-1), min(k, 300))
+        for row, kept_row in zip(np.asarray(probs), kept):
+            best = np.argsort(-row)[:k]
+            np.testing.assert_allclose(kept_row[best], row[best] / row[best].sum(), rtol=1e-5)
+
+
+def test_settings_say_how_tokens_are_chosen():
+    assert parallel.choice_of(True, 5, 0.5)[0] == "greedy"
+    assert parallel.choice_of(False, 5, 0.5) == ("top_k", 5.0)
+    assert parallel.choice_of(False, 0, 0.5) == ("top_p", 0.5)
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_prompt_is_kept_to_the_frame(arrangement):
+    # Three whole spans and a third of the next.
+    decoded = run_toy([0], prompt=10, arrangement=arrangement)
+    assert (decoded.codes_BKT < 16).all()
+    assert (decoded.codes_BKT[:, :, :10] == 1).all()
+    assert not decoded.hidden_PBT[:, :, :10].any()
+
+
+def test_a_tiny_nucleus_is_greedy():
+    one, other = (run_toy([0], seed=s, top_p=1e-6, steps=(1, 1, 1, 1)) for s in (0, 1))
+    np.testing.assert_array_equal(one.codes_BKT, other.codes_BKT)
+
+
+def test_sampled_tokens_follow_the_nucleus():
+    """4000 draws of one distribution; expected frequencies within four standard errors."""
+    logits_V = jnp.log(jnp.array([0.4, 0.3, 0.2, 0.06, 0.04]))
+    frames = 4000
+    one_step = DecodeConfig(steps=(1,), temperature=1.0, anneal_temperature=False)
+    network = parallel.Network(
+        trunk=lambda codes_BKT, **_: jnp.broadcast_to(logits_V, (1, frames, 5)),
+        head=lambda states_RMD, stage, **_: (states_RMD, None),
+    )
+    decoded = parallel.decode(
+        network,
+        parallel.make_schedule(one_step, num_frames=frames, num_prompt=0, span_length=1),
+        parallel.sample_keys(0, jnp.arange(1)),
+        jnp.full((1, 1, frames), 5, jnp.int32),
+        0,
+        0.8,
+        mask_id=5, span_length=1, choice="top_p", span_score="max", guided="none",
+    )  # fmt: skip
+    counts = np.bincount(np.asarray(decoded.codes_BKT).ravel(), minlength=5) / frames
+    np.testing.assert_allclose(counts, np.array([0.4, 0.3, 0.2, 0, 0]) / 0.9, atol=0.032)
+
+
+def program_size(num_layers, steps):
+    """Operations of the program for the golden model's width."""
+    model = ModelConfig(codebook_size=16, width=8, num_heads=2, num_layers=num_layers, text_width=4)
+    shape = jax.ShapeDtypeStruct
+    schedule = parallel.make_schedule(
+        DecodeConfig(steps=steps), num_frames=90, num_prompt=0, span_length=3
+    )
+    generate = functools.partial(
+        parallel.generate,
+        config=model,
+        kernels=KernelConfig(full="dense", local="blocks"),
+        choice="top_p",
+        span_score="max",
+        guided="all_but_last",
+    )
+    lowered = jax.jit(generate).lower(
+        jax.eval_shape(functools.partial(transformer.init_params, model), jax.random.key(0)),
+        shape((1, 3, 4), jnp.float32),
+        shape((1, 3), bool),
+        shape((1,), jnp.int32),
+        jax.eval_shape(parallel.sample_keys, 0, np.arange(1)),
+        shape((1, 4, 90), jnp.int32),
+        0,
+        schedule,
+        0.9,
+    )
+    return lowered.as_text().count("\n")
+
+
+def test_the_program_does_not_grow_with_steps_or_layers():
+    """Nor does the time to compile it, which goes with its size."""
+    size = program_size(2, (5, 3, 3, 3))
+    assert program_size(2, (60, 10, 10, 10)) == pytest.approx(size, rel=0.01)
+    assert program_size(4, (5, 3, 3, 3)) == pytest.approx(size, rel=0.01)
+    # Of unlike numbers of steps after the first, each has a part of the program.
+    assert program_size(2, (5, 4, 3, 3)) > 1.2 * size
+
+
+def test_without_a_restricted_context_nothing_is_cut():
+    """Local context 0 decodes what a context as long as the clip does, whatever is saved."""
+    model = ModelConfig(
+        num_codebooks=2, codebook_size=16, width=16, num_heads=2, num_layers=2, text_width=4
+    )
+    params = transformer.init_params(model, jax.random.key(0))
+    frames = 60
+    schedule = parallel.make_schedule(
+        DecodeConfig(steps=(3, 3)), num_frames=frames, num_prompt=0, span_length=3
+    )
+
+    def tokens(local_context, savings, kernels, first_context=0):
+        generate = functools.partial(
+            parallel.generate,
+            config=dataclasses.replace(
+                model, local_context=local_context, first_context=first_context
+            ),
+            kernels=kernels,
+            choice="greedy",
+            span_score="max",
+            guided="all_but_last",
+            savings=savings,
+        )
+        states_BSE = 3 * jax.random.normal(jax.random.key(1), (2, 3, 4))
+        return jax.jit(generate)(
+            params,
+            states_BSE,
+            np.ones((2, 3), bool),
+            np.zeros(2, np.int32),
+            parallel.sample_keys(0, np.arange(2)),
+            np.full((2, 2, frames), model.mask_id, np.int32),
+            0,
+            schedule,
+            0.9,
+        ).codes_BKT
+
+    dense = KernelConfig(full="dense", local="dense")
+    blocks = KernelConfig(full="blocks", local="blocks", local_block=22)
+    expected = tokens(frames, parallel.NO_SAVINGS, dense)
+    np.testing.assert_array_equal(tokens(0, parallel.NO_SAVINGS, dense), expected)
+    np.testing.assert_array_equal(tokens(0, parallel.ALL_SAVINGS, blocks), expected)
+    assert (tokens(1, parallel.NO_SAVINGS, dense) != expected)[:, 1].any()
+    # The same of the first codebook's, which decides all tokens.
+    np.testing.assert_array_equal(tokens(0, parallel.ALL_SAVINGS, blocks, frames), expected)
+    near = tokens(0, parallel.NO_SAVINGS, dense, 2)
+    assert (near != expected)[:, 0].any()
+    np.testing.assert_array_equal(tokens(0, parallel.ALL_SAVINGS, blocks, 2), near)

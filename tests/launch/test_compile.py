@@ -1,0 +1,297 @@
+"""Compiling ahead of time: for the CPU always, for TPUs and GPUs where a compiler is installed."""
+
+import dataclasses
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from launch import plan as launch_plan
+from launch.compile import __main__ as launch_compile
+from launch.compile import hlo, training
+from launch.make_random_checkpoint import SIZES
+from launch.train import load_config
+from magnet_jax.config import ModelConfig
+from magnet_jax.errors import UserError
+from magnet_jax.model import t5, transformer
+from magnet_jax.train import flops, targets
+
+TINY = {"width": 64, "num_layers": 3, "num_heads": 2}
+STEPS = (3, 2, 2, 2)
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason='libtpu is not installed: pip install "magnet-jax[aot-tpu]"',
+)
+
+
+def has_cuda_compiler() -> bool:
+    try:
+        return importlib.util.find_spec("jax_plugins.xla_cuda13") is not None
+    except ModuleNotFoundError:  # no plugin at all
+        return False
+
+
+needs_cuda = pytest.mark.skipif(
+    not has_cuda_compiler(),
+    reason='the CUDA plugin is not installed: pip install "magnet-jax[aot-gpu]"',
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes the small model tiny, and its text encoder one layer."""
+    monkeypatch.setitem(SIZES, "small", TINY)
+    base = t5.PUBLISHED["t5-base"]
+    text_encoder = dataclasses.replace(base, num_layers=1, d_ff=8, num_heads=1, vocab_size=10)
+    monkeypatch.setitem(t5.PUBLISHED, "t5-base", text_encoder)
+    return ModelConfig(**TINY)
+
+
+def compile_decode(tmp_path, topology: str, *more: str, steps: tuple[int, ...] = STEPS) -> dict:
+    file = tmp_path / "costs.json"
+    sizes = ["--seconds", "1", "--text-tokens", "8", "--no-codec", "--steps", *map(str, steps)]
+    launch_compile.main(["decode", "--topology", topology, "--json", str(file), *sizes, *more])
+    return json.loads(file.read_text())
+
+
+def compile_full_size(tmp_path, topology: str, *more: str) -> dict:
+    file = tmp_path / "costs.json"
+    launch_compile.main(["decode", "--topology", topology, "--json", str(file), *more])
+    return json.loads(file.read_text())
+
+
+def check_flops(found: dict, model: ModelConfig, steps: tuple[int, ...] = STEPS) -> None:
+    """Not below the least; above it by what blocks and halos of local attention cost."""
+    assert found["frames"] == 51
+    floor = flops.floor_flops(model, 51, 8, steps)
+    assert found["floor_flops_a_clip"] == floor
+    assert floor <= found["flops_a_clip"] < 1.5 * floor
+    assert found["unknown_loops"] == []
+
+
+def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
+    steps = (1, 1, 1, 1)  # several have a last one apart, and twice the program
+    found = compile_decode(tmp_path, "cpu:1", steps=steps)
+    check_flops(found, tiny, steps)
+    assert found["dtype"] == "float32" and found["num_devices"] == 1
+    key = jax.random.key(0)
+    params = jax.eval_shape(lambda key: transformer.init_params(tiny, key), key)
+    text_params = jax.eval_shape(lambda key: t5.init(t5.PUBLISHED["t5-base"], key), key)
+    size = 4 * (transformer.count_params(params) + transformer.count_params(text_params))
+    assert size <= found["argument_bytes"] < size + 2**16
+    assert found["temp_bytes"] > 0 and found["cycles"] is None
+    shown = capsys.readouterr().out
+    assert "times the least" in shown and "no estimate for this hardware" in shown
+
+
+def test_the_program_ends_in_samples(tiny, tmp_path):
+    """As sampling has it, and without holding the whole clip in all channels."""
+    found = compile_full_size(tmp_path, "cpu:1", "--seconds", "5", "--steps", *"1111")
+    samples = 5 * 32_000 * 4
+    assert samples <= found["output_bytes"] < 1.1 * samples
+    assert found["temp_bytes"] < 1.5 * 64 * samples  # all at once: 64 channels, more than once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; there are v5e:1x1"),
+        (["--topology", "v5e:0x2"], "unknown topology"),
+        (["--topology", "h100:0"], "unknown topology"),
+        (["--topology", "cpu:1", "--steps", "3", "2"], "one number a codebook: 4, not 2"),
+        (["--topology", "cpu:1", "--steps", *"1111", "--preset", "draft"], "either --steps or"),
+        (["--topology", "cpu:1", "--also", "null_text", "--without", "null_text"], "both by"),
+        (["--topology", "cpu:1", "--batch", "0"], "be positive"),
+        (["--topology", "cpu:1", "--seconds", "nan"], "--seconds must lie between 1 and 600"),
+        (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; there are 1"),
+        (["--topology", "cpu:1", "--kernels.full", "cudnn"], "cudnn needs a GPU"),
+        (["--topolgy", "cpu:1"], "--topology"),
+    ],
+)
+def test_mistakes_are_named(tiny, arguments, message):
+    with pytest.raises(UserError, match=message):
+        launch_compile.main(["decode", *arguments])
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with pytest.raises(UserError, match=r"aot-tpu.*libtpu==0\.0\.52"):
+        targets.load("v5e:2x2")
+
+    def no_plugin(**keywords):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", no_plugin)
+    with pytest.raises(UserError, match=r"aot-gpu.*jax-cuda13-pjrt==0\.10\.2"):
+        targets.load("h100:8")
+
+
+def test_chips_are_described():
+    assert targets.CHIPS["v5e"].clock == 1.5e9
+    for chip in targets.CHIPS.values():  # ridge points between 160 and 600 FLOPs a byte
+        assert 160 < chip.peak_flops / chip.bandwidth < 600
+
+
+# ------------------------------------------------------------------------- TPUs and GPUs
+
+
+def on_first(target: targets.Target, *shape: int) -> jax.ShapeDtypeStruct:
+    mesh = Mesh(np.asarray(target.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "count"),
+    [("v4:2x2x1", 8), ("v5e:2x2", 4), ("v5e:4x8", 32), ("v5p:2x2x1", 4), ("v6e:1x1", 1)],
+)
+def test_tpu_topologies(topology, count):
+    target = targets.load(topology)
+    assert (len(target.devices), target.platform) == (count, "tpu")
+    peak = target.chip.peak_flops / target.chip.devices
+    # The clocks fit the cycles: a large product runs at most, and nearly, at the peak.
+    square = on_first(target, 4096, 4096)
+    found = hlo.costs(jax.jit(jnp.matmul).lower(square, square).compile())
+    assert found.flops == 2 * 4096**3
+    assert 0.65 < found.flops / (found.cycles / target.chip.clock) / peak < 1
+
+
+@needs_libtpu
+def test_an_impossible_topology_is_named():
+    with pytest.raises(UserError, match="v5e:3x3: .*not divisible"):
+        targets.load("v5e:3x3")
+
+
+@needs_libtpu
+def test_decoding_for_a_tpu(tiny, tmp_path, capsys):
+    found = compile_decode(tmp_path, "v5e:2x2")
+    check_flops(found, tiny)
+    assert found["dtype"] == "bfloat16" and found["cycles"] > 0 and found["code_bytes"] > 0
+    assert 0 < found["estimated_mfu"] < 1
+    assert "of the peak" in capsys.readouterr().out
+
+
+@needs_libtpu
+def test_decoding_for_a_mesh_of_tpus(tiny, tmp_path):
+    mesh = ("--mesh.data", "-1", "--mesh.frames", "2", "--batch", "2")
+    found = compile_decode(tmp_path, "v5e:2x2", *mesh)
+    assert found["num_devices"] == 4
+    assert found["collective_runs"]["all-gather"] > 0
+    assert found["flops_a_clip"] >= found["floor_flops_a_clip"]
+
+
+@needs_libtpu
+def test_10_s_of_the_small_model_for_a_tpu(tmp_path):
+    """Within the budget, all of it: text encoder, decoding and codec."""
+    found = compile_full_size(tmp_path, "v5e:2x2")
+    assert found["flops_a_clip"] < 33e12 < 0.85 * found["reference_flops_a_clip"]
+    assert found["temp_bytes"] < 64e6
+    assert found["unknown_loops"] == []
+
+
+@needs_libtpu
+@pytest.mark.parametrize("full", ["slices", "splash"])
+def test_30_s_of_the_small_model_for_a_tpu(tmp_path, full):
+    """To tokens: the rows of zeros in the codec's LSTM alone are 0.2 TFLOP."""
+    sizes = ("--seconds", "30", "--preset", "paper-30s", "--no-codec", "--kernels.full", full)
+    found = compile_full_size(tmp_path, "v5e:2x2", *sizes)
+    assert found["square_arrays"] == []
+    # (splash pads 1500 frames to 1536)
+    assert found["flops_a_clip"] < {"slices": 200e12, "splash": 202e12}[full]
+    assert bool(found["fused_attention"]) == (full == "splash")
+
+
+@needs_cuda
+def test_30_s_of_the_small_model_for_a_gpu(tmp_path):
+    found = compile_full_size(tmp_path, "h100:1", "--seconds", "30", "--preset", "paper-30s")
+    assert found["flops_a_clip"] < 200e12
+    assert found["square_arrays"] == []
+    assert any("__cudnn$fmha" in name for name in found["fused_attention"])
+
+
+@needs_cuda
+def test_decoding_for_a_gpu_uses_fused_attention(tiny, monkeypatch, tmp_path):
+    sizes = {"width": 256, "num_layers": 2, "num_heads": 4}  # smaller products find no tiles
+    monkeypatch.setitem(SIZES, "small", sizes)
+    found = compile_decode(tmp_path, "h100:1")
+    check_flops(found, ModelConfig(**sizes))
+    assert any("__cudnn$fmha" in name for name in found["fused_attention"])
+    assert len(targets.load("h100:4x8").devices) == 32
+
+
+# ------------------------------------------------------------------------------- training
+
+
+def test_a_training_step_for_the_cpu(tmp_path, capsys):
+    file, picture = tmp_path / "costs.json", tmp_path / "memory.png"
+    launch_compile.main(
+        ["train", "--topology", "cpu:1", "--config", "demo", "--clips-per-device", "4",
+         "--json", str(file), "--picture", str(picture)]
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert (found["parts"], found["clips_at_once"]) == (2, 4)
+    assert found["unknown_loops"] == []
+    # What is compiled has the model's products, and those of the text encoder and local blocks.
+    assert 1 < found["flops"] / found["model_flops"] < 1.6
+    taken = found["argument_bytes"] + found["temp_bytes"]
+    assert 0.7 < found["planned_bytes"] / taken < 2
+    assert picture.stat().st_size > 1000
+    assert "in 2 parts of 4 clips" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mesh", "2,1,1"], "does not fit 1 devices"),
+        (["--mesh", "2,1"], "give DATA,FSDP,TENSOR"),
+        (["--stage", "4"], "--stage must lie between 0 and 3"),
+        (["--config", "nothing"], "no such config"),
+        (["--json", "/no/such/folder/x.json"], "no such folder"),
+    ],
+)
+def test_mistakes_about_training_are_named(arguments, message):
+    given = ["train", "--topology", "cpu:1", "--config", "demo", *arguments]
+    with pytest.raises(UserError, match=message):
+        launch_compile.main(given)
+
+
+def test_a_run_is_planned(capsys):
+    launch_plan.main(["--topology", "cpu:1", "--config", "music_small_10s", "--batch-size", "2"])
+    shown = capsys.readouterr().out
+    assert "420 M" in shown and "2 clips of 10 s, 500 frames" in shown
+    with pytest.raises(UserError, match="--mfu"):
+        launch_plan.main(["--topology", "cpu:1", "--mfu", "0"])
+
+
+def test_frames_that_are_not_seen_need_no_memory():
+    config, target = load_config("recipe"), targets.load("cpu:1")
+
+    def a_clip(**model):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        return training.prepared(changed, target)[1].a_clip
+
+    near, first, others = a_clip(), a_clip(first_context=0), a_clip(local_context=0)
+    assert near < first == others  # (some stage sees all)
+    # Scores are float32, as are the weights: of 4 heads, 8 layers and the one computed again.
+    assert first - near == 4 * 500 * (500 - (50 + 50)) * 8 * (8 + 1)
+
+
+@needs_libtpu
+def test_a_training_step_for_tpus_gathers_what_is_split(tmp_path):
+    file = tmp_path / "costs.json"
+    launch_compile.main(
+        ["train", "--topology", "v5e:2x2", "--config", "demo", "--mesh", "1,4,1",
+         "--json", str(file)]
+    )  # fmt: skip
+    found = json.loads(file.read_text())
+    assert found["fits"] and found["step_seconds"] > 0 and 0 < found["mfu"] < 1
+    assert found["collective_runs"]["all-gather"] > 0
+    # Parameters come while something is computed.
+    assert found["overlapping_collective_runs"] > found["async_collective_runs"] / 2 > 0

@@ -1,0 +1,1434 @@
+"""Every kind of source: who is in it, and a data set made of it."""
+
+import csv
+import dataclasses
+import gzip
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import tarfile
+import unicodedata
+import zipfile
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import soundfile
+import tensorflow_datasets as tfds
+from sounds import RATE, album, put, tone
+
+from magnet_jax.config import DataConfig
+from magnet_jax.data import pipeline, records
+from magnet_jax.errors import UserError
+from magnet_jax.model import t5
+from tokenization.audio import Intake, RejectedError
+from tokenization.decoder import Decoder, read_audio, read_header
+from tokenization.job import Job, run
+from tokenization.listing import Columns, Source
+from tokenization.sources import scan
+
+NAMES = ("a", "b", "c")
+
+
+def wav_of(name):
+    return tone(1.2, frequency=300 + 100 * NAMES.index(name))
+
+
+def caption_of(name):
+    return f"a tone called {name}"
+
+
+def flac(name):
+    file = io.BytesIO()
+    soundfile.write(file, wav_of(name), RATE, format="FLAC")
+    return file.getvalue()
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def add_to_tar(tar, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+# --- one source of each kind, with the tracks a, b, c -------------------------------------------
+
+
+def a_folder(folder):
+    for name in NAMES:
+        put(folder / "music" / f"{name}.flac", wav_of(name), caption=None)
+        (folder / "music" / f"{name}.txt").write_text(f"\ufeff{caption_of(name)}\n")
+    return Source(audio=folder / "music")
+
+
+def a_manifest(folder):
+    """As AudioCraft writes it: absolute paths, in a folder of its own."""
+    split = folder / "egs" / "train"
+    split.mkdir(parents=True)
+    lines = []
+    for name in NAMES:
+        path = put(folder / "music" / f"{name}.flac", wav_of(name), caption=caption_of(name))
+        meta = {"path": str(path), "duration": 1.2, "sample_rate": RATE, "amplitude": None,
+                "weight": None, "info_path": None}  # fmt: skip
+        lines.append(json.dumps(meta) + "\n")
+    (split / "data.jsonl.gz").write_bytes(gzip.compress("".join(lines).encode()))
+    return Source(audio=split, root=folder / "music")
+
+
+def a_csv(folder):
+    for name in NAMES:
+        put(folder / "clips" / f"{name}.flac", wav_of(name), caption=None)
+    rows = [{"clip": name, "words": caption_of(name), "bpm": 90} for name in NAMES]
+    table = write_csv(folder / "table.csv", rows)
+    return Source(audio=table, columns=Columns(path="clips/{clip}.flac", caption=("words",)))
+
+
+def a_parquet(folder):
+    """As the `datasets` library shards it."""
+    audio = [{"bytes": flac(name), "path": f"{name}.flac"} for name in NAMES]
+    captions = [caption_of(name) for name in NAMES]
+    table = pa.table({"audio": audio, "text": captions, "bpm": [90, None, 91]})
+    pq.write_table(table[:2], folder / "train-00000-of-00002.parquet", row_group_size=1)
+    pq.write_table(table[2:], folder / "train-00001-of-00002.parquet")
+    return Source(audio=folder)
+
+
+def a_webdataset(folder):
+    with tarfile.open(folder / "shard-0.tar", "w") as tar:
+        add_to_tar(tar, "x/a.flac", flac("a"))
+        add_to_tar(tar, "x/a.json", json.dumps({"caption": caption_of("a"), "bpm": 90}).encode())
+        add_to_tar(tar, "x/a.txt", b"the .json counts")
+        add_to_tar(tar, "x/b.txt", caption_of("b").encode())
+        add_to_tar(tar, "x/b.flac", flac("b"))
+    with tarfile.open(folder / "shard-1.tar", "w") as tar:
+        add_to_tar(tar, "c.flac", flac("c"))
+        add_to_tar(tar, "c.txt", caption_of("c").encode())
+    return Source(audio=folder)
+
+
+def a_saved_data_set(folder):
+    save_data_set(folder / "saved", NAMES, list(map(caption_of, NAMES)))
+    return Source(audio=folder / "saved")
+
+
+def save_data_set(folder, names, captions):
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    sound = pa.array([{"bytes": flac(name)} for name in names], kind)
+    saved = datasets.Dataset(pa.table({"sound": sound, "caption": captions}))
+    saved.cast_column("sound", datasets.Audio(decode=False)).save_to_disk(folder)
+
+
+KINDS = [a_folder, a_manifest, a_csv, a_parquet, a_webdataset, a_saved_data_set]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return t5.load("embedded")[2]
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with Decoder(60) as process:
+        yield process
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_data_set_of_each_kind_of_source(tmp_path, make, one_codec, tokenizer):
+    (tmp_path / "in").mkdir()
+    source = make(tmp_path / "in")
+    manifest = scan(source)
+    assert not manifest.rejects
+    assert [track.caption for track in manifest.tracks] == [caption_of(name) for name in NAMES]
+    assert len({track.track_id for track in manifest.tracks}) == 3
+    job = Job(**vars(source), out=tmp_path / "out", validation_percent=0)
+    assert "3 records (3 train" in run(job)
+    written = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert [example["caption"].decode() for example in written] == list(map(caption_of, NAMES))
+    for name, example in zip(NAMES, written):
+        expected = one_codec.encode(wav_of(name).T[None])[0]
+        # (as integers of 16 bit, which is what FLAC keeps)
+        assert np.mean(example["codes"] == expected) > 0.9
+    # training reads it
+    batches = pipeline.make_train_iterator(
+        DataConfig(path=str(tmp_path / "out"), batch_size=3, merge_text_p=0, word_dropout=0),
+        frames=40, num_codebooks=4, tokenizer=tokenizer, max_tokens=32, seed=0,
+    )  # fmt: skip
+    for batch in itertools.islice(batches, 2):
+        ids = [i[mask] for i, mask in zip(batch["text_ids_BS"], batch["text_mask_BS"])]
+        texts = [tokenizer.decode(one, skip_special_tokens=True) for one in ids]
+        assert set(texts) <= set(map(caption_of, NAMES)) and batch["codes_BKT"].shape == (3, 4, 40)
+        assert batch["valid_BT"].all()
+    # another folder, another time: the same
+    shutil.copytree(tmp_path / "in", tmp_path / "elsewhere" / "in")
+    moved = make(tmp_path / "elsewhere" / "again") if make is a_manifest else None
+    if moved is None:
+        here = os.path.relpath(source.audio, tmp_path)
+        moved = Source(**vars(source) | {"audio": tmp_path / "elsewhere" / here})
+    assert scan(moved).fingerprint == manifest.fingerprint
+
+
+# --- folders ------------------------------------------------------------------------------------
+
+
+def test_the_json_file_counts_where_both_are(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption="of the json")
+    (tmp_path / "a.txt").write_text("of the txt")
+    put(tmp_path / "b.wav", tone(1.2), caption=None)
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "notes.txt").write_text("nobody's")
+    manifest = scan(Source(audio=tmp_path))
+    assert [track.caption for track in manifest.tracks] == ["of the json"]
+    assert [(r.path, r.detail) for r in manifest.rejects] == [("b.wav", "b.txt is not UTF-8")]
+    assert manifest.ignored == {".txt": 1}
+
+
+def test_metadata_may_lie_in_a_folder_of_its_own(tmp_path):
+    put(tmp_path / "audio" / "deep" / "a.wav", tone(1.1), caption=None)
+    put(tmp_path / "audio" / "b.wav", tone(1.2), caption="beside it")
+    (tmp_path / "meta").mkdir()
+    for name in "ab":
+        sound = {"description": [f"sound {name}", "another"], "key": None}
+        (tmp_path / "meta" / f"{name}.json").write_text(json.dumps(sound))
+    manifest = scan(Source(audio=tmp_path / "audio", metadata=tmp_path / "meta"))
+    assert [track.caption for track in manifest.tracks] == ["beside it", "sound a"]
+    # the other descriptions of AudioCraft's sounds stay with the first
+    assert json.loads(manifest.tracks[1].info) == {"captions": ["another"]}
+    with pytest.raises(UserError, match="--metadata .*: no such folder"):
+        scan(Source(audio=tmp_path / "audio", metadata=tmp_path / "nothing"))
+
+
+def test_tracks_are_in_the_byte_order_of_their_paths(tmp_path):
+    names = ["a.wav", "a-b.wav", "a/z.wav", "a.d/b.wav", "ä.wav", "B.wav", "a/b/c.wav"]
+    for i, name in enumerate(names):
+        put(tmp_path / name, tone(1 + i / 100))
+    paths = [track.path for track in scan(Source(audio=tmp_path)).tracks]
+    assert paths == sorted(names, key=os.fsencode)
+
+
+def test_equal_bytes_are_found_and_the_first_counts(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = (rng.normal(size=40 * RATE) * 0.1).astype(np.float32)
+    other = noise.copy()
+    other[20 * RATE] += 0.25  # alike in size and at both ends
+    for name, wav in [("a", noise), ("b", other), ("c", noise), ("d", other), ("e", noise)]:
+        put(tmp_path / f"{name}.wav", wav, caption=f"called {name}")
+    put(tmp_path / "f.wav", tone(1.1))
+    shutil.copy(tmp_path / "f.wav", tmp_path / "g.wav")
+    (tmp_path / "g.txt").write_text("the same tone")
+    (tmp_path / "link.wav").symlink_to(tmp_path / "f.wav")
+    (tmp_path / "link.txt").write_text("the same tone")
+    manifest = scan(Source(audio=tmp_path))
+    assert [track.path for track in manifest.tracks] == ["a.wav", "b.wav", "f.wav"]
+    assert {reject.path: reject.detail for reject in manifest.rejects} == {
+        "c.wav": "the same bytes as a.wav",
+        "d.wav": "the same bytes as b.wav",
+        "e.wav": "the same bytes as a.wav",
+        "g.wav": "the same bytes as f.wav",
+        "link.wav": "the same bytes as f.wav",
+    }
+    assert {reject.reason for reject in manifest.rejects} == {"duplicate"}
+
+
+def test_sidecars_in_capitals_are_read_and_others_counted(tmp_path):
+    for i, suffix in enumerate((".JSON", ".TXT")):
+        put(tmp_path / f"{i}.WAV", tone(1.1 + i / 10), caption=None)
+        text = f"number {i}"
+        (tmp_path / f"{i}{suffix}").write_text(
+            json.dumps({"text": text}) if suffix == ".JSON" else text
+        )
+    for name in ("alone.json", "alone.TXT", "0.Json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "odd.xyz").write_text("no audio")
+    (tmp_path / "odd.JSON").write_text('{"text": "odd"}')
+    found = scan(Source(audio=tmp_path))
+    assert [track.caption for track in found.tracks] == ["number 0", "number 1"]
+    assert [(r.path, r.reason) for r in found.rejects] == [("odd.xyz", "unknown format")]
+    assert found.ignored == {".json": 2, ".txt": 1}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_to_tar(tar, "a.FLAC", flac("a"))
+        add_to_tar(tar, "a.TXT", b"in a tar")
+    assert [t.caption for t in scan(Source(audio=tmp_path / "a.tar")).tracks] == ["in a tar"]
+
+
+def test_of_files_that_differ_in_their_suffix_the_first_is_named(tmp_path):
+    put(tmp_path / "song.flac", tone(1.1))
+    put(tmp_path / "song.wav", tone(1.2))
+    found = scan(Source(audio=tmp_path))
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("song.wav", "same name")
+    assert reject.detail == "song.flac goes by the same name, and may be other audio; rename one"
+
+
+def test_what_macos_adds_is_no_audio(tmp_path):
+    """AppleDouble files, which have the names of others after `._`."""
+    put(tmp_path / "in" / "a.wav", tone(1.1))
+    for name in ("._a.wav", "._a.json", ".DS_Store", "__MACOSX/in/._a.wav", "__MACOSX/b.wav"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"\0\5\x16\7")
+    assert [t.path for t in scan(Source(audio=tmp_path / "in")).tracks] == ["a.wav"]
+    assert not scan(Source(audio=tmp_path / "in")).rejects
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("./a", "./sub/b"):
+            folder, stem = name.rsplit("/", 1)
+            add_to_tar(tar, f"{folder}/._{stem}.flac", b"\0\5\x16\7")
+            add_to_tar(tar, f"{name}.flac", flac(stem))
+            add_to_tar(tar, f"{folder}/._{stem}.txt", b"\0\5\x16\7")
+            add_to_tar(tar, f"{name}.txt", caption_of(stem).encode())
+        add_to_tar(tar, "__MACOSX/a.flac", flac("c"))
+        add_to_tar(tar, "__MACOSX/a.txt", b"c")
+    found = scan(Source(audio=tmp_path / "a.tar"))
+    assert [t.caption for t in found.tracks] == [caption_of("a"), caption_of("b")]
+    assert not found.rejects and found.ignored == {"hidden files within tars": 6}
+
+
+# --- metadata beside audio, as the Hugging Face hub has it --------------------------------------
+
+
+def write_metadata(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        return write_csv(path, rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_a_folder_with_metadata(tmp_path, name):
+    for i, path in enumerate(("a.wav", "sub/b.wav", "c.wav", "train/d.wav", "e.wav")):
+        put(tmp_path / path, tone(1.1 + i / 10), caption=None)
+    rows = [
+        {"file_name": "sub/b.wav", "text": "of b", "bpm": "90"},
+        {"file_name": "a.wav", "text": "of a", "bpm": "80"},
+        {"file_name": "a.wav", "text": "also of a", "bpm": "81"},
+        {"file_name": "gone.wav", "text": "nothing", "bpm": ""},
+        {"file_name": "../secret.wav", "text": "nothing", "bpm": ""},
+        {"file_name": "c.wav", "text": "", "bpm": ""},
+        {"file_name": "", "text": "of none", "bpm": ""},
+    ]
+    write_metadata(tmp_path / name, rows)
+    write_metadata(tmp_path / "train" / name, [{"file_name": "d.wav", "text": "of d"}])
+    found = scan(Source(audio=tmp_path))
+    assert [(t.path, t.track_id, t.captions) for t in found.tracks] == [
+        ("a.wav", "a", ("of a", "also of a")),
+        ("sub/b.wav", "sub/b", ("of b",)),
+        ("train/d.wav", "train/d", ("of d",)),
+    ]
+    assert json.loads(found.tracks[0].fields) == {"bpm": ["80", "81"]}
+    first = 1 if name == "metadata.jsonl" else 2
+    assert {r.path: (r.reason, r.detail) for r in found.rejects} == {
+        "c.wav": ("no caption", f"no text in its row under 'text' ({name}, line {first + 5})"),
+        "e.wav": ("no caption", "no e.json or e.txt beside it"),
+        f"{name}, line {first + 6}": ("bad row", "no path in it"),
+        "gone.wav": ("missing", f"no such file ({name}, line {first + 3})"),
+        "../secret.wav": (
+            "outside the folder",
+            f"not below it; --root can name another ({name}, line {first + 4})",
+        ),
+    }
+    assert not found.ignored
+    # the table itself has no tracks but its own
+    table = scan(Source(audio=tmp_path / name))
+    assert [t.path for t in table.tracks] == ["sub/b.wav", "a.wav"]
+    assert table.tracks[1].captions == ("of a", "also of a")
+    before = found.fingerprint
+    rows[0]["text"] = "of another"
+    write_metadata(tmp_path / name, rows)
+    assert scan(Source(audio=tmp_path)).fingerprint != before
+
+
+def test_a_sidecar_counts_before_metadata_and_a_bad_one_does_not(tmp_path):
+    for i, path in enumerate(("a.wav", "b.wav")):
+        put(tmp_path / path, tone(1.1 + i / 10), caption=None)
+    (tmp_path / "a.txt").write_text("beside it")
+    (tmp_path / "b.json").write_text('{"seconds": 3}')
+    rows = [{"file_name": f"{name}.wav", "text": "of the table"} for name in "ab"]
+    write_metadata(tmp_path / "metadata.jsonl", rows)
+    found = scan(Source(audio=tmp_path))
+    assert [t.caption for t in found.tracks] == ["beside it", "of the table"]
+
+
+def test_metadata_for_other_ends_is_left_alone(tmp_path):
+    put(tmp_path / "wavs" / "a.wav", tone(1.1))
+    for content in ("a|in no columns", "file_name,seconds\na.wav,3\ngone.wav,4\n", "", "x,x\n"):
+        (tmp_path / "metadata.csv").write_text(content)
+        (tmp_path / "wavs" / "metadata.csv").write_text(content)
+        found = scan(Source(audio=tmp_path))
+        assert [t.path for t in found.tracks] == ["wavs/a.wav"] and not found.rejects
+    # where there is no other caption it is what is wrong
+    (tmp_path / "wavs" / "a.json").unlink()
+    for content, match in [
+        ("file_name,words\na.wav,of a\n", "metadata.csv: no column of captions; .*has file_name"),
+        ("file_name,text,text\na.wav,a,b\n", "metadata.csv: 2 columns are called 'text'"),
+    ]:
+        (tmp_path / "wavs" / "metadata.csv").write_text(content)
+        with pytest.raises(UserError, match=match):
+            scan(Source(audio=tmp_path / "wavs"))
+    (tmp_path / "wavs" / "metadata.csv").write_text("file_name,words\na.wav,of a\n")
+    source = Source(audio=tmp_path / "wavs", columns=Columns(caption=("words",)))
+    assert [t.caption for t in scan(source).tracks] == ["of a"]
+    write_metadata(tmp_path / "wavs" / "metadata.jsonl", [{"file_name": "a.wav", "text": "of a"}])
+    with pytest.raises(UserError, match="wavs/: has metadata.jsonl and metadata.csv; keep one"):
+        scan(source)
+
+
+# --- manifests ----------------------------------------------------------------------------------
+
+
+def test_paths_of_a_manifest_stay_below_its_root(tmp_path):
+    put(tmp_path / "music" / "a.wav", tone(1.1))
+    put(tmp_path / "secret.wav", tone(1.2))
+    (tmp_path / "music" / "link").symlink_to(tmp_path)
+    (tmp_path / "music" / "again").symlink_to(tmp_path / "music")
+    outside = [
+        "../secret.wav",
+        str(tmp_path / "secret.wav"),
+        "link/secret.wav",
+        "x/../../secret.wav",
+    ]
+    outside.append("again/../secret.wav")
+    paths = ["a.wav", "again/a.wav", *outside, "gone.wav", "a\0.wav", "\ud800.wav", "again"]
+    manifest = tmp_path / "music" / "data.jsonl"
+    manifest.write_text("".join(json.dumps({"path": path}) + "\n\n" for path in paths))
+    found = scan(Source(audio=manifest))
+    assert [track.path for track in found.tracks] == ["a.wav"]
+    reasons = {reject.path: reject.reason for reject in found.rejects}
+    assert {path: reasons.pop(path) for path in outside} == dict.fromkeys(
+        outside, "outside the folder"
+    )
+    assert reasons == {
+        "gone.wav": "missing",
+        "a\0.wav": "bad name",
+        "\\ud800.wav": "bad name",
+        "again": "unreadable",
+        "again/a.wav": "duplicate",
+    }
+    with pytest.raises(UserError, match="none of its 1 files is there .* --root names the folder"):
+        manifest.write_text(json.dumps({"path": "music/a.wav"}))
+        scan(Source(audio=manifest))
+    manifest.write_text("".join(json.dumps({"path": path}) + "\n" for path in paths))
+    # from the root above, the others are there too
+    above = scan(Source(audio=manifest, root=tmp_path))
+    assert [track.path for track in above.tracks] == ["secret.wav"]
+
+
+def test_a_manifest_with_metadata_elsewhere(tmp_path):
+    for name in NAMES:
+        put(tmp_path / f"{name}.wav", wav_of(name), caption=None)
+    with zipfile.ZipFile(tmp_path / "info.zip", "w") as archive:
+        archive.writestr("music/a.json", json.dumps({"description": "zipped", "bpm": 90.5}))
+    (tmp_path / "b_info.json").write_text(json.dumps({"description": "elsewhere"}))
+    lines = [
+        {"path": "a.wav", "info_path": f"{tmp_path}/info.zip:/music/a.json"},
+        {"path": "b.wav", "info_path": "b_info.json"},
+        {"path": "c.wav", "info_path": "info.zip:/music/c.json"},
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = scan(Source(audio=tmp_path))
+    assert [track.caption for track in found.tracks] == ["zipped", "elsewhere"]
+    assert json.loads(found.tracks[0].info) == {"bpm": 90.5}
+    assert [(r.path, r.reason) for r in found.rejects] == [("c.wav", "no caption")]
+
+
+def test_archives_of_metadata_that_cannot_be_read_are_rejects(tmp_path, monkeypatch):
+    names = ["good", "bomb", "locked", "odd", "pipe", "huge", "nothing"]
+    for i, name in enumerate(names):
+        put(tmp_path / f"{name}.wav", tone(1.1 + i / 100), caption=None)
+    with zipfile.ZipFile(tmp_path / "info.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names[:4]:
+            text = name * (10**7 if name == "bomb" else 1)
+            archive.writestr(f"{name}.json", json.dumps({"text": text}))
+    with zipfile.ZipFile(tmp_path / "info.zip") as archive:
+        offsets = {
+            name: archive.getinfo(f"{name}.json").header_offset for name in ("locked", "odd")
+        }
+    data = bytearray((tmp_path / "info.zip").read_bytes())
+    for name, at, value in [("locked", 6, 1), ("odd", 8, 97)]:  # flags: encrypted; method: unknown
+        directory = data.rindex(f"{name}.json".encode()) - 46
+        data[offsets[name] + at] = data[directory + at + 2] = value
+    (tmp_path / "info.zip").write_bytes(data)
+    os.mkfifo(tmp_path / "pipe.zip")
+    os.mkfifo(tmp_path / "pipe.json")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(2**30)
+    where = dict.fromkeys(names, "info.zip:{}.json") | {
+        "pipe": "pipe.zip:{}.json",
+        "huge": "huge.json",
+    }
+    lines = [{"path": f"{n}.wav", "info_path": where[n].format(n)} for n in names]
+    lines.append({"path": "pipe.wav", "info_path": "pipe.json"})
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    opened = []
+    real = zipfile.ZipFile.__init__
+    monkeypatch.setattr(
+        zipfile.ZipFile, "__init__", lambda self, *how: opened.append(how) or real(self, *how)
+    )
+    found = scan(Source(audio=tmp_path))
+    assert [track.caption for track in found.tracks] == ["good"]
+    assert len(opened) == 1  # for one and all
+    reject = {r.path.removesuffix(".wav"): r for r in found.rejects}
+    assert set(reject) == set(names[1:]) and len(found.rejects) == 7
+    assert {r.reason for r in found.rejects} == {"no caption"}
+    assert reject["bomb"].detail == "info.zip:bomb.json: larger than 4 MiB"
+    assert reject["huge"].detail == "huge.json: larger than 4 MiB"
+    assert reject["locked"].detail == "info.zip:locked.json cannot be read"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "large"])
+def test_sidecars_that_would_take_for_ever_are_rejects(tmp_path, kind):
+    put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
+    put(tmp_path / "music" / "b.wav", tone(1.2), caption=None)
+    put(tmp_path / "music" / "c.wav", tone(1.3), caption=None)
+    (tmp_path / "meta").mkdir()
+    for path in (
+        tmp_path / "music" / "a.json",
+        tmp_path / "music" / "b.txt",
+        tmp_path / "meta" / "c.json",
+    ):
+        if kind == "large":
+            path.write_text(" " * 2**22 + '"a"')
+        else:
+            os.mkfifo(path)
+    why = "larger than 4 MiB" if kind == "large" else "not a regular file"
+    found = scan(Source(audio=tmp_path / "music", metadata=tmp_path / "meta"))
+    assert [(r.reason, r.detail) for r in found.rejects] == [
+        ("no caption", f"{name}: {why}") for name in ("a.json", "b.txt", "c.json")
+    ]
+
+
+def test_links_to_folders_that_are_passed_over_are_rejected(tmp_path):
+    put(tmp_path / ".store" / "music" / "a.wav", tone(1.1))
+    put(tmp_path / "b.wav", tone(1.2))
+    put(tmp_path / "seen" / "c.wav", tone(1.3))
+    (tmp_path / ".config").mkdir()
+    for name, to in (("music", ".store/music"), ("again", "seen"), ("config", ".config")):
+        (tmp_path / name).symlink_to(tmp_path / to)
+    (tmp_path / "up").symlink_to(tmp_path)
+    found = scan(Source(audio=tmp_path))
+    assert [track.path for track in found.tracks] == ["b.wav", "seen/c.wav"]
+    assert [(r.path, r.reason) for r in found.rejects] == [("music", "hidden")]
+
+
+def test_links_out_of_the_folder_of_metadata_are_rejected(tmp_path):
+    put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
+    (tmp_path / "secret.json").write_text('{"text": "secret"}')
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "a.json").symlink_to(tmp_path / "secret.json")
+    put(tmp_path / "music" / "b.wav", tone(1.2))
+    found = scan(Source(audio=tmp_path / "music", metadata=tmp_path / "meta"))
+    assert [(r.path, r.reason) for r in found.rejects] == [("a.wav", "outside the folder")]
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b'{"path": "a.wav", "x": ' + b"[" * 200_000 + b"\n", "line 1 is not a JSON object"),
+        (b'{"path": "a.wav"}\n{"pa', "line 2 is not a JSON object with a 'path'"),
+        (b"[1]\n", "line 1 is not a JSON object"),
+        (b'{"path": 3}\n', "line 1 is not a JSON object"),
+        (gzip.compress(b'{"path": "a.wav"}\n' * 9, mtime=0)[:-9], "damaged after line 9"),
+        (gzip.compress(b'{"path": 3}\n', mtime=0), "line 1 is not a JSON object"),
+    ],
+)
+def test_a_damaged_manifest_is_an_error(tmp_path, content, match):
+    put(tmp_path / "a.wav", tone(1.1))
+    name = "data.jsonl.gz" if content[:1] == b"\x1f" else "data.jsonl"
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: ({match})"):
+        scan(Source(audio=tmp_path / name))
+
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+def test_captions_that_commas_cut_are_rejected(tmp_path):
+    put(tmp_path / "a.wav", tone(1.0), caption=None)
+    put(tmp_path / "b.wav", tone(1.0, frequency=500), caption=None)
+    table = tmp_path / "table.csv"
+    table.write_text("path,caption\na.wav,slow, sad\nb.wav,fast,,\n")
+    found = scan(Source(audio=table))
+    assert [t.caption for t in found.tracks] == ["fast"]
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("table.csv, line 2", "bad row")
+    assert "quote its captions" in reject.detail
+
+
+def test_lines_of_json_are_a_table_where_they_have_captions(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption="beside it")
+    put(tmp_path / "b.wav", tone(1.2), caption="beside it")
+    table = tmp_path / "songs.jsonl"
+    rows = [
+        {"audio": "a.wav", "caption": ["one", "two"], "at": 0, "bpm": 90},
+        {"caption": "without a path"},
+        {"audio": 3, "caption": "a number"},
+        {"audio": "b.wav"},
+        {"audio": "b.wav", "caption": "three", "at": "1.0", "extra": None},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    table.write_text("\n".join([*lines, '{"audio":', '"b.wav"', '{"audio": "b.wav", "at": 1}']))
+    found = scan(Source(audio=table, columns=Columns(start="at")))
+    assert [(t.path, t.start, t.captions) for t in found.tracks] == [
+        ("a.wav", 0, ("one", "two")),
+        ("b.wav", 1, ("three",)),
+    ]
+    assert json.loads(found.tracks[0].fields) == {"bpm": 90}
+    assert sorted((r.reason, r.detail[:20]) for r in found.rejects) == [
+        ("bad row", "expected a JSON obje"),
+        ("bad row", "no path in it"),
+        ("bad row", "no path in it"),
+        ("bad row", "not valid JSON (Expe"),
+        ("no caption", "no text in its row u"),
+        ("no caption", "no text in its row u"),
+    ]
+    # a manifest of AudioCraft's has its captions elsewhere
+    table.write_text(json.dumps({"path": "a.wav", "duration": 1.1}))
+    assert [t.caption for t in scan(Source(audio=table)).tracks] == ["beside it"]
+    with pytest.raises(UserError, match="--columns.start: for tables; .* is a manifest"):
+        scan(Source(audio=table, columns=Columns(start="at")))
+
+
+def test_rows_that_a_quote_would_swallow_are_there(tmp_path):
+    for i, name in enumerate(NAMES):
+        put(tmp_path / f"{name}.wav", tone(1.1 + i / 10), caption=None)
+    table = tmp_path / "t.tsv"
+    table.write_text('path\ttext\na.wav\t"slow\nb.wav\tthe 12" mix\nc.wav\t"said" she\n')
+    found = scan(Source(audio=table))
+    assert [t.caption for t in found.tracks] == ['"slow', 'the 12" mix', '"said" she']
+    table = tmp_path / "t.csv"
+    table.write_text('path,text\na.wav,"slow\nb.wav,fast\nc.wav,"loud"\n')
+    found = scan(Source(audio=table))
+    assert [t.caption for t in found.tracks] == ["fast", "loud"]
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("t.csv, line 2", "bad row")
+
+
+def test_captions_may_be_long_but_not_beyond_4_mib(tmp_path):
+    rows = []
+    for i, size in enumerate((2 * 10**5, 5 * 10**6, 10)):
+        put(tmp_path / f"{i}.wav", tone(1.1 + i / 10), caption=None)
+        rows.append({"path": f"{i}.wav", "text": "o" * size, "more": "o" * (5 * 10**6 * (i == 2))})
+    table = write_csv(tmp_path / "t.csv", rows)
+    found = scan(Source(audio=table))
+    assert [len(t.caption) for t in found.tracks] == [2 * 10**5]
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("1.wav", "no caption"),
+        ("2.wav", "no caption"),
+    ]
+    assert all("larger than 4 MiB (t.csv, line" in r.detail for r in found.rejects)
+
+
+def test_paths_as_other_systems_write_them(tmp_path):
+    names = {
+        "sub/a.wav": "sub\\a.wav",
+        "b.wav": " b.wav ",
+        unicodedata.normalize("NFD", "é.wav"): unicodedata.normalize("NFC", "é.wav"),
+        unicodedata.normalize("NFC", "ö.wav"): unicodedata.normalize("NFD", "ö.wav"),
+        "my song.wav": "my%20song.wav",
+        "100%25.wav": "100%25.wav",
+        "d.wav": f"file://{tmp_path}/d.wav",
+    }
+    for i, name in enumerate(names):
+        put(tmp_path / name, tone(1.1 + i / 10), caption=None)
+    rows = [{"path": path, "text": name} for name, path in names.items()]
+    rows += [{"path": path, "text": "x"} for path in ("..\\x.wav", "%2e%2e/x.wav")]
+    put(tmp_path.parent / "x.wav", tone(1.1), caption=None)
+    found = scan(Source(audio=write_csv(tmp_path / "t.csv", rows)))
+    assert [(t.path, t.caption) for t in found.tracks] == [(name, name) for name in names]
+    assert [r.reason for r in found.rejects] == ["outside the folder"] * 2
+    rows = [{"file_name": path, "text": name} for name, path in list(names.items())[:4]]
+    write_metadata(tmp_path / "metadata.jsonl", rows)
+    tracks = scan(Source(audio=tmp_path)).tracks
+    assert {t.path: t.caption for t in tracks} == {name: name for name in list(names)[:4]}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "a saved data set"])
+def test_values_that_python_cannot_hold_are_left_out(tmp_path, kind):
+    """Dates out of its range, and time zones that are none, in columns that nothing is asked of."""
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    late = pa.array([2**62, 0, None], pa.timestamp("us"))
+    inner = pa.struct([("when", pa.timestamp("us")), ("name", pa.string())])
+    table = pa.table({
+        "path": [f"{name}.flac" for name in NAMES],
+        "text": list(NAMES),
+        "when": late,
+        "where": pa.array([0, 1, 2], pa.timestamp("s", "Mars/Phobos")),
+        "length": pa.array([2**62, 1, None], pa.duration("s")),
+        "day": pa.array([2**30, 0, None], pa.date32()),
+        "nested": pa.array([[{"when": 2**62, "name": "x"}], [], None], pa.list_(inner)),
+    })  # fmt: skip
+    found = scan(Source(audio=table_of(tmp_path, kind, table), root=tmp_path))
+    assert [t.caption for t in found.tracks] == list(NAMES) and not found.rejects
+    assert json.loads(found.tracks[0].info) == {"nested": [{"when": None, "name": "x"}]}
+    known = {"when": "1970-01-01 00:00:00", "length": "0:00:01", "day": "1970-01-01"}
+    assert json.loads(found.tracks[1].info) == known | {"nested": []}
+    # as where a track begins it makes no sense
+    source = Source(audio=table_of(tmp_path, kind, table), root=tmp_path)
+    found = scan(dataclasses.replace(source, columns=Columns(start="length")))
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("a.flac", "bad row"),
+        ("b.flac", "bad row"),
+    ]
+
+
+def table_of(folder, kind, table):
+    """A file or folder with the rows of an Arrow table."""
+    if kind == "parquet":
+        pq.write_table(table, folder / "t.parquet")
+        return folder / "t.parquet"
+    datasets.Dataset(table).save_to_disk(folder / "saved")
+    if table.schema.metadata is None:  # the library replaces what is in the columns
+        (path,) = (folder / "saved").glob("*.arrow")
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    return folder / "saved"
+
+
+@pytest.mark.parametrize("kind", ["parquet", "a saved data set"])
+def test_a_cell_that_is_not_utf8_is_one_reject(tmp_path, kind):
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    raw = pa.array([b"fine", b"caf\xe9", b"fine"])
+    ends = raw.buffers()[1]
+    text = pa.Array.from_buffers(pa.string(), 3, [None, ends, raw.buffers()[2]])
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), text)
+    paths = pa.array([f"{name}.flac" for name in NAMES])
+    good = pa.array(list(NAMES))
+    within = pa.StructArray.from_arrays([text], ["x"])
+    for columns, reason in [
+        ({"path": paths, "text": text}, "no caption"),
+        ({"path": paths, "text": lists}, "no caption"),
+        ({"path": paths, "text": good, "title": text}, "no caption"),
+        ({"path": paths, "text": good, "more": within}, "no caption"),
+        ({"path": text, "text": good}, "bad name"),
+    ]:  # fmt: skip
+        found = scan(Source(audio=table_of(tmp_path, kind, pa.table(columns)), root=tmp_path))
+        reasons = [r.reason for r in found.rejects]
+        if reason == "bad name":
+            assert reasons == ["missing", "bad name", "missing"]
+        else:
+            assert [t.path for t in found.tracks] == ["a.flac", "c.flac"] and reasons == [reason]
+    named = pa.table({"path": paths, "text": good, "name": text})
+    source = Source(
+        audio=table_of(tmp_path, kind, named), root=tmp_path, columns=Columns(id="name")
+    )
+    assert [r.reason for r in scan(source).rejects] == ["bad row", "duplicate"]
+
+
+def test_a_column_of_paths_or_of_audio(tmp_path):
+    """Bytes are the audio unless files are there, or the data set says that they are a picture."""
+    paths = [f"{name}.flac" for name in NAMES]
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    within = pa.array([{"bytes": flac(name), "path": None} for name in NAMES], struct)
+    picture = [b"\x89PNG"] * 3
+    features = {"info": {"features": {"cover": {"_type": "Image"}, "sound": {"_type": "Audio"}}}}
+    noted = {"huggingface": json.dumps(features)}
+
+    def places(**columns):
+        table = pa.table({"text": list(NAMES)} | columns)
+        for metadata in (None, noted) if "cover" in columns or "sound" in columns else (None,):
+            pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "t.parquet")
+            found = scan(Source(audio=tmp_path / "t.parquet"))
+            yield [track.path for track in found.tracks]
+
+    rows = [f"t.parquet/{i}" for i in range(3)]
+    assert list(places(path=paths, audio=within)) == [rows]
+    assert list(places(file_name=paths, sound=within)) == [rows, rows]
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    assert list(places(path=paths, cover=picture)) == [paths, paths]
+    assert list(places(path=paths, audio=within)) == [rows]
+    assert list(places(file_name=paths, sound=within)) == [paths, rows]
+    assert list(places(path=["gone.flac", *paths[1:]], cover=picture)) == [paths[1:], paths[1:]]
+    assert list(places(cover=picture, sound=within))[1] == rows
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    table = pa.table([["a.wav"], ["a"], ["b"]], names=["path", "text", "text"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match="t.parquet: 2 columns are called 'text'; rename all but"):
+        scan(Source(audio=tmp_path / "t.parquet"))
+    folder = table_of(tmp_path, "a saved data set", table.select([0, 1]))
+    with pa.ipc.new_stream(next(folder.glob("*.arrow")), table.schema) as stream:
+        stream.write_table(table)
+    with pytest.raises(UserError, match="saved: .*text.* 2 times"):  # as the library says it
+        scan(Source(audio=folder))
+
+
+def test_names_that_are_in_two_folders_are_ambiguous(tmp_path):
+    rows = [
+        {"youtube_id": name, "start_time": 30, "caption": name} for name in ("x", "y", "z", "é")
+    ]
+    table = write_csv(tmp_path / "test.csv", rows)
+    for i, path in enumerate(("one/Yx.wav", "two/Yx.flac", "one/y.wav", "one/y.flac", "z.wav")):
+        put(tmp_path / path, tone(1.1 + i / 10), caption=None)
+    put(tmp_path / unicodedata.normalize("NFD", "é_30.wav"), tone(2), caption=None)
+    for hidden in (".cache/z.wav", "__MACOSX/z.wav", "one/._y.wav"):
+        put(tmp_path / hidden, tone(1.9), caption=None)
+    found = scan(Source(audio=table, recipe="audiocaps"))
+    # in one folder the first counts, as in a folder of audio
+    assert [t.path for t in found.tracks][:2] == ["one/y.flac", "z.wav"]
+    assert found.tracks[2].caption == "é"
+    (reject,) = found.rejects
+    assert (reject.path, reject.reason) == ("test.csv, line 2", "ambiguous")
+    assert (
+        reject.detail == "both one/Yx.wav and two/Yx.flac are called Yx; --root can name one folder"
+    )
+    found = scan(Source(audio=table, recipe="audiocaps", root=tmp_path / "one"))
+    assert [t.path for t in found.tracks] == ["Yx.wav", "y.flac"]
+
+
+def test_rows_of_one_clip_lose_nothing(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    rows = [
+        {
+            "path": "a.wav",
+            "text": "one",
+            "bpm": "90",
+            "keywords": "calm, slow",
+            "by": "x",
+            "n": "1",
+        },
+        {"path": "a.wav", "text": "two", "bpm": "91", "keywords": "slow, sad", "by": "x", "n": "2"},
+        {"path": "a.wav", "text": "one", "bpm": "90", "keywords": "", "by": "", "n": "3"},
+    ]
+    table = write_csv(tmp_path / "t.csv", rows)
+    (track,) = scan(Source(audio=table, columns=Columns(id="n"))).tracks
+    assert track.track_id == "1" and track.captions == ("one", "two")
+    assert json.loads(track.fields) == {
+        "bpm": ["90", "91"],
+        "keywords": ["calm", "slow", "sad"],
+        "by": "x",
+        "n": ["1", "2", "3"],
+    }
+    (track,) = scan(Source(audio=table)).tracks
+    assert track.track_id == "a" and json.loads(track.fields)["n"] == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("rock", ["rock"]),
+        ("'rock'", ["rock"]),
+        ('"rock"', ["rock"]),
+        ("['rock', 'pop']", ["rock", "pop"]),
+        ('["rock", "pop"]', ["rock", "pop"]),
+        ("('rock', 'pop')", ["rock", "pop"]),
+        ("{'rock', 'pop'}", ["pop", "rock"]),
+        ("rock, pop ,", ["rock", "pop"]),
+        ("[rock, pop]", ["rock", "pop"]),
+        ("['rock', 'pop", ["rock", "pop"]),
+        ("['hip, hop', [\"rock 'n' roll\"]]", ["hip, hop", "rock 'n' roll"]),
+        ("\"['rock']\"", ["rock"]),
+        ("[]", []),
+        ("80", ["80"]),
+        (["rock", "pop"], ["rock", "pop"]),
+        (["rock, pop"], ["rock, pop"]),
+    ],
+)
+def test_keywords_are_words_however_they_are_noted(tmp_path, written, words):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    row = {"path": "a.wav", "text": "a song", "keywords": written}
+    sources = [tmp_path / "t.jsonl", tmp_path / "t.parquet", tmp_path / "music"]
+    write_metadata(sources[0], [row])
+    pq.write_table(pa.Table.from_pylist([row]), sources[1])
+    put(tmp_path / "music" / "a.wav", tone(1.1), caption=None)
+    (tmp_path / "music" / "a.json").write_text(json.dumps(row))
+    if isinstance(written, str):
+        sources.append(write_csv(tmp_path / "t.csv", [row]))
+    for source in sources:
+        (track,) = scan(Source(audio=source)).tracks
+        assert json.loads(track.fields)["keywords"] == words
+    caps = {"ytid": "a", "start_s": "0", "end_s": "1", "caption": "x", "aspect_list": written}
+    write_metadata(sources[0], [caps])
+    source = Source(audio=sources[0], root=tmp_path / "music", recipe="musiccaps")
+    (track,) = scan(source).tracks
+    fields = json.loads(track.fields)
+    assert fields["keywords"] == words and "aspect_list" not in fields
+    assert all(word in ", ".join(pipeline.field_texts(fields)) for word in words)
+
+
+def test_lists_that_were_written_as_text_are_lists(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    row = {"path": "a.wav", "text": "['one', \"two\"]", "genre": '["rock", "pop"]', "key": "[C]"}
+    (track,) = scan(Source(audio=write_csv(tmp_path / "t.csv", [row]))).tracks
+    assert track.captions == ("one", "two")
+    assert json.loads(track.fields) == {"genre": ["rock", "pop"], "key": "[C]"}
+    row |= {"text": "[Verse 1]\nla, la [1999]", "genre": "rock, pop"}
+    (track,) = scan(Source(audio=write_csv(tmp_path / "t.csv", [row]))).tracks
+    assert track.captions == (row["text"],) and json.loads(track.fields)["genre"] == "rock, pop"
+
+
+def test_a_table_without_rows_is_an_error(tmp_path):
+    (tmp_path / "t.csv").write_text("path,text\n")
+    with pytest.raises(UserError, match="t.csv: no row in it"):
+        scan(Source(audio=tmp_path / "t.csv"))
+    for name in ("t.tsv", "t.jsonl"):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=f"{name}.*(is empty|no audio in it)"):
+            scan(Source(audio=tmp_path / name))
+
+
+def test_parts_of_files(tmp_path, decoder):
+    wav = tone(30, 44100, channels=2)
+    put(tmp_path / "long.wav", wav, 44100, caption=None, subtype="FLOAT")
+    rows = [
+        {"file": "long.wav", "text": "the first", "from": "0", "to": "2", "id": "one"},
+        {"file": "long.wav", "text": "in the middle", "from": "10.5", "to": "12.25", "id": "two"},
+        {"file": "long.wav", "text": "to the end", "from": "28", "to": "", "id": "three"},
+        {"file": "long.wav", "text": "also the first", "from": "0", "to": "2", "id": "four"},
+        {"file": "long.wav", "text": "too far", "from": "29", "to": "31", "id": "five"},
+        {"file": "long.wav", "text": "beyond", "from": "31", "to": "32", "id": "six"},
+        {"file": "long.wav", "text": "backwards", "from": "3", "to": "2", "id": "seven"},
+        {"file": "long.wav", "text": "what", "from": "soon", "to": "2", "id": "eight"},
+        {"file": "", "text": "where", "from": "1", "to": "2", "id": "nine"},
+        {"file": "long.wav", "text": "whose name", "from": "5", "to": "7", "id": "one"},
+    ]
+    table = write_csv(tmp_path / "table.csv", rows)
+    columns = Columns(start="from", end="to", id="id")
+    found = scan(Source(audio=table, columns=columns))
+    assert [(t.track_id, t.start, t.duration) for t in found.tracks] == [
+        ("one", 0.0, 2.0),
+        ("two", 10.5, 1.75),
+        ("three", 28.0, None),
+        ("five", 29.0, 2.0),
+        ("six", 31.0, 1.0),
+    ]
+    # rows of one clip are one track, which goes by the name of the first
+    assert json.loads(found.tracks[0].info) == {
+        "captions": ["also the first"],
+        "id": ["one", "four"],
+    }
+    reasons = [(r.reason, r.detail) for r in found.rejects]
+    assert reasons[:3] == [
+        ("bad row", "it begins before the file, or ends before it begins (table.csv, line 8)"),
+        ("bad row", "its from is no number of seconds (table.csv, line 9)"),
+        ("bad row", "no path in it"),
+    ]
+    assert reasons[3] == ("duplicate", "another track is called one")
+
+    intake = Intake(sample_rate=None, channels=2)
+    for track, begin, end in zip(found.tracks, (0, 10.5, 28), (2, 12.25, 30)):
+        wav_CN, facts = read_audio(track, intake, decoder)
+        np.testing.assert_array_equal(wav_CN, wav[round(begin * 44100) : round(end * 44100)].T)
+        assert facts.seconds == pytest.approx(end - begin)
+    headers = [read_header(track, intake, decoder) for track in found.tracks[:3]]
+    assert [header.seconds for header in headers] == [2, 1.75, 2]
+    for track, reason in zip(found.tracks[3:], ("cut off", "outside the file")):
+        with pytest.raises(RejectedError, match=reason):
+            read_audio(track, intake, decoder)
+        with pytest.raises(RejectedError, match=reason):
+            read_header(track, intake, decoder)
+
+
+def test_parts_of_one_file_fall_to_one_split(tmp_path, one_codec):
+    rows = []
+    for i in range(6):
+        put(tmp_path / f"{i}.wav", tone(1.6, frequency=200 + 20 * i), caption=None)
+        rows += [{"path": f"{i}.wav", "caption": f"part {j}", "at": j / 2} for j in range(2)]
+    table = write_csv(tmp_path / "table.csv", rows)
+    columns = Columns(start="at")
+    run(Job(audio=table, columns=columns, out=tmp_path / "out", validation_percent=50))
+    files = {
+        split: [r["source_path"].decode() for r in records.open_split(tmp_path / "out", split)]
+        for split in records.SPLITS
+    }
+    assert len(files["train"]) + len(files["validation"]) == 12
+    assert files["train"] and files["validation"]
+    assert not set(files["train"]) & set(files["validation"])
+
+
+def test_records_of_parts_say_where_in_the_file_they_begin(tmp_path, one_codec):
+    put(tmp_path / "long.wav", tone(9), caption=None)
+    rows = [
+        {"path": "long.wav", "caption": "a", "at": 1.5, "for": 1.0},
+        {"path": "long.wav", "caption": "b", "at": 4.0, "for": 3.0},
+    ]
+    table = write_csv(tmp_path / "table.csv", rows)
+    columns = Columns(start="at", duration="for")
+    job = Job(audio=table, columns=columns, out=tmp_path / "out", validation_percent=0,
+              max_record_seconds=2)  # fmt: skip
+    run(job)
+    split = records.open_split(tmp_path / "out", "train")
+    found = [records.decode_example(example) for example in split]
+    assert [(r["track_id"], r["start"], r["duration"]) for r in found] == [
+        ("long@1.5+1.0", 1.5, 1.0),
+        ("long@4.0+3.0", 4.0, 1.5),
+        ("long@4.0+3.0", 5.5, 1.5),
+    ]
+
+
+def test_parts_that_differ_a_little_have_names_of_their_own(tmp_path):
+    put(tmp_path / "a.wav", tone(9), caption=None)
+    parts = [(0, 5), (0, 8), (1234.5678, 1), (1234.5679, 1), (1e15, 1), (0, 1e300)]
+    rows = [{"path": "a.wav", "text": "x", "at": at, "for": length} for at, length in parts]
+    table = write_csv(tmp_path / "t.csv", rows)
+    found = scan(Source(audio=table, columns=Columns(start="at", duration="for")))
+    assert [track.track_id for track in found.tracks] == [
+        "a@0.0+5.0", "a@0.0+8.0", "a@1234.5678+1.0", "a@1234.5679+1.0",
+    ]  # fmt: skip
+    detail = "it begins, or goes on, after 1e+07 s (t.csv, line {})"
+    assert [(r.reason, r.detail) for r in found.rejects] == [
+        ("bad row", detail.format(6)),
+        ("bad row", detail.format(7)),
+    ]
+    shutil.copy(tmp_path / "a.wav", tmp_path / "b.wav")
+    both = write_csv(tmp_path / "t2.csv", [*rows[:2], rows[1] | {"path": "b.wav"}])
+    (reject,) = scan(Source(audio=both, columns=Columns(start="at", duration="for"))).rejects
+    assert reject.detail == "the same bytes as a.wav (b@0.0+8.0)"
+    found = scan(Source(audio=table, columns=Columns(duration="for")))
+    assert [track.track_id for track in found.tracks] == ["a@0.0+5.0", "a@0.0+8.0", "a@0.0+1.0"]
+
+
+def test_musiccaps(tmp_path):
+    """Columns as in the published file; clips as the common scripts call them."""
+    row = {
+        "ytid": "-0Gj8-vB1q4", "start_s": "30", "end_s": "40",
+        "audioset_positive_labels": "/m/0140xf", "aspect_list": "['low quality', 'drums']",
+        "caption": "The low quality recording features a ballad song.", "author_id": "4",
+        "is_balanced_subset": "False", "is_audioset_eval": "True",
+    }  # fmt: skip
+    rows = [row, row | {"ytid": "0I6_bHnHtHg"}, row | {"ytid": "gone_gone_g"}]
+    table = write_csv(tmp_path / "musiccaps-public.csv", rows)
+    put(tmp_path / "wavs" / "-0Gj8-vB1q4.wav", tone(1.1), caption=None)
+    put(tmp_path / "wavs" / "[0I6_bHnHtHg]-[30-40].flac", tone(1.2), caption=None)
+    found = scan(Source(audio=table, root=tmp_path / "wavs", recipe="musiccaps"))
+    assert [track.path for track in found.tracks] == [
+        "-0Gj8-vB1q4.wav",
+        "[0I6_bHnHtHg]-[30-40].flac",
+    ]
+    track = found.tracks[0]
+    assert track.caption.startswith("The low quality") and (track.start, track.duration) == (
+        0,
+        None,
+    )
+    assert json.loads(track.info)["keywords"] == ["low quality", "drums"]
+    assert [(r.path, r.reason) for r in found.rejects] == [("gone_gone_g", "missing")]
+
+
+def test_audiocaps(tmp_path):
+    rows = [
+        {"audiocap_id": i, "youtube_id": name, "start_time": 30, "caption": f"caption {i}"}
+        for i, name in enumerate(["r1nicOVtvkQ", "r1nicOVtvkQ", "ZVV2yKr4I8g", "4B3Ym23Z9v0"])
+    ]
+    table = write_csv(tmp_path / "test.csv", rows)
+    put(tmp_path / "Yr1nicOVtvkQ.wav", tone(1.1), caption=None)
+    put(tmp_path / "ZVV2yKr4I8g.mp3", tone(1.2), caption=None)
+    put(tmp_path / "sub" / "4B3Ym23Z9v0_30.wav", tone(1.3), caption=None)
+    found = scan(Source(audio=table, recipe="audiocaps"))
+    assert not found.rejects
+    assert [(track.path, track.caption) for track in found.tracks] == [
+        ("Yr1nicOVtvkQ.wav", "caption 0"),
+        ("ZVV2yKr4I8g.mp3", "caption 2"),
+        ("sub/4B3Ym23Z9v0_30.wav", "caption 3"),
+    ]
+    assert json.loads(found.tracks[0].info)["captions"] == ["caption 1"]
+
+
+def test_clotho(tmp_path):
+    row = {"file_name": "Distorted AM Radio noise.wav"}
+    row |= {f"caption_{i}": f"a radio, said {i} times" for i in range(1, 6)}
+    table = write_csv(tmp_path / "clotho_captions_development.csv", [row])
+    put(tmp_path / "development" / row["file_name"], tone(1.1), caption=None)
+    (track,) = scan(Source(audio=table, recipe="clotho")).tracks
+    assert track.caption == "a radio, said 1 times"
+    assert len(json.loads(track.info)["captions"]) == 4
+    with pytest.raises(UserError, match="no column of paths"):
+        scan(Source(audio=table, recipe="musiccaps"))
+
+
+def test_what_is_wrong_with_a_table_is_said_in_one_line(tmp_path):
+    table = write_csv(tmp_path / "a.csv", [{"name": "a.wav", "words": "b"}])
+    for columns, match in [
+        (Columns(), r"no column of captions; name one, --columns.caption \(it has name, words\)"),
+        (Columns(caption=("words",)), "no column of paths; name one, --columns.path"),
+        (Columns(caption=("words",), path="nam"), "no column 'nam' .it has name, words"),
+        (Columns(caption=("words",), path="{nam}.wav"), "no column 'nam'"),
+        (Columns(caption=("words",), path="name", start="at"), "no column 'at'"),
+        (Columns(caption=("words",), path="{name"), "--columns.path {name: "),
+        (Columns(caption=("words",), path="{name:05d}"), "--columns.path {name:05d}: Unknown"),
+    ]:
+        with pytest.raises(UserError, match=match):
+            scan(Source(audio=table, columns=columns))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 not at all")
+    with pytest.raises(UserError, match="not readable as Parquet"):
+        scan(Source(audio=tmp_path / "bad.parquet"))
+    (tmp_path / "song.zip").write_bytes(b"")
+    for name in ("song.zip", "songs.tar.gz"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(UserError, match="neither a folder nor|unpack it once"):
+            scan(Source(audio=tmp_path / name))
+
+
+def test_text_in_a_table_that_is_not_utf8_is_a_reject(tmp_path):
+    put(tmp_path / "a.wav", tone(1.1), caption=None)
+    table = tmp_path / os.fsdecode(b"t\xff.tsv")
+    table.write_bytes(b"path\tcaption\na.wav\tcaf\xe9\ncaf\xe9.wav\tx\n\ty\n")
+    found = scan(Source(audio=table))
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("a.wav", "no caption"),
+        ("caf\\udce9.wav", "bad name"),
+        ("t\\udcff.tsv, line 4", "bad row"),
+    ]
+
+
+def test_patterns_take_numbers_and_rows_without_one_are_rejected(tmp_path):
+    put(tmp_path / "00007.wav", tone(1.1), caption=None)
+    table = pa.table({"id": [7, None], "text": ["seven", "none"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path="{id:05d}.wav")))
+    assert [track.path for track in found.tracks] == ["00007.wav"]
+    assert [(r.path, r.detail) for r in found.rejects] == [("t.parquet, row 1", "no path in it")]
+
+
+def test_all_columns_and_fields_are_kept_as_json(tmp_path):
+    """NaN as null, and a column of the name that records have for other captions."""
+    names = ["a.wav", "b.wav"]
+    for i, name in enumerate(names):
+        put(tmp_path / name, tone(1.1 + i / 10), caption=None)
+    nan = float("nan")
+    table = pa.table({
+        "path": [*names, "b.wav"], "text": ["a", "b", "also b"], "bpm": [nan, 90.0, 90.0],
+        "vector": [[1.0, nan], [float("inf")], None], "captions": [3, 4, None],
+    })  # fmt: skip
+    pq.write_table(table, tmp_path / "t.parquet")
+    found = scan(Source(audio=tmp_path / "t.parquet"))
+    assert not found.rejects
+    assert [json.loads(track.info) for track in found.tracks] == [
+        {"vector": [1.0, None], "captions_": 3},
+        {"bpm": 90.0, "vector": [None], "captions_": 4, "captions": ["also b"]},
+    ]
+
+
+def test_parquet_of_paths(tmp_path):
+    """Both plain paths and the column that `datasets` writes where audio is not embedded."""
+    for name in NAMES:
+        put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
+    paths = [f"{name}.flac" for name in NAMES]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {"plain": pa.array(paths), "audio": pa.array([{"path": p} for p in paths], kind)}
+    for path, column in [("plain", "plain"), ("audio", "audio"), (None, "audio")]:
+        table = pa.table({column: columns[column], "caption": list(NAMES), "when": [1, 2, None]})
+        pq.write_table(table, tmp_path / "t.parquet")
+        found = scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path=path)))
+        assert [t.path for t in found.tracks] == paths and not found.rejects
+        assert [json.loads(t.info) for t in found.tracks] == [{"when": 1}, {"when": 2}, {}]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.struct([("bytes", pa.binary())])])
+def test_rows_of_parquet_without_audio_or_path_are_rejects(tmp_path, kind):
+    table = pa.table({"audio": pa.array([None, None], kind), "text": ["a", "b"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    rejects = scan(Source(audio=tmp_path / "t.parquet")).rejects
+    assert [(r.path, r.detail) for r in rejects] == [
+        (f"t.parquet, row {i}", "no path in it") for i in range(2)
+    ]
+
+
+def test_rows_of_parquet_are_read_in_any_order(tmp_path, decoder):
+    waves = [tone(1 + i / 100, frequency=200 + i) for i in range(30)]
+    audio = []
+    for wav in waves:
+        file = io.BytesIO()
+        soundfile.write(file, wav, RATE, format="WAV", subtype="FLOAT")
+        audio.append(file.getvalue())
+    table = pa.table({"sound": audio, "text": [f"number {i}" for i in range(30)]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=13)
+    tracks = scan(Source(audio=tmp_path / "t.parquet")).tracks
+    assert [track.path for track in tracks] == [f"t.parquet/{i}" for i in range(30)]
+    order = [*range(30), 5, 29, 0, 12, 13, 26, 25, 14]
+    for i in order:
+        wav_CN, _ = read_audio(tracks[i], Intake(sample_rate=RATE, channels=1), decoder)
+        np.testing.assert_array_equal(wav_CN, waves[i].T)
+    beyond = dataclasses.replace(tracks[0], place=dataclasses.replace(tracks[0].place, row=30))
+    with pytest.raises(RejectedError, match="no row 30"):
+        read_audio(beyond, Intake(sample_rate=RATE, channels=1), decoder)
+
+
+def test_rows_after_damage_never_have_the_audio_of_others(tmp_path, decoder):
+    rng = np.random.default_rng(0)
+    waves = [(rng.normal(size=RATE) * 0.1).clip(-1, 1).astype(np.float32) for _ in range(30)]
+    audio = []
+    for wav in waves:
+        file = io.BytesIO()
+        soundfile.write(file, wav, RATE, format="WAV", subtype="FLOAT")
+        audio.append(file.getvalue())
+    path = tmp_path / "t.parquet"
+    table = pa.table({"sound": audio, "text": ["noise"] * 30})
+    pages = {"data_page_size": 1, "write_batch_size": 1, "use_dictionary": False}
+    pq.write_table(table, path, row_group_size=15, compression="gzip", **pages)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    damaged = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    damaged[middle : middle + 200] = bytes(200)
+    path.write_bytes(damaged)
+    read = []
+    for i, track in enumerate(scan(Source(audio=path)).tracks):
+        try:
+            wav_CN, _ = read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+        except RejectedError as error:
+            assert error.reason == "unreadable"
+        else:
+            np.testing.assert_array_equal(wav_CN[0], waves[i])
+            read.append(i)
+    assert read[:4] == [0, 1, 2, 3] and set(range(15, 30)) <= set(read) and len(read) < 30
+
+
+def test_links_to_parquet_may_have_any_name(tmp_path, decoder):
+    """As in the cache of the Hugging Face hub."""
+    a_parquet(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    for name, blob in [("train-00000-of-00002", "1f"), ("train-00001-of-00002", "2e")]:
+        (tmp_path / f"{name}.parquet").rename(tmp_path / "blobs" / blob)
+        (tmp_path / "snapshot" / f"{name}.PARQUET").symlink_to(tmp_path / "blobs" / blob)
+    source = Source(audio=tmp_path / "snapshot", root=tmp_path)
+    for name, track in zip(NAMES, scan(source).tracks, strict=True):
+        wav_CN, _ = read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+        np.testing.assert_allclose(wav_CN.T, wav_of(name), atol=1e-4)
+    with pytest.raises(UserError, match="PARQUET: leads out of .*snapshot; --root can name"):
+        scan(Source(audio=tmp_path / "snapshot"))
+
+
+# --- tars and saved data sets -------------------------------------------------------------------
+
+
+def test_a_damaged_tar_loses_what_is_damaged(tmp_path, decoder):
+    source = a_webdataset(tmp_path)
+    with tarfile.open(tmp_path / "shard-2.tar", "w") as tar:
+        add_to_tar(tar, "alone.flac", flac("a")[:-1])
+        add_to_tar(tar, "stems.mix.flac", flac("b")[:-1])
+        add_to_tar(tar, "stems.voice.flac", flac("c")[:-1])
+        add_to_tar(tar, "stems.txt", b"two parts of one song")
+        add_to_tar(tar, "last.txt", b"cut within its audio")
+        add_to_tar(tar, "last.flac", flac("c"))
+    with tarfile.open(tmp_path / "shard-2.tar") as tar:
+        end = tar.getmember("last.flac").offset_data + 100
+    os.truncate(tmp_path / "shard-2.tar", end)
+    (tmp_path / "shard-3.tar").write_bytes(b"no tar at all" * 100)
+    found = scan(source)
+    assert [t.track_id for t in found.tracks] == [
+        "shard-0/x/a", "shard-0/x/b", "shard-1/c", "shard-2/stems",
+    ]  # fmt: skip
+    assert [(r.path, r.reason) for r in found.rejects] == [
+        ("shard-2.tar/alone.flac", "no caption"),
+        ("shard-2.tar/stems.voice.flac", "same name"),
+        ("shard-2.tar", "damaged tar"),
+        ("shard-3.tar", "damaged tar"),
+    ]
+    wav_CN, _ = read_audio(found.tracks[1], Intake(sample_rate=RATE, channels=1), decoder)
+    np.testing.assert_allclose(wav_CN, wav_of("b").T, atol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["header", "zeros", "no end", "within a header", "another tar"])
+def test_a_tar_that_does_not_end_where_its_members_do_is_damaged(tmp_path, damage):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name in "abc":
+            add_to_tar(tar, f"{name}.flac", flac(name))
+            add_to_tar(tar, f"{name}.txt", caption_of(name).encode())
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        third = tar.getmember("c.flac").offset
+    assert len(scan(Source(audio=path)).tracks) == 3
+    path.write_bytes(
+        {
+            "header": data[: third + 150] + b"x" + data[third + 151 :],  # its checksum
+            "zeros": data[:third] + bytes(512) + data[third + 512 :],
+            "no end": data[:third],
+            "within a header": data[: third + 100],
+            "another tar": data + data,
+        }[damage]
+    )
+    found = scan(Source(audio=path))
+    assert [track.track_id for track in found.tracks][:2] == ["a/a", "a/b"]
+    (reject,) = found.rejects
+    whole = 6 if damage == "another tar" else 4
+    assert (reject.path, reject.reason) == ("a.tar", "damaged tar")
+    assert reject.detail.startswith(f"after {whole} whole files: ")
+
+
+def test_files_of_one_name_in_a_tar_are_not_one_clip(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in "ab":
+            add_to_tar(tar, "song.flac", flac(name))
+            add_to_tar(tar, "song.txt", caption_of(name).encode())
+            add_to_tar(tar, "cover.png", b"a picture")
+        link = tarfile.TarInfo("link.flac")
+        link.type, link.linkname = tarfile.SYMTYPE, "song.flac"
+        tar.addfile(link)
+    found = scan(Source(audio=tmp_path / "a.tar"))
+    assert [track.captions for track in found.tracks] == [(caption_of("a"),)]
+    assert [(r.path, r.detail) for r in found.rejects] == [
+        ("a.tar/song.flac", "another track is called a/song")
+    ]
+    assert found.ignored == {".png": 2, "links and the like within tars": 1}
+
+
+def test_sparse_and_empty_members_of_tars_are_rejected(tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("audio.flac", "caption.json"):
+        with (tmp_path / "in" / name).open("wb") as file:
+            file.write(flac("a") if name == "audio.flac" else b'{"text": "a", "more": "')
+            file.seek(2**20)
+            file.write(b'"}')
+    (tmp_path / "in" / "audio.txt").write_text("a hole in its middle")
+    (tmp_path / "in" / "caption.flac").write_bytes(flac("b"))
+    (tmp_path / "in" / "empty.flac").write_bytes(b"")
+    (tmp_path / "in" / "empty.txt").write_text("nothing")
+    for kind in ("gnu", "posix"):
+        tar = tmp_path / f"{kind}.tar"
+        names = [
+            "audio.flac",
+            "audio.txt",
+            "caption.flac",
+            "caption.json",
+            "empty.flac",
+            "empty.txt",
+        ]
+        command = ["tar", "-cSf", tar, f"--format={kind}", "-C", tmp_path / "in", *names]
+        subprocess.run(command, check=True)
+        found = scan(Source(audio=tar))
+        assert not found.tracks
+        assert [r.reason for r in found.rejects] == ["sparse file", "sparse file", "empty"]
+
+
+def test_a_tar_may_have_a_name_that_is_not_utf8(tmp_path, decoder):
+    path = tmp_path / os.fsdecode(b"t\xff.tar")
+    with tarfile.open(path, "w") as tar:
+        add_to_tar(tar, "a.flac", flac("a"))
+        add_to_tar(tar, "a.txt", b"text")
+    (track,) = scan(Source(audio=path)).tracks
+    assert (track.path, track.track_id) == ("t\\udcff.tar/a.flac", "t\\udcff/a")
+    read_audio(track, Intake(sample_rate=None, channels=1), decoder)
+
+
+def test_files_of_several_kinds_must_be_chosen_from(tmp_path):
+    a_webdataset(tmp_path)
+    put(tmp_path / "sub" / "music" / "a.wav", tone(1.1))
+    with pytest.raises(UserError, match="several kinds in it .shard-0.tar, sub.; name"):
+        scan(Source(audio=tmp_path))
+    shutil.rmtree(tmp_path / "sub")
+    a_parquet(tmp_path)
+    with pytest.raises(UserError, match="several kinds .*shard-0.tar, train-00000-of-00002.parq"):
+        scan(Source(audio=tmp_path))
+    (tmp_path / "cache").mkdir()
+    for path in tmp_path.glob("*.parquet"):
+        path.rename(tmp_path / "cache" / path.name)
+    assert len(scan(Source(audio=tmp_path)).tracks) == 3
+
+
+def test_shards_and_saved_files_that_lie_elsewhere_are_refused(tmp_path):
+    (tmp_path / "tars").mkdir()
+    a_webdataset(tmp_path)
+    (tmp_path / "tars" / "shard-0.tar").symlink_to(tmp_path / "shard-0.tar")
+    with pytest.raises(UserError, match="shard-0.tar: leads out of .*tars; --root can name"):
+        scan(Source(audio=tmp_path / "tars"))
+    assert len(scan(Source(audio=tmp_path / "tars", root=tmp_path)).tracks) == 2
+    a_saved_data_set(tmp_path)
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    file.rename(tmp_path / "x.arrow")
+    state = tmp_path / "saved" / "state.json"
+    state.write_text(state.read_text().replace(file.name, "../x.arrow"))
+    with pytest.raises(UserError, match="x.arrow: leads out of .*saved; --root can name"):
+        scan(Source(audio=tmp_path / "saved"))
+
+
+def test_duplicates_within_tars_and_saved_data_sets(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i, name in enumerate("aba"):
+            add_to_tar(tar, f"{i}.flac", flac(name))
+            add_to_tar(tar, f"{i}.txt", b"text")
+    rejects = scan(Source(audio=tmp_path / "a.tar")).rejects
+    assert [(r.path, r.detail) for r in rejects] == [
+        ("a.tar/2.flac", "the same bytes as a.tar/0.flac")
+    ]
+    save_data_set(tmp_path / "saved", "abca", list("abcd"))
+    (reject,) = scan(Source(audio=tmp_path / "saved")).rejects
+    assert reject.path.endswith(".arrow/3") and reject.detail.endswith(".arrow/0")
+
+
+def test_several_splits_must_be_chosen_from(tmp_path):
+    a_saved_data_set(tmp_path)
+    saved = datasets.load_from_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path / "dict")
+    with pytest.raises(UserError, match="several splits; name one of .*dict/test, .*dict/train"):
+        scan(Source(audio=tmp_path / "dict"))
+    assert len(scan(Source(audio=tmp_path / "dict" / "train")).tracks) == 3
+    for path in (tmp_path / "dict" / "train").glob("*.arrow"):
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged, not readable as a data set"):
+        scan(Source(audio=tmp_path / "dict" / "train"))
+
+
+# --- fingerprints -------------------------------------------------------------------------------
+
+
+def changes(path):
+    """The file with another first or last byte of audio, or another caption, each by itself."""
+    content = path.read_bytes()
+    if path.suffix == ".parquet":
+        rows = pq.read_table(path).to_pylist()
+        for other in ({"audio": {"bytes": flac("a")[:-1]}}, {"text": "x"}):
+            file = io.BytesIO()
+            pq.write_table(pa.Table.from_pylist([rows[0] | other, *rows[1:]]), file)
+            yield file.getvalue()
+    for name in NAMES:
+        if (at := content.find(flac(name))) >= 0:
+            for changed in (at, at + len(flac(name)) - 1):
+                yield content[:changed] + bytes([content[changed] ^ 1]) + content[changed + 1 :]
+        if (caption := caption_of(name).encode()) in content:
+            yield content.replace(caption, caption.upper())
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_a_change_of_audio_or_caption_changes_the_fingerprint(tmp_path, make):
+    source = make(tmp_path)
+    before = scan(source).fingerprint
+    count = 0
+    for path in sorted(path for path in tmp_path.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for changed in changes(path):
+            path.write_bytes(changed)
+            assert scan(source).fingerprint != before, path
+            count += 1
+        path.write_bytes(content)
+        assert scan(source).fingerprint == before, path
+    assert count == (9 + 4 if make is a_parquet else 9)
+
+
+def test_the_column_of_audio_is_part_of_the_fingerprint(tmp_path):
+    table = pa.table({"wet": [flac("a")], "dry": [flac("b")], "text": ["a"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    prints = {
+        scan(Source(audio=tmp_path / "t.parquet", columns=Columns(path=path))).fingerprint
+        for path in (None, "wet", "dry")
+    }
+    assert len(prints) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"recipe": "musiccaps"}, "--recipe: for tables; .* is a folder of audio"),
+        (
+            {"columns": Columns(path="x", start="y")},
+            "--columns.path, --columns.start: for tables; .* is a folder of audio",
+        ),
+    ],
+)
+def test_options_about_tables_are_refused_elsewhere(tmp_path, given, message):
+    album(tmp_path, 1)
+    with pytest.raises(UserError, match=message):
+        scan(Source(audio=tmp_path, **given))
