@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 
 from magnet_jax import cli
 from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
-from magnet_jax.convert import audiocraft, codec_rules, lm_rules
+from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
 from magnet_jax.errors import UserError, reported
 from magnet_jax.io import files
 from magnet_jax.model import t5
@@ -94,8 +94,8 @@ def write_codec(folder: Path, seed: int) -> None:
 
 def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
     """A random encoder as large as t5-base, but for the vocabulary: the shipped tokenizer's."""
-    shipped, _, tokenizer = t5.load("embedded")
-    config = dataclasses.replace(t5.PUBLISHED["t5-base"], vocab_size=shipped.vocab_size)
+    shipped, _, tokenizer = t5_files.load("embedded")
+    config = dataclasses.replace(t5_files.PUBLISHED["t5-base"], vocab_size=shipped.vocab_size)
     return config, t5.init(config, jax.random.key(seed)), tokenizer
 
 
@@ -125,7 +125,7 @@ def make(args: Args) -> None:
             args.dtype,
         )
         write_codec(folder, args.seed)
-        t5.save(folder / "text_encoder", *make_text_encoder(args.seed))
+        t5_files.save(folder / "text_encoder", *make_text_encoder(args.seed))
     print(f"wrote {args.out}")
 
 

@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, 
 from tokenizers.models import Unigram
 
 from magnet_jax import cli, errors
+from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
@@ -206,7 +207,7 @@ def make_text_encoder(args: Args) -> None:
     )
     params = t5.init(config, jax.random.key(args.seed))
     with files.replacing(args.out) as folder:
-        t5.save(folder, config, params, tokenizer)
+        t5_files.save(folder, config, params, tokenizer)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{args.out}: {config.vocab_size} tokens from {len(texts)} texts, {count:,} parameters")
 

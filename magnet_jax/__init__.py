@@ -2,7 +2,7 @@
 
 import importlib
 
-_WHERE = {"HybridMAGNeT": "api", "MAGNeT": "api", "MusicGen": "api", "audio_write": "audio"}
+_WHERE = {"HybridMAGNeT": "api", "MAGNeT": "api", "MusicGen": "api", "audio_write": "io.audio"}
 
 __all__ = sorted(_WHERE)
 

@@ -11,7 +11,7 @@ from tiny import EMBEDDED_CODEC
 
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import DataConfig, DecodeConfig, RunConfig, TextConfig
-from magnet_jax.convert import lm_rules
+from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.decode import sampling
 from magnet_jax.model import t5, transformer
 
@@ -40,7 +40,7 @@ def magnet_logits(params, states, mask, zeros, codes, stage, *, config, local, d
 def load_golden(seconds=USUAL):
     """The golden model with a random text encoder of its width, and the golden codec."""
     golden = lm_rules.read_audiocraft(SHIPPED_GOLDEN / "magnet_tiny")
-    config, _, tokenizer = t5.load("embedded")
+    config, _, tokenizer = t5_files.load("embedded")
     config = dataclasses.replace(config, d_model=golden.model.text_width, d_ff=16, num_layers=1)
     spec = dataclasses.replace(EMBEDDED_CODEC, sample_rate=32000, codebook_size=128)
     return Loaded(

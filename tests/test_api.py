@@ -21,15 +21,15 @@ from launch import export as export_command
 from launch import import_audiocraft, sample
 from launch import train as launch_train
 from magnet_jax import MAGNeT, MusicGen, api
-from magnet_jax.checkpoints import finetune, pretrained
+from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import LoraConfig
-from magnet_jax.convert import audiocraft, lm_rules
+from magnet_jax.convert import audiocraft, lm_rules, t5_files
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.io import files
+from magnet_jax.io import files, trees
 from magnet_jax.io.torch_env import import_torch
-from magnet_jax.model import t5
+from magnet_jax.model import lora, t5
 from magnet_jax.train import loop, watch
 
 XP_NAME = "conditioners.description.t5.name"
@@ -37,9 +37,9 @@ XP_NAME = "conditioners.description.t5.name"
 
 def save_text_encoder(folder, width):
     """A random T5 of some width, with the shipped tokenizer."""
-    config, _, tokenizer = t5.load("embedded")
+    config, _, tokenizer = t5_files.load("embedded")
     config = dataclasses.replace(config, d_model=width, d_ff=16, num_layers=1)
-    t5.save(folder, config, t5.init(config, jax.random.key(0)), tokenizer)
+    t5_files.save(folder, config, t5.init(config, jax.random.key(0)), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -866,20 +866,20 @@ def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_pat
     assert lines[-1]["train/loss"] < lines[0]["train/loss"]
     tuned = pretrained.load(run)
     assert tuned.lineage["init_from"] == "base" and tuned.lineage["lora_rank"] == 4
-    before, after = (lm_rules.flatten(m.params["lm"]) for m in (base, tuned))
+    before, after = (trees.flatten(m.params["lm"]) for m in (base, tuned))
     changed = {path for path in before if (np.asarray(before[path]) != after[path]).any()}
-    assert changed == {p.path for p in finetune.PROJECTIONS}
+    assert changed == {p.path for p in lora.PROJECTIONS}
     # Adapters are not averaged: their products would be other than those of the averages.
-    last = lm_rules.flatten(pretrained.load(run, weights="raw").params["lm"])
+    last = trees.flatten(pretrained.load(run, weights="raw").params["lm"])
     assert_same_bits(last, after)
 
     out = tmp_path / "merged"
     export_command.main(export_command.Args(checkpoint=run, out=out, verify=True))
-    assert_same_bits(lm_rules.flatten(pretrained.load(out).params["lm"]), after)
+    assert_same_bits(trees.flatten(pretrained.load(out).params["lm"]), after)
     adapter = tmp_path / "adapter"
     export_command.main(export_command.Args(checkpoint=run, out=adapter, adapter_only=True))
     assert_same_bits(
-        lm_rules.flatten(pretrained.load(base_folder, adapter=adapter).params["lm"]), after
+        trees.flatten(pretrained.load(base_folder, adapter=adapter).params["lm"]), after
     )
     with pytest.raises(UserError, match="no run that trained adapters"):
         export_command.main(export_command.Args(checkpoint=out, out=adapter, adapter_only=True))

@@ -19,9 +19,9 @@ from golden_model import magnet_logits, read_text
 
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import DecodeConfig, KernelConfig, MeshConfig, RunConfig
-from magnet_jax.convert import audiocraft, codec_rules, lm_rules
+from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
 from magnet_jax.decode import autoregressive, hybrid, parallel
-from magnet_jax.model import sharding, t5, transformer
+from magnet_jax.model import sharding, teacher_forcing, transformer
 from magnet_jax.train import masking, objective, steps
 
 MAGNET, MUSICGEN, CODEC = (GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen", "encodec"))
@@ -181,7 +181,7 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
     """The gradients that a train step takes, of the reference's tokens, masks and text states."""
     reference, config = np.load(MAGNET / "loss.npz"), magnet.model
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
-    t5_config, _, _ = t5.load("embedded")
+    t5_config, _, _ = t5_files.load("embedded")
     static = steps.make_static(RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh)
     shardings = sharding.model_shardings(config, mesh)
 
@@ -242,7 +242,7 @@ def musicgen():
 )
 def test_musicgen_logits(musicgen, codes, logits, with_text):
     reference = np.load(MUSICGEN / "forward.npz")
-    logits_BKTV, valid_KT = autoregressive.teacher_forced(
+    logits_BKTV, valid_KT = teacher_forcing.teacher_forced(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz", with_text),
         reference[codes].astype(np.int32),

@@ -26,6 +26,7 @@ from magnet_jax.config import (
 from magnet_jax.convert import lm_rules
 from magnet_jax.data import records
 from magnet_jax.decode import autoregressive
+from magnet_jax.io import trees
 from magnet_jax.model import patterns, sharding, transformer
 
 SECONDS = 2.0
@@ -134,7 +135,7 @@ def run_config(data: Path, out: Path, **changes) -> RunConfig:
 def random_params(model: ModelConfig, seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     shapes = lm_rules.lm_shapes(model)
-    return lm_rules.unflatten(
+    return trees.unflatten(
         {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     )
 

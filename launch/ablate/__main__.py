@@ -22,11 +22,12 @@ from launch.evaluate import __main__ as evaluate
 from launch.evaluate import prompts
 from magnet_jax import cli, errors
 from magnet_jax.config import DecodeConfig, HybridConfig, RescoreConfig, RunConfig
-from magnet_jax.convert.lm_rules import flatten
+from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.io import bucket, files, memory
+from magnet_jax.io.trees import flatten
 
 CONFIG = "recipe_small"
 LUFS = -14.0  # of every clip, real and generated
@@ -377,14 +378,13 @@ def _trained(args: Trained) -> _Prepared:
         amx.use_synchronous_dispatch()  # (which JAX does not take later on)
     from magnet_jax.checkpoints import run_folder
     from magnet_jax.codec import encodec
-    from magnet_jax.model import t5
     from magnet_jax.train import loop
 
     spec = records.read_codec_spec(args.data)
     found = encodec.read_spec(spec.source, spec.num_codebooks // spec.sides)
     if found.sha256 != spec.sha256:
         raise UserError(f"{args.data}: {spec.source} is no longer the codec that it was made with")
-    text, parameters, tokenizer = t5.load(args.text)
+    text, parameters, tokenizer = t5_files.load(args.text)
     of = {"data": records.digest(args.data), "text": _hash(parameters, tokenizer.to_str())}
     # What a run may change when it goes on, but for what its clips and losses depend on.
     free = run_folder.MUTABLE - {"steps", "decode", "autoregressive", "eval_batches"}

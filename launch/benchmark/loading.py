@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from launch.train import load_config
+from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding, t5
+from magnet_jax.model import sharding
 from magnet_jax.train import loop, steps
 
 
@@ -35,7 +36,7 @@ def measure(args: Args) -> None:
     config = load_config(args.config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))
     spec = records.read_codec_spec(args.data)
-    t5_config, t5_params, tokenizer = t5.load(config.text.source)
+    t5_config, t5_params, tokenizer = t5_files.load(config.text.source)
     loop.check_fit(config, spec, t5_config)
     frames = sampling.segment_frames(config, spec)
     batches = pipeline.make_train_iterator(

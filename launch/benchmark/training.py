@@ -10,11 +10,12 @@ from launch.benchmark import report
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
 from magnet_jax.config import ComputeDtype, Products, RunConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
-from magnet_jax.model import amx, sharding, t5
+from magnet_jax.model import amx, sharding
 from magnet_jax.train import flops, loop, steps, watch
 
 
@@ -63,7 +64,7 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     """To compile the two programs of a step of a model with `depth` layers."""
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=depth))
     spec = records.read_codec_spec(config.data.path)
-    t5_config = t5.published_config(config.text.source)
+    t5_config = t5_files.published_config(config.text.source)
     frames = sampling.segment_frames(config, spec)
     mesh = sharding.make_mesh(config.mesh)
     static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)

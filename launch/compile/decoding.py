@@ -28,7 +28,7 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     preset_steps,
 )
-from magnet_jax.convert import codec_rules
+from magnet_jax.convert import codec_rules, t5_files
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import parallel, sampling
 from magnet_jax.errors import UserError
@@ -130,7 +130,7 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.
         compute_dtype=args.dtype,
     )
     dtype = sampling.compute_dtype(config, platform)
-    t5_config = t5.PUBLISHED["t5-base"]
+    t5_config = t5_files.PUBLISHED["t5-base"]
 
     def rounded(init: Callable[[jax.Array], dict]) -> dict:
         return jax.eval_shape(

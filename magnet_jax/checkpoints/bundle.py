@@ -25,10 +25,11 @@ from magnet_jax.config import (
 )
 from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE, Origin, narrowed
 from magnet_jax.convert.codec_rules import check_tensors
-from magnet_jax.convert.lm_rules import flatten, lm_shapes, unflatten
+from magnet_jax.convert.lm_rules import lm_shapes
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
 from magnet_jax.io.hub import is_hub_id
+from magnet_jax.io.trees import flatten, unflatten
 
 FORMAT = "magnet_jax"
 FORMAT_VERSION = 2

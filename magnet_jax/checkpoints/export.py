@@ -20,12 +20,11 @@ from magnet_jax.checkpoints.bundle import TEXT_FOLDER, Bundle
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.codec import encodec as codecs
 from magnet_jax.config import EMBEDDED, CodecSpec, ModelConfig
-from magnet_jax.convert import codec_rules, lm_rules, torch_lm, transformers_folder
+from magnet_jax.convert import codec_rules, lm_rules, t5_files, torch_lm, transformers_folder
 from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE, parse_xp_cfg, read_file, xp_setting
-from magnet_jax.decode import autoregressive
 from magnet_jax.errors import UserError
-from magnet_jax.io import bucket, files, hub
-from magnet_jax.model import attention, t5, transformer
+from magnet_jax.io import bucket, files, hub, trees
+from magnet_jax.model import attention, teacher_forcing, transformer
 from magnet_jax.model.patterns import to_steps
 
 CODEC_FOLDER = "codec"
@@ -111,7 +110,7 @@ def export_model(
         "/" in codec.source and hub.is_hub_id(codec.source)
     ):
         raise UserError(f"codec {codec.source}: no such folder or file; put it there again")
-    leaves = {name: np.asarray(x) for name, x in lm_rules.flatten(loaded.params).items()}
+    leaves = {name: np.asarray(x) for name, x in trees.flatten(loaded.params).items()}
     files.finite(where, leaves)
     if options.half:
         params = _rounded(loaded.params, where)
@@ -129,14 +128,14 @@ def export_model(
 def _rounded(params: dict, where: str) -> dict:
     """Float32 numbers that are float16's."""
     halves = {}
-    for name, leaf in lm_rules.flatten(params).items():
+    for name, leaf in trees.flatten(params).items():
         with np.errstate(over="ignore"):
             halves[name] = np.asarray(leaf).astype(np.float16).astype(np.float32)
         if not np.isfinite(halves[name]).all():
             raise UserError(
                 f"{where}: the tensor {name} has numbers beyond float16's 65504: leave out --half"
             )
-    return lm_rules.unflatten(halves)
+    return trees.unflatten(halves)
 
 
 def text_encoder_name(loaded: Loaded, t5_name: str | None) -> str:
@@ -182,7 +181,7 @@ def _write(
     text = dataclasses.replace(config.text, source=encoder)
     if encoder == TEXT_FOLDER or options.offline or Path(config.text.source).is_dir():
         text = dataclasses.replace(text, source=TEXT_FOLDER)
-        t5.save(folder / TEXT_FOLDER, loaded.t5_config, loaded.t5_params, loaded.tokenizer)
+        t5_files.save(folder / TEXT_FOLDER, loaded.t5_config, loaded.t5_params, loaded.tokenizer)
     shipped_codec = _copy_codec(codec, folder, options.offline)
     license_name = options.license or loaded.lineage.get("license") or "unspecified"
     written = Bundle(
@@ -247,21 +246,21 @@ def _check(
     """
     if (model := bundle.read_config(folder).model) != written.model:
         raise RuntimeError(f"config.json: describes {model}, not {written.model}")
-    params = lm_rules.flatten(written.params)
+    params = trees.flatten(written.params)
     _require_equal_file(folder / "model.safetensors", params)
     count = len(params)
-    lm = lm_rules.flatten(written.params["lm"])
+    lm = trees.flatten(written.params["lm"])
     if options.audiocraft:
         model, lm_params, *_ = lm_rules.read_audiocraft(folder)
         if model != written.model:
             raise RuntimeError(f"{LM_FILE}: xp.cfg describes {model}, not {written.model}")
-        _require_equal(LM_FILE, lm_rules.flatten(lm_params), lm)
+        _require_equal(LM_FILE, trees.flatten(lm_params), lm)
         del lm_params
         count += len(lm) + _check_codec(folder, written)
     if written.text.source == TEXT_FOLDER:
-        _, t5_params, _ = t5.load(str(folder / TEXT_FOLDER))
-        expected = lm_rules.flatten(loaded.t5_params)
-        _require_equal(TEXT_FOLDER, lm_rules.flatten(t5_params), expected)
+        _, t5_params, _ = t5_files.load(str(folder / TEXT_FOLDER))
+        expected = trees.flatten(loaded.t5_params)
+        _require_equal(TEXT_FOLDER, trees.flatten(t5_params), expected)
         count += len(expected)
     lines = [f"checked: {count} tensors read back, every bit equal"]
     if options.half:
@@ -369,7 +368,7 @@ def logits_difference(params: dict, model: ModelConfig, state_dict: dict) -> flo
     text = (states_BSE, np.arange(width) < lengths_B[:, None], (width - lengths_B).astype(np.int32))
     if model.kind == "musicgen":
         steps_BKS = np.asarray(to_steps(codes_BKT, model.delays, model.mask_id, frames))
-        ours_BKTV = autoregressive.step_logits(params, *text, steps_BKS, config=model)
+        ours_BKTV = teacher_forcing.step_logits(params, *text, steps_BKS, config=model)
     else:
         steps_BKS = codes_BKT
         stages = range(model.num_codebooks)

@@ -1,13 +1,4 @@
-"""Fine-tuning: low-rank adapters (LoRA), their folder, and parameters that fit only in part.
-
-An adapter of a weight W is a pair of factors, with axes of W's in between (Hu et al. 2021,
-section 4.1): W + alpha / rank * a b. A tree of adapters has such a pair in place of every adapted
-weight, layers stacked on axis 0:
-
-    blocks/{self, cross}/{query, key, value}/{a [L, D, r], b [L, r, N, H]}
-    blocks/{self, cross}/out/{a [L, N, H, r], b [L, r, D]}
-    blocks/mlp/up/{a [L, D, r], b [L, r, F]}     blocks/mlp/down/{a [L, F, r], b [L, r, D]}
-"""
+"""The folder of an adapter (lora.py), and parameters that fit a model only in part."""
 
 import json
 import math
@@ -16,133 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 from magnet_jax.config import LoraConfig, ModelConfig
-from magnet_jax.convert.lm_rules import flatten, lm_shapes, unflatten
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
-from magnet_jax.model import sharding
-
-
-class Projection(NamedTuple):
-    """A weight that can be adapted, here and in AudioCraft; axes as letters (transformer.py)."""
-
-    target: str  # of `LoraConfig.targets`
-    path: str
-    module: str  # in an AudioCraft layer
-    axes_in: str
-    axes_out: str
-
-
-# AudioCraft keeps query, key and value as rows of one in_proj_weight. An adapter of that would
-# share `a` among the three, so each has its own here, by the names that PyTorch uses elsewhere.
-_ATTENTION = (
-    ("query", "q_proj", "D", "NH"),
-    ("key", "k_proj", "D", "NH"),
-    ("value", "v_proj", "D", "NH"),
-    ("out", "out_proj", "NH", "D"),
-)
-PROJECTIONS: tuple[Projection, ...] = (
-    *(Projection("self", f"blocks/self/{n}", f"self_attn.{m}", *io) for n, m, *io in _ATTENTION),
-    *(
-        Projection("cross", f"blocks/cross/{n}", f"cross_attention.{m}", *io)
-        for n, m, *io in _ATTENTION
-    ),
-    Projection("mlp", "blocks/mlp/up", "linear1", "D", "F"),
-    Projection("mlp", "blocks/mlp/down", "linear2", "F", "D"),
-)
-
-
-# --- adapters -----------------------------------------------------------------------------------
-
-
-def _adapted(config: LoraConfig) -> list[Projection]:
-    return [p for p in PROJECTIONS if config.rank and p.target in config.targets]
-
-
-def adapter_shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path ('blocks/self/query/a') and shape of every factor; none where the rank is 0."""
-    weights, shapes = lm_shapes(model), {}
-    for p in _adapted(config):
-        layers, *axes = weights[p.path]
-        split = len(p.axes_in)
-        shapes[f"{p.path}/a"] = (layers, *axes[:split], config.rank)
-        shapes[f"{p.path}/b"] = (layers, config.rank, *axes[split:])
-    return shapes
-
-
-def init_adapters(config: LoraConfig, model: ModelConfig, key: jax.Array) -> dict:
-    """Fresh adapters, float32, which change nothing: a is random and b zero. Traceable.
-
-    a is uniform within +-1 / sqrt(fan-in), as in the paper's code and in PEFT: Kaiming's with
-    a = sqrt(5). What a weight gets does not depend on which others are adapted.
-    """
-    shapes, flat = adapter_shapes(config, model), {}
-    for index, p in enumerate(PROJECTIONS):
-        if f"{p.path}/a" not in shapes:
-            continue
-        shape = shapes[f"{p.path}/a"]
-        bound = 1 / math.sqrt(math.prod(shape[1:-1]))
-        flat[f"{p.path}/a"] = jax.random.uniform(
-            jax.random.fold_in(key, index), shape, jnp.float32, -bound, bound
-        )
-        flat[f"{p.path}/b"] = jnp.zeros(shapes[f"{p.path}/b"], jnp.float32)
-    return unflatten(flat)
-
-
-def merge_adapters(params: Mapping, adapters: Mapping, config: LoraConfig) -> dict:
-    """The transformer's parameters with the adapters added: W + alpha / rank * a b. Traceable.
-
-    Computed in float32 on any device; each weight keeps its dtype. What is not adapted is passed
-    on as it is, which is everything where there are no adapters.
-
-    Args:
-      params: the transformer's, which are not changed.
-      adapters: as in the module's docstring; may be of some of the weights.
-      config: gives the scale.
-    """
-    flat, factors = flatten(params), flatten(adapters)
-    for p in PROJECTIONS:
-        if f"{p.path}/a" not in factors:
-            continue
-        a, b = factors.pop(f"{p.path}/a"), factors.pop(f"{p.path}/b")
-        if a.shape[-1] != config.rank:
-            raise ValueError(f"{p.path}: an adapter of rank {a.shape[-1]}, not {config.rank}")
-        product = jnp.einsum(
-            f"L{p.axes_in}r,Lr{p.axes_out}->L{p.axes_in}{p.axes_out}",
-            a,
-            b,
-            # Accelerators would shorten the factors to bfloat16 or TF32, and an export would
-            # then differ from what was trained. It costs little: r is small.
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        weight = flat[p.path]
-        flat[p.path] = (weight + config.scale * product).astype(weight.dtype)
-    if factors:
-        raise ValueError(f"no adapters of a transformer: {', '.join(factors)}")
-    return unflatten(flat)
-
-
-def adapter_shardings(model: ModelConfig, config: LoraConfig, mesh: Mesh) -> dict:
-    """Shardings of a tree of adapters: a as the weight's input axes are, b as its output axes.
-
-    The rank is never split, so that `merge_adapters` makes every shard of a weight where it lies.
-    """
-    weights, flat = flatten(sharding.model_shardings(model, mesh)), {}
-    for p in _adapted(config):
-        layers, *axes = weights[p.path].spec
-        split = len(p.axes_in)
-        flat[f"{p.path}/a"] = NamedSharding(mesh, P(layers, *axes[:split], None))
-        flat[f"{p.path}/b"] = NamedSharding(mesh, P(layers, None, *axes[split:]))
-    return unflatten(flat)
-
+from magnet_jax.io.trees import flatten, unflatten
+from magnet_jax.model import lora
 
 # --- the adapter folder -------------------------------------------------------------------------
 
@@ -179,14 +52,14 @@ class Adapter(NamedTuple):
     lineage: dict[str, Any]  # {} where another program wrote the folder
 
 
-def _name(p: Projection, layer: int) -> str:
+def _name(p: lora.Projection, layer: int) -> str:
     return f"base_model.model.transformer.layers.{layer}.{p.module}"
 
 
 def _peft_shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, int]]:
     """Name and shape of every tensor of the folder: lora_A [r, in] and lora_B [out, r]."""
-    ours, shapes = adapter_shapes(config, model), {}
-    for p in _adapted(config):
+    ours, shapes = lora.adapter_shapes(config, model), {}
+    for p in lora._adapted(config):
         for layer in range(model.num_layers):
             fan_in = math.prod(ours[f"{p.path}/a"][1:-1])
             fan_out = math.prod(ours[f"{p.path}/b"][2:])
@@ -197,7 +70,7 @@ def _peft_shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int,
 
 def _to_peft(adapters: Mapping, config: LoraConfig, model: ModelConfig) -> dict[str, np.ndarray]:
     flat, tensors = flatten(adapters), {}
-    for p in _adapted(config):
+    for p in lora._adapted(config):
         a_LIr = np.asarray(flat[f"{p.path}/a"], np.float32).reshape(
             model.num_layers, -1, config.rank
         )
@@ -211,8 +84,8 @@ def _to_peft(adapters: Mapping, config: LoraConfig, model: ModelConfig) -> dict[
 
 
 def _from_peft(tensors: Mapping, config: LoraConfig, model: ModelConfig) -> dict:
-    shapes, flat = adapter_shapes(config, model), {}
-    for p in _adapted(config):
+    shapes, flat = lora.adapter_shapes(config, model), {}
+    for p in lora._adapted(config):
         for ours, theirs in (("a", "lora_A"), ("b", "lora_B")):
             layers = [
                 tensors[f"{_name(p, layer)}.{theirs}.weight"].astype(np.float32).T
@@ -254,7 +127,7 @@ def save_adapter(
         raise UserError(f"{folder}: lora.rank is 0, so there is no adapter to write")
     folder = Path(folder).absolute()
     shapes = {path: np.shape(leaf) for path, leaf in flatten(adapters).items()}
-    if problems := _problems(_compare(adapter_shapes(config, model), shapes)):
+    if problems := _problems(_compare(lora.adapter_shapes(config, model), shapes)):
         raise UserError(f"{folder}: adapters do not fit the model: {problems}")
     peft_config = {
         "peft_type": "LORA",
@@ -263,7 +136,7 @@ def save_adapter(
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [p.module for p in _adapted(config)],
+        "target_modules": [p.module for p in lora._adapted(config)],
         "init_lora_weights": True,
         "inference_mode": True,
         **_FITTING,
@@ -339,12 +212,14 @@ def _read_peft_config(path: Path) -> LoraConfig:
         problems.append(f"target_modules must be a list of names, not {modules}")
     else:
         # As PEFT reads them: a name stands for every module whose path ends in it.
-        matches = {m: [p for p in PROJECTIONS if f".{p.module}".endswith(f".{m}")] for m in modules}
+        matches = {
+            m: [p for p in lora.PROJECTIONS if f".{p.module}".endswith(f".{m}")] for m in modules
+        }
         if unknown := [m for m, found in matches.items() if not found]:
             problems.append(f"target_modules has unknown names: {files.few(unknown)}")
         named = {p for found in matches.values() for p in found}
-        targets = tuple(dict.fromkeys(p.target for p in PROJECTIONS if p in named))
-        absent = [p.module for p in PROJECTIONS if p.target in targets and p not in named]
+        targets = tuple(dict.fromkeys(p.target for p in lora.PROJECTIONS if p in named))
+        absent = [p.module for p in lora.PROJECTIONS if p.target in targets and p not in named]
         if absent:
             problems.append(f"target_modules lacks {files.few(absent)}, which go with the others")
     if problems:

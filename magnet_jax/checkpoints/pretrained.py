@@ -34,11 +34,11 @@ from magnet_jax.config import (
     from_json,
     with_sampling,
 )
-from magnet_jax.convert import lm_rules, transformers_folder, transformers_musicgen
+from magnet_jax.convert import lm_rules, t5_files, transformers_folder, transformers_musicgen
 from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
 from magnet_jax.errors import UserError
-from magnet_jax.io import bucket, files, hub
-from magnet_jax.model import t5
+from magnet_jax.io import bucket, files, hub, trees
+from magnet_jax.model import lora, t5
 
 CodecBackend = Literal["jax", "torch"]
 
@@ -114,8 +114,8 @@ def load(
 
 def _merged(lm: dict, adapters: dict, config: LoraConfig, where: str) -> dict:
     """The transformer with adapters, whose product may overflow though both factors are finite."""
-    merged = finetune.merge_adapters(lm, adapters, config)
-    leaves = {name: np.asarray(leaf) for name, leaf in lm_rules.flatten(merged).items()}
+    merged = lora.merge_adapters(lm, adapters, config)
+    leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(merged).items()}
     files.finite(f"{where}, added to the model", leaves)
     return merged
 
@@ -274,7 +274,7 @@ def _load_run(run: Path, out: Path | str, weights: str, step: int | None) -> Loa
     """The model of a run; `run` is where the small files of its folder `out` are."""
     config = from_json(RunConfig, run / "config.json")
     codec = from_json(CodecSpec, run / "codec.json")
-    t5_config, t5_params, tokenizer = t5.load(str(run / "text"))
+    t5_config, t5_params, tokenizer = t5_files.load(str(run / "text"))
     trained = t5_config if config.text.finetune else None
     params, step = run_folder.read_params(out, config, trained, weights=weights, step=step)
     if config.lora.rank:
@@ -330,7 +330,7 @@ def read_adapters(
 def _load_export(folder: Path, weights: str | None, step: int | None) -> Loaded:
     exported = bundle.read_safetensors(folder)
     _check_held(folder, exported.lineage, weights, step)
-    t5_config, t5_params, tokenizer = t5.load(exported.text.source)
+    t5_config, t5_params, tokenizer = t5_files.load(exported.text.source)
     params = jax.device_put(exported.params, jax.local_devices()[0])
     return Loaded(
         config=_exported_config(exported, exported.generation),
@@ -375,7 +375,7 @@ def read_audiocraft(
     if not isinstance(text_source, str):
         raise UserError(f"{where}: names no text encoder; give one (--text-encoder DIR)")
     try:
-        t5_config, t5_params, tokenizer = t5.load(text_source)
+        t5_config, t5_params, tokenizer = t5_files.load(text_source)
     except UserError as error:
         raise UserError(
             f"{folder} needs the text encoder {named}; name its folder as --text-encoder ({error})"
@@ -407,7 +407,7 @@ def read_musicgen(
     """The model of transformers' MusicGen, parameters as NumPy arrays; see `load`."""
     text_source, codec_source = text_encoder or str(folder), codec or str(folder)
     config = _musicgen_config(folder, text_source)
-    t5_config, t5_params, tokenizer = t5.load(text_source)
+    t5_config, t5_params, tokenizer = t5_files.load(text_source)
     if t5_config.d_model != config.model.text_width:
         raise UserError(
             f"{folder}: needs a text encoder {config.model.text_width} wide, and {text_source} is "

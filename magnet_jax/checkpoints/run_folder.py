@@ -25,12 +25,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from safetensors.numpy import save_file
 
-from magnet_jax.checkpoints import finetune, items
+from magnet_jax.checkpoints import items
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
-from magnet_jax.convert import lm_rules
+from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.errors import UserError, silenced
-from magnet_jax.io import bucket, files, lock
+from magnet_jax.io import bucket, files, lock, trees
 from magnet_jax.model import t5, transformer
 
 # Settings that may change when a run goes on: what is trained is the same without them. Each
@@ -125,14 +125,14 @@ def prepare_run(
                 f"{out} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
             )
         with files.not_half_written(run / "text"):
-            t5.save(run / "text", *text)
+            t5_files.save(run / "text", *text)
         if Path(codec.source).is_dir():
             shutil.copytree(codec.source, run / "codec", dirs_exist_ok=True)
         elif Path(codec.source).is_file():  # its name tells which model it is for
             (run / "codec").mkdir(exist_ok=True)
             shutil.copy(codec.source, run / "codec" / Path(codec.source).name)
         if base is not None:
-            tensors = {path: np.asarray(leaf) for path, leaf in lm_rules.flatten(base).items()}
+            tensors = {path: np.asarray(leaf) for path, leaf in trees.flatten(base).items()}
             with files.replacing_file(run / BASE) as writing:
                 save_file(tensors, writing)
         records.write_text(run / "codec.json", to_json(codec))
@@ -141,7 +141,7 @@ def prepare_run(
 
 def read_base(run: Path) -> dict:
     """The transformer's parameters that a run trains adapters for, NumPy."""
-    return lm_rules.unflatten(files.read_tensors(run / BASE))
+    return trees.unflatten(files.read_tensors(run / BASE))
 
 
 def _checkpoints(out: str | Path) -> epath.Path:
@@ -292,7 +292,7 @@ def abstract_params(
     def init() -> dict:
         key = jax.random.key(0)
         if lora.rank:
-            return {"lora": finetune.init_adapters(lora, model, key)}
+            return {"lora": lora.init_adapters(lora, model, key)}
         params = {"lm": transformer.init_params(model, key)}
         if trained_t5 is not None:
             params["text"] = t5.init(trained_t5, key)
@@ -354,5 +354,5 @@ def read_params(
         item = {"ema": "ema", "raw": "params"}[weights]
         params = restore(manager, step, **{item: shapes})[item]
         folder = manager.directory / str(step) / item
-    files.finite(folder, {name: np.asarray(x) for name, x in lm_rules.flatten(params).items()})
+    files.finite(folder, {name: np.asarray(x) for name, x in trees.flatten(params).items()})
     return params, step

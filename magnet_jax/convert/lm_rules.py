@@ -35,6 +35,7 @@ from magnet_jax.convert.codec_rules import (
     read_codec_folder,
 )
 from magnet_jax.errors import UserError
+from magnet_jax.io import trees
 
 # The text encoders that AudioCraft builds by name, with the width of their states.
 PUBLISHED_T5_WIDTHS = {
@@ -177,29 +178,6 @@ def lm_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def flatten(tree: Mapping, prefix: str = "", separator: str = "/") -> dict[str, Any]:
-    """A nested dict as {'blocks/self/query': leaf}."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}{separator}", separator)
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict:
-    """The inverse of `flatten`."""
-    tree: dict = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
 def to_audiocraft(
     lm_params: Mapping, model: ModelConfig, where: str = "parameters"
 ) -> dict[str, np.ndarray]:
@@ -207,7 +185,7 @@ def to_audiocraft(
 
     Raises `UserError` that lists every parameter that does not fit `model`.
     """
-    flat = {path: np.asarray(leaf) for path, leaf in flatten(lm_params).items()}
+    flat = {path: np.asarray(leaf) for path, leaf in trees.flatten(lm_params).items()}
     check_tensors(where, flat, lm_shapes(model))
     shapes = audiocraft_shapes(model)
     state_dict = {}
@@ -252,7 +230,7 @@ def from_audiocraft(
         parts = split.transpose([their_letters.index(a) for a in our_letters])
         for part, path in zip(parts if "C" in their_letters else [parts], rule.ours, strict=True):
             flat[path][index if rule.stack else ...] = part
-    return unflatten(flat)
+    return trees.unflatten(flat)
 
 
 # --- AudioCraft's xp.cfg ------------------------------------------------------------------------

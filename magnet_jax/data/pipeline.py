@@ -104,7 +104,7 @@ def make_train_iterator(
       config: `path` is the folder that tokenization wrote; `batch_size` counts all hosts.
       frames: T of a batch.
       num_codebooks: K of a batch; records may have more.
-      tokenizer: T5's, see `t5.load`.
+      tokenizer: T5's, see `t5_files.load`.
       max_tokens: S of a batch.
       seed: of order, crops, text and `seed_B`; not negative.
       shard_options: this host's share; by default JAX's process index and count.

@@ -26,10 +26,10 @@ import numpy as np
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
-from magnet_jax.decode import autoregressive, parallel, sampling
+from magnet_jax.decode import parallel, sampling
 from magnet_jax.decode.sampling import Rescorer, Text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, t5, transformer
+from magnet_jax.model import attention, patterns, t5, teacher_forcing, transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
                 steps_BKS,
                 keys,
                 local=False,
-                attend=autoregressive.attend_causally,
+                attend=teacher_forcing.attend_causally,
                 positions_BTD=positions_1SD,
                 products=kernels.products,
             )

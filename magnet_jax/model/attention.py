@@ -472,7 +472,7 @@ def hybrid_attention(
 
     Steps before `first_B` attend to themselves and to those before them. Steps from there on attend
     to all steps before `first_B`; of the others, to all (`context` None), or from `context + delay`
-    steps back to `context` ahead: `hybrid.py` says why.
+    steps back to `context` ahead: `hybrid_objective.py` says why.
 
     The mask is a comparison of step numbers, made for `block` queries at a time. The backward pass
     makes scores anew, so that those of all pairs are never there at once. `first_B` is at least 1.

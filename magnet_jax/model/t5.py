@@ -6,34 +6,24 @@ L layers):
     embed [vocabulary,E]; relative_bias [buckets,N]; norm_final/scale [E];
     blocks/{norm_self/scale [L,E], self/{query,key,value [L,E,N,H], out [L,N,H,E]},
             norm_mlp/scale [L,E], mlp/{up [L,E,F], down [L,F,E]} and, gated, mlp/gate [L,E,F]}
-
-Folders are those of transformers: config.json, tokenizer.json, model.safetensors.
 """
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from tokenizers import Tokenizer
 
-from magnet_jax.config import ASSETS, EMBEDDED
-from magnet_jax.convert import transformers_folder
 from magnet_jax.errors import UserError
-from magnet_jax.io import files, hub
 
 Params = dict[str, Any]
 
 END = "</s>"
 PAD = "<pad>"
 UNKNOWN = "<unk>"
-
-_SAFETENSORS = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,26 +69,7 @@ class T5Config:
         return self.feed_forward_proj == "gated-gelu"
 
 
-# Sizes of published encoders, for planning without their weights.
-PUBLISHED = {
-    name: T5Config(d_kv=64, vocab_size=32128, **sizes)
-    for name, sizes in {
-        "t5-small": dict(d_model=512, d_ff=2048, num_layers=6, num_heads=8),
-        "t5-base": dict(d_model=768, d_ff=3072, num_layers=12, num_heads=12),
-        "t5-large": dict(d_model=1024, d_ff=4096, num_layers=24, num_heads=16),
-    }.items()
-}
-
-
-def published_config(source: str) -> T5Config:
-    """The sizes of an encoder, from its folder or, of the published ones, without."""
-    name = source.removeprefix("google-t5/")
-    return (
-        PUBLISHED[name] if name in PUBLISHED else _read_config(_locate(source) / "config.json")[0]
-    )
-
-
-class _Weight(NamedTuple):
+class Weight(NamedTuple):
     """One leaf of the params and what transformers calls it."""
 
     path: tuple[str, ...]
@@ -112,42 +83,42 @@ class _Weight(NamedTuple):
         return "{}" in self.name
 
 
-def _weights(config: T5Config) -> list[_Weight]:
-    """The one table behind `init`, `load` and `save`; initial scales as in transformers' T5."""
+def weights(config: T5Config) -> list[Weight]:
+    """The one table behind `init` and the files (t5_files.py); scales as in transformers' T5."""
     e, n, h, f = config.d_model, config.num_heads, config.d_kv, config.d_ff
     attention, mlp = "encoder.block.{}.layer.0.", "encoder.block.{}.layer.1."
 
-    def norm(path: tuple[str, ...], name: str) -> _Weight:
-        return _Weight(path, name, (e,), (e,), None)
+    def norm(path: tuple[str, ...], name: str) -> Weight:
+        return Weight(path, name, (e,), (e,), None)
 
-    def project(kind: str, std: float) -> _Weight:
+    def project(kind: str, std: float) -> Weight:
         name = f"{attention}SelfAttention.{kind[0]}.weight"
-        return _Weight(("blocks", "self", kind), name, (e, n, h), (n * h, e), std)
+        return Weight(("blocks", "self", kind), name, (e, n, h), (n * h, e), std)
 
-    def mlp_in(kind: str, file_kind: str) -> _Weight:
+    def mlp_in(kind: str, file_kind: str) -> Weight:
         name = f"{mlp}DenseReluDense.{file_kind}.weight"
-        return _Weight(("blocks", "mlp", kind), name, (e, f), (f, e), e**-0.5)
+        return Weight(("blocks", "mlp", kind), name, (e, f), (f, e), e**-0.5)
 
     embed, buckets = (config.vocab_size, e), (config.relative_attention_num_buckets, n)
     bias_name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     out_name = f"{attention}SelfAttention.o.weight"
     down_name = f"{mlp}DenseReluDense.wo.weight"
     return [
-        _Weight(("embed",), "shared.weight", embed, embed, 1.0),
-        _Weight(("relative_bias",), bias_name, buckets, buckets, e**-0.5),
+        Weight(("embed",), "shared.weight", embed, embed, 1.0),
+        Weight(("relative_bias",), bias_name, buckets, buckets, e**-0.5),
         norm(("blocks", "norm_self", "scale"), f"{attention}layer_norm.weight"),
         project("query", (e * h) ** -0.5),
         project("key", e**-0.5),
         project("value", e**-0.5),
-        _Weight(("blocks", "self", "out"), out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
+        Weight(("blocks", "self", "out"), out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
         norm(("blocks", "norm_mlp", "scale"), f"{mlp}layer_norm.weight"),
         *([mlp_in("gate", "wi_0"), mlp_in("up", "wi_1")] if config.gated else [mlp_in("up", "wi")]),
-        _Weight(("blocks", "mlp", "down"), down_name, (f, e), (e, f), f**-0.5),
+        Weight(("blocks", "mlp", "down"), down_name, (f, e), (e, f), f**-0.5),
         norm(("norm_final", "scale"), "encoder.final_layer_norm.weight"),
     ]
 
 
-def _nested(leaves: dict[tuple[str, ...], Any]) -> Params:
+def nested(leaves: dict[tuple[str, ...], Any]) -> Params:
     tree: Params = {}
     for path, leaf in leaves.items():
         node = tree
@@ -160,14 +131,14 @@ def _nested(leaves: dict[tuple[str, ...], Any]) -> Params:
 def init(config: T5Config, key: jax.Array) -> Params:
     """Random float32 parameters with T5's initial scales; see the module's docstring for shapes."""
     leaves = {}
-    weights = _weights(config)
-    for weight, key_of_weight in zip(weights, jax.random.split(key, len(weights))):
+    table = weights(config)
+    for weight, key_of_weight in zip(table, jax.random.split(key, len(table))):
         shape = (config.num_layers, *weight.shape) if weight.stacked else weight.shape
         if weight.std is None:
             leaves[weight.path] = jnp.ones(shape, jnp.float32)
         else:
             leaves[weight.path] = weight.std * jax.random.normal(key_of_weight, shape, jnp.float32)
-    return _nested(leaves)
+    return nested(leaves)
 
 
 def _relative_buckets(config: T5Config, length: int) -> np.ndarray:
@@ -263,155 +234,3 @@ def tokenize(tokenizer: Tokenizer, text: str, max_tokens: int) -> tuple[np.ndarr
         ids_S[: len(ids)] = ids
         mask_S[: len(ids)] = True
     return ids_S, mask_S
-
-
-def load(source: str) -> tuple[T5Config, Params, Tokenizer]:
-    """Configuration, float32 parameters and tokenizer of a T5 checkpoint; a decoder is left out.
-
-    Args:
-      source: 'embedded' (the small one that ships), a folder with config.json, tokenizer.json and
-        model.safetensors (or its shards, or pytorch_model.bin), or a hub id such as 't5-base'.
-
-    Raises:
-      UserError: nothing there, or not a T5 encoder; names every missing or misshapen tensor.
-    """
-    directory = _locate(source)
-    config, prefix = _read_config(directory / "config.json")
-    tokenizer = _read_tokenizer(directory / "tokenizer.json", config.vocab_size)
-    tensors, origin = transformers_folder.read_tensors(directory, _of_encoder, prefix)
-    if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
-        tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
-
-    leaves, problems = {}, []
-    for weight in _weights(config):
-        layers = []
-        for name in _file_names(weight, config):
-            if name not in tensors:
-                problems.append(f"{name} is missing")
-            elif tensors[name].shape != weight.file_shape:
-                found, wanted = list(tensors[name].shape), list(weight.file_shape)
-                problems.append(f"{name} is {found}, not {wanted}")
-            elif not np.issubdtype(tensors[name].dtype, np.floating):
-                problems.append(f"{name} is {tensors[name].dtype}, not floating point")
-            else:
-                layers.append(_from_file(tensors[name], weight))
-        if not problems:
-            leaf = np.stack(layers) if weight.stacked else layers[0]
-            leaves[weight.path] = jnp.asarray(leaf, jnp.float32)
-    if problems:
-        raise UserError(
-            f"{origin}: does not fit {directory / 'config.json'}: {'; '.join(problems)}"
-        )
-    return config, _nested(leaves), tokenizer
-
-
-def save(directory: Path, config: T5Config, params: Params, tokenizer: Tokenizer) -> None:
-    """Writes a folder that `load`, and transformers' T5EncoderModel and AutoTokenizer, read."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for weight in _weights(config):
-        leaf = params
-        for key in weight.path:
-            leaf = leaf[key]
-        layers = np.asarray(leaf, np.float32)
-        for name, layer in zip(
-            _file_names(weight, config), layers if weight.stacked else [layers], strict=True
-        ):
-            tensors[name] = _to_file(layer, weight)
-    safetensors.numpy.save_file(tensors, directory / _SAFETENSORS, metadata={"format": "pt"})
-    (directory / _SAFETENSORS).chmod(0o644)  # the library leaves it to its owner alone
-    model = {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        **dataclasses.asdict(config),
-        "is_encoder_decoder": False,
-        "use_cache": False,
-        "pad_token_id": tokenizer.token_to_id(PAD),
-        "eos_token_id": tokenizer.token_to_id(END),
-    }
-    (directory / "config.json").write_text(json.dumps(model, indent=2) + "\n")
-    # (its own `save` raises a bare Exception of a full disk)
-    (directory / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    # this class takes tokenizer.json as it is; T5Tokenizer would put its own normaliser in
-    names = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "eos_token": END,
-        "unk_token": UNKNOWN,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(names, indent=2) + "\n")
-
-
-def _file_names(weight: _Weight, config: T5Config) -> list[str]:
-    if weight.stacked:
-        return [weight.name.format(i) for i in range(config.num_layers)]
-    return [weight.name]
-
-
-def _from_file(array: np.ndarray, weight: _Weight) -> np.ndarray:
-    return array.T.reshape(weight.shape) if _linear(weight) else array
-
-
-def _to_file(array: np.ndarray, weight: _Weight) -> np.ndarray:
-    if not _linear(weight):
-        return np.ascontiguousarray(array)
-    out_size, in_size = weight.file_shape
-    return np.ascontiguousarray(array.reshape(in_size, out_size).T)
-
-
-def _linear(weight: _Weight) -> bool:
-    """Whether the leaf is a linear map, which torch keeps transposed."""
-    return weight.stacked and len(weight.file_shape) == 2
-
-
-def _locate(source: str) -> Path:
-    """The folder of a source; a hub id is fetched, or found in the hub's cache."""
-    if source == EMBEDDED:
-        return ASSETS / "text"
-    if Path(source).is_dir():
-        return Path(source)
-    if not hub.is_hub_id(source):
-        raise UserError(f"text encoder {source!r}: no such folder")
-    return transformers_folder.fetch(source, ("config.json", "tokenizer.json"), "text encoder")
-
-
-def _of_encoder(name: str) -> bool:
-    return name == "shared.weight" or name.startswith("encoder.")
-
-
-def _read_config(path: Path) -> tuple[T5Config, str]:
-    """The sizes, and the prefix of the encoder's tensors, which is MusicGen's."""
-    values = files.read_object(path, "a T5 folder needs it")
-    values, prefix = transformers_folder.part_of(values, "text_encoder")
-    if values.get("model_type") != "t5":
-        raise UserError(f"{path}: model_type is {values.get('model_type')!r}, not 't5'")
-    fields = dataclasses.fields(T5Config)
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]
-    if missing:
-        raise UserError(f"{path}: missing settings: {', '.join(missing)}")
-    try:
-        sizes = {f.name: values[f.name] for f in fields if f.name in values}
-        return T5Config(**sizes), prefix
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    if not path.is_file():
-        raise UserError(
-            f"{path}: no such file; make it once with transformers: "
-            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise UserError(f"{path}: not a tokenizer ({error})") from None
-    # `tokenize` does both itself
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    if absent := [t for t in (PAD, END) if tokenizer.token_to_id(t) is None]:
-        raise UserError(f"{path}: not T5's tokenizer: it has no {' and no '.join(absent)}")
-    if (size := tokenizer.get_vocab_size()) > vocab_size:
-        raise UserError(f"{path}: {size} tokens, but config.json has vocab_size {vocab_size}")
-    return tokenizer

@@ -29,6 +29,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.io.trees import flatten
 from magnet_jax.model import amx
 from magnet_jax.model.attention import cached_attention, cross_attention, self_attention
 
@@ -538,6 +539,12 @@ def abstract(config: ModelConfig) -> Transformer:
     """The module with shapes instead of arrays; its metadata name the logical axes."""
     with nnx.use_eager_sharding(False):
         return nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(params=0)))
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Path ('blocks/self/query') and shape of every parameter."""
+    params = nnx.to_pure_dict(nnx.state(abstract(config), nnx.Param))
+    return {path: leaf.shape for path, leaf in flatten(params).items()}
 
 
 def bind(config: ModelConfig, params: dict) -> Transformer:

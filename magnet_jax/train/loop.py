@@ -29,6 +29,7 @@ from tqdm import tqdm
 from magnet_jax.checkpoints import finetune, pretrained, run_folder
 from magnet_jax.codec import encodec
 from magnet_jax.config import CodecSpec, RunConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
@@ -94,9 +95,9 @@ def _text_and_lm(
     """The text encoder, its tokenizer, and the transformer that the run starts from."""
     if begun:
         base = run_folder.read_base(run) if config.lora.rank else None
-        return t5.load(str(run / "text")), base
+        return t5_files.load(str(run / "text")), base
     if not config.init_from:
-        return t5.load(config.text.source), None
+        return t5_files.load(config.text.source), None
     loaded = pretrained.load(config.init_from)
     if loaded.codec.interleaved != spec.interleaved and not config.init_partial:
         raise UserError(

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from magnet_jax.checkpoints import finetune
 from magnet_jax.config import (
     KernelConfig,
     LoraConfig,
@@ -22,10 +21,9 @@ from magnet_jax.config import (
     Remat,
     RunConfig,
 )
-from magnet_jax.decode import hybrid
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, sharding, t5, transformer
-from magnet_jax.train import objective, optimizer
+from magnet_jax.model import attention, lora, sharding, t5, transformer
+from magnet_jax.train import hybrid_objective, objective, optimizer
 
 RATE_BINS = 4  # masking rates by which the validation loss is split: quarters of [0, 1]
 INPUTS = ("codes_BKT", "valid_BT", "text_ids_BS", "text_mask_BS", "seed_B")  # of a batch
@@ -116,7 +114,7 @@ def init_state(static: Static, key: jax.Array, given: dict) -> dict:
       adapters alone, 'lora'.
     """
     if static.lora.rank:
-        params = {"lora": finetune.init_adapters(static.lora, static.model, key)}
+        params = {"lora": lora.init_adapters(static.lora, static.model, key)}
     else:
         params = {
             "lm": given["lm"] if "lm" in given else transformer.init_params(static.model, key)
@@ -134,7 +132,7 @@ def state_shardings(static: Static) -> tuple[dict, dict]:
     """(shapes with shardings, shardings) of a whole train state."""
     text = jax.eval_shape(functools.partial(t5.init, static.t5), jax.random.key(0))
     if static.lora.rank:
-        params = {"lora": finetune.adapter_shardings(static.model, static.lora, static.mesh)}
+        params = {"lora": lora.adapter_shardings(static.model, static.lora, static.mesh)}
     else:
         params = {"lm": sharding.model_shardings(static.model, static.mesh)}
     if static.train_text:
@@ -164,7 +162,7 @@ def frozen_shardings(static: Static) -> tuple[dict, dict]:
 def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
     """The transformer's and the text encoder's parameters, adapters added. Traceable."""
     if "lora" in params:
-        lm = finetune.merge_adapters(frozen["lm"], params["lora"], lora)
+        lm = lora.merge_adapters(frozen["lm"], params["lora"], lora)
     else:
         lm = params["lm"]
     return lm, params["text"] if "text" in params else frozen["text"]
@@ -175,10 +173,12 @@ def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
 
 def _draw_noise(
     key: jax.Array, batch: dict, static: Static, condition_dropout: float
-) -> objective.Noise | hybrid.Noise:
+) -> objective.Noise | hybrid_objective.Noise:
     num_frames = batch["codes_BKT"].shape[-1]
     if static.model.kind == "hybrid":
-        return hybrid.draw_noise(key, batch["seed_B"], static.model, num_frames, condition_dropout)
+        return hybrid_objective.draw_noise(
+            key, batch["seed_B"], static.model, num_frames, condition_dropout
+        )
     return objective.draw_noise(key, batch["seed_B"], num_frames, condition_dropout)
 
 
@@ -186,17 +186,17 @@ def _sums(
     params: dict,
     frozen: dict,
     batch: dict,
-    noise: objective.Noise | hybrid.Noise,
+    noise: objective.Noise | hybrid_objective.Noise,
     stage: jax.Array,
     static: Static,
     local: bool,
-) -> objective.Sums | hybrid.Sums:
+) -> objective.Sums | hybrid_objective.Sums:
     lm, text = merged(static.lora, params, frozen)
     states_BSE = t5.encode(
         text, static.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=static.dtype
     )
     if static.model.kind == "hybrid":
-        sums = hybrid.sums
+        sums = hybrid_objective.sums
     else:
         near = static.model.context(local) is not None
         attend = attention.with_kernels(static.kernels, near=near)
@@ -219,17 +219,17 @@ def _sums(
     )
 
 
-def _total(sums: objective.Sums | hybrid.Sums, static: Static) -> objective.Sums:
+def _total(sums: objective.Sums | hybrid_objective.Sums, static: Static) -> objective.Sums:
     """The sums of what is minimised."""
-    if isinstance(sums, hybrid.Sums):
-        return hybrid.total(sums, static.model.num_codebooks)
+    if isinstance(sums, hybrid_objective.Sums):
+        return hybrid_objective.total(sums, static.model.num_codebooks)
     return sums
 
 
-def means(sums: objective.Sums | hybrid.Sums, static: Static) -> dict[str, jax.Array]:
+def means(sums: objective.Sums | hybrid_objective.Sums, static: Static) -> dict[str, jax.Array]:
     """Losses and accuracies: 'loss', 'accuracy', and those of the halves of a hybrid."""
-    if isinstance(sums, hybrid.Sums):
-        return hybrid.means(sums, static.model.num_codebooks)
+    if isinstance(sums, hybrid_objective.Sums):
+        return hybrid_objective.means(sums, static.model.num_codebooks)
     return objective.means(sums)
 
 
@@ -247,7 +247,7 @@ def _in_parts(batch: dict, static: Static) -> dict:
 
 def batch_gradients(
     total_nll: Callable, params: dict, batch: dict, static: Static, shardings: dict
-) -> tuple[dict, objective.Sums | hybrid.Sums]:
+) -> tuple[dict, objective.Sums | hybrid_objective.Sums]:
     """Gradients of the whole batch's mean loss, split as `shardings`, and its sums.
 
     `total_nll` of (params, part of a batch) gives the sum of the part's losses, and its sums.
@@ -294,11 +294,13 @@ def train_step(
 
     Returns:
       the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also both of each half
-      (`hybrid.means`), with D-Adaptation also 'd'; and for `watch.Window`, which sees by them that
-      a step is not finite, 'sum_nll' and 'param_norm', of the new parameters.
+      (`hybrid_objective.means`), with D-Adaptation also 'd'; and for `watch.Window`, which sees by
+      them that a step is not finite, 'sum_nll' and 'param_norm', of the new parameters.
     """
 
-    def total_nll(params: dict, part: dict) -> tuple[jax.Array, objective.Sums | hybrid.Sums]:
+    def total_nll(
+        params: dict, part: dict
+    ) -> tuple[jax.Array, objective.Sums | hybrid_objective.Sums]:
         noise = _draw_noise(key, part, static, static.condition_dropout)
         sums_B = _sums(params, frozen, part, noise, stage, static, local)
         sums = jax.tree.map(jnp.sum, sums_B)
@@ -370,13 +372,13 @@ def eval_step(
     *,
     static: Static,
     local: bool,
-) -> objective.Sums | hybrid.Sums:
+) -> objective.Sums | hybrid_objective.Sums:
     """Sums [RATE_BINS] of one stage by masking rate, with every text given; else as in training."""
 
-    def of_part(part: dict) -> objective.Sums | hybrid.Sums:
+    def of_part(part: dict) -> objective.Sums | hybrid_objective.Sums:
         noise = _draw_noise(key, part, static, 0.0)
         sums_B = _sums(params, frozen, part, noise, stage, static, local)
-        masking = noise.masking if isinstance(noise, hybrid.Noise) else noise
+        masking = noise.masking if isinstance(noise, hybrid_objective.Noise) else noise
         bin_B = jnp.clip((masking.rate_B * RATE_BINS).astype(jnp.int32), 0, RATE_BINS - 1)
         return jax.tree.map(lambda x: jnp.zeros(RATE_BINS).at[bin_B].add(x), sums_B)
 

@@ -13,9 +13,8 @@ import numpy as np
 
 from magnet_jax.config import RunConfig
 from magnet_jax.data import records
-from magnet_jax.decode import hybrid
 from magnet_jax.errors import UserError
-from magnet_jax.train import flops, objective, targets
+from magnet_jax.train import flops, hybrid_objective, objective, targets
 from magnet_jax.train.steps import RATE_BINS, Static
 
 
@@ -174,14 +173,14 @@ def _mean(losses: list[jax.Array]) -> float:
 
 
 def validation_scalars(
-    sums_S: list[objective.Sums] | list[hybrid.Sums], num_codebooks: int
+    sums_S: list[objective.Sums] | list[hybrid_objective.Sums], num_codebooks: int
 ) -> dict[str, float]:
     """Mean losses a masked token of each codebook, and of each quarter of the masking rates; of a
     hybrid also those of both halves, and of all."""
-    if isinstance(sums_S[0], hybrid.Sums):
+    if isinstance(sums_S[0], hybrid_objective.Sums):
         values = validation_scalars([sums.parallel for sums in sums_S], num_codebooks)
         # (stages share their prompts, and so the autoregressive half)
-        halves = hybrid.means(jax.tree.map(lambda *x: np.sum(x), *sums_S), num_codebooks)
+        halves = hybrid_objective.means(jax.tree.map(lambda *x: np.sum(x), *sums_S), num_codebooks)
         losses = {name: float(x) for name, x in halves.items() if name.startswith("loss")}
         return values | {f"validation/{name}": loss for name, loss in losses.items()}
     values, losses = {}, []

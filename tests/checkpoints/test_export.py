@@ -18,11 +18,11 @@ from launch import sample
 from magnet_jax.checkpoints import bundle as bundles
 from magnet_jax.checkpoints import export, pretrained, run_folder
 from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig, RunConfig, TextConfig
-from magnet_jax.convert import audiocraft, codec_rules, lm_rules
+from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
+from magnet_jax.io import trees
 from magnet_jax.io.torch_env import import_torch
-from magnet_jax.model import t5
 
 # --- safetensors --------------------------------------------------------------------------------
 
@@ -54,8 +54,8 @@ def test_safetensors_round_trip(tmp_path):
     ]  # fmt: skip
     found = bundles.read_safetensors(tmp_path)
     assert dataclasses.replace(found, params={}) == dataclasses.replace(bundle, params={})
-    assert_same_bits(lm_rules.flatten(found.params), lm_rules.flatten(bundle.params))
-    assert "lm/blocks/self/query" in lm_rules.flatten(found.params)
+    assert_same_bits(trees.flatten(found.params), trees.flatten(bundle.params))
+    assert "lm/blocks/self/query" in trees.flatten(found.params)
     # Folders that travel along are found wherever the model lies.
     (tmp_path / "text_encoder").mkdir()
     assert bundles.read_safetensors(tmp_path).text.source == str(tmp_path / "text_encoder")
@@ -121,7 +121,7 @@ def loaded():
     from magnet_jax.codec.encodec import load_codec
 
     codec = load_codec("embedded").spec
-    text_config, text_params, tokenizer = t5.load("embedded")
+    text_config, text_params, tokenizer = t5_files.load("embedded")
     model = dataclasses.replace(
         TINY, num_codebooks=4, codebook_size=1024, text_width=text_config.d_model
     )

@@ -17,7 +17,8 @@ from magnet_jax.checkpoints import finetune
 from magnet_jax.config import LoraConfig, MeshConfig, from_dict
 from magnet_jax.convert import lm_rules
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding, transformer
+from magnet_jax.io import trees
+from magnet_jax.model import lora, sharding, transformer
 
 LORA = LoraConfig(rank=2, alpha=3.0)
 PREFIX = "base_model.model.transformer.layers"
@@ -30,8 +31,8 @@ def small_params() -> dict:
 
 def random_adapters(config: LoraConfig = LORA, seed: int = 1) -> dict:
     rng = np.random.default_rng(seed)
-    shapes = finetune.adapter_shapes(config, TINY)
-    return lm_rules.unflatten(
+    shapes = lora.adapter_shapes(config, TINY)
+    return trees.unflatten(
         {path: 0.3 * rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     )
 
@@ -47,7 +48,7 @@ def logits(params, adapters=None, config: LoraConfig = LORA) -> jax.Array:
     """Of both codebooks [B, K, T, V], seen as stage 0 sees."""
     codes_BKT, states_BSE, mask_BS = inputs()
     if adapters is not None:
-        params = finetune.merge_adapters(params, adapters, config)
+        params = lora.merge_adapters(params, adapters, config)
     network = transformer.bind(TINY, params)
     states = network.trunk(codes_BKT, network.read_text(states_BSE, mask_BS), local=False)
     return network.all_heads(states)
@@ -72,16 +73,16 @@ def test_settings():
 
 def test_fresh_adapters_change_no_bit():
     params, key = small_params(), jax.random.key(1)
-    adapters = jax.jit(finetune.init_adapters, static_argnums=(0, 1))(LORA, TINY, key)
-    shapes = {path: leaf.shape for path, leaf in lm_rules.flatten(adapters).items()}
-    assert shapes == finetune.adapter_shapes(LORA, TINY)
+    adapters = jax.jit(lora.init_adapters, static_argnums=(0, 1))(LORA, TINY, key)
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(adapters).items()}
+    assert shapes == lora.adapter_shapes(LORA, TINY)
     assert shapes["blocks/self/query/a"] == (2, 12, 2)
     assert shapes["blocks/self/query/b"] == (2, 2, 3, 4)
     assert shapes["blocks/cross/out/a"] == (2, 3, 4, 2)
     assert shapes["blocks/cross/out/b"] == (2, 2, 12)
     assert shapes["blocks/mlp/down/a"] == (2, 24, 2)
     assert len(shapes) == 20
-    for path, leaf in lm_rules.flatten(adapters).items():
+    for path, leaf in trees.flatten(adapters).items():
         bound = 1 / math.sqrt(24 if path == "blocks/mlp/down/a" else 12)
         assert leaf.dtype == jnp.float32
         peak = float(jnp.abs(leaf).max())
@@ -90,25 +91,25 @@ def test_fresh_adapters_change_no_bit():
 
     # What is not adapted is passed on, and an adapter does not depend on the others.
     some = dataclasses.replace(LORA, targets=("mlp",))
-    few = finetune.init_adapters(some, TINY, key)
+    few = lora.init_adapters(some, TINY, key)
     assert few["blocks"].keys() == {"mlp"}
     assert_same_bits(
-        lm_rules.flatten(few["blocks"]), lm_rules.flatten({"mlp": adapters["blocks"]["mlp"]})
+        trees.flatten(few["blocks"]), trees.flatten({"mlp": adapters["blocks"]["mlp"]})
     )
-    merged = finetune.merge_adapters(params, few, some)
+    merged = lora.merge_adapters(params, few, some)
     assert merged["blocks"]["self"]["query"] is params["blocks"]["self"]["query"]
-    assert finetune.init_adapters(LoraConfig(), TINY, key) == {}
+    assert lora.init_adapters(LoraConfig(), TINY, key) == {}
     assert_same_bits(
-        lm_rules.flatten(finetune.merge_adapters(params, {}, LoraConfig())),
-        lm_rules.flatten(params),
+        trees.flatten(lora.merge_adapters(params, {}, LoraConfig())),
+        trees.flatten(params),
     )
 
 
 def test_merging_refuses_what_is_no_adapter():
     with pytest.raises(ValueError, match="blocks/self/query: an adapter of rank 2, not 4"):
-        finetune.merge_adapters(small_params(), random_adapters(), LoraConfig(rank=4))
+        lora.merge_adapters(small_params(), random_adapters(), LoraConfig(rank=4))
     with pytest.raises(ValueError, match="heads/a"):
-        finetune.merge_adapters(small_params(), {"heads": {"a": np.ones(2)}}, LORA)
+        lora.merge_adapters(small_params(), {"heads": {"a": np.ones(2)}}, LORA)
 
 
 def numpy_logits(state: dict, factors: dict, scale: float) -> np.ndarray:
@@ -172,14 +173,14 @@ def test_merged_logits_are_those_of_low_rank_products(tmp_path):
 
 
 def test_gradients_are_the_chain_rules():
-    params, fresh = small_params(), finetune.init_adapters(LORA, TINY, jax.random.key(0))
+    params, fresh = small_params(), lora.init_adapters(LORA, TINY, jax.random.key(0))
     weights = np.random.default_rng(3).normal(size=(2, 2, 7, 8)).astype(np.float32)
 
     def loss(adapters, params):
         return jnp.mean(weights * logits(params, adapters))
 
     # At first b alone moves: a meets its zeros.
-    for path, leaf in lm_rules.flatten(jax.jit(jax.grad(loss))(fresh, params)).items():
+    for path, leaf in trees.flatten(jax.jit(jax.grad(loss))(fresh, params)).items():
         assert bool(jnp.any(leaf != 0)) == path.endswith("/b"), path
     adapters = random_adapters()
     found, full = jax.jit(jax.grad(loss, argnums=(0, 1)))(adapters, params)
@@ -198,9 +199,9 @@ def test_gradients_are_the_chain_rules():
 
 def test_shardings_follow_the_weights():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=3), jax.devices()[:6])
-    shardings = finetune.adapter_shardings(TINY, LORA, mesh)
-    specs = {path: s.spec for path, s in lm_rules.flatten(shardings).items()}
-    assert specs.keys() == finetune.adapter_shapes(LORA, TINY).keys()
+    shardings = lora.adapter_shardings(TINY, LORA, mesh)
+    specs = {path: s.spec for path, s in trees.flatten(shardings).items()}
+    assert specs.keys() == lora.adapter_shapes(LORA, TINY).keys()
     assert specs["blocks/self/query/a"] == P(None, "fsdp", None)
     assert specs["blocks/self/query/b"] == P(None, None, "tensor", None)
     assert specs["blocks/mlp/up/b"] == P(None, None, "tensor")
@@ -210,15 +211,15 @@ def test_shardings_follow_the_weights():
     # Merging leaves every weight where it lies, and gives it the same values.
     where = sharding.model_shardings(TINY, mesh)
     params, adapters = small_params(), random_adapters()
-    merge = jax.jit(functools.partial(finetune.merge_adapters, config=LORA))
+    merge = jax.jit(functools.partial(lora.merge_adapters, config=LORA))
     compiled = merge.lower(
         jax.device_put(params, where), jax.device_put(adapters, shardings)
     ).compile()
     assert not any(s in compiled.as_text() for s in ("all-gather", "all-reduce", "all-to-all"))
     found = merge(jax.device_put(params, where), jax.device_put(adapters, shardings))
-    for path, leaf in lm_rules.flatten(found).items():
-        assert leaf.sharding.is_equivalent_to(lm_rules.flatten(where)[path], leaf.ndim), path
-    expected = finetune.merge_adapters(params, adapters, LORA)
+    for path, leaf in trees.flatten(found).items():
+        assert leaf.sharding.is_equivalent_to(trees.flatten(where)[path], leaf.ndim), path
+    expected = lora.merge_adapters(params, adapters, LORA)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), found, expected)
 
 
@@ -232,7 +233,7 @@ def test_folder_round_trip(tmp_path):
         finetune.save_adapter(folder, adapters, config, TINY, LINEAGE, overwrite=True)
         found = finetune.load_adapter(folder, TINY)
         assert (found.config, found.lineage) == (config, LINEAGE)
-        assert_same_bits(lm_rules.flatten(found.adapters), lm_rules.flatten(adapters))
+        assert_same_bits(trees.flatten(found.adapters), trees.flatten(adapters))
         assert {path.name for path in (tmp_path / "runs").iterdir()} == {"adapter"}
     peft = json.loads((folder / "adapter_config.json").read_text())
     assert (peft["peft_type"], peft["r"], peft["lora_alpha"]) == ("LORA", 3, 16)
@@ -263,7 +264,7 @@ def test_files_add_up_to_the_merged_export_in_pytorchs_layout(tmp_path):
     finetune.save_adapter(tmp_path / "a", adapters, LORA, TINY, LINEAGE)
     factors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     base = lm_rules.to_audiocraft(params, TINY)
-    merged = lm_rules.to_audiocraft(finetune.merge_adapters(params, adapters, LORA), TINY)
+    merged = lm_rules.to_audiocraft(lora.merge_adapters(params, adapters, LORA), TINY)
     expected, width = {name: x.copy() for name, x in base.items()}, TINY.width
     for layer in range(TINY.num_layers):
 
@@ -410,7 +411,7 @@ def test_an_exact_match_is_the_given_parameters():
     ):
         for partial in (False, True):
             tree, lines = finetune.match_params(wanted, params, partial, "base")
-            assert_same_bits(lm_rules.flatten(tree), lm_rules.flatten(params))
+            assert_same_bits(trees.flatten(tree), trees.flatten(params))
             assert lines[0] == f"base: {len(lines) - 1} of {len(lines) - 1} parameters matched"
             assert all(line.startswith("  matched  ") for line in lines[1:])
 
@@ -428,7 +429,7 @@ def test_partial_matches():
         assert part in message, message
 
     tree, lines = finetune.match_params(fresh, given, True, "base")
-    flat = lm_rules.flatten(tree)
+    flat = trees.flatten(tree)
     taken = {path for path, leaf in flat.items() if leaf is not None}
     missing = {"embed", "heads", "blocks/mlp/up_bias", "blocks/mlp/down_bias"}
     assert flat.keys() == lm_rules.lm_shapes(model).keys()
@@ -441,8 +442,8 @@ def test_partial_matches():
         "  unused   stray [2]",
     ):
         assert line in lines
-    filled = lm_rules.flatten(finetune.fill_params(tree, fresh))
-    old, new = lm_rules.flatten(given), lm_rules.flatten(fresh)
+    filled = trees.flatten(finetune.fill_params(tree, fresh))
+    old, new = trees.flatten(given), trees.flatten(fresh)
     assert_same_bits(filled, {path: (old if path in taken else new)[path] for path in flat})
 
 

@@ -18,6 +18,7 @@ from magnet_jax.checkpoints import export, run_folder
 from magnet_jax.config import ASSETS, ModelConfig, RunConfig
 from magnet_jax.convert import audiocraft, codec_rules, lm_rules, torch_lm
 from magnet_jax.errors import UserError
+from magnet_jax.io import trees
 from magnet_jax.io.torch_env import import_torch
 
 MAGNET, MUSICGEN = (SHIPPED_GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen"))
@@ -63,7 +64,7 @@ def test_every_tensor_has_exactly_one_rule(model):
 def test_rules_fit_the_transformer():
     """The table's paths and shapes are those of the network that trains."""
     shapes = run_folder.abstract_params(TINY, None)["lm"]
-    found = {path: leaf.shape for path, leaf in lm_rules.flatten(shapes).items()}
+    found = {path: leaf.shape for path, leaf in trees.flatten(shapes).items()}
     assert found == lm_rules.lm_shapes(TINY)
 
 
@@ -71,7 +72,7 @@ def test_round_trip_from_our_side():
     params = random_params(TINY)
     state_dict = lm_rules.to_audiocraft(params, TINY)
     back = lm_rules.from_audiocraft(state_dict, TINY)
-    assert_same_bits(lm_rules.flatten(back), lm_rules.flatten(params))
+    assert_same_bits(trees.flatten(back), trees.flatten(params))
     # Nothing is shared: writing to the export leaves the parameters alone.
     state_dict["out_norm.weight"][:] = 0
     assert np.all(params["norm_final"]["scale"] != 0)
@@ -171,7 +172,7 @@ def test_the_best_weights_of_fsdp(tmp_path, nested, best):
     torch.save(content, tmp_path / "state_dict.bin")
     found, expected = (lm_rules.read_audiocraft(folder) for folder in (tmp_path, MAGNET))
     assert found.model == expected.model
-    assert_same_bits(lm_rules.flatten(found.params), lm_rules.flatten(expected.params))
+    assert_same_bits(trees.flatten(found.params), trees.flatten(expected.params))
 
 
 def test_other_files_of_torch_are_told_by_what_they_hold(tmp_path):

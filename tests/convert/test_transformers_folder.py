@@ -12,10 +12,10 @@ from tiny import assert_same_bits
 from magnet_jax.checkpoints import bundle, pretrained
 from magnet_jax.codec.encodec import load_codec, read_spec
 from magnet_jax.config import ASSETS
-from magnet_jax.convert import lm_rules, transformers_folder
+from magnet_jax.convert import lm_rules, t5_files, transformers_folder
 from magnet_jax.errors import UserError
+from magnet_jax.io import trees
 from magnet_jax.io.torch_env import import_torch
-from magnet_jax.model import t5
 
 
 def in_torch(tensors):
@@ -58,7 +58,7 @@ def test_weights_in_every_layout(tmp_path, kind, put, suffix):
     if kind == "codec":
         assert read_spec(str(folder)).sha256 == read_spec("embedded").sha256
     else:
-        found, expected = (lm_rules.flatten(t5.load(s)[1]) for s in (str(folder), "embedded"))
+        found, expected = (trees.flatten(t5_files.load(s)[1]) for s in (str(folder), "embedded"))
         assert_same_bits(found, expected)
 
 
@@ -121,13 +121,13 @@ def encodec_file(folder):
 def text_encoder(folder):
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(ASSETS / "text" / name, folder)
-    return folder / "model.safetensors", lambda: t5.load(str(folder))
+    return folder / "model.safetensors", lambda: t5_files.load(str(folder))
 
 
 def torch_text_encoder(folder):
     for name in ("config.json", "tokenizer.json"):
         shutil.copy(ASSETS / "text" / name, folder)
-    return folder / "pytorch_model.bin", lambda: t5.load(str(folder))
+    return folder / "pytorch_model.bin", lambda: t5_files.load(str(folder))
 
 
 def exported(folder):

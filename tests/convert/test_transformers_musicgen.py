@@ -13,11 +13,11 @@ from launch import export, import_audiocraft
 from magnet_jax import MusicGen
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import ASSETS
-from magnet_jax.convert import lm_rules, transformers_musicgen
-from magnet_jax.decode import autoregressive
+from magnet_jax.convert import lm_rules, t5_files, transformers_musicgen
 from magnet_jax.errors import UserError
+from magnet_jax.io import trees
 from magnet_jax.io.torch_env import import_torch
-from magnet_jax.model import t5
+from magnet_jax.model import t5, teacher_forcing
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def theirs(tmp_path_factory):
             parameter.normal_(0, 0.2)  # biases and norms too
     folder = tmp_path_factory.mktemp("transformers") / "musicgen"
     model.save_pretrained(folder)
-    t5.load("embedded")[2].save(str(folder / "tokenizer.json"))
+    t5_files.load("embedded")[2].save(str(folder / "tokenizer.json"))
     return model, folder
 
 
@@ -72,7 +72,7 @@ def test_logits_are_transformers(theirs, loaded):
         ).logits.numpy()
     mask_BS = np.ones((1, 4), bool)
     states_BSE = t5.encode(loaded.t5_params, loaded.t5_config, ids_BS, mask_BS)
-    found = autoregressive.step_logits(
+    found = teacher_forcing.step_logits(
         loaded.params["lm"], states_BSE, mask_BS, np.zeros(1, np.int32), steps_BKS,
         config=loaded.config.model,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def test_it_generates_with_its_own_codec_and_goes_on_as_audiocrafts(theirs, load
     export.main(export.Args(checkpoint=folder, out=tmp_path / "out"))
     again = lm_rules.read_audiocraft(tmp_path / "out")
     assert again.model == loaded.config.model
-    assert_same_bits(lm_rules.flatten(again.params), lm_rules.flatten(loaded.params["lm"]))
+    assert_same_bits(trees.flatten(again.params), trees.flatten(loaded.params["lm"]))
     sounds = []
     for source in (folder, tmp_path / "out"):
         model = MusicGen.get_pretrained(source)
@@ -111,7 +111,7 @@ def test_weights_in_parts_and_of_torch(folder, loaded):
         torch.save(part, folder / f"pytorch_model-{number}.bin")
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": parts}))
     found = pretrained.load(folder)
-    assert_same_bits(lm_rules.flatten(found.params), lm_rules.flatten(loaded.params))
+    assert_same_bits(trees.flatten(found.params), trees.flatten(loaded.params))
     assert found.codec.sha256 == loaded.codec.sha256
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from magnet_jax.config import CodecSpec, DataConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
-from magnet_jax.model import t5
 
 FRAMES, RATE, TOKENS = 40, 50.0, 48
 PLAIN = {"merge_text_p": 0.0, "word_dropout": 0.0}
@@ -29,7 +29,7 @@ FIELDS = {"genre: folk", "instrument: harp", "bpm: 90", "keywords: slow, soft"}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return t5.load("embedded")[2]
+    return t5_files.load("embedded")[2]
 
 
 def example(index):

@@ -30,10 +30,11 @@ from magnet_jax.config import (
     from_json,
     with_hybrid_objective,
 )
+from magnet_jax.convert import t5_files
 from magnet_jax.decode import autoregressive, hybrid, parallel, rescore, sampling
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, sharding, t5, transformer
-from magnet_jax.train import loop, objective, steps, watch
+from magnet_jax.model import attention, patterns, sharding, transformer
+from magnet_jax.train import hybrid_objective, loop, objective, steps, watch
 from magnet_jax.train.masking import span_count, span_counts, span_mask
 
 MODEL = ModelConfig(
@@ -61,12 +62,12 @@ def codes(batch=2):
 def noise(*firsts, rate=0.6):
     masking = objective.draw_noise(jax.random.key(2), jnp.arange(len(firsts)), FRAMES, 0.0)
     masking = masking._replace(rate_B=jnp.full(len(firsts), rate))
-    return hybrid.Noise(masking, jnp.asarray(firsts))
+    return hybrid_objective.Noise(masking, jnp.asarray(firsts))
 
 
 @functools.partial(jax.jit, static_argnames="local")
 def sums_of(params, codes_BKT, drawn, stage, *, local):
-    return hybrid.sums(
+    return hybrid_objective.sums(
         params, *texts(len(codes_BKT)), codes_BKT, jnp.ones((len(codes_BKT), FRAMES), bool), drawn,
         stage, config=MODEL, local=local,
     )  # fmt: skip
@@ -208,7 +209,7 @@ def test_hidden_tokens_do_not_reach_the_network(params, monkeypatch):
 def test_padding_does_not_reach_the_losses(params):
     valid_BT = jnp.broadcast_to(jnp.arange(FRAMES) < 15, (2, FRAMES))
     run = jax.jit(
-        lambda codes_BKT: hybrid.sums(
+        lambda codes_BKT: hybrid_objective.sums(
             params, *texts(), codes_BKT, valid_BT, noise(10, 22), 1, config=MODEL, local=True
         )
     )
@@ -256,12 +257,12 @@ def test_every_token_counts_once(params):
     prompts = (firsts[:, None] - 1 - np.array(MODEL.delays)).clip(0, FRAMES)
     np.testing.assert_array_equal(found.autoregressive.tokens, prompts.sum(1))
     np.testing.assert_array_equal(found.parallel.tokens, FRAMES - prompts[:, 1])
-    total = hybrid.total(found, 3).tokens
+    total = hybrid_objective.total(found, 3).tokens
     np.testing.assert_allclose(total, prompts.sum(1) / 3 + FRAMES - prompts[:, 1], rtol=1e-6)
 
 
 def test_t_is_uniform_and_spans_hide_the_wanted_share_of_the_rest():
-    drawn = hybrid.draw_noise(jax.random.key(0), jnp.arange(8000), MODEL, 4, 0.0)
+    drawn = hybrid_objective.draw_noise(jax.random.key(0), jnp.arange(8000), MODEL, 4, 0.0)
     counts = np.bincount(drawn.first_B)
     assert len(counts) == 1 + patterns.num_steps(4, MODEL.delays) and counts[0] == 0
     np.testing.assert_allclose(counts[1:] / 8000, 1 / 8, atol=0.015)
@@ -467,7 +468,7 @@ def test_a_run_tells_both_losses_apart(run):
     assert min(halves) < line["train/loss"] < max(halves)
     one = objective.Sums(*(np.full(4, x) for x in (6.0, 1.0, 2.0)))  # by masking rate
     other = objective.Sums(*(np.full(4, x) for x in (4.0, 0.0, 4.0)))
-    found = watch.validation_scalars([hybrid.Sums(one, other)] * 4, 4)
+    found = watch.validation_scalars([hybrid_objective.Sums(one, other)] * 4, 4)
     assert found["validation/loss_2"] == found["validation/loss_parallel"] == 3.0
     assert found["validation/loss_autoregressive"] == 1.0
     assert found["validation/loss"] == pytest.approx((6 + 4 / 4) / (2 + 4 / 4))
@@ -480,7 +481,7 @@ def test_a_mesh_and_parts_train_as_one_device():
             Path("no data"), Path("no run"), optimizer=OptimizerConfig(warmup_steps=0, eps=1e-3)
         )
     )
-    t5_config, t5_params, tokenizer = t5.load("embedded")
+    t5_config, t5_params, tokenizer = t5_files.load("embedded")
     t5_params, frames = jax.tree.map(np.asarray, t5_params), 18
     rng = np.random.default_rng(0)
     batch = {

@@ -13,9 +13,9 @@ from golden_model import TEXTS, clips, load_golden, magnet_logits, read_text
 from magnet_jax import programs
 from magnet_jax.config import DecodeConfig, RescoreConfig, SamplingMeshConfig
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import autoregressive, parallel, rescore, sampling
+from magnet_jax.decode import parallel, rescore, sampling
 from magnet_jax.errors import UserError
-from magnet_jax.model import patterns, t5
+from magnet_jax.model import patterns, t5, teacher_forcing
 
 MAGNET, MUSICGEN = GOLDEN / "magnet_tiny", GOLDEN / "musicgen_tiny"
 
@@ -120,7 +120,7 @@ def test_musicgen_is_guided_and_judges_the_last_frame_of_every_codebook(monkeypa
     length = codes_BKT.shape[-1]
     steps_BKS = patterns.to_steps(codes_BKT, model.delays, model.mask_id)
     with_text, without = (
-        autoregressive.step_logits(params, *one, steps_BKS, config=model) for one in (text, null)
+        teacher_forcing.step_logits(params, *one, steps_BKS, config=model) for one in (text, null)
     )
     logits_BKTV, valid_KT = patterns.to_frames(
         without + guidance * (with_text - without), model.delays, length, first=0

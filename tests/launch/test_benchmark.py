@@ -30,10 +30,9 @@ from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from magnet_jax import cli
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
-from magnet_jax.convert import lm_rules
+from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.convert.audiocraft import read_file
 from magnet_jax.errors import UserError
-from magnet_jax.model import t5
 from magnet_jax.train import flops, loop
 
 MAGNET = GOLDEN / "magnet_tiny"
@@ -230,8 +229,8 @@ def small(monkeypatch):
     sizes = {"width": 16, "num_layers": 2, "num_heads": 2}
     monkeypatch.setitem(models.random_checkpoint.SIZES, "small", sizes)
     monkeypatch.setitem(models.random_checkpoint.CODEC_SETTINGS, "num_filters", 4)
-    text_encoder = dataclasses.replace(t5.PUBLISHED["t5-base"], num_layers=1)
-    monkeypatch.setitem(t5.PUBLISHED, "t5-base", text_encoder)
+    text_encoder = dataclasses.replace(t5_files.PUBLISHED["t5-base"], num_layers=1)
+    monkeypatch.setitem(t5_files.PUBLISHED, "t5-base", text_encoder)
 
 
 def test_a_model_with_random_weights(small, capsys, no_peaks):

@@ -16,6 +16,7 @@ from launch.compile import hlo, training
 from launch.make_random_checkpoint import SIZES
 from launch.train import load_config
 from magnet_jax.config import ModelConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.model import t5, transformer
 from magnet_jax.train import flops, targets
@@ -46,9 +47,9 @@ needs_cuda = pytest.mark.skipif(
 def tiny(monkeypatch):
     """Makes the small model tiny, and its text encoder one layer."""
     monkeypatch.setitem(SIZES, "small", TINY)
-    base = t5.PUBLISHED["t5-base"]
+    base = t5_files.PUBLISHED["t5-base"]
     text_encoder = dataclasses.replace(base, num_layers=1, d_ff=8, num_heads=1, vocab_size=10)
-    monkeypatch.setitem(t5.PUBLISHED, "t5-base", text_encoder)
+    monkeypatch.setitem(t5_files.PUBLISHED, "t5-base", text_encoder)
     return ModelConfig(**TINY)
 
 
@@ -81,7 +82,7 @@ def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
     assert found["dtype"] == "float32" and found["num_devices"] == 1
     key = jax.random.key(0)
     params = jax.eval_shape(lambda key: transformer.init_params(tiny, key), key)
-    text_params = jax.eval_shape(lambda key: t5.init(t5.PUBLISHED["t5-base"], key), key)
+    text_params = jax.eval_shape(lambda key: t5.init(t5_files.PUBLISHED["t5-base"], key), key)
     size = 4 * (transformer.count_params(params) + transformer.count_params(text_params))
     assert size <= found["argument_bytes"] < size + 2**16
     assert found["temp_bytes"] > 0 and found["cycles"] is None

@@ -30,10 +30,11 @@ from magnet_jax.config import (
     TextConfig,
     from_dict,
 )
-from magnet_jax.convert import lm_rules, torch_lm
+from magnet_jax.convert import lm_rules, t5_files, torch_lm
 from magnet_jax.decode import autoregressive, parallel, sampling
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, sharding, t5, transformer
+from magnet_jax.io import trees
+from magnet_jax.model import attention, patterns, sharding, teacher_forcing, transformer
 from magnet_jax.train import objective
 
 # What AudioCraft calls each setting.
@@ -93,7 +94,7 @@ def test_checkpoints_come_back_and_compute_the_same_in_pytorch(settings, kind, t
     lm_rules.write_audiocraft(tmp_path, params, model, xp_cfg, codec)
     lm = lm_rules.read_audiocraft(tmp_path)
     assert lm.model == model
-    assert_same_bits(lm_rules.flatten(lm.params), lm_rules.flatten(params))
+    assert_same_bits(trees.flatten(lm.params), trees.flatten(params))
     state = lm_rules.to_audiocraft(lm.params, model)
     assert_same_bits(
         lm_rules.to_audiocraft(lm_rules.from_audiocraft(dict(state), model), model), state
@@ -101,7 +102,7 @@ def test_checkpoints_come_back_and_compute_the_same_in_pytorch(settings, kind, t
 
     codes_BKT, (states_BSE, *_) = random_codes(model), texts(model)
     if model.kind == "musicgen":
-        found_BKTV = autoregressive.step_logits(params, *texts(model), codes_BKT, config=model)
+        found_BKTV = teacher_forcing.step_logits(params, *texts(model), codes_BKT, config=model)
     for stage in range(model.num_codebooks):
         if model.kind == "musicgen":
             found_BTV = found_BKTV[:, stage]
@@ -174,11 +175,11 @@ def test_the_pytorch_peer_refuses():
 @pytest.mark.parametrize("settings", [{}, *TELLING], ids=flags_of)
 def test_parameters_are_those_of_the_rules_and_have_shardings(settings):
     model = dataclasses.replace(TINY, **settings)
-    shapes = lm_rules.flatten(run_folder.abstract_params(model, None)["lm"])
+    shapes = trees.flatten(run_folder.abstract_params(model, None)["lm"])
     assert {path: leaf.shape for path, leaf in shapes.items()} == lm_rules.lm_shapes(model)
     mesh = sharding.make_mesh(MeshConfig(data=8))
     specs = sharding.model_shardings(model, mesh)
-    assert lm_rules.flatten(specs).keys() == shapes.keys()
+    assert trees.flatten(specs).keys() == shapes.keys()
     assert any("_bias" in path or "norm_query" in path for path in shapes) == bool(settings)
 
 
@@ -197,7 +198,7 @@ def test_biases_are_split_as_what_they_are_added_to():
 
 def test_fresh_biases_are_zeros_and_change_no_other_parameter():
     plain, extended = (
-        lm_rules.flatten(transformer.init_params(dataclasses.replace(TINY, **s), jax.random.key(0)))
+        trees.flatten(transformer.init_params(dataclasses.replace(TINY, **s), jax.random.key(0)))
         for s in ({}, EVERYTHING)
     )
     assert_same_bits({path: extended[path] for path in plain}, plain)
@@ -241,7 +242,7 @@ def test_gradients_are_finite_with_and_without_text(local):
         )  # fmt: skip
         return sums_B.nll.sum()
 
-    gradients = lm_rules.flatten(gradient(params))
+    gradients = trees.flatten(gradient(params))
     assert all(np.isfinite(g).all() for g in gradients.values())
     unused = {path for path, g in gradients.items() if not g.any()}
     assert not unused, unused
@@ -281,14 +282,14 @@ def test_rows_beyond_the_texts_are_refused_where_no_text_is_something():
 
 def test_biases_keep_their_precision():
     model, params = make(EVERYTHING)
-    rounded = lm_rules.flatten(parallel.round_weights(params, jnp.bfloat16))
+    rounded = trees.flatten(parallel.round_weights(params, jnp.bfloat16))
     kept = {path for path, leaf in rounded.items() if leaf.dtype == jnp.float32}
     assert kept == {path for path in rounded if path.endswith(("bias", "/scale"))} | {"embed"}
 
 
 def load(settings, kind={}):  # noqa: B006
     """The small model with the shipped text encoder."""
-    config, t5_params, tokenizer = t5.load("embedded")
+    config, t5_params, tokenizer = t5_files.load("embedded")
     model, params = make(settings | {"text_width": config.d_model}, kind)
     spec = dataclasses.replace(EMBEDDED_CODEC, num_codebooks=2, codebook_size=8)
     run = RunConfig(

@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from launch import make_text_encoder
 from magnet_jax import config
+from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.io.torch_env import import_torch
 from magnet_jax.model import t5
@@ -24,7 +25,7 @@ TEXTS = ["A Bach chorale on church organ, slow", "jazz", "", "Zither & kazoo: 7/
 
 @pytest.fixture(scope="module")
 def embedded():
-    return t5.load("embedded")
+    return t5_files.load("embedded")
 
 
 def tiny_config(kind="relu", **changes):
@@ -90,7 +91,7 @@ def test_equals_transformers_both_ways(kind, tmp_path, embedded):
                 weight.uniform_(0.5, 1.5)
     whole.save_pretrained(tmp_path / "theirs")
     shutil.copy(config.ASSETS / "text" / "tokenizer.json", tmp_path / "theirs")
-    found, params, _ = t5.load(str(tmp_path / "theirs"))
+    found, params, _ = t5_files.load(str(tmp_path / "theirs"))
     assert found == cfg
 
     ids_BS, mask_BS = random_batch(4, 33, [33, 17, 1, 32])
@@ -101,7 +102,7 @@ def test_equals_transformers_both_ways(kind, tmp_path, embedded):
     assert not np.any(np.asarray(states)[~mask_BS])
 
     ours = random_params(cfg, seed=2)
-    t5.save(tmp_path / "ours", cfg, ours, embedded[2])
+    t5_files.save(tmp_path / "ours", cfg, ours, embedded[2])
     model, report = transformers.T5EncoderModel.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
@@ -110,7 +111,7 @@ def test_equals_transformers_both_ways(kind, tmp_path, embedded):
     expected = transformers_states(model.eval(), ids_BS, mask_BS)
     np.testing.assert_allclose(states[mask_BS], expected[mask_BS], atol=1e-4, rtol=0)
 
-    again = t5.load(str(tmp_path / "ours"))
+    again = t5_files.load(str(tmp_path / "ours"))
     assert again[0] == cfg
     assert_same_tree(again[1], ours)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
@@ -146,7 +147,7 @@ def test_initial_scales_are_t5s():
         for key in weight.path:
             leaf = leaf[key]
         ours = np.asarray(leaf)
-        expected = np.stack([state[name] for name in t5._file_names(weight, cfg)])
+        expected = np.stack([state[name] for name in t5_files._file_names(weight, cfg)])
         few = ours.size < 1000  # the 24 numbers of relative_bias have a wide spread
         assert ours.std() == pytest.approx(expected.std(), rel=0.6 if few else 0.05), weight.path
 
@@ -194,7 +195,7 @@ def test_other_weight_files(tmp_path, embedded):
     """pytorch_model.bin, shards, bfloat16, and the embedding under its other name."""
     torch = import_torch()
     _, params, tokenizer = embedded
-    t5.save(tmp_path, embedded[0], params, tokenizer)
+    t5_files.save(tmp_path, embedded[0], params, tokenizer)
     file = tmp_path / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
@@ -202,7 +203,7 @@ def test_other_weight_files(tmp_path, embedded):
 
     as_torch = {name: torch.tensor(array) for name, array in tensors.items()}
     torch.save(as_torch, tmp_path / "pytorch_model.bin")
-    assert_same_tree(t5.load(str(tmp_path))[1], params)
+    assert_same_tree(t5_files.load(str(tmp_path))[1], params)
 
     names = sorted(tensors)
     parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
@@ -212,7 +213,7 @@ def test_other_weight_files(tmp_path, embedded):
     index = {"weight_map": {name: part for part, held in parts.items() for name in held}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)
-    assert_same_tree(t5.load(str(tmp_path))[1], rounded)
+    assert_same_tree(t5_files.load(str(tmp_path))[1], rounded)
 
     index_path = tmp_path / "model.safetensors.index.json"
     good_index = index_path.read_text()
@@ -221,34 +222,34 @@ def test_other_weight_files(tmp_path, embedded):
     for name in ("sub/model-2.safetensors", "..", "../x.safetensors", "/x.safetensors", "", 3):
         index_path.write_text(json.dumps({"weight_map": index["weight_map"] | {names[1]: name}}))
         with pytest.raises(UserError, match=r"is not the plain name of a file beside it"):
-            t5.load(str(tmp_path))
+            t5_files.load(str(tmp_path))
     for bad in ({}, {"weight_map": ["model-1.safetensors"]}, {"weight_map": {}}):
         index_path.write_text(json.dumps(bad))
         with pytest.raises(UserError, match=r"index.json: no 'weight_map'"):
-            t5.load(str(tmp_path))
+            t5_files.load(str(tmp_path))
     index_path.write_text(good_index)
 
     (tmp_path / "model-2.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-2.safetensors: no such file"):
-        t5.load(str(tmp_path))
+        t5_files.load(str(tmp_path))
     (tmp_path / "model.safetensors.index.json").unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"pytorch_model.bin: not readable"):
-        t5.load(str(tmp_path))
+        t5_files.load(str(tmp_path))
     (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
-        t5.load(str(tmp_path))
+        t5_files.load(str(tmp_path))
 
 
 def test_bad_folders_are_told_in_one_line(tmp_path, embedded):
     def broken(**files):
         shutil.rmtree(tmp_path, ignore_errors=True)
-        t5.save(tmp_path, *embedded)
+        t5_files.save(tmp_path, *embedded)
         for name, content in files.items():
             path = tmp_path / name.replace("__", ".")
             path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(UserError) as caught:
-            t5.load(str(tmp_path))
+            t5_files.load(str(tmp_path))
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
         return str(caught.value)
 
@@ -299,19 +300,19 @@ def test_bad_folders_are_told_in_one_line(tmp_path, embedded):
 
 def test_sources_that_are_nowhere(monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
-        t5.load("./nowhere")
+        t5_files.load("./nowhere")
 
     def offline(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("not cached\nand no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="'t5-base'.*not cached.*offline, name a folder") as caught:
-        t5.load("t5-base")
+        t5_files.load("t5-base")
     assert "\n" not in str(caught.value)
 
 
 def test_hub_download_takes_torch_weights_only_for_want_of_others(monkeypatch, tmp_path, embedded):
-    t5.save(tmp_path, *embedded)
+    t5_files.save(tmp_path, *embedded)
     asked = []
 
     def download(source, allow_patterns):
@@ -319,11 +320,11 @@ def test_hub_download_takes_torch_weights_only_for_want_of_others(monkeypatch, t
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert_same_tree(t5.load("google/flan-t5-small")[1], embedded[1])
+    assert_same_tree(t5_files.load("google/flan-t5-small")[1], embedded[1])
     assert len(asked) == 1 and "pytorch_model.bin" not in asked[0]
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
-        t5.load("google/flan-t5-small")
+        t5_files.load("google/flan-t5-small")
     assert len(asked) == 3 and "pytorch_model.bin" in asked[2]
 
 
@@ -354,7 +355,7 @@ def test_shipped_encoder_is_what_its_command_makes(tmp_path, embedded):
     make_text_encoder.main(["--captions", str(CLIPS), "--out", str(tmp_path)])
     shipped = config.ASSETS / "text"
     assert (tmp_path / "tokenizer.json").read_bytes() == (shipped / "tokenizer.json").read_bytes()
-    cfg, params, _ = t5.load(str(tmp_path))
+    cfg, params, _ = t5_files.load(str(tmp_path))
     assert cfg == embedded[0]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), params, embedded[1])
     size = sum(path.stat().st_size for path in shipped.iterdir())
@@ -378,14 +379,14 @@ def test_shipped_encoder_is_what_its_command_makes(tmp_path, embedded):
 def test_a_full_disk_under_the_tokenizer_is_an_oserror(embedded, tmp_path):
     sizes = tiny_config(d_model=2, d_kv=2, d_ff=2, num_layers=1, num_heads=1)
     written = (sizes, random_params(sizes), embedded[2])
-    t5.save(tmp_path / "a", *written)
+    t5_files.save(tmp_path / "a", *written)
     size = (tmp_path / "a" / "tokenizer.json").stat().st_size
     assert size > (tmp_path / "a" / "model.safetensors").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            t5.save(tmp_path / "b", *written)
+            t5_files.save(tmp_path / "b", *written)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -416,7 +417,7 @@ def test_a_text_encoder_takes_no_others_place(tmp_path):
             make(tmp_path / "new", option, value)
     assert not (tmp_path / "new").exists()
     make(tmp_path / "deep" / "new")
-    assert t5.load(str(tmp_path / "deep" / "new"))[0].d_model == 8
+    assert t5_files.load(str(tmp_path / "deep" / "new"))[0].d_model == 8
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
     assert (tmp_path / "deep" / "new").stat().st_mode & 0o055 == 0o055 & ~_umask()
 

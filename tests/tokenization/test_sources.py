@@ -23,9 +23,9 @@ import tensorflow_datasets as tfds
 from sounds import RATE, album, put, tone
 
 from magnet_jax.config import DataConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
-from magnet_jax.model import t5
 from tokenization.audio import Intake, RejectedError
 from tokenization.decoder import Decoder, read_audio, read_header
 from tokenization.job import Job, run
@@ -135,7 +135,7 @@ KINDS = [a_folder, a_manifest, a_csv, a_parquet, a_webdataset, a_saved_data_set]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return t5.load("embedded")[2]
+    return t5_files.load("embedded")[2]
 
 
 @pytest.fixture(scope="module")

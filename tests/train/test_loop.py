@@ -37,10 +37,11 @@ from magnet_jax.config import (
     from_json,
     to_json,
 )
-from magnet_jax.convert import lm_rules
+from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding, t5, transformer
+from magnet_jax.io import trees
+from magnet_jax.model import sharding, transformer
 from magnet_jax.train import loop, plan, steps, watch
 
 
@@ -96,7 +97,7 @@ def test_what_a_run_takes_over_fits_the_model_that_it_begins_with(monkeypatch):
 
 
 def make_static(config: RunConfig, mesh=None) -> steps.Static:
-    t5_config, _, _ = t5.load("embedded")
+    t5_config, _, _ = t5_files.load("embedded")
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
     return steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
 
@@ -239,7 +240,7 @@ def twenty_steps(tokens):
     config = tiny.run_config(tokens, Path("unused"))
     # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
-    t5_config, t5_params, tokenizer = t5.load("embedded")
+    t5_config, t5_params, tokenizer = t5_files.load("embedded")
     t5_params = jax.tree.map(np.asarray, t5_params)
     batches = pipeline.make_train_iterator(
         config.data, frames=30, num_codebooks=4, tokenizer=tokenizer, max_tokens=16, seed=0
@@ -307,7 +308,7 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
     }
     adam = state["opt"][1][0]
     for tree in (state["params"], state["ema"], adam.mu, adam.nu):
-        flat = lm_rules.flatten(tree["lm"])
+        flat = trees.flatten(tree["lm"])
         for path, axes in expected.items():
             where = jax.sharding.NamedSharding(static.mesh, jax.P(*axes))
             assert flat[path].sharding.is_equivalent_to(where, flat[path].ndim), path
@@ -452,7 +453,7 @@ def test_a_runs_weights_are_averaged_every_ten_steps(finished):
     """The average of step 25 is that of steps 10 and 20, to which step 30 adds its own weights."""
     run, share = Path(finished.out), 1 / (1 + 0.99 + 0.99**2)
     raw, *averages = (
-        lm_rules.flatten(pretrained.load(run, weights=weights, step=step).params)
+        trees.flatten(pretrained.load(run, weights=weights, step=step).params)
         for weights, step in (("raw", 30), ("ema", 25), ("ema", 30))
     )
     for path, before in averages[0].items():
@@ -469,7 +470,7 @@ def test_data_set_and_records_go_together(tokens):
 
 def compiled_memory(config: RunConfig, sizes: tuple[int, int, int], clips: int):
     """Bytes on a device that a step's arguments and its temporaries take, and those planned."""
-    t5_config, _, _ = t5.load("embedded")
+    t5_config, _, _ = t5_files.load("embedded")
     devices = jax.devices()[: math.prod(sizes)]
     mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
     mesh = sharding.make_mesh(mesh_config, devices)
@@ -545,7 +546,7 @@ def test_batches_are_computed_in_the_fewest_parts():
 )
 def test_meshes_that_do_not_divide_are_refused(sizes, message):
     config = tiny.run_config(Path("x"), Path("y"))
-    t5_config, _, _ = t5.load("embedded")
+    t5_config, _, _ = t5_files.load("embedded")
     count = 8 if "fit" in message else math.prod(sizes.values())
     with pytest.raises(UserError, match=message):
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])

@@ -23,8 +23,9 @@ from magnet_jax.config import (
     from_json,
     to_json,
 )
+from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding, t5
+from magnet_jax.model import sharding
 from magnet_jax.train import optimizer, steps
 
 SETTINGS = dict(b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1, d0=1e-6)
@@ -165,7 +166,7 @@ def test_moments_of_a_run_are_sharded_as_its_parameters(tmp_path):
     config = tiny.run_config(
         tmp_path, tmp_path, optimizer=OptimizerConfig(name="dadam", peak_lr=1.0)
     )
-    t5_config, _, _ = t5.load(config.text.source)
+    t5_config, _, _ = t5_files.load(config.text.source)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     static = steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
     _, shardings = steps.state_shardings(static)

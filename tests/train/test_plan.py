@@ -10,13 +10,14 @@ import pytest
 import tiny
 
 from magnet_jax.config import MeshConfig, RunConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding, t5
+from magnet_jax.model import sharding
 from magnet_jax.train import plan
 
 
 def choose(config: RunConfig, device: int | None):
-    t5_config, _, _ = t5.load("embedded")
+    t5_config, _, _ = t5_files.load("embedded")
     said = []
     chosen = plan.choose(config, t5_config, np.dtype("float32"), 30, device, say=said.append)
     return chosen[0], said

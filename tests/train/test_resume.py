@@ -16,7 +16,8 @@ from conftest import XLA_FLAGS
 
 from magnet_jax.checkpoints import run_folder
 from magnet_jax.config import RunConfig, to_json
-from magnet_jax.model import sharding, t5
+from magnet_jax.convert import t5_files
+from magnet_jax.model import sharding
 from magnet_jax.train import loop, steps, watch
 
 
@@ -28,7 +29,7 @@ def one_device():
 
 
 def final_state(config: RunConfig) -> dict:
-    t5_config, _, _ = t5.load("embedded")
+    t5_config, _, _ = t5_files.load("embedded")
     mesh = sharding.make_mesh(config.mesh)
     static = steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
     abstract, _ = steps.state_shardings(static)
