@@ -51,8 +51,8 @@ _FFMPEG_FORMATS = (
     "matroska,mlp,mov,mp3,mpc,mpc8,mpeg,mpegts,nut,ogg,oma,rm,shn,sox,tak,truehd,tta,voc,w64,wav,wv"
 )
 # Their headers note the time at which the sound ends. There may be gaps within.
-_TIMED = ("asf", "avi", "flv", "matroska", "mov")
-_ENDED = ("asf", "matroska")  # and not how much comes before it
+_TIMED = ("asf", "flv", "matroska", "mov")
+_ENDED = ("asf", "matroska", "opus in ogg")  # and not how much comes before it
 # Their headers note how many samples there are.
 _COUNTED = ("ape", "flac", "mpc", "mpc8", "ogg", "tta")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
@@ -61,6 +61,7 @@ _NAMES = {"flac": "FLAC", "mp3": "MP3"}
 _MPEG = ("mp1", "mp2", "mp3")
 _SEEK_AHEAD = 1.0  # seconds that a decoder gets to settle after a seek
 _LARGEST_OGG_PAGE = 27 + 255 + 255 * 255
+_LARGEST_REST = 2**15  # bytes behind an MP3 that may be any
 _FIRST_MP3_FRAME = 2**13  # bytes that hold it, where a header may note how long the sound is
 
 
@@ -183,35 +184,38 @@ def _open(
     path: str, open_file: Callable[[], BinaryIO], named: bool, file: BinaryIO, stack: ExitStack
 ) -> Sound:
     """Opens a sound with the library that reads all of it."""
+    size = file.seek(0, os.SEEK_END)
+    if begin := _before_sound(file):
+        if begin > size:
+            raise RejectedError("cut off", "ends within its tag")
+        if begin == size:
+            raise RejectedError("empty", "a tag and no sound")
+        return _open_part(path, functools.partial(view, open_file, begin, size), stack)
     file.seek(0)
     head = file.read(4)
     if head == b"OggS":
         return _open_ogg(open_file, file, stack)
-    if head == bytes(4) and (begin := _padding(file)):
-        # What comes before the first frame of an MP3 hides the note of its length from FFmpeg.
-        size = file.seek(0, os.SEEK_END)
-        open_file, named = functools.partial(view, open_file, begin, size), False
-        file.seek(begin)
-        head = file.read(4)
+    if _STREAM.match(head):
+        return _open_stream(path, open_file, file, stack)
     samples = _find_samples(file)
     if (at := _second_header(file, samples)) is not None:
-        size = file.seek(0, os.SEEK_END)
-        openers = [
+        first, second = (
             functools.partial(_open_part, path, functools.partial(view, open_file, *part))
             for part in ((0, at), (at, size))
-        ]
-        return _chained(openers, stack)
+        )
+        return _chained(first(stack), [second])
     if samples and samples.mended:
         open_file, named = functools.partial(view, open_file, *samples.mended), False
     sound = None
-    compressed = head == b"fLaC" or head[:3] == b"ID3" or re.match(rb"\xff[\xe0-\xff]", head)
-    if not compressed and not (samples and samples.too_large):
+    if not (samples and samples.too_large):
         # A name helps libsndfile to tell a few old formats.
         sound = _open_sndfile(path if named else stack.enter_context(open_file()), stack)
     if sound is None:
         sound = _open_ffmpeg(open_file, stack)
     elif sound.format.startswith("VOC"):  # of its blocks libsndfile knows the first
         sound = replace(_open_ffmpeg(open_file, stack), loss=_voc_loss(file))
+    if sound.format.endswith(" in avi"):
+        sound = replace(sound, loss=_avi_loss(file))
     return replace(sound, loss=_loss(samples, sound)) if samples else sound
 
 
@@ -219,13 +223,12 @@ def _open_part(path: str, open_file: Callable[[], BinaryIO], stack: ExitStack) -
     return _open(path, open_file, False, stack.enter_context(open_file()), stack)
 
 
-def _chained(openers: list[Callable[[ExitStack], Sound]], stack: ExitStack) -> Sound:
+def _chained(first: Sound, others: Iterable[Callable[[ExitStack], Sound]]) -> Sound:
     """Several sounds one behind the other, at the rate of the first."""
-    first = openers[0](stack)
 
     def parts() -> Iterator[tuple[int, np.ndarray]]:
         yield from ((first.sample_rate, block) for block in first.read(0, None))
-        for opener in openers[1:]:
+        for opener in others:
             with ExitStack() as inner:
                 sound = opener(inner)
                 if sound.loss:
@@ -238,16 +241,156 @@ def _chained(openers: list[Callable[[ExitStack], Sound]], stack: ExitStack) -> S
     return replace(first, frames=None, read=read)
 
 
-def _padding(file: BinaryIO) -> int:
-    """How many zeros come before the first frame of an MP3; 0 for other files."""
+def _before_sound(file: BinaryIO) -> int:
+    """How many bytes a file begins with that are tags of ID3v2, or zeros before an MP3."""
     at = 0
-    file.seek(0)
+    while True:
+        file.seek(at)
+        head = file.read(10)
+        more = _tag_size(head) or (_padding(file, at) if head[:4] == bytes(4) else 0)
+        if not more:
+            return at
+        at += more
+
+
+def _tag_size(head: bytes) -> int:
+    """Bytes of a tag of ID3v2, of which these are the first ten; 0 if they are none."""
+    if not re.match(rb"ID3[^\xff][^\xff].[\0-\x7f]{4}", head, re.DOTALL):
+        return 0
+    size = sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:10])))
+    return 10 + size + (10 if head[5] & 16 else 0)  # (the flag is of ten more at the end)
+
+
+def _padding(file: BinaryIO, at: int) -> int:
+    """How many zeros come from there on before the first frame of an MP3; 0 for other files."""
+    begin = at
+    file.seek(at)
     while data := file.read(BLOCK):
         if rest := data.lstrip(b"\0"):
             at += len(data) - len(rest)
-            return at if re.match(rb"\xff[\xe2-\xff]|ID3", rest) else 0
+            return at - begin if re.match(rb"\xff[\xe2-\xff]|ID3", rest) else 0
         at += len(data)
     return 0
+
+
+# --- files one behind the other -------------------------------------------------------------------
+
+_KINDS = (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV")  # of RIFF and FORM
+# How files begin: a word to look for, and the whole beginning, which is around it.
+_BEGINNINGS = {
+    word: re.compile(pattern, re.DOTALL)
+    for word, pattern in {
+        b"fLaC": rb"fLaC[\0\x80]\0\0\x22",
+        b"RIFF": rb"RIFF.{4}WAVE",
+        b"RIFX": rb"RIFX.{4}WAVE",
+        b"RF64": rb"RF64.{4}WAVE",
+        b"BW64": rb"BW64.{4}WAVE",
+        b"FORM": rb"FORM.{4}(?:AIFF|AIFC|8SVX|16SV)",
+        b"caff": rb"caff\0\x01\0\0",
+        b"OggS": rb"OggS\0\x02\0{8}",
+        b"ftyp": rb"\0\0\0.ftyp[ -~]{4}",
+        # of WavPack the first block with samples; others may belong to it (the last bit tells)
+        b"wvpk": rb"wvpk.{4}[\x02-\x10]\x04.{6}\0{4}(?!\0{4}).{5}[%s]"
+        % b"".join(rb"\x%x8-\x%xf" % (i, i) for i in range(16)),
+        b"ID3": rb"ID3[\x02-\x04]\0.[\0-\x7f]{4}",
+        # the first frame of most MP3s
+        b"Xing": rb"\xff[\xe2-\xfb].{2,4}\0{9,32}Xing\0{3}[\x01-\x0f]",
+        b"Info": rb"\xff[\xe2-\xfb].{2,4}\0{9,32}Info\0{3}[\x01-\x0f]",
+    }.items()
+}
+_LONGEST_BEGINNING = 64
+_STREAM = re.compile(rb"fLaC|\xff[\xe0-\xff]")  # formats that are read from front to end
+# MP3s are one sound with the MP3s and tags behind them.
+_BEHIND_MPEG = {w: p for w, p in _BEGINNINGS.items() if w not in (b"ID3", b"Xing", b"Info")}
+
+
+def _next_file(
+    file: BinaryIO, begin: int, end: int, beginnings: dict[bytes, re.Pattern] = _BEGINNINGS
+) -> int | None:
+    """Where between two places another file begins; None if none does."""
+    for at in range(begin, end, BLOCK):
+        size = min(BLOCK, end - at)
+        file.seek(at)
+        data = file.read(size + _LONGEST_BEGINNING)
+        found = [
+            start
+            for word, pattern in beginnings.items()
+            for start in _starts(data, word, pattern)
+            if start < size and (word != b"ID3" or _is_before_mp3(file, at + start))
+        ]
+        if found:
+            return at + min(found)
+    return None
+
+
+def _starts(data: bytes, word: bytes, pattern: re.Pattern) -> Iterator[int]:
+    here = data.find(word)
+    while here >= 0:
+        around = max(0, here - _LONGEST_BEGINNING), here + _LONGEST_BEGINNING
+        if match := pattern.search(data, *around):
+            yield match.start()
+        here = data.find(word, here + 1)
+
+
+def _is_before_mp3(file: BinaryIO, at: int) -> bool:
+    """Whether the tag there is that of an MP3, and does not belong to what comes before."""
+    file.seek(at)
+    file.seek(at + _tag_size(file.read(10)))
+    return bool(re.match(rb"\xff[\xe2-\xfb]", file.read(2)))
+
+
+class _Watch(NamedTuple):
+    """Has an eye on the bytes that are read of a file."""
+
+    begin: int
+    """From where on another file may begin."""
+    beginnings: dict[bytes, re.Pattern]
+    found: list[int]
+    """Where other files began."""
+
+
+def _watch(file: BinaryIO, at: int, found: list[int]) -> _Watch:
+    """For what is read from front to end, and begins there."""
+    file.seek(at)
+    if file.read(4) != b"fLaC":
+        return _Watch(at + 1, _BEHIND_MPEG, found)
+    at, last = at + 4, False
+    while not last:  # what comes before the sound may be headers of other formats, and pictures
+        file.seek(at)
+        head = file.read(4)
+        last = len(head) < 4 or head[0] >= 128
+        at += 4 + int.from_bytes(head[1:])
+    return _Watch(at, _BEGINNINGS, found)
+
+
+def _open_stream(
+    path: str, open_file: Callable[[], BinaryIO], file: BinaryIO, stack: ExitStack
+) -> Sound:
+    """What is read from front to end. Files that lie behind show when that is reached."""
+    size = file.seek(0, os.SEEK_END)
+    found: list[int] = []
+
+    def others() -> Iterator[Callable[[ExitStack], Sound]]:
+        while found:
+            at = min(found)
+            found.clear()
+            file.seek(at)
+            if not _STREAM.match(file.read(4)):
+                rest = functools.partial(view, open_file, at, size)
+                yield functools.partial(_open_part, path, rest)
+                return
+            part = functools.partial(view, open_file, at, size, watch=_watch(file, at, found))
+            yield functools.partial(_open_ffmpeg, part)
+
+    watch = _watch(file, 0, found)
+    first = _open_ffmpeg(functools.partial(view, open_file, 0, size, watch=watch), stack)
+
+    def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
+        if skip and _next_file(file, watch.begin, size, watch.beginnings) is None:
+            return first.read(skip, wanted)
+        return _chained(first, others()).read(skip, wanted)
+
+    return replace(first, read=read)
 
 
 # --- headers that tell of another length than the sound has ---------------------------------------
@@ -264,6 +407,8 @@ class _Samples(NamedTuple):
     """Arguments of `view` that make the header tell what is there; None where it does."""
     too_large: bool
     """Whether the header has no room for what is there."""
+    next_file: int | None
+    """Where another file begins behind it, by the header."""
 
 
 class _Layout(NamedTuple):
@@ -289,7 +434,6 @@ _LAYOUTS = {
     b"caff": _Layout(8, 4, 8, "big", 1, 0),
     b"riff": _Layout(40, 16, 8, "little", 8, 24),  # W64
 }
-_KINDS = (b"WAVE", b"AIFF", b"AIFC", b"8SVX", b"16SV")  # of RIFF and FORM
 # Names of the chunk that holds the sound, with the bytes that come before it there.
 _SOUNDS = {b"data": 0, b"SSND": 8, b"BODY": 0}
 # Names of chunks that may come behind the sound.
@@ -342,19 +486,23 @@ def _placed(
     """
     position, width, order = field
     before += layout.counted if layout else 0
-    if size - begin <= declared and not _is_unknown(declared + before, width):
-        return _Samples(begin, size, declared, None, False)
-    end = begin + max(0, declared)
-    if not _is_unknown(declared + before, width) or end == begin:
+    is_known = not _is_unknown(declared + before, width)
+    if is_known and size - begin <= declared:
+        return _Samples(begin, size, declared, None, False, None)
+    end, next_file = begin + max(0, declared), None
+    if is_known:
+        next_file = _next_file(file, end, min(size, end + _TRAILING_BYTES))
+        size = next_file or size
+    if is_known or end == begin:
         padded = end + (-end % layout.align if layout else 0)
         if any(layout and _are_chunks(file, at, size, layout) for at in (end, padded)):
-            return _Samples(begin, end, declared, None, False)
+            return _Samples(begin, end, declared, None, False, next_file)
         if end > begin and (size - end <= _JUNK or _is_no_sound(file, end, size)):
-            return _Samples(begin, end, declared, None, False)
+            return _Samples(begin, end, declared, None, False, next_file)
     end = _before_trailers(file, begin, size, layout)
     value, most = end - begin + before, 2 ** (8 * width) - 1
     mended = (0, end, position, min(value, most).to_bytes(width, order))
-    return _Samples(begin, end, None, mended, value >= most)
+    return _Samples(begin, end, None, mended, value >= most, next_file)
 
 
 def _is_unknown(size: int, width: int) -> bool:
@@ -432,15 +580,9 @@ def _loss(samples: _Samples, sound: Sound) -> str | None:
     return f"its header promises {lost}" if lost else sound.loss
 
 
-# How headers begin, and how many of their bytes are the same in all files of a format.
+# How more headers begin, and how many of their bytes are the same in all files of a format.
 _HEADERS = {
-    b"RIFF": 4,
-    b"RIFX": 4,
-    b"RF64": 4,
-    b"BW64": 4,
-    b"FORM": 4,
     b"riff": 16,
-    b"caff": 8,
     b".snd": 7,
     b"Crea": 20,  # VOC
     b"FLV\1": 9,
@@ -453,37 +595,48 @@ _HEADERS = {
 
 
 def _second_header(file: BinaryIO, samples: _Samples | None) -> int | None:
-    """Where one file ends that another of its format lies behind; None if there is none."""
+    """Where one file ends that another lies behind; None if there is none."""
+    if samples and samples.next_file:
+        return samples.next_file
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(24)
-    shift = 0
     if head[4:8] == b"ftyp":
-        shift, mark = 4, head[4:12]
-    elif head[:4] in _HEADERS:
-        mark = head[: _HEADERS[head[:4]]]
+        return _behind_boxes(file, size)
+    if head[:4] in _HEADERS:
+        pattern = re.compile(re.escape(head[: _HEADERS[head[:4]]]))
+    elif head[:4] in _BEGINNINGS:
+        pattern = _BEGINNINGS[head[:4]]
     else:
         return None
-    at = len(head) if samples is None else samples.begin + (samples.declared or 0)
-    file.seek(at)
-    before = b""
-    while data := file.read(2**20):
-        data, at = before + data, at - len(before)
-        found = data.find(mark)
-        while found >= 0:
-            if len(mark) > 4 or data[found + 8 : found + 12] in _KINDS:
-                return at + found - shift
-            found = data.find(mark, found + 1)
-        before = data[-len(mark) - 12 :]
-        at += len(data)
+    begin = len(head) if samples is None else samples.begin + (samples.declared or 0)
+    return _next_file(file, begin, size, {head[:4]: pattern})
+
+
+def _behind_boxes(file: BinaryIO, size: int) -> int | None:
+    """Where behind the boxes of an MPEG-4 file another file begins."""
+    at = 0
+    while at < size:
+        if at and _next_file(file, at, at + 1) is not None:
+            return at
+        file.seek(at)
+        head = file.read(16)
+        length = int.from_bytes(head[8:] if head[:4] == b"\0\0\0\1" else head[:4])
+        length = _tag_size(head) or length
+        if length < 8:  # up to the end of the file, or no box
+            return None
+        at += length
     return None
 
 
 class _View(io.RawIOBase):
     """A part of a file's bytes as a file, of which a few may be others."""
 
-    def __init__(self, file: BinaryIO, begin: int, end: int, at: int, field: bytes):
+    def __init__(
+        self, file: BinaryIO, begin: int, end: int, at: int, field: bytes, watch: _Watch | None
+    ):
         self._file, self._begin, self._size = file, begin, end - begin
-        self._at, self._field = at, field
+        self._at, self._field, self._watch = at, field, watch
         self._position = 0
 
     def readable(self) -> bool:
@@ -498,6 +651,13 @@ class _View(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        if self._watch:
+            first, beginnings, found = self._watch
+            last = self._begin + min(self._size, self._position + len(buffer))
+            first = max(first, self._begin + self._position)
+            if (at := _next_file(self._file, first, last, beginnings)) is not None:
+                found.append(at)
+                self._size = at - self._begin
         self._file.seek(self._begin + self._position)
         data = bytearray(self._file.read(min(len(buffer), max(0, self._size - self._position))))
         first = max(0, self._at - self._position)
@@ -515,10 +675,15 @@ class _View(io.RawIOBase):
 
 
 def view(
-    open_file: Callable[[], BinaryIO], begin: int, end: int, at: int = 0, field: bytes = b""
+    open_file: Callable[[], BinaryIO],
+    begin: int,
+    end: int,
+    at: int = 0,
+    field: bytes = b"",
+    watch: _Watch | None = None,
 ) -> BinaryIO:
-    """A part of a file as a file, with other bytes at a position."""
-    return io.BufferedReader(_View(open_file(), begin, end, at, field), BLOCK)
+    """A part of a file as a file, with other bytes at a position; it ends where another begins."""
+    return io.BufferedReader(_View(open_file(), begin, end, at, field, watch), BLOCK)
 
 
 # --- libsndfile -----------------------------------------------------------------------------------
@@ -589,6 +754,24 @@ def _voc_loss(file: BinaryIO) -> str | None:
     return "ends within a block" if at > size else None
 
 
+def _avi_loss(file: BinaryIO) -> str | None:
+    """What is missing of an AVI by the sizes of its parts; its times count what is no sound."""
+    size = file.seek(0, os.SEEK_END)
+    for _, part, length in _chunks(file, 0, size, _RIFF):
+        end = size if _is_unknown(length, 4) else min(size, part + length)
+        for name, begin, length in _chunks(file, part + 4, end, _RIFF):
+            file.seek(begin)
+            if name != b"LIST" or file.read(4) != b"movi":
+                continue
+            if _is_unknown(length, 4):  # written where the writer could not go back
+                packets = _chunks(file, begin + 4, size, _RIFF)
+                ends = [first + length for _, first, length in packets]
+                return "ends within a packet" if max(ends, default=0) > size else None
+            if begin + length > size:
+                return f"its header promises {begin + length} bytes, and there are {size}"
+    return None
+
+
 def _cut_off(file: soundfile.SoundFile) -> str | None:
     """What is missing of an open file by its headers, or None; not all formats can tell."""
     log = file.extra_info
@@ -651,7 +834,8 @@ def _open_ffmpeg(
     def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
         with _rejecting(file):
             found = 0, itertools.chain([first], frames)
-            if seeks and skip > _SEEK_AHEAD * rate and not _is_joined(name, open_file):
+            joined = name == "mp3" and _xing(open_file, rate)[1]
+            if seeks and skip > _SEEK_AHEAD * rate and not joined:
                 found = sought(skip)
             if found is None:
                 yield from _open_ffmpeg(open_file, stack, seeks=False).read(skip, wanted)
@@ -723,34 +907,37 @@ def _frames(container: Any, stream: Any) -> Iterator[Any]:
 def _mpeg_frames(container: Any, stream: Any) -> Iterator[Any]:
     """Frames of MP3, which may have padding and tags before them, behind them and between files.
 
-    What cannot be decoded before the first frame or after the last is no sound, nor is a tag.
+    What cannot be decoded before the first frame is no sound, nor is a tag or a little at the end.
     """
     import av
 
-    begun, damage = False, None
+    begun, damage, rest = False, None, b""
     for packet in container.demux(stream):
         try:
             frames = packet.decode()
         except av.InvalidDataError as error:
+            rest += bytes(packet) if begun else b""
             if begun and bytes(packet)[:3] not in (b"ID3", b"TAG", b"APE"):
                 damage = error
             continue
-        if frames and damage:
-            raise damage
-        begun = begun or bool(frames)
+        if frames:
+            if damage:
+                raise damage
+            begun, rest = True, bytes(packet)  # (it may hold the beginning of a tag)
         yield from frames
+    rest = rest.strip(b"\0")
+    if len(rest) > _LARGEST_REST and not re.search(rb"ID3|APETAGEX|LYRICSBEGIN", rest[:4096]):
+        raise RejectedError("unreadable", f"{len(rest)} bytes behind its sound are no MP3")
 
 
 def _flac_frames(container: Any, stream: Any) -> Iterator[Any]:
     """Frames of FLAC, which FFmpeg leaves out where they are damaged; each knows its place."""
-    due = 0.0  # the latest time of the next frame; those of a file behind this one begin anew
-    rate = stream.codec_context.sample_rate
+    due = 0.0  # the latest time of the next frame
     for number, frame in enumerate(container.decode(stream)):
         if number and frame.time is not None and frame.time > due + _FLAC_ROUNDING:
             raise RejectedError("unreadable", f"damaged at {due:.2f} s")
         begin = due if frame.time is None else frame.time
-        # Behind a change of rate FFmpeg may count samples of the first rate.
-        due = begin + frame.samples / min(rate, frame.sample_rate)
+        due = begin + frame.samples / frame.sample_rate
         yield frame
 
 
@@ -760,12 +947,12 @@ def _promised_seconds(
     """How long the sound is by the header, where it notes that; elsewhere FFmpeg guesses."""
     import av
 
-    name, _ = _names(container, stream)
+    name, codec = _names(container, stream)
     if name == "mp3":
         frames = _xing(open_file, rate)[0]
         return None if frames is None else frames / rate
-    if name not in (*_TIMED, *_COUNTED):
-        return None
+    if name not in (*_TIMED, *_COUNTED) or (name, codec) == ("ogg", "flac"):
+        return None  # (where FLAC in Ogg begins FFmpeg does not tell)
     seconds = None
     cover = av.stream.Disposition.attached_pic
     if name == "asf":
@@ -774,7 +961,7 @@ def _promised_seconds(
         seconds = float(stream.duration * stream.time_base)
     elif container.duration and all(v.disposition & cover for v in container.streams.video):
         seconds = container.duration / av.time_base  # with a picture it may be the picture's
-    if seconds and name in _ENDED:
+    if seconds and (name in _ENDED or f"{codec} in {name}" in _ENDED):
         return seconds - max(0.0, beginning)
     return seconds
 
@@ -793,14 +980,8 @@ def _asf_seconds(open_file: Callable[[], BinaryIO]) -> float | None:
 def _xing(open_file: Callable[[], BinaryIO], rate: int) -> tuple[int | None, bool]:
     """How many samples an MP3 has by its first frame, and whether more lies behind those."""
     with open_file() as raw:
-        at = 0
-        # tags of ID3v2: 10 bytes, of which the last four hold the length, 7 bits in each
-        while (head := raw.read(10))[:3] == b"ID3" and len(head) == 10:
-            at += 10 + sum(byte << 7 * i for i, byte in enumerate(reversed(head[6:])))
-            raw.seek(at)
-        raw.seek(at)
         frame = raw.read(_FIRST_MP3_FRAME)
-        size = raw.seek(0, os.SEEK_END) - at
+        size = raw.seek(0, os.SEEK_END)
     # Of the four flags 1 means that the number of frames follows, 2 that of bytes.
     found = re.search(rb"(?:Xing|Info)\0\0\0([\0-\x0f])", frame)
     if not found or not found[1][0] & 1:
@@ -813,22 +994,6 @@ def _xing(open_file: Callable[[], BinaryIO], rate: int) -> tuple[int | None, boo
         count -= int.from_bytes(lame[21:23]) >> 4
         count -= int.from_bytes(lame[22:24]) & 0xFFF
     return count, bool(more)
-
-
-def _is_joined(name: str, open_file: Callable[[], BinaryIO]) -> bool:
-    """Whether one file lies behind another: times within are not those of the whole."""
-    if name == "mp3":
-        return _xing(open_file, 1)[1]
-    if name != "flac":
-        return False
-    with open_file() as raw:
-        raw.seek(4)
-        end = b""
-        while data := raw.read(2**20):
-            if b"fLaC" in data or b"fLaC" in end + data[:3]:
-                return True
-            end = data[-3:]
-    return False
 
 
 def _to_float(frame: Any) -> np.ndarray:
@@ -888,7 +1053,8 @@ def _open_ogg(open_file: Callable[[], BinaryIO], file: BinaryIO, stack: ExitStac
         functools.partial(_open_ffmpeg, functools.partial(view, open_file, *link)) for link in links
     ]
     try:
-        sound = _chained(openers, stack) if len(links) > 1 else openers[0](stack)
+        sound = openers[0](stack)
+        sound = _chained(sound, openers[1:]) if len(links) > 1 else sound
     except RejectedError:
         if loss is None or len(links) > 1:
             raise
@@ -909,7 +1075,10 @@ def _ogg_links(file: BinaryIO) -> tuple[list[tuple[int, int]], str | None]:
         if end > size:
             loss = "ends within a page"
             break
-        loss = None if head[5] & 4 else "the page that ends the stream is missing"
+        # The page that ends the stream may be missing, as where FFmpeg cut it into files. Of a
+        # packet whose last piece has 255 bytes there is more on the next page.
+        goes_on = not head[5] & 4 and head[26 + head[26]] == 255 and head[26] > 0
+        loss = "ends within a packet" if goes_on else None
         begins_stream = bool(head[5] & 2)
         if begins_stream and not begin_before:
             begins.append(at)

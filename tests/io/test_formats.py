@@ -108,7 +108,7 @@ def test_links_of_one_serial_number_are_read_to_the_end(tmp_path):
     ("suffix", "codec"),
     [("wav", "pcm_s16le"), ("aiff", "pcm_s16be"), ("caf", "pcm_s16be"), ("au", "pcm_s16be"),
      ("w64", "pcm_s16le"), ("voc", "pcm_s16le"), ("m4a", "aac"), ("mka", "libopus"), ("flv", "aac"),
-     ("wma", "wmav2"), ("tta", "tta"), ("avi", "libmp3lame"), ("ts", "aac")],
+     ("wma", "wmav2"), ("tta", "tta"), ("wv", "wavpack"), ("avi", "libmp3lame"), ("ts", "aac")],
 )  # fmt: skip
 def test_a_file_behind_another_is_read_too(tmp_path, suffix, codec):
     rates = (48000, 48000) if codec == "libopus" else (44100, 48000)
@@ -121,9 +121,77 @@ def test_a_file_behind_another_is_read_too(tmp_path, suffix, codec):
     assert pitch(wav_N, rate) == pytest.approx(440, abs=1)
     assert wav_N[-2 * rate : -rate].std() == pytest.approx(0.3 / 2**0.5, rel=0.06)
     cut_file(parts[1])
-    if suffix not in ("ts", "avi"):  # these do not tell
+    if suffix != "ts":  # it does not tell
         with pytest.raises(RejectedError):
             read_whole(str(joined(tmp_path / f"c.{suffix}", *parts)))
+
+
+def tag(size, flags=0):
+    """Of ID3v2, of so many bytes in all; flag 16 counts ten more at its end."""
+    size -= 20 if flags & 16 else 10
+    length = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+    end = b"3DI\4\0\x10" + length if flags & 16 else b""
+    return b"ID3\4\0" + bytes([flags]) + length + bytes(size) + end
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Three seconds each in a format, as bytes."""
+    folder, found = tmp_path_factory.mktemp("kinds"), {}
+    for kind, how in (("wav", {}), ("aiff", {}), ("flac", {}), ("ogg", {}), ("mp3", {})):
+        found[kind] = put(folder / f"a.{kind}", steady(3, 48000), 48000, None, **how).read_bytes()
+    for kind, codec in (("m4a", "aac"), ("aac", "aac"), ("wv", "wavpack")):
+        found[kind] = encoded(folder / f"a.{kind}", codec, 48000).read_bytes()
+    return found
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["mp3 flac", "mp3 wav", "mp3 m4a", "mp3 ogg", "mp3 wv", "flac mp3", "flac wav", "flac ogg",
+     "wav flac", "wav mp3", "aiff wav", "m4a mp3", "m4a flac", "aac flac", "flac mp3 flac mp3"],
+)  # fmt: skip
+@pytest.mark.parametrize("between", [b"", tag(3000)])
+def test_a_file_of_another_format_behind_is_read_too(tmp_path, kinds, order, between):
+    path = tmp_path / f"a.{order.split()[0]}"
+    path.write_bytes(between.join(kinds[kind] for kind in order.split()))
+    (wav_N,), rate = read_whole(str(path))
+    assert len(wav_N) / rate == pytest.approx(3 * len(order.split()), abs=0.1)
+    for second in np.array_split(wav_N, len(wav_N) // rate):  # nothing is played as noise
+        assert pitch(np.tile(second[:rate], 2), rate) == pytest.approx(440, abs=1)
+    with open_sound(str(path)) as sound:
+        (part,) = np.concatenate(list(sound.read(4 * rate, rate))).T
+    assert len(part) == rate and part.std() == pytest.approx(0.3 / 2**0.5, rel=0.06)
+
+
+def test_what_is_behind_an_mp3_and_cannot_be_read_is_no_tag(tmp_path, kinds):
+    path = tmp_path / "a.mp3"
+    words = np.random.default_rng(0).integers(32, 127, 100_000, np.uint8).tobytes()
+    for end in (tag(100_000)[:10] + words, bytes(100_000), b"APETAGEX" + words, words[:20_000]):
+        path.write_bytes(kinds["mp3"] + end)
+        assert read_whole(str(path))[0].shape[1] == pytest.approx(3 * 48000, abs=100)
+    for end in (kinds["aac"], words):
+        path.write_bytes(kinds["mp3"] + end)
+        with pytest.raises(RejectedError, match="bytes behind its sound are no MP3"):
+            read_whole(str(path))
+
+
+@pytest.mark.parametrize("kind", ["wav", "aiff", "flac", "ogg", "mp3", "m4a", "aac", "wv"])
+def test_tags_before_a_sound_are_passed_over(tmp_path, kinds, kind):
+    path = tmp_path / f"a.{kind}"
+    path.write_bytes(kinds[kind])
+    expected, rate = read_whole(str(path))
+    for tags in (tag(2000), tag(300) + tag(20_000, 16)):
+        path.write_bytes(tags + kinds[kind])
+        found, its_rate = read_whole(str(path))
+        assert its_rate == rate
+        np.testing.assert_array_equal(found, expected)
+        path.write_bytes(path.read_bytes()[: -len(kinds[kind]) // 2])
+        with pytest.raises(RejectedError, match="unreadable" if kind == "m4a" else "cut off"):
+            read_whole(str(path))
+    for content, reason in ((tag(2000), "empty"), (tag(2000)[:-1], "cut off")):
+        path.write_bytes(content)
+        with pytest.raises(RejectedError, match=reason):
+            read_whole(str(path))
 
 
 # --- FLAC -----------------------------------------------------------------------------------------
@@ -175,6 +243,31 @@ def test_flac_behind_flac(tmp_path, noise_flac):
     np.testing.assert_array_equal(read_whole(str(path))[0], np.tile(expected.T, 2))
 
 
+@pytest.mark.parametrize("second", [(48000, 2), (32000, 1), (44100, 2), (96000, 2)])
+@pytest.mark.parametrize("first", [(44100, 1), (32000, 1)])
+def test_flac_behind_flac_of_another_rate_has_each_frame_once(tmp_path, first, second):
+    """Where the frames of two rates come in one stream FFmpeg's parser gives some twice."""
+    parts = [tmp_path / f"{i}.flac" for i in range(2)]
+    for part, (rate, channels) in zip(parts, (first, second)):
+        put(part, steady(3, rate, channels), rate, None)
+    wav_CN, rate = read_whole(str(joined(tmp_path / "c.flac", *parts)))
+    assert rate == first[0] and wav_CN.shape == (second[1], 6 * rate)
+    expected = np.concatenate([steady(3, rate, second[1])] * 2).T
+    around = np.r_[3 * rate - 50 : 3 * rate + 50, -50:0]  # what a resampler does to edges
+    expected[:, around] = wav_CN[:, around]
+    np.testing.assert_allclose(wav_CN, expected, atol=1e-3)
+
+
+def test_headers_within_a_flac_are_no_files(tmp_path, noise_flac):
+    """The flac program keeps the header of the WAV that it was given."""
+    data = noise_flac.read_bytes()
+    wav = b"riffRIFF\0\0\0\1WAVEfmt "
+    block = b"\2" + len(wav).to_bytes(3) + wav
+    (tmp_path / "a.flac").write_bytes(data[:42] + block + data[42:])
+    data = read_whole(str(tmp_path / "a.flac"))[0]
+    np.testing.assert_array_equal(data, read_whole(str(noise_flac))[0])
+
+
 # --- containers whose header tells a time ---------------------------------------------------------
 
 
@@ -208,6 +301,8 @@ CONTAINERS = [
     ("m4a", "aac"),
     ("mov", "aac"),
     ("flv", "aac"),
+    ("avi", "libmp3lame"),
+    ("avi", "ac3"),
 ]
 
 
@@ -223,6 +318,42 @@ def test_starts_and_gaps_are_no_loss(tmp_path, suffix, codec, start, gap):
     with pytest.raises(RejectedError) as caught:
         read_whole(str(path))
     assert caught.value.reason == ("unreadable" if suffix in ("m4a", "mov") else "cut off")
+
+
+class Pipe(io.RawIOBase):
+    """Nobody can go back in it."""
+
+    def __init__(self):
+        self.data = b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        self.data += bytes(data)
+        return len(data)
+
+
+@pytest.mark.parametrize("size", [0, 2**32 - 1])
+@pytest.mark.parametrize("codec", ["libmp3lame", "ac3", "pcm_s16le"])
+def test_an_avi_that_went_through_a_pipe(tmp_path, codec, size):
+    pipe, whole = Pipe(), encoded(tmp_path / "a.avi", codec, 48000)
+    with av.open(str(whole)) as source, av.open(pipe, "w", format="avi") as target:
+        stream = target.add_stream_from_template(source.streams.audio[0])
+        for packet in source.demux(source.streams.audio[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    data = bytearray(pipe.data)
+    for at in (4, data.index(b"movi") - 4):
+        assert data[at : at + 4] == b"\xff" * 4
+        data[at : at + 4] = size.to_bytes(4, "little")
+    path = tmp_path / "b.avi"
+    path.write_bytes(data)
+    np.testing.assert_array_equal(read_whole(str(path))[0], read_whole(str(whole))[0])
+    path.write_bytes(data[: len(data) // 2 + 7])
+    with pytest.raises(RejectedError, match="cut off"):
+        read_whole(str(path))
 
 
 # --- headers of plain samples ---------------------------------------------------------------------
