@@ -300,8 +300,10 @@ _BEGINNINGS = {
 }
 _LONGEST_BEGINNING = 64
 _STREAM = re.compile(rb"fLaC|\xff[\xe0-\xff]")  # formats that are read from front to end
-# MP3s are one sound with the MP3s and tags behind them.
-_BEHIND_MPEG = {w: p for w, p in _BEGINNINGS.items() if w not in (b"ID3", b"Xing", b"Info")}
+# What is looked for behind these; each word takes time. An MP3 is one sound with the MP3s and tags
+# behind it.
+_BEHIND_FLAC = {w: p for w, p in _BEGINNINGS.items() if w not in (b"RIFX", b"RF64", b"BW64")}
+_BEHIND_MPEG = {w: p for w, p in _BEHIND_FLAC.items() if w not in (b"ID3", b"Xing", b"Info")}
 
 
 def _next_file(
@@ -339,28 +341,27 @@ def _is_before_mp3(file: BinaryIO, at: int) -> bool:
     return bool(re.match(rb"\xff[\xe2-\xfb]", file.read(2)))
 
 
-class _Watch(NamedTuple):
-    """Has an eye on the bytes that are read of a file."""
-
-    begin: int
-    """From where on another file may begin."""
-    beginnings: dict[bytes, re.Pattern]
-    found: list[int]
-    """Where other files began."""
+_Watch = Callable[[int, int], int | None]
 
 
 def _watch(file: BinaryIO, at: int, found: list[int]) -> _Watch:
-    """For what is read from front to end, and begins there."""
+    """Notes where between two places, once they are read, a file begins behind the one there."""
+    begin, beginnings = at + 1, _BEHIND_MPEG
     file.seek(at)
-    if file.read(4) != b"fLaC":
-        return _Watch(at + 1, _BEHIND_MPEG, found)
-    at, last = at + 4, False
-    while not last:  # what comes before the sound may be headers of other formats, and pictures
-        file.seek(at)
-        head = file.read(4)
-        last = len(head) < 4 or head[0] >= 128
-        at += 4 + int.from_bytes(head[1:])
-    return _Watch(at, _BEGINNINGS, found)
+    if file.read(4) == b"fLaC":
+        begin, beginnings, last = at + 4, _BEHIND_FLAC, False
+        while not last:  # before its sound come pictures, and headers of other formats
+            file.seek(begin)
+            head = file.read(4)
+            last = len(head) < 4 or head[0] >= 128
+            begin += 4 + int.from_bytes(head[1:])
+
+    def watch(first: int, last: int) -> int | None:
+        place = _next_file(file, max(first, begin), last, beginnings)
+        found.extend([] if place is None else [place])
+        return place
+
+    return watch
 
 
 def _open_stream(
@@ -386,7 +387,7 @@ def _open_stream(
     first = _open_ffmpeg(functools.partial(view, open_file, 0, size, watch=watch), stack)
 
     def read(skip: int, wanted: int | None) -> Iterator[np.ndarray]:
-        if skip and _next_file(file, watch.begin, size, watch.beginnings) is None:
+        if skip and watch(0, size) is None:
             return first.read(skip, wanted)
         return _chained(first, others()).read(skip, wanted)
 
@@ -403,12 +404,12 @@ class _Samples(NamedTuple):
     end: int
     declared: int | None
     """Bytes that the header promises; None if it does not tell, or less than there are."""
-    mended: tuple[int, int, int, bytes] | None
-    """Arguments of `view` that make the header tell what is there; None where it does."""
-    too_large: bool
-    """Whether the header has no room for what is there."""
-    next_file: int | None
+    next_file: int | None = None
     """Where another file begins behind it, by the header."""
+    mended: tuple[int, int, int, bytes] | None = None
+    """Arguments of `view` that make the header tell what is there; None where it does."""
+    too_large: bool = False
+    """Whether the header has no room for what is there."""
 
 
 class _Layout(NamedTuple):
@@ -488,7 +489,7 @@ def _placed(
     before += layout.counted if layout else 0
     is_known = not _is_unknown(declared + before, width)
     if is_known and size - begin <= declared:
-        return _Samples(begin, size, declared, None, False, None)
+        return _Samples(begin, size, declared)
     end, next_file = begin + max(0, declared), None
     if is_known:
         next_file = _next_file(file, end, min(size, end + _TRAILING_BYTES))
@@ -496,13 +497,13 @@ def _placed(
     if is_known or end == begin:
         padded = end + (-end % layout.align if layout else 0)
         if any(layout and _are_chunks(file, at, size, layout) for at in (end, padded)):
-            return _Samples(begin, end, declared, None, False, next_file)
+            return _Samples(begin, end, declared, next_file)
         if end > begin and (size - end <= _JUNK or _is_no_sound(file, end, size)):
-            return _Samples(begin, end, declared, None, False, next_file)
+            return _Samples(begin, end, declared, next_file)
     end = _before_trailers(file, begin, size, layout)
     value, most = end - begin + before, 2 ** (8 * width) - 1
     mended = (0, end, position, min(value, most).to_bytes(width, order))
-    return _Samples(begin, end, None, mended, value >= most, next_file)
+    return _Samples(begin, end, None, next_file, mended, value >= most)
 
 
 def _is_unknown(size: int, width: int) -> bool:
@@ -652,12 +653,9 @@ class _View(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         if self._watch:
-            first, beginnings, found = self._watch
-            last = self._begin + min(self._size, self._position + len(buffer))
-            first = max(first, self._begin + self._position)
-            if (at := _next_file(self._file, first, last, beginnings)) is not None:
-                found.append(at)
-                self._size = at - self._begin
+            last = min(self._size, self._position + len(buffer))
+            place = self._watch(self._begin + self._position, self._begin + last)
+            self._size = self._size if place is None else place - self._begin
         self._file.seek(self._begin + self._position)
         data = bytearray(self._file.read(min(len(buffer), max(0, self._size - self._position))))
         first = max(0, self._at - self._position)
