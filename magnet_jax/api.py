@@ -31,6 +31,7 @@ from magnet_jax.arguments import (
     Seed,
     as_array,
     as_name,
+    as_rate,
     as_texts,
     checked,
 )
@@ -217,7 +218,7 @@ class Generator:
     def generate_continuation(
         self,
         prompt: Array,
-        prompt_sample_rate: Annotated[int, Between(1, 10_000_000)],
+        prompt_sample_rate: Annotated[int, as_rate],
         descriptions: Descriptions = None,
         progress: bool = False,
         return_tokens: bool = False,

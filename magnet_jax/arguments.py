@@ -39,7 +39,9 @@ class Between:
 Index = Annotated[int, Between(0, 2**63 - 1)]
 Seed = Annotated[int, Between(0, 2**31 - 1)]
 # Longer clips, and more of them at once, take more memory than any machine has.
-Seconds = Annotated[float, Between(0, 600, above=True, words="be positive, and at most 600")]
+Seconds = Annotated[
+    float, Between(0, 600, above=True, words="be a positive number, and at most 600")
+]
 MOST_CLIPS = 1024
 Count = Annotated[int, Between(1, MOST_CLIPS)]
 
@@ -127,6 +129,19 @@ def as_name(value: Any, name: str) -> str | Path:
     if b"\0" in encoded or any(len(part) > 255 for part in encoded.split(b"/")):
         raise UserError(f"{name} must be a name that a file can have, not {_shown(value)}")
     return path
+
+
+def as_rate(value: Any, name: str) -> int:
+    """Samples per second, a whole number also where a library gives it as a float: 44100.0.
+
+    Raises `UserError`, which calls it `name`.
+    """
+    try:
+        rate = _scalar(float, (), Between(1, 10_000_000), value)
+        return int(_required(rate.is_integer(), rate))
+    except ValueError:
+        wanted = "be a whole number from 1 to 10000000"
+        raise UserError(f"{name} must {wanted}, not {_shown(value)}") from None
 
 
 def as_texts(value: Any, name: str) -> list[str] | None:

@@ -351,6 +351,16 @@ def test_sources_that_are_no_checkpoint(sources, imported, tmp_path):
     assert not (tmp_path / "bundle").exists()
 
 
+def test_a_codec_that_is_given_need_not_lie_beside_the_model(copied, tmp_path):
+    name = "compression_state_dict.bin"
+    (tmp_path / "codec").mkdir()
+    codec = (copied / "magnet" / name).rename(tmp_path / "codec" / name)
+    with pytest.raises(UserError, match=f"{name}: no such file; .* as --codec"):
+        run_import(copied, "magnet", tmp_path / "bundle")
+    run_import(copied, "magnet", tmp_path / "bundle", codec=str(codec))
+    assert (tmp_path / "bundle" / "config.json").exists()
+
+
 def test_a_codec_by_itself(sources, tmp_path, capsys):
     shutil.copytree(GOLDEN / "encodec_tiny", tmp_path / "in")
     args = import_audiocraft.Args(source=str(tmp_path / "in"), out=tmp_path / "out")
@@ -490,7 +500,7 @@ def test_continuation(model):
     np.testing.assert_array_equal(tokens[..., : prompt.shape[-1]], prompt)
     # Stereo of another rate, without text and without a batch.
     stereo = np.repeat(half[0], 2, axis=0)[:, ::2]
-    assert model.generate_continuation(stereo, model.sample_rate // 2).shape == first.shape
+    assert model.generate_continuation(stereo, model.sample_rate / 2).shape == first.shape
 
 
 @pytest.mark.parametrize(

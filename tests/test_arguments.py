@@ -101,6 +101,17 @@ def test_fractions_are_not_whole(value):
         check(int, value, "x")
 
 
+@pytest.mark.parametrize("rate", [44_100, 44_100.0, np.float32(44_100), torch.tensor(44_100.0)])
+def test_a_rate_is_whole_also_as_a_float(rate):
+    found = arguments.as_rate(rate, "x")
+    assert found == 44_100 and type(found) is int
+
+
+def test_lengths_are_said_to_be_numbers():
+    with pytest.raises(UserError, match="^x must be a positive number, and at most 600, not '3'$"):
+        check(arguments.Seconds, "3", "x")
+
+
 def test_limits_belong_to_the_range_or_do_not():
     for hint, good, bad in (
         (SHARE, (0, 1), (-1e-9, 1.0001)),
@@ -321,7 +332,7 @@ CALLS = {
         GENERATE
         | {
             "prompt": ([], PROMPTS),
-            "prompt_sample_rate": ([], [None, 0, -1, 44_100.5, 44_100.0, "44100", 10**9]),
+            "prompt_sample_rate": ([], [None, 0, -1, 44_100.5, True, "44100", 10**9]),
             "descriptions": ([], [*TEXTS, ["x", "y"]]),
             "text_pad_len": ([], PAD[1]),
         },
@@ -406,7 +417,7 @@ def test_odd_settings_arrive_as_plain_ones():
     [
         ("stem_name", [None, 3, "\ud800", "a\0b", b"x", "x" * 300]),
         ("wav", AUDIO),
-        ("sample_rate", [None, 0, -1, *FRACTIONS, *NO_NUMBERS, *NOT_FINITE, *ENDLESS]),
+        ("sample_rate", [None, 0, -1, 1.5, *NO_NUMBERS, *NOT_FINITE, *ENDLESS]),
         ("format", CHOICE),
         ("mp3_rate", [0, -1, *FRACTIONS, "320"]),
         ("normalize", FLAG[1]),

@@ -27,6 +27,32 @@ SMALLER = ModelConfig(
 )
 
 
+def learning(tokens, steps, *, batch_size, peak_lr):
+    """Settings to learn a few clips by heart, with a small text encoder."""
+    return {
+        "text": TextConfig(max_tokens=32, finetune=True),
+        "data": DataConfig(
+            path=str(tokens),
+            segment_seconds=tiny.SECONDS,
+            batch_size=batch_size,
+            merge_text_p=0.0,
+            word_dropout=0.0,
+        ),
+        "optimizer": OptimizerConfig(
+            peak_lr=peak_lr,
+            warmup_steps=20,
+            schedule_steps=steps,
+            weight_decay=0.01,
+            ema_decay=0.98,
+            ema_updates=1,
+        ),
+        "condition_dropout": 0.1,
+        "steps": steps,
+        "log_every": 80,
+        "save_every": steps,
+    }
+
+
 @pytest.fixture
 def optimised_programs():
     """This test computes more than it compiles."""
@@ -46,26 +72,7 @@ def test_a_model_that_knows_four_clips_gives_each_for_its_caption(
     config = dataclasses.replace(
         tiny.run_config(tmp_path / "tokens", tmp_path / "run"),
         model=ModelConfig(codebook_size=1024, width=128, num_heads=4, num_layers=3, text_width=128),
-        text=TextConfig(max_tokens=32, finetune=True),
-        data=DataConfig(
-            path=str(tmp_path / "tokens"),
-            segment_seconds=tiny.SECONDS,
-            batch_size=8,
-            merge_text_p=0.0,
-            word_dropout=0.0,
-        ),
-        optimizer=OptimizerConfig(
-            peak_lr=2e-3,
-            warmup_steps=20,
-            schedule_steps=steps,
-            weight_decay=0.01,
-            ema_decay=0.98,
-            ema_updates=1,
-        ),  # fmt: skip
-        condition_dropout=0.1,
-        steps=steps,
-        log_every=80,
-        save_every=steps,
+        **learning(tmp_path / "tokens", steps, batch_size=8, peak_lr=2e-3),
     )
     loop.train(config)
 
@@ -92,26 +99,7 @@ def test_a_hybrid_begins_from_text_alone_and_completes_the_clip(tmp_path, monkey
     steps, decoding = 240, DecodeConfig(steps=(10, 4), greedy=True, max_guidance=3.0)
     config = dataclasses.replace(
         tiny.run_config(tmp_path / "tokens", tmp_path / "run", decode=decoding, model=SMALLER),
-        text=TextConfig(max_tokens=32, finetune=True),
-        data=DataConfig(
-            path=str(tmp_path / "tokens"),
-            segment_seconds=tiny.SECONDS,
-            batch_size=4,
-            merge_text_p=0.0,
-            word_dropout=0.0,
-        ),
-        optimizer=OptimizerConfig(
-            peak_lr=5e-3,
-            warmup_steps=20,
-            schedule_steps=steps,
-            weight_decay=0.01,
-            ema_decay=0.98,
-            ema_updates=1,
-        ),  # fmt: skip
-        condition_dropout=0.1,
-        steps=steps,
-        log_every=80,
-        save_every=steps,
+        **learning(tmp_path / "tokens", steps, batch_size=4, peak_lr=5e-3),
     )
     loop.train(with_hybrid_objective(config))
 

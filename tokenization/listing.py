@@ -5,7 +5,9 @@ There may be millions of paths: they are strings, which take a fraction of the t
 
 import ast
 import codecs
+import contextlib
 import errno
+import gzip
 import hashlib
 import json
 import math
@@ -90,6 +92,15 @@ def refuse(reason: str, detail: str) -> Make:
         raise RejectedError(reason, detail)
 
     return make
+
+
+def refuse_metadata(source: Source, path: Path) -> None:
+    """Raises `UserError` for --metadata about a source that has its captions within."""
+    if source.metadata is not None:
+        raise UserError(
+            f"--metadata {source.metadata}: for a folder of audio or a manifest; {path} has its "
+            "captions within"
+        )
 
 
 # --- paths and bytes ---
@@ -230,6 +241,23 @@ def open_regular(path: str) -> BinaryIO:
     raise OSError(errno.EINVAL, "not a regular file", path)
 
 
+@contextlib.contextmanager
+def open_listing(path: Path) -> Iterator[Any]:
+    """The bytes of a table, manifest or tar, unpacked if its name says .gz.
+
+    Raises `UserError` if it cannot be opened.
+    """
+    try:
+        file = open_regular(os.fspath(path))
+    except OSError as error:
+        if is_outage(error):
+            raise
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    is_packed = path.name.lower().endswith(".gz")
+    with file, gzip.open(file) if is_packed else contextlib.nullcontext(file) as content:
+        yield content
+
+
 # --- captions ---
 
 Texts = tuple[tuple[str, ...], str]  # a track's captions and its other fields, as JSON
@@ -333,15 +361,15 @@ def merged_texts(first: Texts, later: Texts) -> Texts:
 
 
 def _finite(value: Any) -> Any:
-    """A value of JSON, which has neither NaN nor infinity: None in their place."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
+    """A value of JSON, which has neither NaN nor infinity nor bytes: None in their place."""
+    if isinstance(value, float | bytes):
+        return value if isinstance(value, float) and math.isfinite(value) else None
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-class _TwiceError(ValueError):
+class TwiceError(ValueError):
     pass
 
 
@@ -353,7 +381,7 @@ def load_json(content: str | bytes) -> Any:
         if len(fields) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise _TwiceError(f"{twice!r} is there twice")
+            raise TwiceError(f"{twice!r} is there twice")
         return fields
 
     return json.loads(content, object_pairs_hook=once)
@@ -378,7 +406,7 @@ def read_json(content: bytes, name: str, columns: Columns) -> Texts:
         fields = load_json(content)
     except UnicodeDecodeError:
         raise RejectedError("no caption", f"{name} is not UTF-8") from None
-    except _TwiceError as error:
+    except TwiceError as error:
         raise RejectedError("no caption", f"{name}: {error}") from None
     except (ValueError, RecursionError):
         raise RejectedError("no caption", f"{name} is not valid JSON") from None
@@ -398,32 +426,48 @@ def read_text(content: bytes, name: str, _: Columns) -> Texts:
     return captions_and_fields([text], {}, name)
 
 
-def read_sidecar(source: Source, root: Root, stem: str) -> Texts:
-    """Of the .json or else .txt file beside audio, or else in --metadata; raises without any."""
-    places = [(root, f"{stem}{suffix}") for suffix in SIDECARS]
-    name = os.path.basename(stem)
-    if source.metadata is not None:
-        beyond = Root(source.metadata)
-        places += [(beyond, f"{name}{suffix}") for suffix in SIDECARS if is_json(suffix)]
-    for folder, path in places:
-        shown = os.path.basename(path)
-        try:
-            real = folder.resolve(path)
-        except RejectedError:
-            detail = "its caption is a link out of the folder"
-            raise RejectedError("outside the folder", detail) from None
-        try:
-            with open_regular(real) as file:
-                content = read_caption(file, shown)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            if is_outage(error):
-                raise
-            raise RejectedError("no caption", f"{shown}: {error.strerror}") from None
-        read = read_json if is_json(path) else read_text
-        return read(content, shown, source.columns)
-    raise RejectedError("no caption", f"no {name}.json or {name}.txt beside it")
+class Sidecars:
+    """The .json or else .txt beside audio, or else the .json of its name in --metadata."""
+
+    def __init__(self, source: Source):
+        self._columns = source.columns
+        self._beyond = None if source.metadata is None else Root(source.metadata)
+        self.by_name: dict[str, str] = {}
+        """What was taken of --metadata, by the stems that took it."""
+
+    def read(self, root: Root, stem: str) -> Texts:
+        """Raises `RejectedError` where there is none, or none that can be read."""
+        name = os.path.basename(stem)
+        places = [(root, f"{stem}{suffix}") for suffix in SIDECARS]
+        if self._beyond is not None:
+            places += [(self._beyond, f"{name}{suffix}") for suffix in SIDECARS if is_json(suffix)]
+        for folder, path in places:
+            content = _content(folder, path)
+            if content is not None:
+                if folder is self._beyond:
+                    self.by_name[stem] = path
+                read = read_json if is_json(path) else read_text
+                return read(content, os.path.basename(path), self._columns)
+        raise RejectedError("no caption", f"no {name}.json or {name}.txt beside it")
+
+
+def _content(folder: Root, path: str) -> bytes | None:
+    """Of a file that holds a caption; None if there is none."""
+    name = os.path.basename(path)
+    try:
+        real = folder.resolve(path)
+    except RejectedError:
+        detail = "its caption is a link out of the folder"
+        raise RejectedError("outside the folder", detail) from None
+    try:
+        with open_regular(real) as file:
+            return read_caption(file, name)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if is_outage(error):
+            raise
+        raise RejectedError("no caption", f"{name}: {error.strerror}") from None
 
 
 def is_json(path: str) -> bool:

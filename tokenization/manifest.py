@@ -86,7 +86,7 @@ def settings(source: Source) -> dict[str, Any]:
 
 def read(found: Iterable[bytes]) -> Written | None:
     """The manifest of what `lines` gave; None for what is damaged, or of another release."""
-    digest, tracks, rejects, seen = hashlib.sha256(), [], [], []
+    digest, tracks, rejects, seen, values = hashlib.sha256(), [], [], [], {}
     try:
         found = iter(found)
         line = next(found)
@@ -113,7 +113,7 @@ def read(found: Iterable[bytes]) -> Written | None:
             fingerprint=values["fingerprint"],
         )
         return Written(header["source"], manifest, np.array(seen, np.int64).reshape(-1, 2))
-    except (ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError, RecursionError, StopIteration):
         return None
 
 

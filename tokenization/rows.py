@@ -3,7 +3,7 @@
 Python's csv would let a quote that nothing closes swallow the rows below it, and bounds cells.
 """
 
-import gzip
+import io
 import re
 import zlib
 from collections import Counter, deque
@@ -13,14 +13,20 @@ from typing import Any
 
 from magnet_jax.errors import UserError
 from tokenization.audio import SUFFIXES, RejectedError
-from tokenization.listing import LARGEST_CAPTION, encoding_of, load_json, split
+from tokenization.listing import (
+    LARGEST_CAPTION,
+    encoding_of,
+    load_json,
+    open_listing,
+    printable,
+    split,
+)
 
 Row = Mapping[str, Any]
 Numbered = tuple[int, Row | RejectedError]
 
 _JSON = (".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")
 _SEPARATED = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
-SUFFIXES_OF_ROWS = (*_SEPARATED, *_JSON)
 _HEAD = 1000  # rows of .jsonl whose names are all that a table of them is said to have
 
 _OPENING = re.compile(' *"')  # people put a space after a comma
@@ -53,10 +59,10 @@ def check_names(path: Path, names: Iterable[str]) -> None:
 def _separated_rows(path: Path) -> Iterator[Any]:
     """First the names, then the rows."""
     delimiter, between = _SEPARATED[path.suffix.lower()]
-    with path.open("rb") as file:
-        encoding = encoding_of(file.read(4))
-    with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
-        lines = _Lines(file)
+    with open_listing(path) as file:
+        encoding = encoding_of(file.peek(4))
+        text = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape", newline="")
+        lines = _Lines(text)
         try:
             names = _header(path, lines, delimiter)
             yield names
@@ -92,6 +98,8 @@ def _header(path: Path, lines: "_Lines", delimiter: str) -> list[str]:
         except RejectedError as error:
             raise UserError(f"{path}, line {lines.number}: {error.detail}") from None
     names = [cell.strip() for cell in cells]
+    if any(printable(name) != name for name in names):
+        raise UserError(f"{path}, line {lines.number}: names of columns are not UTF-8")
     while names and not names[-1]:  # of a spreadsheet; a caption that commas cut goes on there
         names.pop()
     check_names(path, names)
@@ -182,7 +190,7 @@ def _is_row(text: str, delimiter: str, columns: int) -> bool:
 
 def _json_rows(path: Path) -> Iterator[Numbered]:
     number = 0
-    with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+    with open_listing(path) as file:
         try:
             for line in file:
                 number += 1

@@ -4,7 +4,6 @@
 """
 
 import functools
-import gzip
 import hashlib
 import itertools
 import json
@@ -13,7 +12,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -41,23 +40,27 @@ from tokenization.listing import (
     Ends,
     Make,
     Root,
+    Sidecars,
     Source,
     Task,
     Texts,
+    TwiceError,
     check_below,
     check_name,
     file_ends,
     is_below,
     is_hidden,
+    load_json,
     merged_texts,
+    open_listing,
     open_regular,
     printable,
     range_ends,
     read_caption,
     read_json,
-    read_sidecar,
     read_text,
     refuse,
+    refuse_metadata,
     split,
 )
 from tokenization.rows import read_rows
@@ -101,7 +104,8 @@ def scan(source: Source) -> Manifest:
     rejects: list[Reject] = []
     names: set[str] = set()
     clips: dict[tuple, int] = {}  # in `tracks`
-    tasks = _tasks(source, ignored, digest)
+    sidecars = Sidecars(source)
+    tasks = _tasks(source, sidecars, ignored, digest)
     with tqdm(_in_order(tasks), desc="scanning", unit="file", delay=2, leave=False) as bar:
         for path, result in bar:
             if isinstance(result, _IgnoredError):
@@ -143,12 +147,34 @@ def scan(source: Source) -> Manifest:
         )
         for i, first in copies.items()
     ]
+    ambiguous = _of_one_name(tracks, copies, sidecars.by_name)
+    rejects += ambiguous.values()
     return Manifest(
-        tracks=tuple(track for i, track in enumerate(tracks) if i not in copies),
+        tracks=tuple(t for i, t in enumerate(tracks) if i not in copies and i not in ambiguous),
         rejects=tuple(rejects),
         ignored=dict(ignored),
         fingerprint=digest.hexdigest(),
     )
+
+
+def _of_one_name(
+    tracks: list[Track], copies: Container[int], by_name: Mapping[str, str]
+) -> dict[int, Reject]:
+    """The tracks whose caption was found by a name that other audio goes by as well."""
+    takers: dict[str, list[int]] = {}
+    for i, track in enumerate(tracks):
+        if i not in copies and track.track_id in by_name:
+            takers.setdefault(by_name[track.track_id], []).append(i)
+    rejects = {}
+    for name, several in takers.items():
+        for i, other in zip(several, several[1:] + several[:1]):
+            if other != i:
+                detail = (
+                    f"{name} in --metadata may be about {tracks[other].path} instead; put a .json "
+                    "beside each"
+                )
+                rejects[i] = Reject(path=tracks[i].path, reason="ambiguous", detail=detail)
+    return rejects
 
 
 def _merged(first: Track, later: Track, id_column: str | None) -> Track:
@@ -173,7 +199,9 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
     return f"{sum(ignored.values())} other files: {names}"
 
 
-def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> Iterator[Task]:
+def _tasks(
+    source: Source, sidecars: Sidecars, ignored: Counter[str], digest: "hashlib._Hash"
+) -> Iterator[Task]:
     """Finds out what kind of source it is."""
     audio = source.audio
     for option, folder in (("--root", source.root), ("--metadata", source.metadata)):
@@ -182,10 +210,12 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     if not audio.exists():
         raise UserError(f"audio {audio}: no such file or folder")
     if audio.is_dir():
-        return _tasks_within(source, ignored, digest)
+        return _tasks_within(source, sidecars, ignored, digest)
+    if not audio.is_file():
+        raise UserError(f"audio {audio}: neither a file nor a folder")
     name = audio.name.lower()
     if name.endswith((".jsonl", ".jsonl.gz", ".jsons", ".jsons.gz")):
-        return _lines_tasks(source, audio, "a manifest")
+        return _lines_tasks(source, sidecars, audio, "a manifest")
     if name.endswith((".csv", ".tsv")):
         return tables.text_tasks(source, audio)
     if name.endswith(".parquet"):
@@ -198,14 +228,14 @@ def _tasks(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> It
     raise UserError(f"audio {audio}: neither a folder nor a .jsonl, .csv, .tsv, .parquet or .tar")
 
 
-def _lines_tasks(source: Source, path: Path, what: str) -> Iterator[Task]:
+def _lines_tasks(source: Source, sidecars: Sidecars, path: Path, what: str) -> Iterator[Task]:
     """Of a .jsonl: a table if there are captions in it, or else AudioCraft's manifest."""
     names, _ = read_rows(path)
     captions = source.columns.caption or CAPTION_NAMES
     if names and ("path" not in names or set(captions) & set(names)):
         return tables.text_tasks(source, path)
     _refuse_columns(source, what)
-    return _manifest_tasks(source, path)
+    return _manifest_tasks(source, sidecars, path)
 
 
 def _refuse_columns(source: Source, what: str) -> None:
@@ -218,7 +248,9 @@ def _refuse_columns(source: Source, what: str) -> None:
         raise UserError(f"{', '.join(given)}: for tables; {source.audio} is {what}")
 
 
-def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash") -> Iterator[Task]:
+def _tasks_within(
+    source: Source, sidecars: Sidecars, ignored: Counter[str], digest: "hashlib._Hash"
+) -> Iterator[Task]:
     """Finds out what a folder is."""
     audio = source.audio
     entries = _entries(audio)
@@ -227,7 +259,7 @@ def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash"
     suffixes = {split(name)[1] for name in names}
     manifests = [name for name in _MANIFESTS if name in names]
     if manifests:
-        return _lines_tasks(source, audio / manifests[0], "a folder with a manifest")
+        return _lines_tasks(source, sidecars, audio / manifests[0], "a folder with a manifest")
     if "dataset_dict.json" in names:
         splits = ", ".join(str(audio / name) for name in folders)
         raise UserError(f"audio {audio}: several splits; name one of {splits}")
@@ -249,7 +281,7 @@ def _tasks_within(source: Source, ignored: Counter[str], digest: "hashlib._Hash"
             return _tar_tasks(source, files, ignored)
         return tables.parquet_tasks(source, files, digest)
     _refuse_columns(source, "a folder of audio")
-    return _folder_tasks(source, Root(audio), ignored)
+    return _folder_tasks(source, Root(audio), sidecars, ignored)
 
 
 def _in_order(tasks: Iterator[Task]) -> Iterator[tuple[str, Any]]:
@@ -342,6 +374,7 @@ def _hash(place: FileBytes | RowBytes) -> bytes:
 def _folder_tasks(
     source: Source,
     root: Root,
+    sidecars: Sidecars,
     ignored: Counter[str],
     below: str = "",
     listings: tuple[tables.Listed, ...] = (),
@@ -365,7 +398,7 @@ def _folder_tasks(
         stem, suffix = split(entry.name)
         if entry.name in folders:
             if not entry.is_symlink():
-                yield from _folder_tasks(source, root, ignored, f"{path}/", listings)
+                yield from _folder_tasks(source, root, sidecars, ignored, f"{path}/", listings)
             else:
                 yield from _linked_tasks(root, entry.path, path)
         elif suffix in SUFFIXES:
@@ -376,7 +409,7 @@ def _folder_tasks(
                 yield printable(path), refuse("same name", _same_name(taken[stem]))
             else:
                 taken[stem] = entry.name
-                yield printable(path), functools.partial(_folder_track, source, root, path, rows)
+                yield printable(path), functools.partial(_folder_track, root, sidecars, path, rows)
         elif suffix in (".json", ".txt"):
             beside = stems if suffix == ".txt" else others
             if stem not in beside or not entry.name.endswith(SIDECARS):
@@ -385,7 +418,7 @@ def _folder_tasks(
             if listed is None or entry.name != listed.name:
                 ignored[suffix or "none"] += 1
         else:
-            yield printable(path), functools.partial(_unknown_format, source, root, path, suffix)
+            yield printable(path), functools.partial(_unknown_format, root, sidecars, path, suffix)
     if listed:
         yield from listed.left(root)
 
@@ -427,7 +460,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
 
 
 def _folder_track(
-    source: Source, root: Root, path: str, rows: list[Callable[[], Texts]]
+    root: Root, sidecars: Sidecars, path: str, rows: list[Callable[[], Texts]]
 ) -> tuple[Track, Ends]:
     try:
         real = root.resolve(path)
@@ -436,7 +469,7 @@ def _folder_track(
         raise RejectedError("unreadable", "a link to nothing") from None
     track_id = os.path.splitext(path)[0]
     try:
-        captions, fields = read_sidecar(source, root, track_id)
+        captions, fields = sidecars.read(root, track_id)
     except RejectedError:
         if not rows:
             raise
@@ -447,9 +480,9 @@ def _folder_track(
     return track, ends
 
 
-def _unknown_format(source: Source, root: Root, path: str, suffix: str) -> tuple[Track, Ends]:
+def _unknown_format(root: Root, sidecars: Sidecars, path: str, suffix: str) -> tuple[Track, Ends]:
     try:
-        read_sidecar(source, root, os.path.splitext(path)[0])
+        sidecars.read(root, os.path.splitext(path)[0])
     except RejectedError:
         raise _IgnoredError(suffix or "none") from None
     raise RejectedError("unknown format", suffix or "no suffix")
@@ -458,24 +491,26 @@ def _unknown_format(source: Source, root: Root, path: str, suffix: str) -> tuple
 # --- AudioCraft's manifests ---------------------------------------------------------------------
 
 
-def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
+def _manifest_tasks(source: Source, sidecars: Sidecars, path: Path) -> Iterator[Task]:
     root = Root(source.root or path.parent)
     open_zip = functools.lru_cache(8)(lambda name: zipfile.ZipFile(open_regular(name)))
     number = 0
-    with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+    with open_listing(path) as file:
         try:
             for line in file:
                 number += 1
                 if not line.strip():
                     continue
-                meta = json.loads(line)
+                meta = load_json(line)
                 its_path, info_path = meta["path"], meta.get("info_path")
                 if not isinstance(its_path, str) or not isinstance(info_path, str | None):
                     raise TypeError
                 make = functools.partial(
-                    _manifest_track, source, root, its_path, info_path, open_zip
+                    _manifest_track, source, root, sidecars, its_path, info_path, open_zip
                 )
                 yield printable(its_path), make
+        except TwiceError as error:
+            raise UserError(f"{path}: line {number}: {error}") from None
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise UserError(f"{path}: line {number} is not a JSON object with a 'path'") from None
         except (EOFError, OSError, zlib.error) as error:
@@ -485,6 +520,7 @@ def _manifest_tasks(source: Source, path: Path) -> Iterator[Task]:
 def _manifest_track(
     source: Source,
     root: Root,
+    sidecars: Sidecars,
     path: str,
     info_path: str | None,
     open_zip: Callable[[str], zipfile.ZipFile],
@@ -492,7 +528,7 @@ def _manifest_track(
     real, below, ends = root.find(path)
     track_id = os.path.splitext(below)[0]
     if info_path is None:
-        captions, fields = read_sidecar(source, root, track_id)
+        captions, fields = sidecars.read(root, track_id)
     else:
         content = _read_info(root, info_path, open_zip)
         captions, fields = read_json(content, os.path.basename(info_path), source.columns)
@@ -524,16 +560,18 @@ def _read_info(root: Root, info_path: str, open_zip: Callable[[str], zipfile.Zip
 
 def _tar_tasks(source: Source, paths: list[Path], ignored: Counter[str]) -> Iterator[Task]:
     """Webdataset: neighbours whose names are alike up to the first dot are one sample."""
+    refuse_metadata(source, source.audio)
     for path in paths:
         count = 0
         try:
-            with tarfile.open(path, "r:") as tar:
+            with open_listing(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for key, members in itertools.groupby(_regular(tar, ignored), _key):
                     members = list(members)
                     count += len(members)
                     yield from _sample_tasks(source, path, key, members, ignored)
                 _check_end(path, tar.offset)
-        except tarfile.TarError as error:
+        # (of sizes that no file can have the library knows nothing)
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             detail = f"after {count} whole files: {error}"
             yield printable(path.name), refuse("damaged tar", detail)
 
@@ -556,6 +594,8 @@ def _check_end(path: Path, end: int) -> None:
 
 def _regular(tar: tarfile.TarFile, ignored: Counter[str]) -> Iterator[tarfile.TarInfo]:
     for member in tar:
+        if member.size < 0:  # the next one would be this one again
+            raise tarfile.ReadError("a size below 0")
         if is_hidden(member.name):
             if not member.isdir():
                 ignored["hidden files within tars"] += 1

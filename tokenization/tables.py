@@ -31,6 +31,7 @@ from tokenization.listing import (
     printable,
     range_ends,
     refuse,
+    refuse_metadata,
     split,
 )
 from tokenization.rows import Row, check_names, read_rows
@@ -71,6 +72,7 @@ class _Table:
 
     def __init__(self, source: Source, path: Path, names: list[str]):
         self.source = source
+        refuse_metadata(source, path)
         check_names(path, names)
         self.root = Root(source.root or path.parent)
         self.recipe = source.recipe and RECIPES[source.recipe]
@@ -192,8 +194,9 @@ def filled(pattern: str, row: Row) -> str:
         return ""
     try:
         return pattern.format_map(row)
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise UserError(f"--columns.path {pattern}: {error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, MemoryError) as error:
+        reason = str(error) or "too long"
+        raise UserError(f"--columns.path {pattern}: {reason}") from None
 
 
 def pattern_fields(pattern: str) -> list[str]:
@@ -288,11 +291,16 @@ class Listed:
 
     def _read(self, source: Source, root: Root, below: str) -> None:
         path = Path(root.given, below, self.name)
+        try:
+            root.resolve(below + self.name)
+        except RejectedError as error:
+            raise UserError(f"{path}: {error.detail}") from None
         names, rows = read_rows(path)
         column = next((name for name in ("file_name", *PATH_NAMES) if name in names), None)
         if column is None:
             return
-        table = _Table(replace(source, columns=replace(source.columns, path=column)), path, names)
+        columns = replace(source.columns, path=column)
+        table = _Table(replace(source, metadata=None, columns=columns), path, names)
         self._texts = table.texts
         for number, row in rows:
             where = f"{printable(below + self.name)}, line {number}"
@@ -483,6 +491,10 @@ def _as_bytes(kind: Any) -> Any:
         return pa.large_binary()
     if pa.types.is_list(kind):
         return pa.list_(_as_bytes(kind.value_type))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_as_bytes(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_as_bytes(kind.value_type), kind.list_size)
     if pa.types.is_struct(kind):
         return pa.struct([(field.name, _as_bytes(field.type)) for field in kind])
     return kind
@@ -531,7 +543,7 @@ def _arrow_table(
     def holds_bytes(field: Any) -> bool:  # plain, or as the `datasets` library keeps audio
         if pa.types.is_struct(field.type):
             return field.type.get_field_index("bytes") >= 0
-        return pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)
+        return field.type in (pa.binary(), pa.large_binary(), pa.binary_view())
 
     check_names(path, schema.names)
     binary = [field.name for field in schema if holds_bytes(field)]

@@ -181,6 +181,21 @@ def check(args: Args) -> None:
         raise UserError(f"--out {args.out}: needs a folder on disk; copy it from there")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the scores need a folder")
+    if args.out is not None:
+        _check_own(args.out)
+
+
+def _check_own(out: Path) -> None:
+    """Raises `UserError` for files that would be replaced and that no tradeoff wrote."""
+    table, picture = out / "tradeoff.json", out / "tradeoff.png"
+    try:
+        first = json.loads(table.read_text())[0]
+        is_own = first.keys() >= {"kind", "value", "seconds", "options"}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        is_own = False
+    for path in (table, picture):
+        if path.exists() and not is_own:
+            raise UserError(f"{path}: is there, and no tradeoff wrote it; name another --out")
 
 
 def measure(args: Args) -> None:

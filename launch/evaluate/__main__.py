@@ -257,9 +257,12 @@ def _checked(args: Args) -> Args:
         raise UserError("--seed must lie between 0 and 2147483647")
     if args.resamples < 0:
         raise UserError("--resamples must not be negative")
-    for option in ("out", "generated", "reference"):
+    for option in ("out", "generated", "reference", "prompts", "probe", "probe_round_trip"):
         if (path := getattr(args, option)) is not None and bucket.is_url(path):
-            raise UserError(f"--{option} {path}: needs a folder on disk; copy it from there")
+            option = option.replace("_", "-")
+            raise UserError(
+                f"--{option} {path}: needs a file or folder on disk; copy it from there"
+            )
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
     _check_own(args)
@@ -312,9 +315,7 @@ def labelled_clips(
     files = scores.find_audio(folder)
     labels = {}
     for name, path in files.items():
-        beside = (path.with_suffix(suffix) for suffix in (".json", ".JSON"))
-        beside = next((file for file in beside if file.is_file()), None)
-        value = beside is not None and read_object(beside, "").get(field)
+        value = prompts.fields(path).get(field)
         if isinstance(value, str) and value.strip():
             labels[name] = value.strip()
     if len(set(labels.values())) < 2:

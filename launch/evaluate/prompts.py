@@ -59,7 +59,8 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
         raise UserError(f"--prompts {path}: is not UTF-8") from None
     ids: set[str] = set()
     for prompt in found:
-        if not re.fullmatch(r"[^/\\\0]+", prompt.id) or prompt.id.startswith("."):
+        is_name = re.fullmatch(r"[^/\\\0]+", prompt.id) and not prompt.id.startswith(".")
+        if not is_name or len(prompt.id.encode()) > 250:  # with a suffix, no name is longer
             raise UserError(f"--prompts {path}: {prompt.id!r} cannot be the name of a file")
         if prompt.id in ids:
             raise UserError(
@@ -82,23 +83,39 @@ def sidecar(audio: Path) -> str | None:
     path = next((p for p in map(audio.with_suffix, SIDECARS) if p.is_file()), None)
     if path is None:
         return None
-    content = path.read_bytes()
     if is_json(path.name):
-        try:
-            fields = load_json(content)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from None
-        return _first(fields, _CAPTIONS) if isinstance(fields, dict) else None
+        return _first(_object(path), _CAPTIONS)
+    content = path.read_bytes()
     try:
         return content.decode(encoding_of(content)).strip() or None
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8; save it as UTF-8") from None
 
 
+def fields(audio: Path) -> Row:
+    """What the .json beside a clip holds; nothing without one.
+
+    Raises `UserError` for a .json that is none.
+    """
+    beside = (path for path in map(audio.with_suffix, SIDECARS) if is_json(path.name))
+    path = next(filter(Path.is_file, beside), None)
+    return {} if path is None else _object(path)
+
+
+def _object(path: Path) -> Row:
+    try:
+        found = load_json(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    return found if isinstance(found, dict) else {}
+
+
 def _folder(folder: Path) -> Iterator[Prompt]:
     below = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    sidecars = (path for path in below if path.endswith(SIDECARS) and not is_hidden(path))
-    stems = {Path(path).with_suffix("") for path in sidecars}
+    below = {path for path in below if not is_hidden(path)}
+    clips = {Path(path).with_suffix("") for path in below if split(path)[1] in SUFFIXES}
+    stems = {Path(path).with_suffix("") for path in below if path.endswith(SIDECARS)}
+    stems = stems & clips if clips else stems  # (a text about none of the clips is a note)
     texts = {stem: sidecar(folder / f"{stem}.wav") for stem in sorted(stems)}
     named = {stem.name for stem, text in texts.items() if text}
     yield from (Prompt(stem.name, text, (stem.name,)) for stem, text in texts.items() if text)

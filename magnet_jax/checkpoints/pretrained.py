@@ -35,7 +35,7 @@ from magnet_jax.config import (
     with_sampling,
 )
 from magnet_jax.convert import lm_rules, t5_files, transformers_folder, transformers_musicgen
-from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE, Origin, read_file, xp_setting
+from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE, File, Origin, read_file, xp_setting
 from magnet_jax.errors import UserError
 from magnet_jax.io import bucket, files, hub, trees
 from magnet_jax.model import lora, t5
@@ -161,6 +161,11 @@ def locate(source: Path | str) -> Path:
     name = str(source)
     if folder.exists():
         raise UserError(f"{source}: is a file; name the folder that holds it")
+    if name in SHIPPED:  # (given as a path)
+        raise UserError(
+            f"{source}: no such folder; the model that ships is called by a text, {name!r}, not by "
+            "a path"
+        )
     if "/" not in name or not hub.is_hub_id(name):
         raise UserError(
             f"{source}: no such folder, and neither a hub id (owner/name) nor "
@@ -464,9 +469,14 @@ def _read_codec(
 ) -> tuple[CodecSpec, str, dict[str, str]]:
     """The codec of an AudioCraft folder: what it is, where it lies, its part of the origin."""
     path = folder / CODEC_FILE
-    if not path.exists():
-        raise UserError(f"{path}: no such file; an AudioCraft model needs its codec beside it")
-    file = read_file(path)
+    if path.exists():
+        file = read_file(path)
+    elif given:
+        file = File({}, {}, "", "float32", "")
+    else:
+        raise UserError(
+            f"{path}: no such file; copy the codec there, or name the folder of one as --codec"
+        )
     source = given or file.pretrained or str(path)
     try:
         spec = _fitting_codec(source, model, path)

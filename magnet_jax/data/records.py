@@ -259,22 +259,20 @@ def finalise(
 
     Shards without records are left out, and so are splits without shards: readers never meet an
     empty file. `about` is kept in the metadata, for people. Can be killed anywhere and called again
-    with the same arguments.
+    with the same arguments, also while another process is at it.
     """
     for shard, name in final_names(shards):
-        path, final = directory / shard.path, directory / name
-        if path.exists():
-            path.replace(final)
-        elif not final.exists():
-            raise FileNotFoundError(final)
+        final = directory / name
+        try:
+            (directory / shard.path).replace(final)
+        except FileNotFoundError:
+            if not final.exists():
+                raise
     _sync(directory)
-    folder = directory / ".metadata.tmp"
-    shutil.rmtree(folder, ignore_errors=True)  # what a kill may have left
-    folder.mkdir()
-    for path in write_metadata(folder, shards, spec, about):
-        _sync(path)
-        path.replace(directory / path.name)
-    folder.rmdir()
+    with temporary(directory / "metadata", Path.mkdir) as folder:
+        for path in write_metadata(folder, shards, spec, about):
+            _sync(path)
+            path.replace(directory / path.name)
     _sync(directory)
 
 
@@ -343,7 +341,10 @@ def write_text(path: Path, text: str | Iterable[str]) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Removes what killed writers left in a folder; what goes meanwhile is a slow one's."""
     for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 import soundfile
 
-from magnet_jax.arguments import Between, as_array, as_name, checked
+from magnet_jax.arguments import Between, as_array, as_name, as_rate, checked
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 
@@ -102,7 +102,7 @@ def _require_finite(path: Path, wav_CN: np.ndarray) -> None:
 SILENCE_RMS = 2e-3
 
 
-_Rate = Annotated[int, Between(1, 2**31 - 1, words="be a positive whole number")]
+_Kilobits = Annotated[int, Between(1, 2**31 - 1, words="be a positive whole number")]
 _Decibels = Annotated[float, Between(-200, 200)]
 
 
@@ -110,9 +110,9 @@ _Decibels = Annotated[float, Between(-200, 200)]
 def audio_write(
     stem_name: Annotated[str | Path, as_name],
     wav: Annotated[np.ndarray, as_array],
-    sample_rate: _Rate,
+    sample_rate: Annotated[int, as_rate],
     format: Literal["wav", "mp3", "flac", "ogg"] = "wav",
-    mp3_rate: _Rate = 320,
+    mp3_rate: _Kilobits = 320,
     normalize: bool = True,
     strategy: Literal["peak", "clip", "rms", "loudness", "none"] = "peak",
     peak_clip_headroom_db: _Decibels = 1,

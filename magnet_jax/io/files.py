@@ -35,7 +35,7 @@ def read_object(path: Path, hint: str) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; {hint}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -340,19 +340,21 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def temporary(path: Path) -> Iterator[Path]:
+def temporary(path: Path, make: Callable[[Path], None] = Path.touch) -> Iterator[Path]:
     """Gives an empty file beside `path` for this writer alone, which is removed in the end.
+
+    (Path.mkdir makes it a folder.)
 
     Another process may be writing the same file. Raises `OSError` where none can be made.
     """
     _remove_left_once(path.absolute().parent)
-    writing, handle = _made_and_locked(_beside(path, "tmp"), Path.touch)
+    writing, handle = _made_and_locked(_beside(path, "tmp"), make)
     try:
         yield writing
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):
-            writing.unlink()
+            shutil.rmtree(writing) if writing.is_dir() else writing.unlink()
 
 
 # --- what is not whole yet ------------------------------------------------------------------------

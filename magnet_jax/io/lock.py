@@ -147,9 +147,10 @@ def _is_there(holder: dict[str, Any]) -> bool | None:
 def _read(seen: Seen) -> dict[str, Any]:
     try:
         holder = json.loads(seen.content)
-        holder["process"], holder["host"], holder["since"], holder["started"]
+        holder["host"], holder["since"], holder["started"]
+        range(2**31)[holder["process"]]  # a number that a process can have
         return holder
-    except (ValueError, KeyError, TypeError):  # half-written, or not of this program
+    except (ValueError, LookupError, TypeError, RecursionError):  # half-written, or another's
         return {"process": "?", "host": "?", "since": "?"}
 
 

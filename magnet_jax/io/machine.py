@@ -50,7 +50,7 @@ def _num_bound() -> int:
 def _quotas(root: Path) -> Iterator[float]:
     """The CPUs that each control group of this process grants, where it sets a limit (Linux)."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
     mounted = root / "sys/fs/cgroup"

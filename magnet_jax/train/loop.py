@@ -392,9 +392,13 @@ def held(out: str) -> Iterator[Callable[[], None]]:
     """
     with contextlib.ExitStack() as stack:
         locks = []
-        distributed.first_does(
-            lambda: locks.append(stack.enter_context(lock.held(out, tqdm.write)))
-        )
+
+        def take() -> None:
+            if Path(out).exists() and not Path(out).is_dir():
+                raise UserError(f"--out {out}: is a file, and a run needs a folder")
+            locks.append(stack.enter_context(lock.held(out, tqdm.write)))
+
+        distributed.first_does(take)
         yield lambda: distributed.first_does(lambda: locks[0].check())
 
 

@@ -168,10 +168,30 @@ def test_fields_are_written_in_a_fixed_order(tmp_path):
 def test_finalise_can_be_repeated(tmp_path):
     shards = write(tmp_path, {"train": [2, 1]})
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    (tmp_path / ".metadata.tmp").mkdir()
+    (tmp_path / ".metadata.tmp").mkdir()  # what a kill may have left
     (tmp_path / ".metadata.tmp" / "features.json").write_text("half of it")
     records.finalise(tmp_path, shards, SPEC, {"hours": 1.0})
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    records.remove_temporaries(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_may_finalise_at_once(tmp_path, monkeypatch):
+    """The second one comes and goes while the first one writes the metadata."""
+    shards = write(tmp_path, {"train": [2, 1]})
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    write_metadata = records.write_metadata
+
+    def slow(*args):
+        found = write_metadata(*args)
+        monkeypatch.setattr(records, "write_metadata", write_metadata)
+        records.finalise(tmp_path, shards, SPEC, {"hours": 1.0})
+        return found
+
+    monkeypatch.setattr(records, "write_metadata", slow)
+    records.finalise(tmp_path, shards, SPEC, {"hours": 1.0})
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_unfit_folders_give_one_line(tmp_path):

@@ -119,6 +119,14 @@ def test_one_that_was_taken_for_dead_writes_nothing_more(tmp_path, quick):
             first.check()
 
 
+@pytest.mark.parametrize("process", ["12", None, 1.5, 2**70, [1]])
+def test_a_lock_whose_process_is_no_number_is_not_of_this_program(tmp_path, quick, process):
+    left_in(tmp_path, process=process)
+    said = []
+    with lock.held(str(tmp_path), said.append):
+        assert len(said) == 1 and "held by process ? on ?" in said[0]
+
+
 def test_of_many_that_begin_at_once_one_does(tmp_path):
     left_in(tmp_path, started="1")  # and a dead one was there
     ready, over, got = threading.Barrier(6), threading.Event(), []

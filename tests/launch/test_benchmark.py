@@ -440,6 +440,16 @@ def test_the_tradeoffs_points_are_kept_where_a_later_one_fails(run, tmp_path, mo
     assert (row["kind"], row["value"], row["seconds"]) == ("first codebook", 1, 0.5)
 
 
+@pytest.mark.parametrize("name", ["tradeoff.json", "tradeoff.png"])
+def test_what_no_tradeoff_wrote_is_left_alone(run, tmp_path, name):
+    words = ["tradeoff", "--checkpoint", str(run), "--out", str(tmp_path)]
+    for content in ("[1]", "{}", '["row"]', '[{"kind": "mine"}]', "thesis"):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name}: is there, and no tradeoff wrote it"):
+            command.main(words)
+        assert (tmp_path / name).read_text() == content
+
+
 def test_the_tradeoff_is_drawn_to_scale(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(

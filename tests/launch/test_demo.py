@@ -75,8 +75,9 @@ def test_it_is_found_by_its_name_and_sounds():
 
 def test_a_folder_of_that_name_is_a_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("./demo", Path("demo")):
-        with pytest.raises(UserError, match="nor demo, which ships"):
-            MAGNeT.get_pretrained(name)
+    with pytest.raises(UserError, match="./demo: no such folder, .* nor demo, which ships"):
+        MAGNeT.get_pretrained("./demo")
+    with pytest.raises(UserError, match="demo: no such folder; .* called by a text, 'demo'"):
+        MAGNeT.get_pretrained(Path("demo"))
     with pytest.raises(UserError, match="none: no such folder, and neither a hub id"):
         pretrained.locate("none")

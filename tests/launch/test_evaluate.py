@@ -88,6 +88,19 @@ def test_a_probe_is_fitted_to_other_clips(real, probed, tmp_path):
         evaluated(tmp_path / "out", *words)
 
 
+def test_labels_are_in_objects_alone(probed):
+    (path, *_) = probed.glob("*.json")
+    captions = [path.stem]
+    for content, message in (
+        ("[" * 10**5, "not valid JSON"),
+        ('{"instrument": "a", "instrument": "b"}', "'instrument' is there twice"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"{path.name}: .*{message}") as error:
+            command.labelled_clips(probed, "instrument", {}, captions)
+        assert len(str(error.value).splitlines()) == 1
+
+
 def test_a_probe_whose_labels_no_caption_names_is_refused(real, probed, tmp_path, monkeypatch):
     """Whether the captions are beside the clips or listed, and before anything is sampled."""
     monkeypatch.setattr(command, "_sampler", lambda args, listed: None)
@@ -411,6 +424,9 @@ def test_plain_lists(tmp_path, real):
     found = prompts.read(tmp_path / "list.jsonl")
     assert [prompt[:2] for prompt in found] == [("x", "a waltz"), ("y", "a march")]
     assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
+    (real / "README.txt").write_text("about the clips")
+    assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
+    (real / "README.txt").unlink()
     folder = tmp_path / "several"  # as tokenization.recipe writes them
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps({"description": ["", "a waltz", "a dance"]}))
@@ -429,6 +445,7 @@ def test_plain_lists(tmp_path, real):
         ("a.tsv", "id\tcaption\nx\ta\tb\n", "a.tsv, line 2: .* caption with tabs"),
         ("a.csv", "id,caption\n", "no prompt in it"),
         ("a.csv", "id,caption\n../x,one\n", "cannot be the name of a file"),
+        ("a.csv", f"id,caption\n{'x' * 251},one\n", "cannot be the name of a file"),
         ("a.jsonl", "{\n", "line 1: not valid JSON"),
         ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
         ("a.doc", "", "must be a folder, or end in .csv"),

@@ -72,10 +72,12 @@ def test_what_is_damaged_is_not_taken(tmp_path):
     lines = [line.encode() for line in manifest.lines(source, sources.scan(source))]
     assert manifest.read(lines)
     for damaged in (
-        [], lines[:-1], lines[:2] + lines[3:], lines[:1] + lines[2:3] + lines[1:2] + lines[3:],
+        [], lines[:1], lines[:-1], lines[:2] + lines[3:],
+        lines[:1] + lines[2:3] + lines[1:2] + lines[3:],
         [lines[0].replace(b"manifest 1", b"manifest 0"), *lines[1:]],
         [*lines[:2], lines[2].replace(b"a tone", b"a town"), *lines[3:]],
         [*lines[:2], lines[2][:20], *lines[3:]], [b"[]\n"], [b"\xff\n"], [b"{}\n", *lines[1:]],
+        [lines[0], b"[" * 10**5],
     ):  # fmt: skip
         assert manifest.read(damaged) is None
 

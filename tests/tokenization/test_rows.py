@@ -110,6 +110,8 @@ def test_encodings(tmp_path):
         rows_of(tmp_path / "t.csv", text.encode("utf-16") + b"x")
     with pytest.raises(UserError, match="t.csv: is empty; its first line should name"):
         rows_of(tmp_path / "t.csv", "\n\n")
+    with pytest.raises(UserError, match="t.csv, line 1: names of columns are not UTF-8"):
+        rows_of(tmp_path / "t.csv", b"path,caf\xe9\na.wav,x\n")
     with pytest.raises(UserError, match="t.csv, line 1: a quote that nothing closes"):
         rows_of(tmp_path / "t.csv", '"path,caption\n')
 

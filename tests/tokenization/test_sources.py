@@ -209,6 +209,37 @@ def test_metadata_may_lie_in_a_folder_of_its_own(tmp_path):
         scan(Source(audio=tmp_path / "audio", metadata=tmp_path / "nothing"))
 
 
+@pytest.mark.parametrize("kind", ["folder", "manifest"])
+def test_metadata_that_may_be_about_two_files_is_that_of_neither(tmp_path, kind):
+    paths = ("x/a.wav", "y/a.wav", "x/b.wav", "y/b.wav", "x/c.wav", "y/c.wav", "y/d.wav")
+    for i, path in enumerate(paths):
+        caption = "beside it" if path == "x/b.wav" else None
+        put(tmp_path / "audio" / path, tone(1.1 + i / 10), caption=caption)
+    shutil.copy(tmp_path / "audio" / "x" / "c.wav", tmp_path / "audio" / "y" / "c.wav")
+    if kind == "manifest":
+        lines = [json.dumps({"path": path}) for path in paths]
+        (tmp_path / "audio" / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "meta").mkdir()
+    for name in "abcd":
+        (tmp_path / "meta" / f"{name}.json").write_text(json.dumps({"caption": f"of {name}"}))
+    found = scan(Source(audio=tmp_path / "audio", metadata=tmp_path / "meta"))
+    captions = {"x/b.wav": "beside it", "x/c.wav": "of c", "y/b.wav": "of b", "y/d.wav": "of d"}
+    assert {t.path: t.caption for t in found.tracks} == captions
+    detail = "a.json in --metadata may be about {} instead; put a .json beside each"
+    assert {(r.path, r.reason, r.detail) for r in found.rejects if r.reason != "duplicate"} == {
+        ("x/a.wav", "ambiguous", detail.format("y/a.wav")),
+        ("y/a.wav", "ambiguous", detail.format("x/a.wav")),
+    }
+    assert [r.path for r in found.rejects if r.reason == "duplicate"] == ["y/c.wav"]
+
+
+@pytest.mark.parametrize("make", [a_csv, a_parquet, a_webdataset, a_saved_data_set])
+def test_metadata_is_refused_where_captions_are_within(tmp_path, make):
+    source = make(tmp_path)
+    with pytest.raises(UserError, match="^--metadata .*: for a folder of audio or a manifest; "):
+        scan(dataclasses.replace(source, metadata=tmp_path))
+
+
 def test_tracks_are_in_the_byte_order_of_their_paths(tmp_path):
     names = ["a.wav", "a-b.wav", "a/z.wav", "a.d/b.wav", "ä.wav", "B.wav", "a/b/c.wav"]
     for i, name in enumerate(names):
@@ -536,6 +567,7 @@ def test_links_out_of_the_folder_of_metadata_are_rejected(tmp_path):
         (b'{"path": "a.wav", "x": ' + b"[" * 200_000 + b"\n", "line 1 is not a JSON object"),
         (b'{"path": "a.wav"}\n{"pa', "line 2 is not a JSON object with a 'path'"),
         (b"[1]\n", "line 1 is not a JSON object"),
+        (b'{"path": "a.wav", "path": "b.wav"}\n', "line 1: 'path' is there twice"),
         (b'{"path": 3}\n', "line 1 is not a JSON object"),
         (gzip.compress(b'{"path": "a.wav"}\n' * 9, mtime=0)[:-9], "damaged after line 9"),
         (gzip.compress(b'{"path": 3}\n', mtime=0), "line 1 is not a JSON object"),
@@ -547,6 +579,25 @@ def test_a_damaged_manifest_is_an_error(tmp_path, content, match):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name}: ({match})"):
         scan(Source(audio=tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "data.jsonl.gz", "t.tar", "t.parquet"])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    put(tmp_path / "audio" / "a.wav", tone(1.1), caption=None)
+    for path in (tmp_path / name, tmp_path / "audio" / "metadata.jsonl"):
+        os.mkfifo(path)
+    with pytest.raises(UserError, match=f"{name}: neither a file nor a folder"):
+        scan(Source(audio=tmp_path / name))
+    (reject,) = scan(Source(audio=tmp_path / "audio")).rejects
+    assert (reject.path, reject.reason) == ("a.wav", "no caption")
+
+
+def test_a_list_of_captions_that_lies_elsewhere_is_not_taken(tmp_path):
+    put(tmp_path / "audio" / "a.wav", tone(1.1), caption=None)
+    write_metadata(tmp_path / "metadata.jsonl", [{"file_name": "a.wav", "text": "elsewhere"}])
+    (tmp_path / "audio" / "metadata.jsonl").symlink_to(tmp_path / "metadata.jsonl")
+    with pytest.raises(UserError, match="audio/metadata.jsonl: a link out of the folder"):
+        scan(Source(audio=tmp_path / "audio"))
 
 
 # --- tables -------------------------------------------------------------------------------------
@@ -666,6 +717,7 @@ def test_values_that_python_cannot_hold_are_left_out(tmp_path, kind):
         "where": pa.array([0, 1, 2], pa.timestamp("s", "Mars/Phobos")),
         "length": pa.array([2**62, 1, None], pa.duration("s")),
         "day": pa.array([2**30, 0, None], pa.date32()),
+        "hash": pa.array([b"0123456789abcdef"] * 3, pa.binary(16)),
         "nested": pa.array([[{"when": 2**62, "name": "x"}], [], None], pa.list_(inner)),
     })  # fmt: skip
     found = scan(Source(audio=table_of(tmp_path, kind, table), root=tmp_path))
@@ -703,12 +755,16 @@ def test_a_cell_that_is_not_utf8_is_one_reject(tmp_path, kind):
     ends = raw.buffers()[1]
     text = pa.Array.from_buffers(pa.string(), 3, [None, ends, raw.buffers()[2]])
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), text)
+    large = pa.LargeListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int64()), text)
+    fixed = pa.FixedSizeListArray.from_arrays(text, 1)
     paths = pa.array([f"{name}.flac" for name in NAMES])
     good = pa.array(list(NAMES))
     within = pa.StructArray.from_arrays([text], ["x"])
     for columns, reason in [
         ({"path": paths, "text": text}, "no caption"),
         ({"path": paths, "text": lists}, "no caption"),
+        ({"path": paths, "text": large}, "no caption"),
+        ({"path": paths, "text": good, "more": fixed}, "no caption"),
         ({"path": paths, "text": good, "title": text}, "no caption"),
         ({"path": paths, "text": good, "more": within}, "no caption"),
         ({"path": text, "text": good}, "bad name"),
@@ -744,6 +800,7 @@ def test_a_column_of_paths_or_of_audio(tmp_path):
 
     rows = [f"t.parquet/{i}" for i in range(3)]
     assert list(places(path=paths, audio=within)) == [rows]
+    assert list(places(audio=pa.array(map(flac, NAMES), pa.binary_view()))) == [rows]
     assert list(places(file_name=paths, sound=within)) == [rows, rows]
     for name in NAMES:
         put(tmp_path / f"{name}.flac", wav_of(name), caption=None)
@@ -1257,6 +1314,22 @@ def test_a_tar_that_does_not_end_where_its_members_do_is_damaged(tmp_path, damag
     whole = 6 if damage == "another tar" else 4
     assert (reject.path, reject.reason) == ("a.tar", "damaged tar")
     assert reject.detail.startswith(f"after {whole} whole files: ")
+
+
+@pytest.mark.parametrize("size", [2**87 - 1, -5, -512, -1536])
+def test_a_size_in_a_tar_that_no_file_can_have_is_damage(tmp_path, size):
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        add_to_tar(tar, "a.flac", flac("a"))
+        add_to_tar(tar, "a.txt", b"of a")
+    content = bytearray((tmp_path / "t.tar").read_bytes())
+    header = content.index(b"a.txt")
+    number = size.to_bytes(11, "big", signed=True)
+    content[header + 124 : header + 136] = (b"\xff" if size < 0 else b"\x80") + number
+    content[header + 148 : header + 156] = b" " * 8
+    content[header + 148 : header + 156] = b"%06o\0 " % sum(content[header : header + 512])
+    (tmp_path / "t.tar").write_bytes(content)
+    found = scan(Source(audio=tmp_path / "t.tar"))
+    assert "damaged tar" in [r.reason for r in found.rejects] and not found.tracks
 
 
 def test_files_of_one_name_in_a_tar_are_not_one_clip(tmp_path):

@@ -141,6 +141,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
         loop.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
+def test_a_file_is_no_folder_for_a_run(tokens, tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(UserError, match="^--out .*/run: is a file, and a run needs a folder$"):
+        loop.train(tiny.run_config(tokens, tmp_path / "run", steps=1))
+
+
 def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
     config = tiny.run_config(tokens, tmp_path / "run", steps=1)
     loop.train(config)
