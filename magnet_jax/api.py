@@ -36,6 +36,7 @@ from magnet_jax.arguments import (
 )
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.checkpoints.pretrained import Loaded
+from magnet_jax.codec import decoding
 from magnet_jax.codec.encodec import Codec, Decoder, check_codes
 from magnet_jax.config import (
     KIND_NAMES,
@@ -52,7 +53,7 @@ from magnet_jax.config import (
     TopK,
     preset_steps,
 )
-from magnet_jax.decode import rescore, sampling
+from magnet_jax.decode import placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 
 Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
@@ -89,17 +90,17 @@ class Generator:
         self,
         loaded: Loaded,
         decoder: Decoder | Codec,
-        execution: sampling.Execution = sampling.Execution(),
+        execution: placement.Execution = placement.Execution(),
     ):
         if loaded.config.model.kind != self.kind:
             raise UserError(
                 f"this model is a {loaded.config.model.kind}: load it with "
                 f"{KIND_NAMES[loaded.config.model.kind]}.get_pretrained"
             )
-        self.loaded = sampling.prepare(loaded, execution)
+        self.loaded = placement.prepare(loaded, execution)
         self.decoder = decoder
         if isinstance(decoder, Decoder):
-            self.decoder = sampling.place(decoder, execution)
+            self.decoder = placement.place(decoder, execution)
         self.execution = execution
         self.duration = loaded.config.data.segment_seconds
         self.generation = loaded.config.sampling
@@ -146,7 +147,7 @@ class Generator:
         )
         config = dataclasses.replace(loaded.config, compute_dtype=compute_dtype)
         decoder = pretrained.load_decoder(loaded, str(name), codec_backend)
-        execution = sampling.Execution(kernels=kernels, mesh=mesh, say=_say)
+        execution = placement.Execution(kernels=kernels, mesh=mesh, say=_say)
         return cls(loaded._replace(config=config), decoder, execution)
 
     @property
@@ -184,7 +185,7 @@ class Generator:
         return_tokens: bool = False,
         *,
         seed: Seed = 0,
-        text_pad_len: sampling.TextPadLen = None,
+        text_pad_len: tokens_of_text.TextPadLen = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Generates a clip for each description.
 
@@ -193,7 +194,7 @@ class Generator:
           progress: show a bar, or call the callback.
           return_tokens: return the tokens as well, int32 [B, K, T].
           seed: clip i depends on (seed, i) and on its text, not on its neighbours.
-          text_pad_len: see `sampling.tokenize_texts`; 'batch' is what AudioCraft does.
+          text_pad_len: see `tokens_of_text.tokenize_texts`; 'batch' is what AudioCraft does.
 
         Returns:
           audio, float32 [B, C, samples].
@@ -223,7 +224,7 @@ class Generator:
         return_tokens: bool = False,
         *,
         seed: Seed = 0,
-        text_pad_len: sampling.TextPadLen = None,
+        text_pad_len: tokens_of_text.TextPadLen = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Goes on from audio; what is returned begins with it and is `duration` long.
 
@@ -303,7 +304,7 @@ class Generator:
         return (generated.wav_BCN, generated.codes_BKT) if return_tokens else generated.wav_BCN
 
     def _notes(self, texts: list[str]) -> list[str]:
-        return sampling.notes_on_cut_texts(self.loaded, texts)
+        return tokens_of_text.notes_on_cut_texts(self.loaded, texts)
 
     def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
         return sampling.generate(
@@ -324,7 +325,7 @@ class Generator:
             codes_BKT = check_codes(gen_tokens, self.decoder.spec)
         except ValueError as error:
             raise UserError(f"gen_tokens: {error}") from None
-        return sampling.decode_audio(self.decoder, codes_BKT.astype(np.int32))
+        return decoding.decode_audio(self.decoder, codes_BKT.astype(np.int32))
 
 
 class MAGNeT(Generator):
@@ -458,7 +459,7 @@ class MAGNeT(Generator):
     def _notes(self, texts: list[str]) -> list[str]:
         notes = super()._notes(texts)
         if self._rescoring_model is not None:
-            cut = sampling.notes_on_cut_texts(self._rescoring_model, texts)
+            cut = tokens_of_text.notes_on_cut_texts(self._rescoring_model, texts)
             notes += [f"rescorer: {note}" for note in cut]
         return notes
 

@@ -20,7 +20,7 @@ from golden_model import magnet_logits, read_text
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import DecodeConfig, KernelConfig, MeshConfig, RunConfig
 from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
-from magnet_jax.decode import autoregressive, hybrid, parallel
+from magnet_jax.decode import autoregressive, choose, hybrid, parallel
 from magnet_jax.model import sharding, teacher_forcing, transformer
 from magnet_jax.train import masking, objective, steps
 
@@ -125,7 +125,7 @@ def test_magnet_tokens(magnet, name, variant):
     decoded = generate_magnet(
         magnet.params,
         *read_text(MAGNET / "forward.npz", case["text"]),
-        parallel.sample_keys(0, jnp.arange(batch)),
+        choose.sample_keys(0, jnp.arange(batch)),
         codes_BKT,
         num_prompt,
         parallel.make_schedule(
@@ -265,7 +265,7 @@ def test_musicgen_tokens(musicgen, name):
     codes_BKT = tiny.one_after_another(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz"),
-        parallel.sample_keys(0, jnp.arange(batch)),
+        choose.sample_keys(0, jnp.arange(batch)),
         prompt_BKP,
         autoregressive.Sampling(1.0, 0.0, 3.0),
         config=musicgen.model,
@@ -296,7 +296,7 @@ def test_musicgen_tokens_of_the_program_that_users_run(musicgen, apart):
     found = jax.jit(run)(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz"),
-        parallel.sample_keys(0, jnp.arange(batch)),
+        choose.sample_keys(0, jnp.arange(batch)),
         codes_BKT,
         autoregressive.Sampling(1.0, 0.0, 3.0),
         (),
@@ -386,6 +386,6 @@ def test_span_masks(num_frames, span_length):
 def test_nucleus(name):
     reference = np.load(GOLDEN / "top_p.npz")
     mass = float(name.removeprefix("probs_p"))
-    probs = parallel.nucleus(jax.nn.softmax(reference["logits"]), mass)
+    probs = choose.nucleus(jax.nn.softmax(reference["logits"]), mass)
     np.testing.assert_allclose(probs, reference[name], atol=1e-6)
     np.testing.assert_array_equal(probs > 0, reference[name] > 0)

@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from launch.benchmark import models
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.decode import sampling
+from magnet_jax.decode import placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 
 
@@ -35,7 +35,7 @@ def measure(args: Args) -> None:
         raise UserError("JAX_ENABLE_COMPILATION_CACHE is off, and the cache is what is measured")
     with models.opened(None, args.model) as (name, loaded), tempfile.TemporaryDirectory() as folder:
         decoder = pretrained.load_decoder(loaded, name)
-        loaded = sampling.prepare(loaded)
+        loaded = placement.prepare(loaded)
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # or the folder that is open already goes on to be used
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
@@ -44,7 +44,7 @@ def measure(args: Args) -> None:
             started = time.perf_counter()
             arrays, made_for = sampling.clip_arguments(
                 loaded,
-                sampling.tokenize_texts(loaded, ["a text"] * args.batch),
+                tokens_of_text.tokenize_texts(loaded, ["a text"] * args.batch),
                 np.arange(args.batch),
                 0,
                 np.zeros((args.batch, loaded.config.model.num_codebooks, 0), np.int32),
@@ -52,7 +52,7 @@ def measure(args: Args) -> None:
                 loaded.config.decode,
                 decoder.config,
                 decoder.params,
-                sampling.Execution(),
+                placement.Execution(),
                 None,
                 platform=jax.default_backend(),
                 mesh=None,

@@ -30,9 +30,9 @@ from magnet_jax.config import (
 )
 from magnet_jax.convert import codec_rules, t5_files
 from magnet_jax.convert.codec_rules import SeanetConfig
-from magnet_jax.decode import parallel, sampling
+from magnet_jax.decode import parallel, placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.model import t5, transformer
+from magnet_jax.model import precision, t5, transformer
 from magnet_jax.train import flops, targets
 
 Saving = Literal[tuple(field.name for field in dataclasses.fields(parallel.Savings))]
@@ -86,7 +86,7 @@ def lower_decode(
     config = loaded.config
     arrays, made_for = sampling.clip_arguments(
         loaded,
-        sampling.Text(
+        tokens_of_text.Text(
             np.zeros((args.batch, args.text_tokens), np.int32),
             np.ones((args.batch, args.text_tokens), bool),
             np.zeros(args.batch, np.int32),
@@ -98,7 +98,7 @@ def lower_decode(
         config.decode,
         decoder and decoder.config,
         decoder and decoder.params,
-        sampling.Execution(
+        placement.Execution(
             kernels=args.kernels,
             mesh=args.mesh,
             savings=dataclasses.replace(
@@ -129,12 +129,12 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.
         ),
         compute_dtype=args.dtype,
     )
-    dtype = sampling.compute_dtype(config, platform)
+    dtype = precision.compute_dtype(config, platform)
     t5_config = t5_files.PUBLISHED["t5-base"]
 
     def rounded(init: Callable[[jax.Array], dict]) -> dict:
         return jax.eval_shape(
-            lambda key: parallel.round_weights(init(key), dtype), jax.random.key(0)
+            lambda key: precision.round_weights(init(key), dtype), jax.random.key(0)
         )
 
     spec = CodecSpec(
@@ -187,7 +187,7 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     if set(args.also) & set(args.without):
         raise UserError("a saving is named both by --also and by --without")
     target = targets.load(args.topology)
-    mesh = sampling.make_mesh(args.mesh, target.devices)
+    mesh = placement.make_mesh(args.mesh, target.devices)
     if args.batch % mesh.shape["data"]:
         raise UserError(f"--batch {args.batch} does not divide by mesh.data {mesh.shape['data']}")
     lowered, config, frames = lower_decode(args, target, mesh)
@@ -205,7 +205,7 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     return {
         "program": "decode",
         "arguments": dataclasses.asdict(args) | {"json": None},
-        "dtype": sampling.compute_dtype(config, target.platform).name,
+        "dtype": precision.compute_dtype(config, target.platform).name,
         "num_devices": mesh.size,
         "frames": frames,
         **found,

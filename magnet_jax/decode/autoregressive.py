@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import ModelConfig, Products
-from magnet_jax.decode.parallel import Choice, choose_token
+from magnet_jax.decode.choose import Choice, choose_token
 from magnet_jax.model import transformer
 
 UNKNOWN = -1  # stands where a code is still to be generated
@@ -22,7 +22,7 @@ class Sampling(NamedTuple):
     """Numbers of the sampling that a program takes as they come."""
 
     temperature: jax.Array | float
-    limit: jax.Array | float  # see `parallel.choose_token`
+    limit: jax.Array | float  # see `choose.choose_token`
     guidance: jax.Array | float  # coefficient
 
 

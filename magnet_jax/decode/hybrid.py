@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import ModelConfig, Products
-from magnet_jax.decode import autoregressive, parallel
+from magnet_jax.decode import autoregressive, choose, parallel
 from magnet_jax.model import attention, patterns, transformer
 
 
@@ -27,7 +27,7 @@ class Beginning:
     """Frames made one step after another, the given ones included; 0 is none."""
     whole: bool
     """Whether that is the whole clip."""
-    choice: parallel.Choice
+    choice: choose.Choice
     guided: bool
     """Whether rows without text are computed as well."""
     apart: bool = False
@@ -57,7 +57,7 @@ def generate(
     *,
     config: ModelConfig,
     beginning: Beginning,
-    choice: parallel.Choice,
+    choice: choose.Choice,
     span_score: Literal["max", "prod"],
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap",
     guided: parallel.GuidedSteps = "all",

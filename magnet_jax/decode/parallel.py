@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
+from magnet_jax.decode import choose
 from magnet_jax.model import transformer
 from magnet_jax.model.attention import with_kernels
 
 KEPT = -1e4  # score of a span (stride1: a token) that must not be hidden again
 ABSENT = -1e9  # the same past the end of the clip: behind whatever is kept
 
-Choice = Literal["greedy", "top_k", "top_p"]
 GuidedSteps = Literal["all", "all_but_last", "none"]
 
 
@@ -176,71 +176,6 @@ def guided_steps(config: DecodeConfig, any_text: bool) -> GuidedSteps:
     return "all_but_last" if config.min_guidance == 1 else "all"
 
 
-def _most_probable(
-    probs_V: jax.Array, measure: Callable[[jax.Array], jax.Array], limit: jax.Array | float
-) -> jax.Array:
-    """Keeps the tokens for which the set of strictly more probable ones measures at most `limit`.
-
-    That set grows as a threshold falls, and the lowest threshold that still fits is found by
-    bisection over the bits of a float, exactly and without a sort. Renormalised; float32 [..., V].
-    """
-    high = jnp.full(probs_V.shape[:-1], np.float32(1).view(np.int32))  # above it: within the limit
-    low = jnp.full_like(high, -1)  # above it: beyond
-
-    def halve(_, bounds):
-        low, high = bounds
-        middle = (low + high) // 2
-        threshold = jax.lax.bitcast_convert_type(middle, jnp.float32)[..., None]
-        within = measure(jnp.where(probs_V > threshold, probs_V, 0.0)) <= limit
-        return jnp.where(within, low, middle), jnp.where(within, middle, high)
-
-    _, high = jax.lax.fori_loop(0, 30, halve, (low, high))
-    # Where even the whole is within the limit, the search ends below the bits of 0.
-    threshold = jax.lax.bitcast_convert_type(jnp.maximum(high, 0), jnp.float32)[..., None]
-    kept_V = jnp.where(probs_V >= threshold, probs_V, 0.0)
-    return kept_V / kept_V.sum(-1, keepdims=True)
-
-
-def nucleus(probs_V: jax.Array, top_p: jax.Array | float) -> jax.Array:
-    """The nucleus: a token stays while the mass of the more probable ones is at most `top_p`."""
-    return _most_probable(probs_V, lambda above_V: above_V.sum(-1), top_p)
-
-
-def top_k_tokens(probs_V: jax.Array, top_k: jax.Array | float) -> jax.Array:
-    """The k most probable tokens, and those as probable as the last of them."""
-    return _most_probable(probs_V, lambda above_V: (above_V > 0).sum(-1), top_k - 1)
-
-
-def choice_of(greedy: bool, top_k: int, top_p: float) -> tuple[Choice, float]:
-    """How settings choose tokens, and the number that limits the choice."""
-    if greedy:
-        return "greedy", 0.0
-    return ("top_k", float(top_k)) if top_k else ("top_p", top_p)
-
-
-def choose_token(
-    keys_B: jax.Array, probs_BV: jax.Array, choice: Choice, limit: jax.Array | float
-) -> jax.Array:
-    """A token for each place, int32 [B] (or [B, ...], if the probabilities are [B, ..., V]).
-
-    Args:
-      keys_B: one random key a row.
-      probs_BV: probabilities.
-      choice: 'greedy' takes the most probable, 'top_k' and 'top_p' sample among the most probable.
-      limit: k, or the nucleus mass.
-
-    Where the network's numbers overflowed, all probabilities are NaN, and the mask id V is given in
-    place of a token: it stays in the clip, and whoever reads the clip sees it.
-    """
-    overflown_B = jnp.isnan(probs_BV[..., 0])
-    if choice == "greedy":
-        token_B = probs_BV.argmax(-1)
-    else:
-        kept_BV = {"top_k": top_k_tokens, "top_p": nucleus}[choice](probs_BV, limit)
-        token_B = jax.vmap(jax.random.categorical)(keys_B, jnp.log(kept_BV))
-    return jnp.where(overflown_B, probs_BV.shape[-1], token_B).astype(jnp.int32)
-
-
 def hide_spans(score_BT: jax.Array, num_hidden: jax.Array, span_length: int) -> jax.Array:
     """True at about `num_hidden` frames: those under the worst spans of any neighbouring frames.
 
@@ -284,20 +219,6 @@ def hide_spans(score_BT: jax.Array, num_hidden: jax.Array, span_length: int) -> 
     return worst_BT < used[:, None]
 
 
-def sample_keys(seed: jax.Array | int, sample_B: jax.Array) -> jax.Array:
-    """One key a sample, from (seed, number of the sample): batching changes nothing."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sample_B)
-
-
-def frame_keys(
-    keys_B: jax.Array, stage: jax.Array, step: jax.Array, frame_BM: jax.Array
-) -> jax.Array:
-    """One key [B, M] a frame: no frame's token depends on which others are drawn, or how."""
-    fold = jax.random.fold_in
-    own = lambda key, frame_M: jax.vmap(fold, (None, 0))(fold(fold(key, stage), step), frame_M)  # noqa: E731
-    return jax.vmap(own)(keys_B, frame_BM)
-
-
 def decode(
     network: Network,
     schedule: tuple[Schedule, ...],
@@ -308,7 +229,7 @@ def decode(
     *,
     mask_id: int,
     span_length: int,
-    choice: Choice,
+    choice: choose.Choice,
     span_score: Literal["max", "prod"],
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap",
     guided: GuidedSteps = "all",
@@ -369,8 +290,8 @@ def decode(
             logits_BMV = without_BMV + step.guidance * (logits_BMV - without_BMV)
         probs_BMV = jax.nn.softmax(logits_BMV.astype(jnp.float32) / step.temperature, axis=-1)
         rows_RV = probs_BMV.reshape(-1, probs_BMV.shape[-1])
-        keys_R = frame_keys(keys_B, step.stage, step.step, frame_BM).reshape(-1)
-        token_R = choose_token(keys_R, rows_RV, choice, limit)
+        keys_R = choose.frame_keys(keys_B, step.stage, step.step, frame_BM).reshape(-1)
+        token_R = choose.choose_token(keys_R, rows_RV, choice, limit)
         prob_R = jnp.take_along_axis(rows_RV, token_R[:, None], axis=-1)
         return token_R.reshape(frame_BM.shape), prob_R.reshape(frame_BM.shape)
 
@@ -595,20 +516,6 @@ def guided_network(
     return Network(trunk, head)
 
 
-def round_weights(params: dict, dtype: jnp.dtype) -> dict:
-    """Parameters, of the transformer or of T5, with factors of products rounded once for all.
-
-    Norms, biases and embeddings, which are no such factors, keep their precision.
-    """
-
-    def rounded(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        keep = name == "embed" or name.endswith(("/scale", "bias"))
-        return leaf if keep else leaf.astype(dtype)
-
-    return jax.tree.map_with_path(rounded, params)
-
-
 @transformer.exact_products
 def generate(
     params: dict,
@@ -623,7 +530,7 @@ def generate(
     *,
     config: ModelConfig,
     kernels: KernelConfig,
-    choice: Choice,
+    choice: choose.Choice,
     span_score: Literal["max", "prod"],
     span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap",
     guided: GuidedSteps = "all",

@@ -26,10 +26,11 @@ import numpy as np
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
-from magnet_jax.decode import parallel, sampling
-from magnet_jax.decode.sampling import Rescorer, Text
+from magnet_jax.decode import parallel, placement, tokens_of_text
+from magnet_jax.decode.sampling import Rescorer
+from magnet_jax.decode.tokens_of_text import Text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, t5, teacher_forcing, transformer
+from magnet_jax.model import attention, patterns, precision, t5, teacher_forcing, transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def from_model(
     partner: Loaded,
     *,
     guidance: float = RescoreConfig.guidance,
-    execution: sampling.Execution = sampling.Execution(),
+    execution: placement.Execution = placement.Execution(),
     name: str = "this model",
 ) -> Rescorer:
     """A MusicGen, an AudioGen or a MAGNeT as the rescorer of another model.
@@ -89,18 +90,18 @@ def from_model(
         model=config.model,
         t5_config=loaded.t5_config,
         guided=guidance != 1,
-        dtype=sampling.compute_dtype(config),
+        dtype=precision.compute_dtype(config),
         kernels=execution.kernels,
         platform=jax.default_backend(),
-        num_devices=sampling.make_mesh(execution.mesh).size,
+        num_devices=placement.make_mesh(execution.mesh).size,
     )
-    loaded = sampling.on_devices(loaded, execution)
+    loaded = placement.on_devices(loaded, execution)
     params = {
         "lm": loaded.params["lm"],
         "text": loaded.t5_params,
         "guidance": np.float32(guidance),
     }
-    return Rescorer(read(reading), params, functools.partial(sampling.tokenize_texts, loaded))
+    return Rescorer(read(reading), params, functools.partial(tokens_of_text.tokenize_texts, loaded))
 
 
 def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:

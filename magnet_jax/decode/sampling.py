@@ -10,18 +10,18 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from magnet_jax import arguments, programs
-from magnet_jax.arguments import Between, Seed
+from magnet_jax.arguments import Seed
 from magnet_jax.checkpoints.pretrained import Loaded
-from magnet_jax.codec import encodec, seanet
+from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import (
     SAMPLING_CONFIGS,
     AutoregressiveConfig,
@@ -33,20 +33,11 @@ from magnet_jax.config import (
     RescoreConfig,
     RunConfig,
     SamplingConfig,
-    SamplingMeshConfig,
 )
 from magnet_jax.convert.codec_rules import SeanetConfig
-from magnet_jax.decode import autoregressive, hybrid, parallel
+from magnet_jax.decode import autoregressive, choose, hybrid, parallel, placement, tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, t5
-
-TextPadLen = Literal["batch"] | Annotated[int, Between(0, 2**16)] | None
-SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
-AXES = ("data", "guidance", "frames")
-# Frames whose samples are computed at once: all those of a clip would take most of the memory.
-AUDIO_PIECE = 32
-# Rows that the codec's LSTM is filled up to: with fewer than 8 a TPU multiplies in vector units.
-LSTM_ROWS = {"cpu": 1, "gpu": 1, "tpu": 8}
+from magnet_jax.model import attention, precision, t5
 
 
 class Generated(NamedTuple):
@@ -54,26 +45,6 @@ class Generated(NamedTuple):
     # bool, True where step P of parallel decoding predicted; None of clips made in windows
     hidden_PBT: np.ndarray | None
     wav_BCN: np.ndarray | None = None  # float32 audio, where a decoder was given
-
-
-class Text(NamedTuple):
-    """The tokens of a batch of texts, as the text encoder and the network take them."""
-
-    ids_BS: np.ndarray
-    mask_BS: np.ndarray
-    num_zero_keys_B: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How sampling runs on the hardware. It changes nothing but the rounding of floats."""
-
-    kernels: KernelConfig = KernelConfig()
-    mesh: SamplingMeshConfig = SamplingMeshConfig()
-    savings: parallel.Savings | None = None
-    """None: those that pay on the platform, `parallel.default_savings`."""
-    say: programs.Say | None = None
-    """Takes a line when a program is compiled, and one when it is done."""
 
 
 class Rescorer(NamedTuple):
@@ -94,100 +65,9 @@ class Rescorer(NamedTuple):
     the arguments see `tokenize_texts`."""
 
 
-def compute_dtype(config: RunConfig, platform: str | None = None) -> jnp.dtype:
-    """Precision of the matrix products on a platform; None is this machine's."""
-    if config.compute_dtype == "auto":
-        platform = platform or jax.default_backend()
-        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
-    return jnp.dtype(config.compute_dtype)
-
-
-def place(decoder: encodec.Decoder, execution: Execution) -> encodec.Decoder:
-    """The decoder with its parameters on all devices, as `prepare` does with the model's."""
-    mesh = make_mesh(execution.mesh)
-    if mesh.size == 1:
-        return decoder
-    return decoder._replace(params=jax.device_put(decoder.params, NamedSharding(mesh, P())))
-
-
-def make_mesh(config: SamplingMeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the first of these devices (this machine's), or all of them.
-
-    Raises `UserError` if there are not as many.
-    """
-    devices = jax.devices() if devices is None else devices
-    others = config.guidance * config.frames
-    data = max(len(devices) // others, 1) if config.data == -1 else config.data
-    if data * others > len(devices):
-        raise UserError(
-            f"mesh data={data} guidance={config.guidance} frames={config.frames} needs "
-            f"{data * others} devices; there are {len(devices)}"
-        )
-    grid = np.asarray(devices[: data * others]).reshape(data, config.guidance, config.frames)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-
-
-def prepare(loaded: Loaded, execution: Execution = Execution()) -> Loaded:
-    """The model as it is sampled from: weights in the precision of the products, on all devices.
-
-    Nothing needs it; without, weights are rounded at every step and sent at every call.
-
-    Raises `UserError` where the model cannot be run so.
-    """
-    check_execution(loaded.config.model, execution)
-    return on_devices(loaded, execution)
-
-
-def on_devices(loaded: Loaded, execution: Execution) -> Loaded:
-    """`prepare` for a model that may be another's rescorer, which runs where that one does."""
-    dtype, mesh = compute_dtype(loaded.config), make_mesh(execution.mesh)
-    place = NamedSharding(mesh, P()) if mesh.size > 1 else mesh.devices.item()
-    params = jax.device_put(loaded.params, place)
-    t5_params = jax.device_put(loaded.t5_params, place)
-    if dtype != jnp.float32:
-        params = params | {"lm": parallel.round_weights(params["lm"], dtype)}
-        t5_params = parallel.round_weights(t5_params, dtype)
-    return loaded._replace(params=params, t5_params=t5_params)
-
-
 def segment_frames(config: RunConfig, spec: CodecSpec) -> int:
     """Frames of a clip in training."""
     return round(config.data.segment_seconds * spec.frame_rate)
-
-
-def notes_on_cut_texts(loaded: Loaded, texts: Sequence[str]) -> list[str]:
-    """A line for each text that is longer than what the model reads."""
-    max_tokens = loaded.config.text.max_tokens
-    return [
-        f"cut to the {max_tokens} tokens that the model reads: {text[:60]}..."
-        for text in texts
-        if len(loaded.tokenizer.encode(text).ids) > max_tokens
-    ]
-
-
-def tokenize_texts(loaded: Loaded, texts: Sequence[str], text_pad_len: TextPadLen = None) -> Text:
-    """The tokens of descriptions, of which an empty one stands for no text.
-
-    `text_pad_len` attends over zeros up to that many positions behind each text, 'batch' up to
-    the longest text of the batch, which is what AudioCraft does. By default a text is all that is
-    attended over, and no sample depends on its neighbours.
-
-    The width S is the least of 16, 32, 64, ... that holds the longest text: few shapes, and short
-    texts are cheap.
-    """
-    text_pad_len = arguments.check(TextPadLen, text_pad_len, "text_pad_len")
-    if not texts:
-        raise UserError("no clips are asked for: give at least one text, '' for none")
-    max_tokens = loaded.config.text.max_tokens
-    tokens = [t5.tokenize(loaded.tokenizer, text, max_tokens) for text in texts]
-    ids_BS = np.stack([ids for ids, _ in tokens])
-    mask_BS = np.stack([mask for _, mask in tokens])
-    lengths_B = mask_BS.sum(-1)
-    longest = int(lengths_B.max(initial=0))
-    bucket = min(max_tokens, max(SHORTEST_TEXT, 2 ** math.ceil(math.log2(max(longest, 1)))))
-    width = {None: 0, "batch": longest}.get(text_pad_len, text_pad_len)
-    zeros_B = np.where(lengths_B > 0, np.maximum(width - lengths_B, 0), 0)
-    return Text(ids_BS[:, :bucket], mask_BS[:, :bucket], zeros_B.astype(np.int32))
 
 
 def frame_bucket(num_frames: int, usual: int, multiple: int) -> int:
@@ -211,11 +91,11 @@ def generate(
     seed: int,
     first_sample: int = 0,
     prompt_BKP: np.ndarray | None = None,
-    text_pad_len: TextPadLen = None,
+    text_pad_len: tokens_of_text.TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
     rescorer: Rescorer | None = None,
     rescorer_weight: float = RescoreConfig.weight,
-    execution: Execution = Execution(),
+    execution: placement.Execution = placement.Execution(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Generated:
     """Generates the tokens of one clip a text and, with a `decoder`, its audio.
@@ -259,7 +139,7 @@ def generate(
         )
     generated = _run(
         loaded,
-        tokenize_texts(loaded, texts, text_pad_len),
+        tokens_of_text.tokenize_texts(loaded, texts, text_pad_len),
         np.arange(first_sample, first_sample + batch),
         seed,
         np.asarray(prompt_BKP, np.int32),
@@ -272,7 +152,7 @@ def generate(
         rescoring=rescoring,
     )
     if isinstance(decoder, encodec.Codec):
-        return generated._replace(wav_BCN=decode_audio(decoder, generated.codes_BKT))
+        return generated._replace(wav_BCN=decoding.decode_audio(decoder, generated.codes_BKT))
     return generated
 
 
@@ -339,7 +219,7 @@ def generate_in_windows(
         ).codes_BKT
         codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
         start, number = start + stride, number + 1
-    return Generated(codes_BKT, None, decode_audio(decoder, codes_BKT))
+    return Generated(codes_BKT, None, decoding.decode_audio(decoder, codes_BKT))
 
 
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
@@ -367,7 +247,7 @@ class ClipProgram:
     t5_config: t5.T5Config
     decoder: SeanetConfig | None
     kernels: KernelConfig
-    choice: parallel.Choice
+    choice: choose.Choice
     span_score: Literal["max", "prod"]
     span_arrangement: Literal["nonoverlap", "stride1"]
     guided: parallel.GuidedSteps
@@ -390,7 +270,7 @@ def clip_program(
     params: dict,
     t5_params: dict,
     decoder_params: dict | None,
-    text: Text,
+    text: tokens_of_text.Text,
     keys_B: jax.Array,
     codes_BKT: jax.Array,
     num_prompt: jax.Array,
@@ -451,7 +331,7 @@ def _clips_of(
             rescorer_params, rescorer_texts, num_frames=codes_BKT.shape[-1], length=length
         )
         rescoring = parallel.Rescoring(probabilities, rescorer_weight)
-    axis_size = dict(made_for.mesh.shape) if made_for.mesh else dict.fromkeys(AXES, 1)
+    axis_size = dict(made_for.mesh.shape) if made_for.mesh else dict.fromkeys(placement.AXES, 1)
     states_BSE = t5.encode(
         t5_params, made_for.t5_config, text.ids_BS, text.mask_BS, dtype=made_for.dtype
     )
@@ -491,7 +371,7 @@ def _clips_of(
     )
     wav_BCN = None
     if made_for.decoder is not None:
-        wav_BCN = _audio(
+        wav_BCN = decoding._audio(
             decoder_params,
             decoded.codes_BKT[..., : made_for.audio_frames],
             audio_length,
@@ -503,7 +383,7 @@ def _clips_of(
 
 def clip_arguments(
     loaded: Loaded,
-    text: Text,
+    text: tokens_of_text.Text,
     sample_B: np.ndarray,
     seed: int,
     prompt_BKP: np.ndarray,
@@ -511,7 +391,7 @@ def clip_arguments(
     decoding: SamplingConfig,
     decoder_config: SeanetConfig | None,
     decoder_params: dict | None,
-    execution: Execution,
+    execution: placement.Execution,
     on_step: Callable[[int, int], None] | None,
     *,
     platform: str,
@@ -519,7 +399,10 @@ def clip_arguments(
     rescoring: _Rescoring | None = None,
 ) -> tuple[tuple, ClipProgram]:
     """The arguments of `clip_program`, arrays and `made_for`."""
-    model, axis_size = loaded.config.model, dict(mesh.shape) if mesh else dict.fromkeys(AXES, 1)
+    model, axis_size = (
+        loaded.config.model,
+        dict(mesh.shape) if mesh else dict.fromkeys(placement.AXES, 1),
+    )
     any_text = bool(text.mask_BS.any())
     num_prompt = prompt_BKP.shape[-1]
     spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
@@ -561,7 +444,7 @@ def clip_arguments(
         prompts = num_prompt
         if beginning is not None:
             prompts = beginning.of_codebooks(model.delays, num_decoded)
-    dtype = compute_dtype(loaded.config, platform)
+    dtype = precision.compute_dtype(loaded.config, platform)
     savings = execution.savings or parallel.default_savings(platform)
     kernels = attention.choose_kernels(
         execution.kernels,
@@ -576,7 +459,7 @@ def clip_arguments(
     exact = bucket == num_decoded == usual
     null_text = savings.null_text and model.null_text_adds_nothing
     if not any_text and mesh is None and null_text:
-        text = Text(*(x[:0] for x in text))
+        text = tokens_of_text.Text(*(x[:0] for x in text))
     batch = len(sample_B)
     padded = math.ceil(batch / axis_size["data"]) * axis_size["data"]
     codes_BKT = np.full((batch, model.num_codebooks, bucket), model.mask_id, np.int32)
@@ -586,12 +469,12 @@ def clip_arguments(
         return np.concatenate([x, np.repeat(x[-1:], padded - batch, axis=0)])
 
     if mesh is not None:
-        text = Text(*map(fill, text))
+        text = tokens_of_text.Text(*map(fill, text))
     rescorer_arguments = (None, None, None)
     if rescoring is not None:
         texts = jax.tree.map(fill, rescoring.texts)
         rescorer_arguments = (rescoring.rescorer.params, texts, rescoring.weight)
-    choice, limit = parallel.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
+    choice, limit = choose.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
     made_for = ClipProgram(
         model=model,
         t5_config=loaded.t5_config,
@@ -615,7 +498,7 @@ def clip_arguments(
         loaded.t5_params,
         decoder_params,
         text,
-        parallel.sample_keys(seed, jnp.asarray(fill(sample_B))),
+        choose.sample_keys(seed, jnp.asarray(fill(sample_B))),
         jnp.asarray(fill(codes_BKT)),
         np.int32(num_prompt),
         None if exact else np.int32(num_decoded),
@@ -662,7 +545,7 @@ def _beginning(
         first, rest = decoding.autoregressive, decoding.decode
         wanted = decoding.prompt_seconds * loaded.codec.frame_rate
         first_frames = max(num_given, round(min(wanted, num_frames)))
-    choice, limit = parallel.choice_of(first.greedy, first.top_k, first.top_p)
+    choice, limit = choose.choice_of(first.greedy, first.top_k, first.top_p)
     beginning = hybrid.Beginning(
         num_given=num_given,
         num_frames=first_frames,
@@ -679,11 +562,11 @@ def _run(
     loaded, text, sample_B, seed, prompt_BKP, num_frames, decoding, *rest, rescoring=None
 ) -> Generated:
     *_, execution, _ = rest
-    mesh = make_mesh(execution.mesh)
+    mesh = placement.make_mesh(execution.mesh)
     if mesh.size == 1:
         mesh = None  # (a mesh of one would pin to it what lies elsewhere, such as a run's)
     else:
-        loaded = prepare(loaded, execution)
+        loaded = placement.prepare(loaded, execution)
         if rescoring is not None:
             params = jax.device_put(rescoring.rescorer.params, NamedSharding(mesh, P()))
             rescorer = rescoring.rescorer._replace(params=params)
@@ -705,7 +588,7 @@ def _run(
     )
     computed_frames = codes_BKT.shape[-1]
     codes_BKT = np.asarray(codes_BKT)[:batch, :, :num_frames]
-    if (codes_BKT >= made_for.model.codebook_size).any():  # see `parallel.choose_token`
+    if (codes_BKT >= made_for.model.codebook_size).any():  # see `choose.choose_token`
         raise UserError(
             f"the model{' or its rescorer' * bool(made_for.read_rescorer)} computes NaN in place "
             "of probabilities, and no clip was made: its weights are damaged, or their training "
@@ -713,7 +596,7 @@ def _run(
         )
     if wav_BCN is not None:
         hop = wav_BCN.shape[-1] // (made_for.audio_frames or computed_frames)
-        wav_BCN = _sound(np.asarray(wav_BCN)[:batch, :, : num_frames * hop])
+        wav_BCN = decoding._sound(np.asarray(wav_BCN)[:batch, :, : num_frames * hop])
     return Generated(codes_BKT, np.asarray(hidden_PBT)[:, :batch, :num_frames], wav_BCN)
 
 
@@ -733,79 +616,5 @@ def decoded_frames(model: ModelConfig, decoding: DecodeConfig, num_frames: int) 
 
 # --- what programs share ------------------------------------------------------------------------
 
-_encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
-
-
-def check_execution(model: ModelConfig, execution: Execution) -> None:
-    """Raises `UserError` for what a model of kind musicgen or hybrid does not have."""
-    mesh = dataclasses.replace(execution.mesh, data=1)
-    asked = (mesh, execution.kernels.of_attention)
-    if model.autoregressive and asked != (SamplingMeshConfig(), KernelConfig()):
-        raise UserError(
-            f"a model of kind {model.kind} has one kernel of attention, and splits a batch alone: "
-            "leave out kernels (but for .products), mesh.guidance and mesh.frames"
-        )
-
-
-def encode_texts(loaded: Loaded, text: Text) -> jax.Array:
-    """The text encoder's states, float32 [B, S, E]."""
-    return _encode(
-        loaded.t5_params,
-        config=loaded.t5_config,
-        text_ids_BS=text.ids_BS,
-        text_mask_BS=text.mask_BS,
-        dtype=compute_dtype(loaded.config),
-    )
-
 
 # --- audio --------------------------------------------------------------------------------------
-
-
-def _audio(
-    params: dict,
-    codes_BKT: jax.Array,
-    length: jax.Array | None,
-    *,
-    config: SeanetConfig,
-    platform: str,
-) -> jax.Array:
-    """`seanet.decode` as the platform likes it; [B, C, T * hop]."""
-    run = functools.partial(
-        seanet.decode,
-        params,
-        config=config,
-        length=length,
-        lstm_rows=LSTM_ROWS[platform],
-        piece=AUDIO_PIECE,
-    )
-    if platform != "cpu":
-        return run(codes_BKT)
-    # A CPU gains nothing from batches, whose convolutions round otherwise than a clip's alone.
-    return jax.lax.map(lambda codes_KT: run(codes_KT[None])[0], codes_BKT)
-
-
-_decode = jax.jit(_audio, static_argnames=("config", "platform"))
-
-
-def _decode_codes(config: SeanetConfig, params: dict, codes_BKT: jax.Array) -> np.ndarray:
-    platform = jax.default_backend()
-    return np.asarray(_decode(params, codes_BKT, None, config=config, platform=platform))
-
-
-def decode_audio(decoder: encodec.Decoder | encodec.Codec, codes_BKT: np.ndarray) -> np.ndarray:
-    """Audio [B, C, N] (float32) of tokens, a clip's the same whatever is decoded with it."""
-    if isinstance(decoder, encodec.Decoder):
-        encodec.check_codes(codes_BKT, decoder.spec)
-        return _sound(_decode_codes(decoder.config, decoder.params, codes_BKT))
-    # One at a time: PyTorch's convolutions round differently in batches.
-    return _sound(np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT]))
-
-
-def _sound(wav_BCN: np.ndarray) -> np.ndarray:
-    """The audio; raises `UserError` where the codec's numbers overflowed."""
-    if not np.isfinite(wav_BCN).all():
-        raise UserError(
-            "the codec computes NaN or infinity in place of audio, and no clip was made: its "
-            "weights are damaged, or their training diverged"
-        )
-    return wav_BCN

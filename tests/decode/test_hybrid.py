@@ -31,7 +31,7 @@ from magnet_jax.config import (
     with_hybrid_objective,
 )
 from magnet_jax.convert import t5_files
-from magnet_jax.decode import autoregressive, hybrid, parallel, rescore, sampling
+from magnet_jax.decode import autoregressive, choose, hybrid, parallel, placement, rescore, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.model import attention, patterns, sharding, transformer
 from magnet_jax.train import hybrid_objective, loop, objective, steps, watch
@@ -348,7 +348,7 @@ def generate(
             on_step=on_step,
         )  # fmt: skip
     )
-    keys_B = parallel.sample_keys(0, jnp.arange(2))
+    keys_B = choose.sample_keys(0, jnp.arange(2))
     numbers = autoregressive.Sampling(1.0, 0.0, guidance)
     zeros_B = jnp.zeros(2, jnp.int32)
     return run(params, *texts(), zeros_B, keys_B, codes_BKT, numbers, schedule, 0.0)
@@ -356,7 +356,7 @@ def generate(
 
 def one_after_another(params, prompt_BKP, guidance=3.0):
     return tiny.one_after_another(
-        params, *texts(), jnp.zeros(2, jnp.int32), parallel.sample_keys(0, jnp.arange(2)),
+        params, *texts(), jnp.zeros(2, jnp.int32), choose.sample_keys(0, jnp.arange(2)),
         prompt_BKP, autoregressive.Sampling(1.0, 0.0, guidance), config=MODEL, num_frames=FRAMES,
         choice="greedy",
     )  # fmt: skip
@@ -419,7 +419,7 @@ def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):
         lambda codes_BKT, schedule: parallel.decode(
             parallel.Network(trunk, head),
             schedule,
-            parallel.sample_keys(0, jnp.arange(2)),
+            choose.sample_keys(0, jnp.arange(2)),
             codes_BKT,
             0,
             0.0,
@@ -586,7 +586,7 @@ def test_the_python_api_and_two_devices(run):
     one, two = (
         sampling.generate(
             model.loaded, ["a", "b", ""], num_frames=30, decoding=model.generation, seed=0,
-            prompt_BKP=given, execution=sampling.Execution(mesh=SamplingMeshConfig(data=data)),
+            prompt_BKP=given, execution=placement.Execution(mesh=SamplingMeshConfig(data=data)),
         ).codes_BKT
         for data in (1, 2)
     )  # fmt: skip

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
-from magnet_jax.decode import parallel
+from magnet_jax.decode import choose, parallel
 from magnet_jax.model import transformer
 
 
 def test_a_nucleus_of_everything_keeps_everything():
     logits = 20 * jax.random.normal(jax.random.key(0), (50, 300))
     probs = jnp.concatenate([jax.nn.softmax(logits), jax.nn.one_hot(jnp.arange(3), 300)])
-    np.testing.assert_allclose(parallel.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(choose.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
 
 
 def test_schedule_follows_equation_6_and_anneals():
@@ -156,7 +156,7 @@ def run_toy(
             num_prompt=prompt,
             span_length=3,
         ),
-        parallel.sample_keys(seed, jnp.asarray(samples)),
+        choose.sample_keys(seed, jnp.asarray(samples)),
         codes_BKT.at[..., :prompt].set(1),
         top_p,
         num_prompt=prompt,
@@ -262,7 +262,7 @@ def test_progress_is_reported_step_by_step():
 def test_top_k_keeps_the_k_most_probable():
     probs = jax.nn.softmax(5 * jax.random.normal(jax.random.key(0), (20, 300)))
     for k in (1, 2, 17, 250, 300, 1000):
-        kept = np.asarray(jax.jit(parallel.top_k_tokens)(probs, k))
+        kept = np.asarray(jax.jit(choose.top_k_tokens)(probs, k))
         np.testing.assert_array_equal((kept > 0).sum(-1), min(k, 300))
         for row, kept_row in zip(np.asarray(probs), kept):
             best = np.argsort(-row)[:k]
@@ -270,9 +270,9 @@ def test_top_k_keeps_the_k_most_probable():
 
 
 def test_settings_say_how_tokens_are_chosen():
-    assert parallel.choice_of(True, 5, 0.5)[0] == "greedy"
-    assert parallel.choice_of(False, 5, 0.5) == ("top_k", 5.0)
-    assert parallel.choice_of(False, 0, 0.5) == ("top_p", 0.5)
+    assert choose.choice_of(True, 5, 0.5)[0] == "greedy"
+    assert choose.choice_of(False, 5, 0.5) == ("top_k", 5.0)
+    assert choose.choice_of(False, 0, 0.5) == ("top_p", 0.5)
 
 
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
@@ -301,7 +301,7 @@ def test_sampled_tokens_follow_the_nucleus():
     decoded = parallel.decode(
         network,
         parallel.make_schedule(one_step, num_frames=frames, num_prompt=0, span_length=1),
-        parallel.sample_keys(0, jnp.arange(1)),
+        choose.sample_keys(0, jnp.arange(1)),
         jnp.full((1, 1, frames), 5, jnp.int32),
         0,
         0.8,
@@ -331,7 +331,7 @@ def program_size(num_layers, steps):
         shape((1, 3, 4), jnp.float32),
         shape((1, 3), bool),
         shape((1,), jnp.int32),
-        jax.eval_shape(parallel.sample_keys, 0, np.arange(1)),
+        jax.eval_shape(choose.sample_keys, 0, np.arange(1)),
         shape((1, 4, 90), jnp.int32),
         0,
         schedule,
@@ -378,7 +378,7 @@ def test_without_a_restricted_context_nothing_is_cut():
             states_BSE,
             np.ones((2, 3), bool),
             np.zeros(2, np.int32),
-            parallel.sample_keys(0, np.arange(2)),
+            choose.sample_keys(0, np.arange(2)),
             np.full((2, 2, frames), model.mask_id, np.int32),
             0,
             schedule,

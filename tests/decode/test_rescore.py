@@ -13,7 +13,7 @@ from golden_model import TEXTS, clips, load_golden, magnet_logits, read_text
 from magnet_jax import programs
 from magnet_jax.config import DecodeConfig, RescoreConfig, SamplingMeshConfig
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import parallel, rescore, sampling
+from magnet_jax.decode import choose, parallel, placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import patterns, t5, teacher_forcing
 
@@ -51,7 +51,7 @@ def score_of(monkeypatch, loaded, states, num_frames, *, guidance=1.0, length=No
     config = dataclasses.replace(loaded.config, objective="magnet", model=served)
     partner = loaded._replace(config=config)
     rescorer = rescore.from_model(loaded, partner, guidance=guidance)
-    text = sampling.Text(np.zeros(mask_BS.shape, np.int32), mask_BS, zeros_B)
+    text = tokens_of_text.Text(np.zeros(mask_BS.shape, np.int32), mask_BS, zeros_B)
 
     @jax.jit
     def probabilities(codes_BKT, hidden_BT, stage):
@@ -202,7 +202,7 @@ def decode_table(
     return parallel.decode(
         network,
         parallel.make_schedule(config, num_frames=num_frames, num_prompt=given, span_length=SPAN),
-        parallel.sample_keys(0, jnp.arange(1)),
+        choose.sample_keys(0, jnp.arange(1)),
         jnp.full((1, 2, num_frames), VOCAB, jnp.int32).at[..., :given].set(0),
         given,
         0.0,
@@ -391,7 +391,7 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
     model = dataclasses.replace(loaded.config.model, first_context=9)
     near = loaded._replace(config=dataclasses.replace(loaded.config, model=model))
     partner = {"musicgen": musicgen, "near magnet": near}[kind]
-    execution = sampling.Execution(mesh=SamplingMeshConfig(data=2, guidance=2, frames=2))
+    execution = placement.Execution(mesh=SamplingMeshConfig(data=2, guidance=2, frames=2))
     one, many = (
         clips(
             loaded,
@@ -399,7 +399,7 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
             rescorer_weight=0.7,
             execution=execution,
         )
-        for execution in (sampling.Execution(), execution)
+        for execution in (placement.Execution(), execution)
     )
     np.testing.assert_array_equal(one.codes_BKT, many.codes_BKT)
     np.testing.assert_array_equal(one.hidden_PBT, many.hidden_PBT)
