@@ -53,7 +53,7 @@ from magnet_jax.config import (
     TopK,
     preset_steps,
 )
-from magnet_jax.decode import placement, rescore, sampling, tokens_of_text
+from magnet_jax.decode import canvas, placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 
 Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
@@ -306,10 +306,20 @@ class Generator:
     def _notes(self, texts: list[str]) -> list[str]:
         return tokens_of_text.notes_on_cut_texts(self.loaded, texts)
 
-    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
+    def _clips(
+        self,
+        texts: list[str],
+        *,
+        num_frames: int,
+        prompt_BKP: np.ndarray | None,
+        **keywords,
+    ) -> sampling.Generated:
+        given = None if prompt_BKP is None else canvas.beginning_with(prompt_BKP, num_frames)
         return sampling.generate(
             self.loaded,
             texts,
+            num_frames=num_frames,
+            given=given,
             decoding=self.generation,
             decoder=self.decoder,
             execution=self.execution,

@@ -11,10 +11,10 @@ from tqdm import tqdm
 from launch import make_random_checkpoint as random_checkpoint
 from launch.benchmark import models
 from magnet_jax import programs
-from magnet_jax.decode import parallel, placement, sampling
+from magnet_jax.decode import magnet, placement, sampling
 from magnet_jax.errors import UserError
 
-NAMES = tuple(field.name for field in dataclasses.fields(parallel.Savings))
+NAMES = tuple(field.name for field in dataclasses.fields(magnet.Savings))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ def measure(args: Args) -> None:
         loaded = placement.prepare(loaded)
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
         decoding = dataclasses.replace(loaded.config.decode, steps=args.steps)
-        kinds = {"all": parallel.ALL_SAVINGS} | {
-            f"without {n}": dataclasses.replace(parallel.ALL_SAVINGS, **{n: False}) for n in NAMES
+        kinds = {"all": magnet.ALL_SAVINGS} | {
+            f"without {n}": dataclasses.replace(magnet.ALL_SAVINGS, **{n: False}) for n in NAMES
         }
 
-        def call(savings: parallel.Savings, seed: int) -> float:
+        def call(savings: magnet.Savings, seed: int) -> float:
             compiling, started = programs.seconds(), time.perf_counter()
             sampling.generate(
                 loaded,

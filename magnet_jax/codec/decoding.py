@@ -17,7 +17,7 @@ AUDIO_PIECE = 32
 LSTM_ROWS = {"cpu": 1, "gpu": 1, "tpu": 8}
 
 
-def _audio(
+def audio(
     params: dict,
     codes_BKT: jax.Array,
     length: jax.Array | None,
@@ -40,7 +40,7 @@ def _audio(
     return jax.lax.map(lambda codes_KT: run(codes_KT[None])[0], codes_BKT)
 
 
-_decode = jax.jit(_audio, static_argnames=("config", "platform"))
+_decode = jax.jit(audio, static_argnames=("config", "platform"))
 
 
 def _decode_codes(config: SeanetConfig, params: dict, codes_BKT: jax.Array) -> np.ndarray:
@@ -52,12 +52,12 @@ def decode_audio(decoder: encodec.Decoder | encodec.Codec, codes_BKT: np.ndarray
     """Audio [B, C, N] (float32) of tokens, a clip's the same whatever is decoded with it."""
     if isinstance(decoder, encodec.Decoder):
         encodec.check_codes(codes_BKT, decoder.spec)
-        return _sound(_decode_codes(decoder.config, decoder.params, codes_BKT))
+        return sound(_decode_codes(decoder.config, decoder.params, codes_BKT))
     # One at a time: PyTorch's convolutions round differently in batches.
-    return _sound(np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT]))
+    return sound(np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT]))
 
 
-def _sound(wav_BCN: np.ndarray) -> np.ndarray:
+def sound(wav_BCN: np.ndarray) -> np.ndarray:
     """The audio; raises `UserError` where the codec's numbers overflowed."""
     if not np.isfinite(wav_BCN).all():
         raise UserError(

@@ -17,7 +17,7 @@ from magnet_jax.config import (
     ModelConfig,
     SamplingMeshConfig,
 )
-from magnet_jax.decode import parallel
+from magnet_jax.decode.magnet import ALL_SAVINGS, Savings
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 
@@ -30,8 +30,7 @@ class Execution:
 
     kernels: KernelConfig = KernelConfig()
     mesh: SamplingMeshConfig = SamplingMeshConfig()
-    savings: parallel.Savings | None = None
-    """None: those that pay on the platform, `parallel.default_savings`."""
+    savings: Savings = ALL_SAVINGS
     say: programs.Say | None = None
     """Takes a line when a program is compiled, and one when it is done."""
 

@@ -37,6 +37,14 @@ def notes_on_cut_texts(loaded: Loaded, texts: Sequence[str]) -> list[str]:
     ]
 
 
+class TextStates(NamedTuple):
+    """What the text encoder makes of a batch of texts."""
+
+    states_BSE: jax.Array
+    mask_BS: jax.Array  # True at tokens; a row without any has no text
+    num_zero_keys_B: jax.Array  # see `attention.cross_attention`; zeros make samples independent
+
+
 def tokenize_texts(loaded: Loaded, texts: Sequence[str], text_pad_len: TextPadLen = None) -> Text:
     """The tokens of descriptions, of which an empty one stands for no text.
 

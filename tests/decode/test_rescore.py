@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import GOLDEN, SHIPPED_GOLDEN
 from golden_model import TEXTS, clips, load_golden, magnet_logits, read_text
 
 from magnet_jax import programs
 from magnet_jax.config import DecodeConfig, RescoreConfig, SamplingMeshConfig
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import choose, parallel, placement, rescore, sampling, tokens_of_text
+from magnet_jax.decode import (
+    parallel,
+    placement,
+    rescore,
+    sampler,
+    schedule,
+    tokens_of_text,
+)
 from magnet_jax.errors import UserError
 from magnet_jax.model import patterns, t5, teacher_forcing
 
@@ -197,22 +205,15 @@ def decode_table(
     network, _ = table_network()
     num_frames = NUM_SPANS * SPAN
     config = DecodeConfig(
-        steps=steps, temperature=1.5, max_guidance=1, span_arrangement=arrangement
-    )
+        steps=steps, temperature=1.5, max_guidance=1, span_arrangement=arrangement,
+        span_score=span_score, greedy=True,
+    )  # fmt: skip
+    rescoring = planted and parallel.Rescoring(planted, weight)
     return parallel.decode(
         network,
-        parallel.make_schedule(config, num_frames=num_frames, num_prompt=given, span_length=SPAN),
-        choose.sample_keys(0, jnp.arange(1)),
-        jnp.full((1, 2, num_frames), VOCAB, jnp.int32).at[..., :given].set(0),
-        given,
-        0.0,
-        mask_id=VOCAB,
-        span_length=SPAN,
-        choice="greedy",
-        span_score=span_score,
-        span_arrangement=arrangement,
-        guided="none",
-        rescoring=planted and parallel.Rescoring(planted, weight),
+        tiny.rules(config, SPAN, VOCAB),
+        tiny.task(np.zeros((1, 2, num_frames), np.int32), num_given=given, rescoring=rescoring),
+        schedule.make_schedule(config),
     )
 
 
@@ -332,7 +333,7 @@ def read_planted(params, texts_B, *, num_frames, length):
     return lambda codes_BKT, hidden_BT, stage, *, local: sure_BT.astype(jnp.float32)
 
 
-PLANTED = sampling.Rescorer(
+PLANTED = sampler.Rescorer(
     read_planted,
     {"every": np.int32(3)},
     lambda texts, text_pad_len: np.array([len(text) for text in texts]),

@@ -18,7 +18,7 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     preset_steps,
 )
-from magnet_jax.decode import placement, sampling, tokens_of_text
+from magnet_jax.decode import canvas, placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import attention
 
@@ -83,7 +83,8 @@ def test_one_program_serves_many_lengths_prompts_and_settings(loaded):
         decoding = dataclasses.replace(DECODING, max_guidance=guidance, temperature=3.0 + i)
         prompt_BKP = np.full((3, 4, num_prompt), 7)
         found = clips(
-            loaded, num_frames=num_frames, decoding=decoding, seed=i, prompt_BKP=prompt_BKP,
+            loaded, num_frames=num_frames, decoding=decoding, seed=i,
+            given=canvas.beginning_with(prompt_BKP, num_frames),
             execution=execution,
         )  # fmt: skip
         assert found.codes_BKT.shape == (3, 4, num_frames)
