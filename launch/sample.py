@@ -32,9 +32,11 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     preset_steps,
 )
+from magnet_jax.decode import placement, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.io import bucket, memory
 from magnet_jax.io.files import replacing_file
+from magnet_jax.model import precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,12 +194,12 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     )
     fingerprint = pretrained.fingerprint(loaded)
     decoder = pretrained.load_decoder(loaded, str(args.checkpoint), args.codec_backend)
-    execution = sampling.Execution(
+    execution = placement.Execution(
         kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
     )
-    loaded = sampling.prepare(loaded, execution)
+    loaded = placement.prepare(loaded, execution)
     if args.codec_backend == "jax":
-        decoder = sampling.place(decoder, execution)
+        decoder = placement.place(decoder, execution)
     config, spec = loaded.config, loaded.codec
     kind = config.model.kind
     if kind != "hybrid" and args.hybrid_prompt_seconds is not None:
@@ -244,14 +246,14 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
 
     if kind == "hybrid":
         _check_effects(args, config, decoding, seconds)
-    for note in sampling.notes_on_cut_texts(loaded, texts):
+    for note in tokens_of_text.notes_on_cut_texts(loaded, texts):
         print(note)
     if stride is None and seconds > 1.5 * config.data.segment_seconds:
         print(
             f"note: {seconds:g} s are asked of a model that was trained on clips of "
             f"{config.data.segment_seconds:g} s: it takes them, but has not learnt such lengths"
         )
-    for note in sampling.notes_on_cut_texts(second, texts) if second else ():
+    for note in tokens_of_text.notes_on_cut_texts(second, texts) if second else ():
         print(f"rescorer: {note}")
     common = {
         "seconds": seconds,
@@ -270,7 +272,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             "parameters": pretrained.fingerprint(second),
             **dataclasses.asdict(rescoring),
         },
-        "compute_dtype": sampling.compute_dtype(config).name,
+        "compute_dtype": precision.compute_dtype(config).name,
         "codec_backend": args.codec_backend,
         "kernels": dataclasses.asdict(args.kernels),
         "mesh": dataclasses.asdict(args.mesh),

@@ -37,6 +37,7 @@ from magnet_jax.arguments import (
 )
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.checkpoints.pretrained import Loaded
+from magnet_jax.codec import decoding
 from magnet_jax.codec.encodec import Codec, Decoder, check_codes
 from magnet_jax.config import (
     KIND_NAMES,
@@ -53,7 +54,7 @@ from magnet_jax.config import (
     TopK,
     preset_steps,
 )
-from magnet_jax.decode import rescore, sampling
+from magnet_jax.decode import canvas, placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 
 Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
@@ -90,17 +91,17 @@ class Generator:
         self,
         loaded: Loaded,
         decoder: Decoder | Codec,
-        execution: sampling.Execution = sampling.Execution(),
+        execution: placement.Execution = placement.Execution(),
     ):
         if loaded.config.model.kind != self.kind:
             raise UserError(
                 f"this model is a {loaded.config.model.kind}: load it with "
                 f"{KIND_NAMES[loaded.config.model.kind]}.get_pretrained"
             )
-        self.loaded = sampling.prepare(loaded, execution)
+        self.loaded = placement.prepare(loaded, execution)
         self.decoder = decoder
         if isinstance(decoder, Decoder):
-            self.decoder = sampling.place(decoder, execution)
+            self.decoder = placement.place(decoder, execution)
         self.execution = execution
         self.duration = loaded.config.data.segment_seconds
         self.generation = loaded.config.sampling
@@ -147,7 +148,7 @@ class Generator:
         )
         config = dataclasses.replace(loaded.config, compute_dtype=compute_dtype)
         decoder = pretrained.load_decoder(loaded, str(name), codec_backend)
-        execution = sampling.Execution(kernels=kernels, mesh=mesh, say=_say)
+        execution = placement.Execution(kernels=kernels, mesh=mesh, say=_say)
         return cls(loaded._replace(config=config), decoder, execution)
 
     @property
@@ -185,7 +186,7 @@ class Generator:
         return_tokens: bool = False,
         *,
         seed: Seed = 0,
-        text_pad_len: sampling.TextPadLen = None,
+        text_pad_len: tokens_of_text.TextPadLen = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Generates a clip for each description.
 
@@ -194,7 +195,7 @@ class Generator:
           progress: show a bar, or call the callback.
           return_tokens: return the tokens as well, int32 [B, K, T].
           seed: clip i depends on (seed, i) and on its text, not on its neighbours.
-          text_pad_len: see `sampling.tokenize_texts`; 'batch' is what AudioCraft does.
+          text_pad_len: see `tokens_of_text.tokenize_texts`; 'batch' is what AudioCraft does.
 
         Returns:
           audio, float32 [B, C, samples].
@@ -224,7 +225,7 @@ class Generator:
         return_tokens: bool = False,
         *,
         seed: Seed = 0,
-        text_pad_len: sampling.TextPadLen = None,
+        text_pad_len: tokens_of_text.TextPadLen = None,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Goes on from audio; what is returned begins with it and is `duration` long.
 
@@ -304,12 +305,22 @@ class Generator:
         return (generated.wav_BCN, generated.codes_BKT) if return_tokens else generated.wav_BCN
 
     def _notes(self, texts: list[str]) -> list[str]:
-        return sampling.notes_on_cut_texts(self.loaded, texts)
+        return tokens_of_text.notes_on_cut_texts(self.loaded, texts)
 
-    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
+    def _clips(
+        self,
+        texts: list[str],
+        *,
+        num_frames: int,
+        prompt_BKP: np.ndarray | None,
+        **keywords,
+    ) -> sampling.Generated:
+        given = None if prompt_BKP is None else canvas.beginning_with(prompt_BKP, num_frames)
         return sampling.generate(
             self.loaded,
             texts,
+            num_frames=num_frames,
+            given=given,
             decoding=self.generation,
             decoder=self.decoder,
             execution=self.execution,
@@ -325,7 +336,7 @@ class Generator:
             codes_BKT = check_codes(gen_tokens, self.decoder.spec)
         except ValueError as error:
             raise UserError(f"gen_tokens: {error}") from None
-        return sampling.decode_audio(self.decoder, codes_BKT.astype(np.int32))
+        return decoding.decode_audio(self.decoder, codes_BKT.astype(np.int32))
 
 
 class MAGNeT(Generator):
@@ -459,7 +470,7 @@ class MAGNeT(Generator):
     def _notes(self, texts: list[str]) -> list[str]:
         notes = super()._notes(texts)
         if self._rescoring_model is not None:
-            cut = sampling.notes_on_cut_texts(self._rescoring_model, texts)
+            cut = tokens_of_text.notes_on_cut_texts(self._rescoring_model, texts)
             notes += [f"rescorer: {note}" for note in cut]
         return notes
 

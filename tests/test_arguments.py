@@ -28,7 +28,7 @@ from magnet_jax.config import (
     RunConfig,
     SamplingMeshConfig,
 )
-from magnet_jax.decode import sampling
+from magnet_jax.decode import canvas, placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.io.torch_env import import_torch
 
@@ -213,13 +213,13 @@ def test_a_span_longer_than_the_clip_takes_no_memory(monkeypatch):
     """Such a span would be decoded whole, and attention over it takes the square."""
     run = RunConfig(model=MODEL, decode=DecodeConfig(steps=(1,) * 4))
     loaded = types.SimpleNamespace(config=run, codec=EMBEDDED_CODEC)
-    text = sampling.Text(np.zeros((1, 4), int), np.zeros((1, 4), bool), np.zeros(1, int))
+    text = tokens_of_text.Text(np.zeros((1, 4), int), np.zeros((1, 4), bool), np.zeros(1, int))
     with pytest.raises(UserError, match="span_length 501 is longer than the clip, .* 500 frames"):
-        sampling.clip_arguments(
-            loaded, text, np.arange(1), 0, np.zeros((1, 4, 0), int), 500,
-            dataclasses.replace(run.decode, span_length=501), None, None, sampling.Execution(),
-            None, platform="cpu", mesh=None,
+        batch = sampling.Batch(
+            text=text, sample_B=np.arange(1), seed=0, canvas=canvas.blank(1, 4, 500),
+            decoding=dataclasses.replace(run.decode, span_length=501),
         )  # fmt: skip
+        sampling.make_program(loaded, batch, placement.Execution(), platform="cpu", mesh=None)
 
 
 # --- the API ------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from golden_model import magnet_logits, read_text
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import DecodeConfig, KernelConfig, MeshConfig, RunConfig
 from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
-from magnet_jax.decode import autoregressive, hybrid, parallel
+from magnet_jax.decode import autoregressive, choose, hybrid, magnet, schedule
+from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import sharding, teacher_forcing, transformer
 from magnet_jax.train import masking, objective, steps
 
@@ -34,26 +35,23 @@ BFLOAT16_TOLERANCE = 0.02  # mean error, as a share of the logits' standard devi
 
 
 @pytest.fixture(scope="module")
-def magnet():
+def golden():
     return lm_rules.read_audiocraft(MAGNET)
 
 
 generate_magnet = jax.jit(
-    parallel.generate,
-    static_argnames=(
-        "config", "choice", "span_score", "span_arrangement", "guided", "savings", "kernels",
-    ),
-)  # fmt: skip
+    magnet.generate, static_argnames=("config", "rules", "savings", "kernels")
+)
 
 
-def stage_logits(magnet, stage, with_text=True, dtype=jnp.float32):
+def stage_logits(golden, stage, with_text=True, dtype=jnp.float32):
     """Logits of a stage on the tokens and texts of forward.npz."""
     return magnet_logits(
-        magnet.params,
+        golden.params,
         *read_text(MAGNET / "forward.npz", with_text),
         np.load(MAGNET / "forward.npz")["codes"].astype(np.int32),
         stage,
-        config=magnet.model,
+        config=golden.model,
         local=stage > 0,
         dtype=dtype,
     )
@@ -61,17 +59,17 @@ def stage_logits(magnet, stage, with_text=True, dtype=jnp.float32):
 
 @pytest.mark.parametrize("with_text", [True, False])
 @pytest.mark.parametrize("stage", STAGES)
-def test_magnet_logits(magnet, stage, with_text):
+def test_magnet_logits(golden, stage, with_text):
     reference = np.load(MAGNET / "forward.npz")
-    logits_BTV = stage_logits(magnet, stage, with_text)
+    logits_BTV = stage_logits(golden, stage, with_text)
     name = f"logits_stage{stage}" if with_text else f"null_logits_stage{stage}"
     np.testing.assert_allclose(logits_BTV, reference[name], atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_magnet_logits_in_bfloat16(magnet, stage):
+def test_magnet_logits_in_bfloat16(golden, stage):
     reference = np.load(MAGNET / "forward.npz")
-    logits_BTV = stage_logits(magnet, stage, dtype=jnp.bfloat16)
+    logits_BTV = stage_logits(golden, stage, dtype=jnp.bfloat16)
     expected_BTV = reference[f"logits_stage{stage}"]
     error = np.abs(logits_BTV - expected_BTV).mean() / expected_BTV.std()
     assert error < BFLOAT16_TOLERANCE
@@ -80,16 +78,16 @@ def test_magnet_logits_in_bfloat16(magnet, stage):
 # What is left out, and how attention is computed, changes no token: every case with all savings,
 # and some with each alone, with none, and with other kernels.
 VARIANTS = {
-    "all": (parallel.ALL_SAVINGS, KernelConfig(full="dense", local="blocks", local_block=32)),
-    "none": (parallel.NO_SAVINGS, KernelConfig(full="dense", local="dense")),
-    "blocks": (parallel.ALL_SAVINGS, KernelConfig(full="blocks", local="blocks", local_block=54)),
-    "slices": (parallel.ALL_SAVINGS, KernelConfig(full="slices", local="slices", local_block=32)),
+    "all": (magnet.ALL_SAVINGS, KernelConfig(full="dense", local="blocks", local_block=32)),
+    "none": (magnet.NO_SAVINGS, KernelConfig(full="dense", local="dense")),
+    "blocks": (magnet.ALL_SAVINGS, KernelConfig(full="blocks", local="blocks", local_block=54)),
+    "slices": (magnet.ALL_SAVINGS, KernelConfig(full="slices", local="slices", local_block=32)),
     **{
         f"{field.name} alone": (
-            dataclasses.replace(parallel.NO_SAVINGS, **{field.name: True}),
+            dataclasses.replace(magnet.NO_SAVINGS, **{field.name: True}),
             KernelConfig(full="dense", local="dense"),
         )
-        for field in dataclasses.fields(parallel.Savings)
+        for field in dataclasses.fields(magnet.Savings)
     },
 }
 
@@ -100,7 +98,7 @@ VARIANTS = {
     + [("default", variant) for variant in VARIANTS if variant != "all"]
     + [("prompt", "none"), ("stride1", "none")],
 )
-def test_magnet_tokens(magnet, name, variant):
+def test_magnet_tokens(golden, name, variant):
     case, (savings, kernels) = CASES[name], VARIANTS[variant]
     text = np.load(MAGNET / "forward.npz")
     reference = np.load(MAGNET / "generate.npz")
@@ -116,27 +114,28 @@ def test_magnet_tokens(magnet, name, variant):
         min_guidance=case["min_cfg_coef"],
         span_score=case["span_scoring"],
         span_arrangement=case["span_arrangement"],
+        greedy=True,
     )
     assert not case["use_sampling"]
     batch, num_codebooks, _ = text["codes"].shape
-    codes_BKT = np.full((batch, num_codebooks, num_frames), magnet.model.mask_id, np.int32)
+    codes_BKT = np.zeros((batch, num_codebooks, num_frames), np.int32)
     if num_prompt:
         codes_BKT[..., :num_prompt] = reference["prompt_codes"][..., :num_prompt]
     decoded = generate_magnet(
-        magnet.params,
-        *read_text(MAGNET / "forward.npz", case["text"]),
-        parallel.sample_keys(0, jnp.arange(batch)),
-        codes_BKT,
-        num_prompt,
-        parallel.make_schedule(
-            decoding, num_frames=num_frames, num_prompt=num_prompt, span_length=span
+        golden.params,
+        TextStates(*read_text(MAGNET / "forward.npz", case["text"])),
+        tiny.task(codes_BKT, num_given=num_prompt),
+        schedule.make_schedule(decoding),
+        config=golden.model,
+        rules=tiny.rules(
+            decoding,
+            span,
+            golden.model.mask_id,
+            any_text=case["text"],
+            reach=golden.model.num_layers * golden.model.local_context,
+            last_window=savings.last_window,
+            **{} if savings.last_guidance or not case["text"] else {"guided": "all"},
         ),
-        0.0,
-        config=dataclasses.replace(magnet.model, span_length=span),
-        choice="greedy",
-        span_score=decoding.span_score,
-        span_arrangement=decoding.span_arrangement,
-        guided=parallel.guided_steps(decoding, any_text=case["text"]),
         savings=savings,
         kernels=kernels,
     )
@@ -148,9 +147,9 @@ def test_every_generated_array_has_its_case():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_magnet_loss_and_gradients(magnet, stage):
+def test_magnet_loss_and_gradients(golden, stage):
     reference = np.load(MAGNET / "loss.npz")
-    config = magnet.model
+    config = golden.model
     codes_BKT = jnp.asarray(reference["tokens"].astype(np.int32))
     mask_BT, valid_BT = (jnp.asarray(reference[k]) for k in (f"mask_stage{stage}", "valid"))
 
@@ -165,7 +164,7 @@ def test_magnet_loss_and_gradients(magnet, stage):
             "loss"
         ]
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(magnet.params)
+    value, gradients = jax.jit(jax.value_and_grad(loss))(golden.params)
     assert float(value) == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
     prefix = f"gradnorm_stage{stage}/"
     expected = {n.removeprefix(prefix): reference[n] for n in reference if n.startswith(prefix)}
@@ -177,9 +176,9 @@ def test_magnet_loss_and_gradients(magnet, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
+def test_magnet_loss_and_gradients_on_a_mesh_in_parts(golden, stage):
     """The gradients that a train step takes, of the reference's tokens, masks and text states."""
-    reference, config = np.load(MAGNET / "loss.npz"), magnet.model
+    reference, config = np.load(MAGNET / "loss.npz"), golden.model
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
     t5_config, _, _ = t5_files.load("embedded")
     static = steps.make_static(RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh)
@@ -213,7 +212,7 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(magnet, stage):
             total_nll, params, batch, static._replace(num_parts=2), shardings
         )
     )(
-        jax.device_put(magnet.params, shardings),
+        jax.device_put(golden.params, shardings),
         jax.device_put(batch, sharding.batch_sharding(mesh)),
     )
     loss = float(objective.means(sums)["loss"])
@@ -265,7 +264,7 @@ def test_musicgen_tokens(musicgen, name):
     codes_BKT = tiny.one_after_another(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz"),
-        parallel.sample_keys(0, jnp.arange(batch)),
+        choose.sample_keys(0, jnp.arange(batch)),
         prompt_BKP,
         autoregressive.Sampling(1.0, 0.0, 3.0),
         config=musicgen.model,
@@ -285,22 +284,20 @@ def test_musicgen_tokens_of_the_program_that_users_run(musicgen, apart):
     )
     codes_BKT = np.full((batch, num_codebooks, num_frames), musicgen.model.mask_id, np.int32)
     codes_BKT[..., :num_given] = reference["prompt"]
-    beginning = hybrid.Beginning(
+    beginning = autoregressive.Beginning(
         num_given=num_given, num_frames=num_frames, whole=True, choice="greedy", guided=True,
         apart=apart,
     )  # fmt: skip
+    rules = tiny.rules(DecodeConfig(greedy=True), 1, musicgen.model.mask_id)
     run = functools.partial(
-        hybrid.generate, config=musicgen.model, beginning=beginning, choice="greedy",
-        span_score="max",
-    )  # fmt: skip
+        hybrid.generate, config=musicgen.model, beginning=beginning, rules=rules
+    )
     found = jax.jit(run)(
         musicgen.params,
-        *read_text(MUSICGEN / "forward.npz"),
-        parallel.sample_keys(0, jnp.arange(batch)),
-        codes_BKT,
-        autoregressive.Sampling(1.0, 0.0, 3.0),
+        TextStates(*read_text(MUSICGEN / "forward.npz")),
+        tiny.task(codes_BKT, num_given=num_given),
         (),
-        0.0,
+        autoregressive.Sampling(1.0, 0.0, 3.0),
     )
     np.testing.assert_array_equal(found.codes_BKT, reference["prompted"])
 
@@ -386,6 +383,6 @@ def test_span_masks(num_frames, span_length):
 def test_nucleus(name):
     reference = np.load(GOLDEN / "top_p.npz")
     mass = float(name.removeprefix("probs_p"))
-    probs = parallel.nucleus(jax.nn.softmax(reference["logits"]), mass)
+    probs = choose.nucleus(jax.nn.softmax(reference["logits"]), mass)
     np.testing.assert_allclose(probs, reference[name], atol=1e-6)
     np.testing.assert_array_equal(probs > 0, reference[name] > 0)

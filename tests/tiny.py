@@ -25,7 +25,9 @@ from magnet_jax.config import (
 )
 from magnet_jax.convert import lm_rules
 from magnet_jax.data import records
-from magnet_jax.decode import autoregressive
+from magnet_jax.decode import autoregressive, choose, parallel, schedule
+from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.spans import Spans
 from magnet_jax.io import trees
 from magnet_jax.model import patterns, sharding, transformer
 
@@ -163,9 +165,32 @@ def one_after_another(
     known_BKT = jnp.concatenate([prompt_BKP, jnp.full(left, autoregressive.UNKNOWN)], axis=-1)
     steps_BKS, _ = autoregressive.advance(
         config, params, text, keys_B, patterns.to_steps(known_BKT, config.delays, config.mask_id),
-        sampling, num_given=1 + num_prompt, choice=choice, guided=True,
+        sampling, guided=True,
+        beginning=autoregressive.Beginning(
+            num_given=num_prompt, num_frames=num_frames, whole=True, choice=choice, guided=True
+        ),
     )  # fmt: skip
     return patterns.to_frames(steps_BKS, config.delays, num_frames, first=1)[0]
+
+
+def task(codes_BKT, *, num_given=0, samples=None, seed=0, limit=0.0, **more) -> parallel.Task:
+    """Clips to decode that begin with given frames, of all codebooks or of each."""
+    batch, num_codebooks, num_frames = codes_BKT.shape
+    given_K = np.broadcast_to(num_given, num_codebooks)
+    given_BKT = np.tile(np.arange(num_frames) < given_K[:, None], (batch, 1, 1))
+    keys_B = choose.sample_keys(seed, jnp.arange(batch) if samples is None else samples)
+    return parallel.Task(Canvas(codes_BKT, given_BKT), keys_B, limit, **more)
+
+
+def rules(decoding: DecodeConfig, span_length: int, mask_id: int, *, any_text=True, **more):
+    """How settings decode."""
+    spans = Spans(
+        length=span_length, arrangement=decoding.span_arrangement, score=decoding.span_score
+    )
+    choice, _ = choose.choice_of(decoding.greedy, decoding.top_k, decoding.top_p)
+    guided = schedule.guided_steps(decoding, any_text)
+    defaults = {"mask_id": mask_id, "spans": spans, "choice": choice, "guided": guided}
+    return parallel.Rules(**defaults | more)
 
 
 def newest_step(run: Path) -> int:

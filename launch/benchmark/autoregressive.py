@@ -14,7 +14,7 @@ from tqdm import tqdm
 from launch.benchmark import models, report
 from launch.benchmark.decoding import TEXTS
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import sampling
+from magnet_jax.decode import placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 
@@ -82,7 +82,7 @@ def measure(args: Args) -> None:
             from launch.benchmark.musicgen_peer import Peer
 
             peer = Peer(lm_rules.to_audiocraft(loaded.params["lm"], model), model)
-        loaded = sampling.prepare(loaded)
+        loaded = placement.prepare(loaded)
         print(report.aligned(("batch", "ours", "a step", "theirs", "ratio", "same tokens")))
         rows = []
         for batch in args.batch_sizes:
@@ -105,9 +105,9 @@ def _measure(loaded, peer, batch: int, num_frames: int, repeats: int) -> Row:
     ours()  # compiles
     calls = {"ours": lambda: ours().codes_BKT}
     if peer is not None:
-        text = sampling.tokenize_texts(loaded, texts)
+        text = tokens_of_text.tokenize_texts(loaded, texts)
         lengths_B = text.mask_BS.sum(-1)
-        states_BSE = np.array(sampling.encode_texts(loaded, text))[:, : lengths_B.max()]
+        states_BSE = np.array(tokens_of_text.encode_texts(loaded, text))[:, : lengths_B.max()]
         calls["peer"] = functools.partial(
             peer.generate, states_BSE, lengths_B, num_frames=num_frames, guidance=decoding.guidance
         )

@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from launch.benchmark import models
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.decode import sampling
+from magnet_jax.decode import canvas, placement, sampler, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 
 
@@ -35,27 +35,24 @@ def measure(args: Args) -> None:
         raise UserError("JAX_ENABLE_COMPILATION_CACHE is off, and the cache is what is measured")
     with models.opened(None, args.model) as (name, loaded), tempfile.TemporaryDirectory() as folder:
         decoder = pretrained.load_decoder(loaded, name)
-        loaded = sampling.prepare(loaded)
+        loaded = placement.prepare(loaded)
         jax.config.update("jax_compilation_cache_dir", folder)
         compilation_cache.reset_cache()  # or the folder that is open already goes on to be used
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
         for what in ("from nothing", "from the cache"):
             jax.clear_caches()
             started = time.perf_counter()
-            arrays, made_for = sampling.clip_arguments(
-                loaded,
-                sampling.tokenize_texts(loaded, ["a text"] * args.batch),
-                np.arange(args.batch),
-                0,
-                np.zeros((args.batch, loaded.config.model.num_codebooks, 0), np.int32),
-                round(args.seconds * loaded.codec.frame_rate),
-                loaded.config.decode,
-                decoder.config,
-                decoder.params,
-                sampling.Execution(),
-                None,
-                platform=jax.default_backend(),
-                mesh=None,
+            num_frames = round(args.seconds * loaded.codec.frame_rate)
+            batch = sampling.Batch(
+                text=tokens_of_text.tokenize_texts(loaded, ["a text"] * args.batch),
+                sample_B=np.arange(args.batch),
+                seed=0,
+                canvas=canvas.blank(args.batch, loaded.config.model.num_codebooks, num_frames),
+                decoding=loaded.config.decode,
+                decoder=decoder,
             )
-            sampling.clip_program.lower(*arrays, made_for=made_for).compile()
+            inputs, made_for = sampling.make_program(
+                loaded, batch, placement.Execution(), platform=jax.default_backend(), mesh=None
+            )
+            sampler.sample.lower(inputs, sampler=made_for).compile()
             print(f"{what:15} {time.perf_counter() - started:6.1f} s", flush=True)

@@ -19,11 +19,13 @@ from launch.benchmark import models, peaks, report, rescoring
 from launch.benchmark.peaks import seconds_of
 from magnet_jax import programs
 from magnet_jax.checkpoints import pretrained
+from magnet_jax.codec import decoding
 from magnet_jax.codec.encodec import Decoder
 from magnet_jax.config import ComputeDtype, DecodeConfig, Preset, RescoreConfig, preset_steps
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import rescore, sampling
+from magnet_jax.decode import placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
+from magnet_jax.model import precision
 from magnet_jax.train import flops
 
 if TYPE_CHECKING:
@@ -142,13 +144,13 @@ class Job:
         ).codes_BKT
 
     def audio(self, codes_BKT: np.ndarray) -> np.ndarray:
-        return sampling.decode_audio(self.decoder, codes_BKT)
+        return decoding.decode_audio(self.decoder, codes_BKT)
 
     def text_states(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Text encoder states cut to the longest text, and the texts' lengths."""
-        text = sampling.tokenize_texts(self.loaded, self.texts(batch))
+        text = tokens_of_text.tokenize_texts(self.loaded, self.texts(batch))
         lengths_B = text.mask_BS.sum(-1)
-        states_BSE = sampling.encode_texts(self.loaded, text)
+        states_BSE = tokens_of_text.encode_texts(self.loaded, text)
         return np.asarray(states_BSE)[:, : lengths_B.max()], lengths_B
 
 
@@ -164,7 +166,7 @@ def measure(args: Args) -> None:
             check_device(args.peer_device)
         job = make_job(args, loaded)
         rescorer = make_rescorer(args, job)
-        dtype = sampling.compute_dtype(loaded.config)
+        dtype = precision.compute_dtype(loaded.config)
         facts = report.Facts(
             model=name,
             parameters=int(sum(leaf.size for leaf in jax.tree.leaves(loaded.params["lm"]))),
@@ -219,7 +221,7 @@ def make_job(args: Args, loaded: pretrained.Loaded) -> Job:
         steps = tuple(min(count, args.peer_steps) for count in steps)
     num_frames = clip_frames(loaded, args.seconds)
     return Job(
-        loaded=sampling.prepare(loaded),
+        loaded=placement.prepare(loaded),
         decoder=pretrained.load_decoder(loaded, str(args.checkpoint)),
         num_frames=num_frames,
         decoding=dataclasses.replace(loaded.config.decode, steps=steps),

@@ -12,7 +12,7 @@ from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding
+from magnet_jax.model import precision, sharding
 from magnet_jax.train import loop, steps
 
 
@@ -54,7 +54,7 @@ def measure(args: Args) -> None:
     loaded = args.batches * config.data.batch_size * frames / (time.perf_counter() - started)
 
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    static = steps.make_static(config, t5_config, precision.compute_dtype(config), frames, mesh)
     t5_params = jax.tree.map(np.asarray, t5_params)
     setup = loop.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
     state = loop.first_state(setup, jax.random.key(config.seed))

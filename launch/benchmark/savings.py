@@ -11,10 +11,10 @@ from tqdm import tqdm
 from launch import make_random_checkpoint as random_checkpoint
 from launch.benchmark import models
 from magnet_jax import programs
-from magnet_jax.decode import parallel, sampling
+from magnet_jax.decode import magnet, placement, sampling
 from magnet_jax.errors import UserError
 
-NAMES = tuple(field.name for field in dataclasses.fields(parallel.Savings))
+NAMES = tuple(field.name for field in dataclasses.fields(magnet.Savings))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,14 @@ def measure(args: Args) -> None:
     if len(args.steps) != random_checkpoint.NUM_CODEBOOKS or min(args.steps) < 1:
         raise UserError(f"--steps: give {random_checkpoint.NUM_CODEBOOKS} numbers of at least 1")
     with models.opened(None, args.model) as (name, loaded):
-        loaded = sampling.prepare(loaded)
+        loaded = placement.prepare(loaded)
         print(f"{name}; {args.batch} x {args.seconds:g} s on {jax.devices()[0].device_kind}")
         decoding = dataclasses.replace(loaded.config.decode, steps=args.steps)
-        kinds = {"all": parallel.ALL_SAVINGS} | {
-            f"without {n}": dataclasses.replace(parallel.ALL_SAVINGS, **{n: False}) for n in NAMES
+        kinds = {"all": magnet.ALL_SAVINGS} | {
+            f"without {n}": dataclasses.replace(magnet.ALL_SAVINGS, **{n: False}) for n in NAMES
         }
 
-        def call(savings: parallel.Savings, seed: int) -> float:
+        def call(savings: magnet.Savings, seed: int) -> float:
             compiling, started = programs.seconds(), time.perf_counter()
             sampling.generate(
                 loaded,
@@ -55,7 +55,7 @@ def measure(args: Args) -> None:
                 num_frames=round(args.seconds * loaded.codec.frame_rate),
                 decoding=decoding,
                 seed=seed,
-                execution=sampling.Execution(savings=savings),
+                execution=placement.Execution(savings=savings),
             )
             return time.perf_counter() - started - (programs.seconds() - compiling)
 

@@ -24,11 +24,12 @@ from magnet_jax.config import (
     RescoreConfig,
     SamplingConfig,
 )
-from magnet_jax.decode import sampling
+from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.io import bucket
 from magnet_jax.io.files import replacing_file
+from magnet_jax.model import precision
 
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
 PROMPT = "prompt"
@@ -205,14 +206,14 @@ def measure(args: Args) -> None:
         config = loaded.config
         frames = clip_frames(loaded, args.seconds)
         clip_seconds = frames / loaded.codec.frame_rate
-        loaded = sampling.prepare(loaded)
+        loaded = placement.prepare(loaded)
         rescorer = None
         if args.rescorer is not None:
             rescorer = open_rescorer(args.rescorer, loaded, args.rescorer_guidance)
         rows = []
         print(
             f"{name}, {args.batch_size} clip(s) of {clip_seconds:g} s, "
-            f"{sampling.compute_dtype(config).name} on {jax.devices()[0].device_kind}; from text "
+            f"{precision.compute_dtype(config).name} on {jax.devices()[0].device_kind}; from text "
             f"to tokens, the fastest of {args.repeats}",
             flush=True,
         )

@@ -15,7 +15,7 @@ from magnet_jax.data import records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
-from magnet_jax.model import amx, sharding
+from magnet_jax.model import amx, precision, sharding
 from magnet_jax.train import flops, loop, steps, watch
 
 
@@ -67,7 +67,7 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     t5_config = t5_files.published_config(config.text.source)
     frames = sampling.segment_frames(config, spec)
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    static = steps.make_static(config, t5_config, precision.compute_dtype(config), frames, mesh)
     seconds = 0.0
     for stage in (0, 1):
         lowered = steps.lower(static, config.data.batch_size, frames, config.text.max_tokens, stage)
@@ -85,10 +85,10 @@ def measure(args: Args) -> None:
         amx.use_synchronous_dispatch()
     with tempfile.TemporaryDirectory() as folder:
         config = _config(args, Path(folder) / "run")
-        peaks = [jax_peak(sampling.compute_dtype(config))]
+        peaks = [jax_peak(precision.compute_dtype(config))]
         loop.train(config)
         # The peak before and after: the machine may have others on it.
-        peaks.append(jax_peak(sampling.compute_dtype(config)))
+        peaks.append(jax_peak(precision.compute_dtype(config)))
         line = watch.read_scalars(Path(config.out))[-1]
     spec = records.read_codec_spec(args.data)
     frames = sampling.segment_frames(config, spec)

@@ -30,12 +30,12 @@ from magnet_jax.config import (
 )
 from magnet_jax.convert import codec_rules, t5_files
 from magnet_jax.convert.codec_rules import SeanetConfig
-from magnet_jax.decode import parallel, sampling
+from magnet_jax.decode import canvas, magnet, placement, sampler, sampling, tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.model import t5, transformer
+from magnet_jax.model import precision, t5, transformer
 from magnet_jax.train import flops, targets
 
-Saving = Literal[tuple(field.name for field in dataclasses.fields(parallel.Savings))]
+Saving = Literal[tuple(field.name for field in dataclasses.fields(magnet.Savings))]
 FRAME_RATE = 50  # frames a second of the published codec
 
 
@@ -66,8 +66,6 @@ class Decode:
     """The program ends in samples; --no-codec: in tokens, for PyTorch to decode."""
     without: tuple[Saving, ...] = ()
     """Savings to do without, to see what they are worth."""
-    also: tuple[Saving, ...] = ()
-    """Savings to make although they do not pay on the platform."""
     json: Path | None = None
     """File for everything that was found out, costs of one device and of a clip."""
 
@@ -84,38 +82,36 @@ def lower_decode(
     """
     loaded, decoder = _published(args, target.platform)
     config = loaded.config
-    arrays, made_for = sampling.clip_arguments(
-        loaded,
-        sampling.Text(
+    batch = sampling.Batch(
+        text=tokens_of_text.Text(
             np.zeros((args.batch, args.text_tokens), np.int32),
             np.ones((args.batch, args.text_tokens), bool),
             np.zeros(args.batch, np.int32),
         ),
-        np.arange(args.batch),
-        0,
-        np.zeros((args.batch, config.model.num_codebooks, 0), np.int32),
-        round(args.seconds * FRAME_RATE),
-        config.decode,
-        decoder and decoder.config,
-        decoder and decoder.params,
-        sampling.Execution(
+        sample_B=np.arange(args.batch),
+        seed=0,
+        canvas=canvas.blank(
+            args.batch, config.model.num_codebooks, round(args.seconds * FRAME_RATE)
+        ),
+        decoding=config.decode,
+        decoder=decoder,
+    )
+    inputs, made_for = sampling.make_program(
+        loaded,
+        batch,
+        placement.Execution(
             kernels=args.kernels,
             mesh=args.mesh,
-            savings=dataclasses.replace(
-                parallel.default_savings(target.platform),
-                **dict.fromkeys(args.also, True),
-                **dict.fromkeys(args.without, False),
-            ),
+            savings=dataclasses.replace(magnet.ALL_SAVINGS, **dict.fromkeys(args.without, False)),
         ),
-        None,
         platform=target.platform,
         mesh=mesh if mesh.size > 1 else None,
     )
-    shapes = [
-        _shapes(tree, mesh, spec) for tree, spec in zip(arrays, sampling.CLIP_SPECS, strict=True)
-    ]
-    codes_BKT = arrays[5]
-    return sampling.clip_program.lower(*shapes, made_for=made_for), config, codes_BKT.shape[-1]
+    shapes = sampler.Inputs(
+        *(_shapes(tree, mesh, spec) for tree, spec in zip(inputs, sampler.SPECS, strict=True))
+    )
+    num_frames = inputs.canvas.codes_BKT.shape[-1]
+    return sampler.sample.lower(shapes, sampler=made_for), config, num_frames
 
 
 def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.Decoder | None]:
@@ -129,12 +125,12 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.
         ),
         compute_dtype=args.dtype,
     )
-    dtype = sampling.compute_dtype(config, platform)
+    dtype = precision.compute_dtype(config, platform)
     t5_config = t5_files.PUBLISHED["t5-base"]
 
     def rounded(init: Callable[[jax.Array], dict]) -> dict:
         return jax.eval_shape(
-            lambda key: parallel.round_weights(init(key), dtype), jax.random.key(0)
+            lambda key: precision.round_weights(init(key), dtype), jax.random.key(0)
         )
 
     spec = CodecSpec(
@@ -184,10 +180,8 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     report.check_file("--json", args.json)
     if args.steps and args.preset:
         raise UserError("give either --steps or --preset")
-    if set(args.also) & set(args.without):
-        raise UserError("a saving is named both by --also and by --without")
     target = targets.load(args.topology)
-    mesh = sampling.make_mesh(args.mesh, target.devices)
+    mesh = placement.make_mesh(args.mesh, target.devices)
     if args.batch % mesh.shape["data"]:
         raise UserError(f"--batch {args.batch} does not divide by mesh.data {mesh.shape['data']}")
     lowered, config, frames = lower_decode(args, target, mesh)
@@ -205,7 +199,7 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     return {
         "program": "decode",
         "arguments": dataclasses.asdict(args) | {"json": None},
-        "dtype": sampling.compute_dtype(config, target.platform).name,
+        "dtype": precision.compute_dtype(config, target.platform).name,
         "num_devices": mesh.size,
         "frames": frames,
         **found,

@@ -16,10 +16,9 @@ from launch.compile import report
 from launch.train import load_config
 from magnet_jax.config import ComputeDtype, MeshConfig, Remat, RunConfig
 from magnet_jax.convert import t5_files
-from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import check_new_file, replacing_file
-from magnet_jax.model import sharding
+from magnet_jax.model import precision, sharding
 from magnet_jax.train import flops, plan, steps, targets
 
 FRAME_RATE = 50  # frames a second of the published codecs
@@ -92,7 +91,7 @@ def _sizes(config: RunConfig, target: targets.Target) -> tuple:
     """What `plan.choose` takes beside the config: text encoder, dtype, frames, bytes a device."""
     return (
         t5_files.published_config(config.text.source),
-        sampling.compute_dtype(config, target.platform),
+        precision.compute_dtype(config, target.platform),
         round(config.data.segment_seconds * FRAME_RATE),
         None if target.chip is None else target.chip.memory // target.chip.devices,
     )

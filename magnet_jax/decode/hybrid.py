@@ -1,165 +1,122 @@
 """Decoding of a hybrid: a clip's beginning one step after another, its rest in parallel.
 
 Section 5.2 and Appendix E of the paper; hybrid_objective.py says what such a model learns, and with
-which mask. The rest attends to a cache of the beginning's keys and values.
+which mask. The beginning is given to the rest, which attends to a cache of its keys and values.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import ModelConfig, Products
+from magnet_jax.config import ModelConfig
 from magnet_jax.decode import autoregressive, parallel
+from magnet_jax.decode.autoregressive import UNKNOWN, Beginning
+from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.schedule import Schedule
+from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import attention, patterns, transformer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Beginning:
-    """How a clip begins, as far as a program is made for it."""
-
-    num_given: int
-    """Frames that are given."""
-    num_frames: int
-    """Frames made one step after another, the given ones included; 0 is none."""
-    whole: bool
-    """Whether that is the whole clip."""
-    choice: parallel.Choice
-    guided: bool
-    """Whether rows without text are computed as well."""
-    apart: bool = False
-    """Whether the layers are written out, see `Transformer.layers_apart`."""
-
-    def num_steps(self, delays: tuple[int, ...]) -> int:
-        """Steps of the prompt, the empty first one included, until every codebook is that far."""
-        return patterns.num_steps(self.num_frames, delays) if self.num_frames else 1
-
-    def of_codebooks(self, delays: tuple[int, ...], most: int) -> tuple[int, ...]:
-        """Frames of each codebook in the prompt, of which there are `most` at most."""
-        steps = self.num_steps(delays)
-        return tuple(min(max(steps - 1 - delay, 0), most) for delay in delays)
 
 
 @transformer.exact_products
 def generate(
     params: dict,
-    states_BSE: jax.Array,
-    text_mask_BS: jax.Array,
-    num_zero_keys_B: jax.Array,
-    keys_B: jax.Array,
-    codes_BKT: jax.Array,
-    beginning_sampling: autoregressive.Sampling,
-    schedule: tuple[parallel.Schedule, ...],
-    limit: jax.Array | float,
+    text_states: TextStates,
+    task: parallel.Task,
+    schedule: tuple[Schedule, ...],
+    sampling: autoregressive.Sampling,
+    *,
+    config: ModelConfig,
+    rules: parallel.Rules,
+    beginning: Beginning,
+    dtype: jnp.dtype = jnp.float32,
+) -> parallel.Decoded:
+    """From text encoder states to tokens: a beginning step after step, then the rest; to be traced.
+
+    Args:
+      params, text_states, schedule, config, rules, dtype: see `magnet.generate`.
+      task: of whose canvas the first `beginning.num_given` frames are given.
+      sampling, beginning: of the steps one after another.
+    """
+    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    # Both halves read one cache, and either may want the rows without text.
+    guided = beginning.guided or (rules.guided != "none" and not beginning.whole)
+    num_first = beginning.num_steps(config.delays) - beginning.num_known_steps
+    num_later = 0 if beginning.whole else sum(part.stage.size for part in schedule)
+    total = num_first + num_later
+    made, cache = _begin(
+        params, text, task, sampling, config=config, beginning=beginning, guided=guided,
+        on_step=_counted(rules.on_step, 0, total),
+    )  # fmt: skip
+    if beginning.whole:
+        batch, _, num_frames = made.codes_BKT.shape
+        codes_BKT = jnp.where(made.given_BKT, made.codes_BKT, rules.mask_id)
+        return parallel.Decoded(codes_BKT, jnp.zeros((0, batch, num_frames), bool))
+    rules = dataclasses.replace(
+        rules, given_have_say=False, on_step=_counted(rules.on_step, num_first, total)
+    )
+    network = _network_after(config, params, text, cache, beginning, task)
+    # 0 is no step of the beginning's, whose own keys are made with their numbers.
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(task.keys_B, 0)
+    return parallel.decode(network, rules, task._replace(canvas=made, keys_B=keys_B), schedule)
+
+
+def _counted(on_step: Callable | None, before: int, total: int) -> Callable | None:
+    """`on_step` of steps that come after others; given the number of a step alone, too."""
+    return on_step and (lambda done, *_: on_step(done + before, total))
+
+
+def _begin(
+    params: dict,
+    text: transformer.TextKeys,
+    task: parallel.Task,
+    sampling: autoregressive.Sampling,
     *,
     config: ModelConfig,
     beginning: Beginning,
-    choice: parallel.Choice,
-    span_score: Literal["max", "prod"],
-    span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap",
-    guided: parallel.GuidedSteps = "all",
-    length: jax.Array | int | None = None,
-    dtype: jnp.dtype = jnp.float32,
-    products: Products = "axes",
-    savings: parallel.Savings = parallel.ALL_SAVINGS,
-    rescoring: parallel.Rescoring | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-) -> parallel.Decoded:
-    """From text encoder states to tokens: a prompt step after step, then the rest; to be traced.
-
-    The prompt's keys and values are computed once: the rest attends to the cache.
-
-    Args:
-      codes_BKT: the given first frames, then anything.
-      beginning, beginning_sampling: of the steps one after another.
-      products: see `transformer.product`.
-      schedule: from `parallel.make_schedule`, with the prompt that `Beginning.of_codebooks` tells.
-      params, states_BSE, text_mask_BS, num_zero_keys_B, keys_B, limit, config, choice, span_score,
-        span_arrangement, guided, length, dtype, savings, rescoring, on_step: see
-        `parallel.generate`.
-    """
-    batch, _, num_frames = codes_BKT.shape
-    delays, mask_id = config.delays, config.mask_id
-    length = num_frames if length is None else length
-    prompt_steps = beginning.num_steps(delays)
-    prompt_K = beginning.of_codebooks(delays, num_frames)
-    model = transformer.bind(config, params)
-    text = model.read_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
-    # Both halves read one cache, and either may want the rows without text.
-    with_null = beginning.guided or (guided != "none" and not beginning.whole)
-    null_text = config.null_text_adds_nothing
-    rows_text = transformer.with_null_rows(text) if with_null and not null_text else text
-
-    num_first = prompt_steps - 1 - beginning.num_given if beginning.num_frames else 0
-    num_later = 0 if beginning.whole else sum(part.stage.size for part in schedule)
-    num_steps = num_first + num_later
-
-    def report(done: jax.Array) -> None:
-        jax.debug.callback(on_step, done, num_steps)
-
-    frame_T = jnp.arange(num_frames)
-    known_BKT = jnp.where(frame_T < length, autoregressive.UNKNOWN, mask_id)[None, None]
-    known_BKT = jnp.where((frame_T < beginning.num_given)[None, None], codes_BKT, known_BKT)
-    steps_BKS = patterns.to_steps(known_BKT, delays, mask_id, prompt_steps)
+    guided: bool,
+    on_step: Callable | None,
+) -> tuple[Canvas, transformer.Cache]:
+    """The canvas of which the beginning is made and given, and the cache of all its steps."""
+    num_frames = task.canvas.codes_BKT.shape[-1]
+    delays, frame_T = config.delays, jnp.arange(num_frames)
+    if guided and not config.null_text_adds_nothing:
+        text = transformer.with_null_rows(text)
+    known_BKT = jnp.where(task.exists_T, UNKNOWN, config.mask_id)[None, None]
+    given_T = frame_T < beginning.num_given
+    known_BKT = jnp.where(given_T[None, None], task.canvas.codes_BKT, known_BKT)
+    num_steps = beginning.num_steps(delays)
     steps_BKS, cache = autoregressive.advance(
-        config, params, rows_text, keys_B, steps_BKS, beginning_sampling,
-        num_given=1 + beginning.num_given if beginning.num_frames else 1,
-        choice=beginning.choice, guided=with_null, apart=beginning.apart,
-        spare=0 if beginning.whole else 1, products=products, on_step=on_step and report,
+        config, params, text, task.keys_B,
+        patterns.to_steps(known_BKT, delays, config.mask_id, num_steps), sampling,
+        beginning=beginning, guided=guided,
+        on_step=on_step and functools.partial(jax.debug.callback, on_step),
     )  # fmt: skip
-    made_BKT, _ = patterns.to_frames(steps_BKS, delays, num_frames, first=1)
-    prompt_1KT = (frame_T[None] < jnp.asarray(prompt_K)[:, None])[None]
-    codes_BKT = jnp.where(prompt_1KT, made_BKT, mask_id)
-    if beginning.whole:
-        return parallel.Decoded(codes_BKT, jnp.zeros((0, batch, num_frames), bool))
-
-    # The last step of the prompt predicts nothing; the rest attends to it.
-    last_BK1 = steps_BKS[..., -1:]
-    rows = jnp.concatenate([last_BK1] * (1 + with_null))
-    _, cache = model.extend(rows, rows_text, cache, prompt_steps - 1, products=products)
-
-    def later(done: jax.Array, _: int) -> None:
-        on_step(done + num_first, num_steps)
-
-    return parallel.decode(
-        _completing_network(
-            config, params, text, cache, prompt_steps, num_frames, length, products
-        ),
-        schedule,
-        # (0 is no step of the prompt's, whose own keys are made with their numbers)
-        jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 0),
-        codes_BKT,
-        prompt_K,
-        limit,
-        mask_id=mask_id,
-        span_length=config.span_length,
-        choice=choice,
-        span_score=span_score,
-        span_arrangement=span_arrangement,
-        guided=guided,
-        length=length,
-        savings=savings,
-        predicts_given=False,
-        rescoring=rescoring,
-        on_step=on_step and later,
-    )
+    codes_BKT, _ = patterns.to_frames(steps_BKS, delays, num_frames, first=1)
+    frames_K = jnp.asarray(beginning.of_codebooks(delays, num_frames))
+    given_1KT = (frame_T[None] < frames_K[:, None])[None]
+    if not beginning.whole:
+        # The last step of the beginning predicts nothing; the rest attends to it.
+        last_BK1 = steps_BKS[..., -1:]
+        rows = jnp.concatenate([last_BK1] * (1 + guided))
+        _, cache = transformer.bind(config, params).extend(rows, text, cache, num_steps - 1)
+    return Canvas(codes_BKT, jnp.broadcast_to(given_1KT, codes_BKT.shape)), cache
 
 
-def _completing_network(
+def _network_after(
     config: ModelConfig,
     params: dict,
     text: transformer.TextKeys,
     cache: transformer.Cache,
-    prompt_steps: int,
-    num_frames: int,
-    length: jax.Array | int,
-    products: Products = "axes",
+    beginning: Beginning,
+    task: parallel.Task,
 ) -> parallel.Network:
-    """The steps after a prompt as `decode` sees them, by frames of the codebook to predict."""
-    delays = jnp.asarray(config.delays)
+    """The steps after a beginning as `decode` sees them, by frames of the codebook to predict."""
+    delays, first = jnp.asarray(config.delays), beginning.num_steps(config.delays)
+    num_frames = task.canvas.codes_BKT.shape[-1]
+    length = num_frames if task.length is None else task.length
     num_steps = patterns.num_steps(num_frames, config.delays)
     positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
     null_rows = transformer.with_null_rows(text)
@@ -171,21 +128,20 @@ def _completing_network(
             rows_text = text if config.null_text_adds_nothing else null_rows
         steps_RKS = patterns.to_steps(rows, config.delays, config.mask_id)
         states_RSD = transformer.bind(config, params).trunk(
-            steps_RKS[..., prompt_steps:],
+            steps_RKS[..., first:],
             rows_text,
             local=local,
             attend=functools.partial(
                 attention.completing_attention,
                 delay=delays[stage],
                 most_delay=max(config.delays),
-                length=patterns.num_steps(length, config.delays) - prompt_steps,
+                length=patterns.num_steps(length, config.delays) - first,
             ),
-            positions_BTD=positions_1SD[:, prompt_steps:],
+            positions_BTD=positions_1SD[:, first:],
             past=jax.tree.map(lambda x: x[:, : len(rows)], cache),
-            products=products,
         )
-        # (the prompt is not predicted, and its frames' states may be anything)
-        states_RSD = jnp.pad(states_RSD, ((0, 0), (prompt_steps, 0), (0, 0)))
+        # The beginning is not predicted, and its frames' states may be anything.
+        states_RSD = jnp.pad(states_RSD, ((0, 0), (first, 0), (0, 0)))
         return jax.lax.dynamic_slice_in_dim(states_RSD, 1 + delays[stage], num_frames, axis=1)
 
     def head(states_RMD, stage, *, guided):

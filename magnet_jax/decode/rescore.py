@@ -11,7 +11,7 @@ V], which equation 5 speaks of, would be V times as many numbers for the same sc
 Two rescorers ship. MusicGen and AudioGen, and a hybrid, read the candidate in one causal pass,
 teacher-forced. MAGNeT, another checkpoint, reads it with the tokens in question hidden, as it has
 learnt to predict hidden tokens and no others. Both have their own text encoder, of any width; their
-codec must be the model's. Others can be written: `sampling.Rescorer` says how.
+codec must be the model's. Others can be written: `sampler.Rescorer` says how.
 """
 
 import dataclasses
@@ -26,10 +26,11 @@ import numpy as np
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
-from magnet_jax.decode import parallel, sampling
-from magnet_jax.decode.sampling import Rescorer, Text
+from magnet_jax.decode import magnet, placement, tokens_of_text
+from magnet_jax.decode.sampler import Rescorer
+from magnet_jax.decode.tokens_of_text import Text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, t5, teacher_forcing, transformer
+from magnet_jax.model import attention, patterns, precision, t5, teacher_forcing, transformer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,7 @@ def from_model(
     partner: Loaded,
     *,
     guidance: float = RescoreConfig.guidance,
-    execution: sampling.Execution = sampling.Execution(),
+    execution: placement.Execution = placement.Execution(),
     name: str = "this model",
 ) -> Rescorer:
     """A MusicGen, an AudioGen or a MAGNeT as the rescorer of another model.
@@ -89,18 +90,18 @@ def from_model(
         model=config.model,
         t5_config=loaded.t5_config,
         guided=guidance != 1,
-        dtype=sampling.compute_dtype(config),
+        dtype=precision.compute_dtype(config),
         kernels=execution.kernels,
         platform=jax.default_backend(),
-        num_devices=sampling.make_mesh(execution.mesh).size,
+        num_devices=placement.make_mesh(execution.mesh).size,
     )
-    loaded = sampling.on_devices(loaded, execution)
+    loaded = placement.on_devices(loaded, execution)
     params = {
         "lm": loaded.params["lm"],
         "text": loaded.t5_params,
         "guidance": np.float32(guidance),
     }
-    return Rescorer(read(reading), params, functools.partial(sampling.tokenize_texts, loaded))
+    return Rescorer(read(reading), params, functools.partial(tokens_of_text.tokenize_texts, loaded))
 
 
 def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
@@ -183,10 +184,6 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
             keys = transformer.with_null_rows(keys)
         # As many as generation takes: up to the last frame of the most delayed codebook.
         num_steps = patterns.num_steps(num_frames, config.delays) - 1
-        kernels = attention.choose_kernels(
-            KernelConfig(products=reading.kernels.products), reading.platform, config, num_steps,
-            reading.dtype, num_devices=reading.num_devices,
-        )  # fmt: skip
         positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
@@ -200,7 +197,6 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
                 local=False,
                 attend=teacher_forcing.attend_causally,
                 positions_BTD=positions_1SD,
-                products=kernels.products,
             )
             # After step t + delay comes the code of frame t: of one codebook, a slice of steps.
             delay = jnp.asarray(config.delays)[stage]
@@ -224,7 +220,7 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
             reading.kernels, reading.platform, config, num_frames, reading.dtype,
             num_devices=reading.num_devices,
         )  # fmt: skip
-        network = parallel.guided_network(
+        network = magnet.guided_network(
             config,
             params["lm"],
             _read_text(params, text, reading=reading, dtype=reading.dtype),

@@ -31,11 +31,11 @@ from magnet_jax.codec import encodec
 from magnet_jax.config import CodecSpec, RunConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
-from magnet_jax.decode import sampling
+from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio, bucket, lock
 from magnet_jax.io.files import replacing_file
-from magnet_jax.model import sharding, t5, transformer
+from magnet_jax.model import precision, sharding, t5, transformer
 from magnet_jax.train import distributed, objective, optimizer, plan, steps, watch
 from magnet_jax.train.steps import Static
 
@@ -166,7 +166,7 @@ def set_up(config: RunConfig) -> Setup:
             lm = _begun_with_codec(config, spec)
         # Codebooks beyond the model's are neither learnt nor decoded.
         spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
-        frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
+        frames, dtype = sampling.segment_frames(config, spec), precision.compute_dtype(config)
         mesh = sharding.make_mesh(config.mesh)
         static = steps.make_static(config, text[0], dtype, frames, mesh)
         t5_params = jax.tree.map(np.asarray, text[1])
@@ -312,7 +312,7 @@ def write_samples(
         lineage={},
     )
     generated = sampling.generate(
-        sampling.prepare(model),
+        placement.prepare(model),
         config.sample_prompts,
         num_frames=setup.frames,
         decoding=config.sampling,

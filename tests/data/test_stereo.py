@@ -12,9 +12,9 @@ from sounds import RATE, put, tone
 
 from launch import sample
 from magnet_jax.checkpoints import export, pretrained
+from magnet_jax.codec import decoding
 from magnet_jax.codec import encodec as codecs
 from magnet_jax.data import pipeline, records
-from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.train import loop
 from tokenization import browse
@@ -95,7 +95,7 @@ def test_both_backends_decode_each_side_as_the_mono_codec_does(mono):
         np.testing.assert_allclose(wav_BCN[:, [side]], own_BCN, atol=1e-5)
     in_jax = codecs.load_decoder("embedded", num_codebooks=4, interleaved=True)
     assert in_jax.spec == stereo.spec
-    np.testing.assert_allclose(sampling.decode_audio(in_jax, codes_BKT), wav_BCN, atol=1e-4)
+    np.testing.assert_allclose(decoding.decode_audio(in_jax, codes_BKT), wav_BCN, atol=1e-4)
     again_BKT = stereo.encode(wav_BCN)
     for side in range(2):
         own_BKT = mono.encode(wav_BCN[:, [side]])

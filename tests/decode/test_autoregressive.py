@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from magnet_jax.config import ModelConfig
-from magnet_jax.decode import autoregressive, parallel
+from magnet_jax.decode import autoregressive, choose
 from magnet_jax.errors import UserError
 from magnet_jax.model import patterns, teacher_forcing, transformer
 
@@ -111,7 +111,7 @@ def generate(params, samples, *, seed=0, choice="top_k", limit=5.0, prompt=None,
     return tiny.one_after_another(
         params,
         *texts(1) if batch == 1 else [jnp.repeat(a, batch, axis=0) for a in texts(1)],
-        parallel.sample_keys(seed, jnp.asarray(samples)),
+        choose.sample_keys(seed, jnp.asarray(samples)),
         jnp.zeros((batch, 3, 0), jnp.int32) if prompt is None else prompt,
         autoregressive.Sampling(1.0, limit, guidance),
         config=SMALL,

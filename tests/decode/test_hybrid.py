@@ -31,7 +31,19 @@ from magnet_jax.config import (
     with_hybrid_objective,
 )
 from magnet_jax.convert import t5_files
-from magnet_jax.decode import autoregressive, hybrid, parallel, rescore, sampling
+from magnet_jax.decode import (
+    autoregressive,
+    canvas,
+    choose,
+    hybrid,
+    parallel,
+    placement,
+    rescore,
+    sampler,
+    sampling,
+    schedule,
+)
+from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.errors import UserError
 from magnet_jax.model import attention, patterns, sharding, transformer
 from magnet_jax.train import hybrid_objective, loop, objective, steps, watch
@@ -327,36 +339,27 @@ def generate(
 ):  # fmt: skip
     """Two clips that begin with so many frames one step after another."""
     num_given = 0 if given is None else given.shape[-1]
-    codes_BKT = np.full((2, 3, FRAMES), MODEL.mask_id, np.int32)
+    codes_BKT = np.zeros((2, 3, FRAMES), np.int32)
     codes_BKT[..., :num_given] = given if num_given else 0
-    beginning = hybrid.Beginning(
+    beginning = autoregressive.Beginning(
         num_given=num_given, num_frames=num_frames, whole=num_frames == FRAMES, choice="greedy",
         guided=guidance != 1, apart=True,
     )  # fmt: skip
-    schedule = parallel.make_schedule(
-        decoding, num_frames=FRAMES, num_prompt=beginning.of_codebooks(MODEL.delays, FRAMES),
-        span_length=MODEL.span_length,
-    )  # fmt: skip
-    run = jax.jit(
-        functools.partial(
-            hybrid.generate,
-            config=MODEL,
-            beginning=beginning,
-            choice="greedy",
-            span_score=span_score,
-            guided=parallel.guided_steps(decoding, True),
-            on_step=on_step,
-        )  # fmt: skip
+    decoding = dataclasses.replace(decoding, span_score=span_score)
+    rules = tiny.rules(decoding, MODEL.span_length, MODEL.mask_id, on_step=on_step)
+    run = functools.partial(hybrid.generate, config=MODEL, beginning=beginning, rules=rules)
+    return jax.jit(run)(
+        params,
+        TextStates(*texts(), jnp.zeros(2, jnp.int32)),
+        tiny.task(codes_BKT, num_given=num_given),
+        schedule.make_schedule(decoding),
+        autoregressive.Sampling(1.0, 0.0, guidance),
     )
-    keys_B = parallel.sample_keys(0, jnp.arange(2))
-    numbers = autoregressive.Sampling(1.0, 0.0, guidance)
-    zeros_B = jnp.zeros(2, jnp.int32)
-    return run(params, *texts(), zeros_B, keys_B, codes_BKT, numbers, schedule, 0.0)
 
 
 def one_after_another(params, prompt_BKP, guidance=3.0):
     return tiny.one_after_another(
-        params, *texts(), jnp.zeros(2, jnp.int32), parallel.sample_keys(0, jnp.arange(2)),
+        params, *texts(), jnp.zeros(2, jnp.int32), choose.sample_keys(0, jnp.arange(2)),
         prompt_BKP, autoregressive.Sampling(1.0, 0.0, guidance), config=MODEL, num_frames=FRAMES,
         choice="greedy",
     )  # fmt: skip
@@ -396,7 +399,6 @@ def test_a_span_in_which_the_prompt_ends_is_scored_by_what_is_predicted_of_it(pa
 
 def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):
     """Against a pass over all steps at every step of decoding."""
-    codes_BKT = np.full((2, 3, FRAMES), MODEL.mask_id, np.int32)
     model = transformer.bind(MODEL, params)
     rows = transformer.with_null_rows(model.read_text(*texts()))
 
@@ -415,26 +417,10 @@ def test_without_a_prompt_decoding_is_magnets_on_delayed_codebooks(params):
         both = jnp.split(transformer.bind(MODEL, params).head(states_RMD, stage), 2)
         return both if guided else (both[0], None)
 
-    expected = jax.jit(
-        lambda codes_BKT, schedule: parallel.decode(
-            parallel.Network(trunk, head),
-            schedule,
-            parallel.sample_keys(0, jnp.arange(2)),
-            codes_BKT,
-            0,
-            0.0,
-            mask_id=MODEL.mask_id,
-            span_length=MODEL.span_length,
-            choice="greedy",
-            span_score="max",
-            savings=parallel.NO_SAVINGS,
-        )  # fmt: skip
-    )(
-        codes_BKT,
-        parallel.make_schedule(
-            DECODING, num_frames=FRAMES, num_prompt=0, span_length=MODEL.span_length
-        ),
-    )
+    rules = tiny.rules(DECODING, MODEL.span_length, MODEL.mask_id, guided="all")
+    run = functools.partial(parallel.decode, parallel.Network(trunk, head), rules)
+    task = tiny.task(np.zeros((2, 3, FRAMES), np.int32))
+    expected = jax.jit(run)(task, schedule.make_schedule(DECODING))
     found = generate(params, 0)
     np.testing.assert_array_equal(found.codes_BKT, expected.codes_BKT)
     np.testing.assert_array_equal(found.hidden_PBT, expected.hidden_PBT)
@@ -586,7 +572,8 @@ def test_the_python_api_and_two_devices(run):
     one, two = (
         sampling.generate(
             model.loaded, ["a", "b", ""], num_frames=30, decoding=model.generation, seed=0,
-            prompt_BKP=given, execution=sampling.Execution(mesh=SamplingMeshConfig(data=data)),
+            given=canvas.beginning_with(given, 30),
+            execution=placement.Execution(mesh=SamplingMeshConfig(data=data)),
         ).codes_BKT
         for data in (1, 2)
     )  # fmt: skip
@@ -603,7 +590,7 @@ def test_a_rescorer_has_its_say_in_what_is_completed(run):
         sure_BT = (span_T[None] + texts_B[:, None]) % 3 == 0
         return lambda codes_BKT, hidden_BT, stage, *, local: sure_BT.astype(jnp.float32)
 
-    planted = sampling.Rescorer(
+    planted = sampler.Rescorer(
         read, (), lambda texts, text_pad_len: np.array([len(text) for text in texts])
     )
     loaded = pretrained.load(run)
@@ -634,7 +621,7 @@ def test_whole_spans_cut_a_clip_alike_however_it_begins(run, seconds):
     codes_BKT = make(decoding=decoding).codes_BKT
     assert codes_BKT.shape == (1, 4, 12) and codes_BKT.max() < 1024
     with pytest.raises(UserError, match="leaves nothing to generate of 12 whole-span frames"):
-        make(decoding=decoding, prompt_BKP=codes_BKT)
+        make(decoding=decoding, given=canvas.beginning_with(codes_BKT, 14))
 
 
 def test_what_does_not_fit_is_one_line(run, tmp_path):

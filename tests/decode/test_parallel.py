@@ -11,33 +11,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
-from magnet_jax.decode import parallel
+from magnet_jax.decode import choose, magnet, parallel, schedule, spans
+from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.spans import Spans
+from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import transformer
 
 
 def test_a_nucleus_of_everything_keeps_everything():
     logits = 20 * jax.random.normal(jax.random.key(0), (50, 300))
     probs = jnp.concatenate([jax.nn.softmax(logits), jax.nn.one_hot(jnp.arange(3), 300)])
-    np.testing.assert_allclose(parallel.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(choose.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
 
 
 def test_schedule_follows_equation_6_and_anneals():
     config = DecodeConfig(steps=(5, 1, 2), temperature=3.0, max_guidance=10, min_guidance=1)
-    first, second, third = parallel.make_schedule(
-        config, num_frames=120, num_prompt=0, span_length=3
-    )
+    first, second, third = schedule.make_schedule(config)
     rates = np.cos(np.pi / 2 * np.arange(5) / 4)
-    np.testing.assert_array_equal(first.num_hidden, [[40, 36, 28, 15, 1]])
+    np.testing.assert_allclose(first.rate[0], rates, atol=1e-7)
     np.testing.assert_allclose(first.guidance[0], rates * 10 + (1 - rates), rtol=1e-6)
     np.testing.assert_allclose(first.temperature, [[2.4, 1.8, 1.2, 0.6, 0.01]], rtol=1e-6)
     np.testing.assert_array_equal(second.stage, [[1]])
     np.testing.assert_array_equal(third.stage, [[2, 2]])
     np.testing.assert_array_equal(third.step, [[0, 1]])
-    np.testing.assert_array_equal(second.num_hidden, [[40]])
-    np.testing.assert_array_equal(third.num_hidden, [[40, 1]])
     np.testing.assert_array_equal(third.number, [[7, 8]])
 
 
@@ -47,7 +47,7 @@ def test_as_many_spans_are_hidden_as_in_audiocraft():
     for steps in range(1, 101):
         rate = torch.cos(torch.linspace(0, 1, steps) * math.pi * 0.5)
         expected = (rate[:, None] * units).int()
-        found = parallel.hidden_rates(steps)
+        found = schedule.hidden_rates(steps)
         np.testing.assert_allclose(found, rate, rtol=0, atol=1e-7)
         found = (found[:, None] * units.numpy().astype(np.float32)).astype(np.int32)
         np.testing.assert_array_equal(found, expected, err_msg=f"{steps} steps")
@@ -62,15 +62,18 @@ def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
         steps=tuple(range(1, 101)), max_guidance=10, min_guidance=1.5, temperature=3.5,
         span_arrangement=arrangement,
     )  # fmt: skip
-    for num_frames, num_prompt in ((156, 0), (749, 31)):
-        schedule = parallel.make_schedule(
-            config, num_frames=num_frames, num_prompt=num_prompt, span_length=span
-        )
-        units = num_frames - num_prompt
+    parts = schedule.make_schedule(config)
+    assert len(parts) == 100
+    law = Spans(length=span, arrangement=arrangement)
+    count_spans = jax.jit(functools.partial(spans.count, law))
+    for num_frames, num_given in ((156, 0), (750, 31)):
+        free_1T = np.arange(num_frames)[None] >= num_given
+        _, free_1 = spans.start(law, free_1T, np.ones(num_frames, bool))
+        units = num_frames - num_given
         if arrangement == "nonoverlap":
-            units = num_frames // span - num_prompt // span
-        assert len(schedule) == 100
-        for part in schedule:
+            units = num_frames // span - num_given // span
+        assert free_1 == units
+        for part in parts:
             steps = part.step.size
             for step, time in enumerate(torch.linspace(0, 1, steps)):
                 rate = torch.cos(time * math.pi * 0.5)
@@ -79,7 +82,7 @@ def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
                     count = max(count, span)
                 guidance = float(rate) * 10 + (1 - float(rate)) * 1.5
                 temperature = max(3.5 * ((steps - 1 - step) / steps), 1e-2)
-                assert part.num_hidden[0, step] == count, (steps, step, units)
+                assert count_spans(part.rate[0, step], free_1) == count, (steps, step, units)
                 assert part.guidance[0, step] == pytest.approx(guidance, rel=1e-6)
                 assert part.temperature[0, step] == np.float32(temperature)
 
@@ -91,20 +94,18 @@ def test_neighbouring_stages_of_as_many_steps_go_together():
         ((4, 3, 2, 2), [(1, 4), (1, 3), (2, 2)]),
         ((7,), [(1, 7)]),
     ):
-        schedule = parallel.make_schedule(
-            DecodeConfig(steps=steps), num_frames=30, num_prompt=0, span_length=3
-        )
-        assert [part.stage.shape for part in schedule] == shapes
+        parts = schedule.make_schedule(DecodeConfig(steps=steps))
+        assert [part.stage.shape for part in parts] == shapes
 
 
 def test_rows_without_text_are_needed_where_guidance_is():
     config = DecodeConfig(max_guidance=10, min_guidance=1)
-    assert parallel.guided_steps(config, any_text=True) == "all_but_last"
-    assert parallel.guided_steps(config, any_text=False) == "none"
+    assert schedule.guided_steps(config, any_text=True) == "all_but_last"
+    assert schedule.guided_steps(config, any_text=False) == "none"
     constant = DecodeConfig(max_guidance=3, min_guidance=3)
-    assert parallel.guided_steps(constant, any_text=True) == "all"
+    assert schedule.guided_steps(constant, any_text=True) == "all"
     none = DecodeConfig(max_guidance=1, min_guidance=1)
-    assert parallel.guided_steps(none, any_text=True) == "none"
+    assert schedule.guided_steps(none, any_text=True) == "none"
 
 
 def toy_network(codebook_size):
@@ -124,46 +125,25 @@ def toy_network(codebook_size):
     return parallel.Network(trunk, head)
 
 
-@functools.partial(jax.jit, static_argnames=("num_prompt", "arrangement", "savings", "on_step"))
-def decode_toy(schedule, keys_B, codes_BKT, top_p, num_prompt, arrangement, savings, on_step):
-    return parallel.decode(
-        toy_network(16),
-        schedule,
-        keys_B,
-        codes_BKT,
-        num_prompt,
-        top_p,
-        mask_id=16,
-        span_length=3,
-        choice="top_p",
-        span_score="max",
-        span_arrangement=arrangement,
-        guided="all_but_last",
-        savings=savings,
-        on_step=on_step,
-    )
+@functools.partial(jax.jit, static_argnames="rules")
+def decode_toy(rules, task, parts):
+    return parallel.decode(toy_network(16), rules, task, parts)
 
 
 def run_toy(
-    samples, *, seed=0, top_p=0.9, steps=(6, 3, 3, 3), prompt=0, num_frames=30,
-    arrangement="nonoverlap", savings=parallel.ALL_SAVINGS, on_step=None,
+    samples, *, seed=0, top_p=0.9, steps=(6, 3, 3, 3), prompt=0, num_frames=30, canvas=None,
+    on_step=None, **settings,
 ):  # fmt: skip
-    codes_BKT = jnp.full((len(samples), 4, num_frames), 16, jnp.int32)
-    return decode_toy(
-        parallel.make_schedule(
-            DecodeConfig(steps=steps, span_arrangement=arrangement),
-            num_frames=num_frames,
-            num_prompt=prompt,
-            span_length=3,
-        ),
-        parallel.sample_keys(seed, jnp.asarray(samples)),
-        codes_BKT.at[..., :prompt].set(1),
-        top_p,
-        num_prompt=prompt,
-        arrangement=arrangement,
-        savings=savings,
-        on_step=on_step,
-    )
+    """Clips of four codebooks; the prompt is ones."""
+    decoding = DecodeConfig(steps=steps, **settings)
+    task = tiny.task(
+        np.ones((len(samples), 4, num_frames), np.int32),
+        num_given=prompt, samples=np.asarray(samples), seed=seed, limit=top_p,
+    )  # fmt: skip
+    if canvas is not None:
+        task = task._replace(canvas=canvas)
+    rules = tiny.rules(decoding, 3, 16, on_step=on_step)
+    return decode_toy(rules, task, schedule.make_schedule(decoding))
 
 
 def test_every_span_is_kept_exactly_once_and_never_hidden_again():
@@ -182,22 +162,12 @@ def test_every_span_is_kept_exactly_once_and_never_hidden_again():
 
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
 def test_a_sample_depends_on_its_number_and_seed_alone(arrangement):
-    run = functools.partial(run_toy, arrangement=arrangement)
+    run = functools.partial(run_toy, span_arrangement=arrangement)
     three = run([0, 1, 2]).codes_BKT
     np.testing.assert_array_equal(three[1:2], run([1]).codes_BKT)
     np.testing.assert_array_equal(three[::-1], run([2, 1, 0]).codes_BKT)
     assert (three[0] != three[1]).any()
     assert (three != run([0, 1, 2], seed=1).codes_BKT).any()
-
-
-@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
-@pytest.mark.parametrize("prompt", [0, 10])
-def test_drawing_where_hidden_alone_draws_the_same_tokens(arrangement, prompt):
-    """Bit for bit, of 10 spans in quarters of 3: each frame has a random number of its own."""
-    run = functools.partial(run_toy, [0, 3], arrangement=arrangement, prompt=prompt)
-    every_frame = dataclasses.replace(parallel.ALL_SAVINGS, masked_head=False)
-    for one, other in zip(run(), run(savings=every_frame), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def plain_hide_spans(score_T, num_hidden, span_length):
@@ -229,18 +199,18 @@ def plain_hide_spans(score_T, num_hidden, span_length):
 def test_overlapping_spans_are_chosen_as_a_plain_search_does(num_frames, span_length):
     rng = np.random.default_rng(num_frames)
     score_BT = rng.exponential(size=(3, num_frames)).astype(np.float32)
-    score_BT[1, rng.permutation(num_frames)[:20]] = parallel.KEPT
+    score_BT[1, rng.permutation(num_frames)[:20]] = spans.KEPT
     score_BT[2] = 0  # as at the first step
-    hide = jax.jit(parallel.hide_spans, static_argnums=2)
+    hide = jax.jit(spans.hide_overlapping, static_argnums=2)
     for num_hidden in range(span_length, num_frames + 1):
-        found = hide(score_BT, num_hidden, span_length)
+        found = hide(score_BT, np.full(3, num_hidden), span_length)
         for row, score_T in zip(found, score_BT):
             expected = plain_hide_spans(score_T, num_hidden, span_length)
             np.testing.assert_array_equal(row, expected, err_msg=f"{num_hidden} hidden")
 
 
 def test_overlapping_spans_reach_every_frame_of_any_length():
-    decoded = run_toy([0, 1], num_frames=31, arrangement="stride1")
+    decoded = run_toy([0, 1], num_frames=31, span_arrangement="stride1")
     assert decoded.codes_BKT.shape[-1] == 31
     assert (decoded.codes_BKT < 16).all()
     starts = np.cumsum((0, 6, 3, 3))
@@ -262,7 +232,7 @@ def test_progress_is_reported_step_by_step():
 def test_top_k_keeps_the_k_most_probable():
     probs = jax.nn.softmax(5 * jax.random.normal(jax.random.key(0), (20, 300)))
     for k in (1, 2, 17, 250, 300, 1000):
-        kept = np.asarray(jax.jit(parallel.top_k_tokens)(probs, k))
+        kept = np.asarray(jax.jit(choose.top_k_tokens)(probs, k))
         np.testing.assert_array_equal((kept > 0).sum(-1), min(k, 300))
         for row, kept_row in zip(np.asarray(probs), kept):
             best = np.argsort(-row)[:k]
@@ -270,15 +240,15 @@ def test_top_k_keeps_the_k_most_probable():
 
 
 def test_settings_say_how_tokens_are_chosen():
-    assert parallel.choice_of(True, 5, 0.5)[0] == "greedy"
-    assert parallel.choice_of(False, 5, 0.5) == ("top_k", 5.0)
-    assert parallel.choice_of(False, 0, 0.5) == ("top_p", 0.5)
+    assert choose.choice_of(True, 5, 0.5)[0] == "greedy"
+    assert choose.choice_of(False, 5, 0.5) == ("top_k", 5.0)
+    assert choose.choice_of(False, 0, 0.5) == ("top_p", 0.5)
 
 
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
 def test_prompt_is_kept_to_the_frame(arrangement):
     # Three whole spans and a third of the next.
-    decoded = run_toy([0], prompt=10, arrangement=arrangement)
+    decoded = run_toy([0], prompt=10, span_arrangement=arrangement)
     assert (decoded.codes_BKT < 16).all()
     assert (decoded.codes_BKT[:, :, :10] == 1).all()
     assert not decoded.hidden_PBT[:, :, :10].any()
@@ -300,13 +270,10 @@ def test_sampled_tokens_follow_the_nucleus():
     )
     decoded = parallel.decode(
         network,
-        parallel.make_schedule(one_step, num_frames=frames, num_prompt=0, span_length=1),
-        parallel.sample_keys(0, jnp.arange(1)),
-        jnp.full((1, 1, frames), 5, jnp.int32),
-        0,
-        0.8,
-        mask_id=5, span_length=1, choice="top_p", span_score="max", guided="none",
-    )  # fmt: skip
+        tiny.rules(one_step, 1, 5, any_text=False),
+        tiny.task(np.zeros((1, 1, frames), np.int32), limit=0.8),
+        schedule.make_schedule(one_step),
+    )
     counts = np.bincount(np.asarray(decoded.codes_BKT).ravel(), minlength=5) / frames
     np.testing.assert_allclose(counts, np.array([0.4, 0.3, 0.2, 0, 0]) / 0.9, atol=0.032)
 
@@ -315,27 +282,18 @@ def program_size(num_layers, steps):
     """Operations of the program for the golden model's width."""
     model = ModelConfig(codebook_size=16, width=8, num_heads=2, num_layers=num_layers, text_width=4)
     shape = jax.ShapeDtypeStruct
-    schedule = parallel.make_schedule(
-        DecodeConfig(steps=steps), num_frames=90, num_prompt=0, span_length=3
-    )
+    decoding = DecodeConfig(steps=steps)
     generate = functools.partial(
-        parallel.generate,
+        magnet.generate,
         config=model,
+        rules=tiny.rules(decoding, 3, 16, reach=num_layers * model.local_context),
         kernels=KernelConfig(full="dense", local="blocks"),
-        choice="top_p",
-        span_score="max",
-        guided="all_but_last",
     )
     lowered = jax.jit(generate).lower(
         jax.eval_shape(functools.partial(transformer.init_params, model), jax.random.key(0)),
-        shape((1, 3, 4), jnp.float32),
-        shape((1, 3), bool),
-        shape((1,), jnp.int32),
-        jax.eval_shape(parallel.sample_keys, 0, np.arange(1)),
-        shape((1, 4, 90), jnp.int32),
-        0,
-        schedule,
-        0.9,
+        TextStates(shape((1, 3, 4), jnp.float32), shape((1, 3), bool), shape((1,), jnp.int32)),
+        tiny.task(np.zeros((1, 4, 90), np.int32)),
+        schedule.make_schedule(decoding),
     )
     return lowered.as_text().count("\n")
 
@@ -356,43 +314,97 @@ def test_without_a_restricted_context_nothing_is_cut():
     )
     params = transformer.init_params(model, jax.random.key(0))
     frames = 60
-    schedule = parallel.make_schedule(
-        DecodeConfig(steps=(3, 3)), num_frames=frames, num_prompt=0, span_length=3
-    )
+    decoding = DecodeConfig(steps=(3, 3), greedy=True)
 
     def tokens(local_context, savings, kernels, first_context=0):
+        reach = model.num_layers * local_context or None
         generate = functools.partial(
-            parallel.generate,
+            magnet.generate,
             config=dataclasses.replace(
                 model, local_context=local_context, first_context=first_context
             ),
+            rules=tiny.rules(
+                decoding, 3, model.mask_id, reach=reach, last_window=savings.last_window
+            ),
             kernels=kernels,
-            choice="greedy",
-            span_score="max",
-            guided="all_but_last",
             savings=savings,
         )
         states_BSE = 3 * jax.random.normal(jax.random.key(1), (2, 3, 4))
         return jax.jit(generate)(
             params,
-            states_BSE,
-            np.ones((2, 3), bool),
-            np.zeros(2, np.int32),
-            parallel.sample_keys(0, np.arange(2)),
-            np.full((2, 2, frames), model.mask_id, np.int32),
-            0,
-            schedule,
-            0.9,
+            TextStates(states_BSE, np.ones((2, 3), bool), np.zeros(2, np.int32)),
+            tiny.task(np.zeros((2, 2, frames), np.int32)),
+            schedule.make_schedule(decoding),
         ).codes_BKT
 
     dense = KernelConfig(full="dense", local="dense")
     blocks = KernelConfig(full="blocks", local="blocks", local_block=22)
-    expected = tokens(frames, parallel.NO_SAVINGS, dense)
-    np.testing.assert_array_equal(tokens(0, parallel.NO_SAVINGS, dense), expected)
-    np.testing.assert_array_equal(tokens(0, parallel.ALL_SAVINGS, blocks), expected)
-    assert (tokens(1, parallel.NO_SAVINGS, dense) != expected)[:, 1].any()
+    expected = tokens(frames, magnet.NO_SAVINGS, dense)
+    np.testing.assert_array_equal(tokens(0, magnet.NO_SAVINGS, dense), expected)
+    np.testing.assert_array_equal(tokens(0, magnet.ALL_SAVINGS, blocks), expected)
+    assert (tokens(1, magnet.NO_SAVINGS, dense) != expected)[:, 1].any()
     # The same of the first codebook's, which decides all tokens.
-    np.testing.assert_array_equal(tokens(0, parallel.ALL_SAVINGS, blocks, frames), expected)
-    near = tokens(0, parallel.NO_SAVINGS, dense, 2)
+    np.testing.assert_array_equal(tokens(0, magnet.ALL_SAVINGS, blocks, frames), expected)
+    near = tokens(0, magnet.NO_SAVINGS, dense, 2)
     assert (near != expected)[:, 0].any()
-    np.testing.assert_array_equal(tokens(0, parallel.ALL_SAVINGS, blocks, 2), near)
+    np.testing.assert_array_equal(tokens(0, magnet.ALL_SAVINGS, blocks, 2), near)
+
+
+# --- any canvas ---------------------------------------------------------------------------------
+
+
+def random_canvas(rng, batch, num_frames):
+    """Given frames, spans, codebooks and single tokens; a row of which nothing is free, too."""
+    given_BKT = np.zeros((batch, 4, num_frames), bool)
+    for given_KT in given_BKT:
+        match rng.integers(6):
+            case 0:
+                given_KT[:, rng.random(num_frames) < rng.random()] = True
+            case 1:
+                first, last = np.sort(rng.integers(0, num_frames + 1, 2))
+                given_KT[:, :first] = given_KT[:, last:] = True
+            case 2:
+                given_KT[: rng.integers(5)] = True
+            case 3:
+                given_KT[:] = rng.random((4, num_frames)) < rng.random()
+            case 4:
+                given_KT[:] = True
+    return Canvas(rng.integers(0, 16, (batch, 4, num_frames), np.int32), given_BKT)
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_whatever_is_given_comes_out_untouched_by_one_program(arrangement):
+    """Fifty random canvases, rows of unlike ones in a batch, and one compilation."""
+    decode_toy.clear_cache()
+    rng = np.random.default_rng(0)
+    for _ in range(25):
+        canvas = random_canvas(rng, 2, 30)
+        decoded = run_toy([0, 1], canvas=canvas, span_arrangement=arrangement, steps=(5, 3, 2, 2))
+        codes_BKT, hidden_PBT = map(np.asarray, decoded)
+        kept = canvas.given_BKT
+        np.testing.assert_array_equal(codes_BKT[kept], canvas.codes_BKT[kept])
+        assert (codes_BKT < 16).all()
+        stages = np.repeat(np.arange(4), (5, 3, 2, 2))
+        predicted_BKT = np.stack([hidden_PBT[stages == k].any(0) for k in range(4)], axis=1)
+        np.testing.assert_array_equal(predicted_BKT, ~kept)
+    assert decode_toy._cache_size() == 1
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_a_row_does_not_depend_on_what_is_given_of_its_neighbours(arrangement):
+    canvas = random_canvas(np.random.default_rng(1), 5, 30)
+    run = functools.partial(run_toy, span_arrangement=arrangement)
+    together = run(range(5), canvas=canvas).codes_BKT
+    for i in range(5):
+        alone = run([i], canvas=Canvas(*(x[i : i + 1] for x in canvas))).codes_BKT
+        np.testing.assert_array_equal(alone[0], together[i])
+
+
+def test_counts_are_of_the_units_that_are_free():
+    """Of ten spans four are free, one of them in part: 4, 2 and 1 of them are hidden."""
+    given_BKT = np.ones((1, 4, 30), bool)
+    given_BKT[0, 0, [4, 6, 7, 8, 15, 16, 17, 27, 28, 29]] = False
+    canvas = Canvas(np.zeros((1, 4, 30), np.int32), given_BKT)
+    hidden_PBT = np.asarray(run_toy([0], canvas=canvas, steps=(3, 1, 1, 1)).hidden_PBT)
+    hidden_spans = hidden_PBT.reshape(-1, 10, 3).any(-1).sum(-1)
+    np.testing.assert_array_equal(hidden_spans, [4, 2, 1, 0, 0, 0])

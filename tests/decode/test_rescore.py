@@ -7,13 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import GOLDEN, SHIPPED_GOLDEN
 from golden_model import TEXTS, clips, load_golden, magnet_logits, read_text
 
 from magnet_jax import programs
 from magnet_jax.config import DecodeConfig, RescoreConfig, SamplingMeshConfig
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import parallel, rescore, sampling
+from magnet_jax.decode import (
+    parallel,
+    placement,
+    rescore,
+    sampler,
+    schedule,
+    tokens_of_text,
+)
 from magnet_jax.errors import UserError
 from magnet_jax.model import patterns, t5, teacher_forcing
 
@@ -51,7 +59,7 @@ def score_of(monkeypatch, loaded, states, num_frames, *, guidance=1.0, length=No
     config = dataclasses.replace(loaded.config, objective="magnet", model=served)
     partner = loaded._replace(config=config)
     rescorer = rescore.from_model(loaded, partner, guidance=guidance)
-    text = sampling.Text(np.zeros(mask_BS.shape, np.int32), mask_BS, zeros_B)
+    text = tokens_of_text.Text(np.zeros(mask_BS.shape, np.int32), mask_BS, zeros_B)
 
     @jax.jit
     def probabilities(codes_BKT, hidden_BT, stage):
@@ -197,22 +205,15 @@ def decode_table(
     network, _ = table_network()
     num_frames = NUM_SPANS * SPAN
     config = DecodeConfig(
-        steps=steps, temperature=1.5, max_guidance=1, span_arrangement=arrangement
-    )
+        steps=steps, temperature=1.5, max_guidance=1, span_arrangement=arrangement,
+        span_score=span_score, greedy=True,
+    )  # fmt: skip
+    rescoring = planted and parallel.Rescoring(planted, weight)
     return parallel.decode(
         network,
-        parallel.make_schedule(config, num_frames=num_frames, num_prompt=given, span_length=SPAN),
-        parallel.sample_keys(0, jnp.arange(1)),
-        jnp.full((1, 2, num_frames), VOCAB, jnp.int32).at[..., :given].set(0),
-        given,
-        0.0,
-        mask_id=VOCAB,
-        span_length=SPAN,
-        choice="greedy",
-        span_score=span_score,
-        span_arrangement=arrangement,
-        guided="none",
-        rescoring=planted and parallel.Rescoring(planted, weight),
+        tiny.rules(config, SPAN, VOCAB),
+        tiny.task(np.zeros((1, 2, num_frames), np.int32), num_given=given, rescoring=rescoring),
+        schedule.make_schedule(config),
     )
 
 
@@ -332,7 +333,7 @@ def read_planted(params, texts_B, *, num_frames, length):
     return lambda codes_BKT, hidden_BT, stage, *, local: sure_BT.astype(jnp.float32)
 
 
-PLANTED = sampling.Rescorer(
+PLANTED = sampler.Rescorer(
     read_planted,
     {"every": np.int32(3)},
     lambda texts, text_pad_len: np.array([len(text) for text in texts]),
@@ -391,7 +392,7 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
     model = dataclasses.replace(loaded.config.model, first_context=9)
     near = loaded._replace(config=dataclasses.replace(loaded.config, model=model))
     partner = {"musicgen": musicgen, "near magnet": near}[kind]
-    execution = sampling.Execution(mesh=SamplingMeshConfig(data=2, guidance=2, frames=2))
+    execution = placement.Execution(mesh=SamplingMeshConfig(data=2, guidance=2, frames=2))
     one, many = (
         clips(
             loaded,
@@ -399,7 +400,7 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
             rescorer_weight=0.7,
             execution=execution,
         )
-        for execution in (sampling.Execution(), execution)
+        for execution in (placement.Execution(), execution)
     )
     np.testing.assert_array_equal(one.codes_BKT, many.codes_BKT)
     np.testing.assert_array_equal(one.hidden_PBT, many.hidden_PBT)

@@ -11,14 +11,14 @@ from golden_model import DECODING, clips, load_golden
 from jax.experimental.compilation_cache import compilation_cache
 
 from magnet_jax import programs
-from magnet_jax.codec import encodec
+from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import (
     PRESETS,
     KernelConfig,
     SamplingMeshConfig,
     preset_steps,
 )
-from magnet_jax.decode import sampling
+from magnet_jax.decode import canvas, placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import attention
 
@@ -47,7 +47,7 @@ def test_frames_go_in_few_buckets_and_the_usual_length_in_its_own():
 
 def test_texts_go_in_buckets(loaded):
     words = ["waltz " * count for count in (1, 20, 40, 500)]
-    widths = [sampling.tokenize_texts(loaded, [text]).ids_BS.shape[1] for text in words]
+    widths = [tokens_of_text.tokenize_texts(loaded, [text]).ids_BS.shape[1] for text in words]
     assert widths[0] == 16
     assert widths == sorted(widths)
     assert widths[-1] == 128
@@ -76,14 +76,15 @@ def test_overlapping_spans_of_a_padded_clip_are_those_of_its_own_length():
 def test_one_program_serves_many_lengths_prompts_and_settings(loaded):
     programs.forget()
     lines = []
-    execution = sampling.Execution(say=lines.append)
+    execution = placement.Execution(say=lines.append)
     for i, (num_frames, num_prompt, guidance) in enumerate(
         [(65, 0, 10.0), (70, 0, 3.0), (68, 20, 10.0)]
     ):
         decoding = dataclasses.replace(DECODING, max_guidance=guidance, temperature=3.0 + i)
         prompt_BKP = np.full((3, 4, num_prompt), 7)
         found = clips(
-            loaded, num_frames=num_frames, decoding=decoding, seed=i, prompt_BKP=prompt_BKP,
+            loaded, num_frames=num_frames, decoding=decoding, seed=i,
+            given=canvas.beginning_with(prompt_BKP, num_frames),
             execution=execution,
         )  # fmt: skip
         assert found.codes_BKT.shape == (3, 4, num_frames)
@@ -100,12 +101,12 @@ def test_the_program_makes_the_audio_that_pytorch_makes(loaded, decoder):
     torch_codec = encodec.load_codec(
         str(SHIPPED_GOLDEN / "encodec_tiny" / "compression_state_dict.bin"), num_codebooks=4
     )
-    expected = sampling.decode_audio(torch_codec, found.codes_BKT)
+    expected = decoding.decode_audio(torch_codec, found.codes_BKT)
     np.testing.assert_allclose(found.wav_BCN, expected, atol=1e-4)
-    again = sampling.decode_audio(decoder, found.codes_BKT)
+    again = decoding.decode_audio(decoder, found.codes_BKT)
     np.testing.assert_allclose(found.wav_BCN, again, atol=1e-5)
     with pytest.raises(ValueError, match="must lie in"):
-        sampling.decode_audio(decoder, np.full((1, 4, 3), 128))
+        decoding.decode_audio(decoder, np.full((1, 4, 3), 128))
 
 
 def test_a_clip_without_text_is_the_same_beside_others_and_alone(loaded):
@@ -128,7 +129,7 @@ def test_a_clip_without_text_is_the_same_beside_others_and_alone(loaded):
 def test_clips_are_the_same_on_any_mesh(loaded, decoder, mesh):
     """Three clips, which two devices do not divide, of 100 frames, which four spans do not."""
     one = clips(loaded, decoder=decoder)
-    many = clips(loaded, decoder=decoder, execution=sampling.Execution(mesh=mesh))
+    many = clips(loaded, decoder=decoder, execution=placement.Execution(mesh=mesh))
     np.testing.assert_array_equal(one.codes_BKT, many.codes_BKT)
     np.testing.assert_array_equal(one.hidden_PBT, many.hidden_PBT)
     np.testing.assert_allclose(one.wav_BCN, many.wav_BCN, atol=1e-5)
@@ -143,11 +144,11 @@ def test_a_first_codebook_that_sees_near_frames_is_the_same_on_a_mesh(loaded):
     mesh = SamplingMeshConfig(guidance=2, frames=4)
     near = see_near_frames(loaded, 9)
     one = clips(near).codes_BKT
-    many = clips(near, execution=sampling.Execution(mesh=mesh)).codes_BKT
+    many = clips(near, execution=placement.Execution(mesh=mesh)).codes_BKT
     np.testing.assert_array_equal(one, many)
     assert (one[:, 0] != clips(loaded).codes_BKT[:, 0]).any()
     with pytest.raises(UserError, match="frames a device, fewer than the 40 seen to each side"):
-        clips(see_near_frames(loaded, 40), execution=sampling.Execution(mesh=mesh))
+        clips(see_near_frames(loaded, 40), execution=placement.Execution(mesh=mesh))
 
 
 def test_a_mesh_that_does_not_fit_is_refused(loaded):
@@ -156,7 +157,7 @@ def test_a_mesh_that_does_not_fit_is_refused(loaded):
         (SamplingMeshConfig(frames=8), "leaves 3 frames a device, fewer than the 5"),
     ):
         with pytest.raises(UserError, match=message):
-            clips(loaded, num_frames=24, execution=sampling.Execution(mesh=mesh))
+            clips(loaded, num_frames=24, execution=placement.Execution(mesh=mesh))
     with pytest.raises(UserError, match="mesh.data must be positive"):
         SamplingMeshConfig(data=0)
 
@@ -164,7 +165,7 @@ def test_a_mesh_that_does_not_fit_is_refused(loaded):
 def test_weights_are_rounded_once_where_products_are_rounded(loaded):
     config = dataclasses.replace(loaded.config, compute_dtype="bfloat16")
     loaded = loaded._replace(config=config)
-    prepared = sampling.prepare(loaded)
+    prepared = placement.prepare(loaded)
     assert prepared.params["lm"]["blocks"]["mlp"]["up"].dtype == jax.numpy.bfloat16
     assert prepared.params["lm"]["blocks"]["norm_mlp"]["scale"].dtype == jax.numpy.float32
     np.testing.assert_array_equal(clips(prepared).codes_BKT, clips(loaded).codes_BKT)
@@ -191,7 +192,7 @@ def test_kernels_asked_for_are_used(loaded, monkeypatch):
     default = clips(loaded).codes_BKT
     programs.forget()
     jax.clear_caches()  # or what was traced before would be taken
-    execution = sampling.Execution(kernels=KernelConfig(full="blocks", local="slices"))
+    execution = placement.Execution(kernels=KernelConfig(full="blocks", local="slices"))
     np.testing.assert_array_equal(clips(loaded, execution=execution).codes_BKT, default)
     assert set(used) == {(None, "blocks"), (5, "slices")}
 

@@ -13,7 +13,7 @@ from magnet_jax import MAGNeT
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import ASSETS
-from magnet_jax.decode import sampling
+from magnet_jax.decode import tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import transformer
 
@@ -31,8 +31,8 @@ def loaded():
 
 def losses(loaded, codes_BKT, captions, stage):
     """Cross-entropies [B] of a codebook that is hidden whole, given those below."""
-    text = sampling.tokenize_texts(loaded, captions)
-    states_BSE = sampling.encode_texts(loaded, text)
+    text = tokens_of_text.tokenize_texts(loaded, captions)
+    states_BSE = tokens_of_text.encode_texts(loaded, text)
     network = transformer.bind(loaded.config.model, loaded.params["lm"])
     k = jnp.arange(codes_BKT.shape[1])[:, None]
     hidden_BKT = jnp.where(k >= stage, loaded.config.model.mask_id, codes_BKT)

@@ -31,10 +31,11 @@ from magnet_jax.config import (
     from_dict,
 )
 from magnet_jax.convert import lm_rules, t5_files, torch_lm
-from magnet_jax.decode import autoregressive, parallel, sampling
+from magnet_jax.decode import autoregressive, choose, magnet, placement, sampling, schedule
+from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.errors import UserError
 from magnet_jax.io import trees
-from magnet_jax.model import attention, patterns, sharding, teacher_forcing, transformer
+from magnet_jax.model import attention, patterns, precision, sharding, teacher_forcing, transformer
 from magnet_jax.train import objective
 
 # What AudioCraft calls each setting.
@@ -250,25 +251,23 @@ def test_gradients_are_finite_with_and_without_text(local):
 
 # --- decoding -----------------------------------------------------------------------------------
 
-generate = jax.jit(
-    parallel.generate,
-    static_argnames=("config", "kernels", "choice", "span_score", "guided", "savings"),
-)
+generate = jax.jit(magnet.generate, static_argnames=("config", "rules", "kernels", "savings"))
 
 
 @pytest.mark.parametrize("settings", TELLING[:3], ids=flags_of)
 def test_savings_change_no_token(settings):
     model, params = make(settings)
-    codes_BKT = np.full((len(LENGTHS), model.num_codebooks, 60), model.mask_id, np.int32)
+    codes_BKT = np.zeros((len(LENGTHS), model.num_codebooks, 60), np.int32)
     decoding = DecodeConfig(steps=(3, 3), greedy=True, max_guidance=3.0)
-    schedule = parallel.make_schedule(decoding, num_frames=60, num_prompt=0, span_length=3)
-    keys_B = parallel.sample_keys(0, jnp.arange(len(LENGTHS)))
+    kernels = KernelConfig(full="dense", local="blocks", local_block=32)
     run = functools.partial(
-        generate, params, *texts(model), keys_B, codes_BKT, 0, schedule, 0.0,
-        config=model, choice="greedy", span_score="max", guided="all_but_last",
-        kernels=KernelConfig(full="dense", local="blocks", local_block=32),
+        generate, params, TextStates(*texts(model)), tiny.task(codes_BKT),
+        schedule.make_schedule(decoding), config=model, kernels=kernels,
     )  # fmt: skip
-    found, plain = (run(savings=s).codes_BKT for s in (parallel.ALL_SAVINGS, parallel.NO_SAVINGS))
+    rules = functools.partial(tiny.rules, decoding, 3, model.mask_id)
+    reach = model.num_layers * model.local_context
+    found = run(savings=magnet.ALL_SAVINGS, rules=rules(reach=reach)).codes_BKT
+    plain = run(savings=magnet.NO_SAVINGS, rules=rules(guided="all")).codes_BKT
     np.testing.assert_array_equal(found, plain)
 
 
@@ -282,7 +281,7 @@ def test_rows_beyond_the_texts_are_refused_where_no_text_is_something():
 
 def test_biases_keep_their_precision():
     model, params = make(EVERYTHING)
-    rounded = trees.flatten(parallel.round_weights(params, jnp.bfloat16))
+    rounded = trees.flatten(precision.round_weights(params, jnp.bfloat16))
     kept = {path for path, leaf in rounded.items() if leaf.dtype == jnp.float32}
     assert kept == {path for path in rounded if path.endswith(("bias", "/scale"))} | {"embed"}
 
@@ -311,7 +310,7 @@ def test_a_clip_without_text_is_the_same_beside_others_alone_and_on_any_mesh(set
     both = run(["a waltz", ""]).codes_BKT
     np.testing.assert_array_equal(run([""], first_sample=1).codes_BKT[0], both[1])
     mesh = SamplingMeshConfig(guidance=2)
-    many = run(["a waltz", ""], execution=sampling.Execution(mesh=mesh)).codes_BKT
+    many = run(["a waltz", ""], execution=placement.Execution(mesh=mesh)).codes_BKT
     np.testing.assert_array_equal(many, both)
 
 
@@ -320,7 +319,7 @@ def test_a_musicgens_tokens_are_the_most_probable_in_pytorch(settings):
     model, params = make(settings, KINDS[1])
     batch, num_frames, guidance = len(LENGTHS), 12, 2.0
     codes_BKT = tiny.one_after_another(
-        params, *texts(model), parallel.sample_keys(0, jnp.arange(batch)),
+        params, *texts(model), choose.sample_keys(0, jnp.arange(batch)),
         np.zeros((batch, model.num_codebooks, 0), np.int32),
         autoregressive.Sampling(1.0, 0.0, guidance),
         config=model, num_frames=num_frames, choice="greedy",

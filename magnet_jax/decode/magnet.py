@@ -1,0 +1,153 @@
+"""MAGNeT's transformer as parallel decoding wants it: rows with text, and the same without."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from magnet_jax.config import KernelConfig, ModelConfig
+from magnet_jax.decode import parallel
+from magnet_jax.decode.parallel import Network
+from magnet_jax.decode.schedule import Schedule
+from magnet_jax.decode.tokens_of_text import TextStates
+from magnet_jax.model import transformer
+from magnet_jax.model.attention import with_kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Savings:
+    """Work that decoding does not do because it changes nothing, each with its share of it.
+
+    Shares are of the operations of a 10 s clip of the 420 M model; docs/performance.md has more.
+    """
+
+    null_text: bool = True
+    """Rows without text skip cross-attention, which would add exact zeros; 7 %."""
+    last_guidance: bool = True
+    """Where the guidance coefficient is 1, rows without text are not computed; 3 %."""
+    last_window: bool = True
+    """A local stage's last step computes the frames that its one span can see; 2 %."""
+
+
+ALL_SAVINGS = Savings()
+NO_SAVINGS = Savings(null_text=False, last_guidance=False, last_window=False)
+
+
+def guided_network(
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    num_frames: int,
+    *,
+    kernels: KernelConfig,
+    length: jax.Array | int | None = None,
+    savings: Savings = ALL_SAVINGS,
+    guidance_axis: str | None = None,
+    frames_axis: str | None = None,
+) -> Network:
+    """The transformer as `parallel.decode` wants it.
+
+    Args:
+      config, params, text: the model and its texts.
+      num_frames: of a whole clip.
+      kernels: from `attention.choose_kernels`.
+      length: frames that exist; all by default.
+      savings: see `Savings`; of them `null_text` is the network's.
+      guidance_axis: mesh axis of two devices, of which the second computes the rows without text.
+      frames_axis: mesh axis over which the frames are split.
+    """
+    # One array for all uses: as constants they would be in the program once a use.
+    position_TD = jnp.asarray(transformer.sinusoids(num_frames, config.width))
+
+    def twice(x):
+        return jnp.concatenate([x, x])
+
+    # The general path. A model with biases in attention takes it whatever may be saved: to it, no
+    # text is something. With norms of queries and keys alone the values of no text are still zeros.
+    null_rows = transformer.with_null_rows(text)
+    null_text = savings.null_text and config.null_text_adds_nothing
+
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
+        rows_text = text
+        if guided and guidance_axis is not None:
+            here = jax.lax.axis_index(guidance_axis) == 0
+            rows_text = text._replace(
+                mask_BS=text.mask_BS & here,
+                num_zero_keys_B=jnp.where(here, text.num_zero_keys_B, 0),
+            )
+        elif guided:
+            codes_BKT, rows_text = twice(codes_BKT), text if null_text else null_rows
+            first_B = None if first_B is None else twice(first_B)
+        near = config.context(local) is not None  # a model may see everything at all stages
+        attend = with_kernels(kernels, near=near)
+        positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
+        if first_B is not None:
+            positions_BTD = position_TD[first_B[:, None] + jnp.arange(num_frames)[None]]
+            attend = functools.partial(attend, length=None if length is None else length - first_B)
+        elif frames_axis is not None:
+            share = num_frames // jax.lax.axis_size(frames_axis)
+            first = jax.lax.axis_index(frames_axis) * share
+            positions_BTD = jax.lax.dynamic_slice_in_dim(positions_BTD, first, share, axis=1)
+            codes_BKT = jax.lax.dynamic_slice_in_dim(codes_BKT, first, share, axis=-1)
+            whole = num_frames if length is None else length
+            attend = functools.partial(attend, axis=frames_axis, length=whole)
+        else:
+            attend = functools.partial(attend, length=length)
+        return transformer.bind(config, params).trunk(
+            codes_BKT,
+            rows_text,
+            local=local,
+            attend=attend,
+            positions_BTD=positions_BTD,
+        )
+
+    def head(states_RMD, stage, *, guided):
+        logits_RMV = transformer.bind(config, params).head(states_RMD, stage)
+        if not guided:
+            return logits_RMV, None
+        if guidance_axis is not None:
+            return tuple(jax.lax.all_gather(logits_RMV, guidance_axis))
+        return tuple(jnp.split(logits_RMV, 2))
+
+    return Network(trunk, head)
+
+
+@transformer.exact_products
+def generate(
+    params: dict,
+    text_states: TextStates,
+    task: parallel.Task,
+    schedule: tuple[Schedule, ...],
+    *,
+    config: ModelConfig,
+    rules: parallel.Rules,
+    kernels: KernelConfig,
+    savings: Savings = ALL_SAVINGS,
+    guidance_axis: str | None = None,
+    dtype: jnp.dtype = jnp.float32,
+) -> parallel.Decoded:
+    """From text encoder states to tokens; to be traced.
+
+    Args:
+      params: the transformer's parameters.
+      text_states: a row without any token is generated unconditionally; of no rows at all, no clip
+        has a text.
+      task, rules: what is decoded, and how.
+      schedule: from `make_schedule`; its numbers may change without a new program.
+      config, kernels, savings, guidance_axis: see `guided_network`.
+      dtype: precision of the matrix products.
+    """
+    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    network = guided_network(
+        config,
+        params,
+        text,
+        task.canvas.codes_BKT.shape[-1],
+        kernels=kernels,
+        length=task.length,
+        savings=savings,
+        guidance_axis=guidance_axis,
+        frames_axis=rules.frames_axis,
+    )
+    return parallel.decode(network, rules, task, schedule)

@@ -1,0 +1,86 @@
+"""What every step of parallel decoding does, computed before the program runs (section 3.3)."""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from magnet_jax.config import DecodeConfig
+
+GuidedSteps = Literal["all", "all_but_last", "none"]
+
+
+class Schedule(NamedTuple):
+    """The steps of neighbouring codebooks that have as many of them; arrays [stages, steps]."""
+
+    stage: np.ndarray  # codebook
+    step: np.ndarray  # number of the step within its codebook
+    rate: np.ndarray  # share of what is free that is hidden
+    guidance: np.ndarray  # coefficient of equation 6
+    temperature: np.ndarray
+    number: np.ndarray  # of the step in the whole schedule, from 1
+
+
+def hidden_rates(steps: int) -> np.ndarray:
+    """The share of a codebook's units that each of its steps hides, float32 [steps].
+
+    This is cos(t * pi * 0.5) over linspace(0, 1, steps) as PyTorch rounds it. Rates times units
+    are cut to whole numbers, and at 60 degrees the last bit decides on which side of 1/2 they fall.
+    """
+    if steps == 1:
+        return np.ones(1, np.float32)
+    step, gap = np.arange(steps), float(np.float32(1) / np.float32(steps - 1))
+    # linspace counts its first half from 0, its second half back from 1, by fused multiply-add.
+    fraction = np.where(step < steps // 2, gap * step, 1 - gap * (steps - 1 - step))
+    angle = fraction.astype(np.float32) * np.float32(np.pi) * np.float32(0.5)
+    # The polynomial by which PyTorch computes a cosine as a sine.
+    x = np.pi / 2 - angle.astype(np.float64)
+    odd = 0.0
+    for factor in (
+        2.6083159809786594e-6,
+        -1.9810690719168633e-4,
+        8.333078585565090e-3,
+        -0.16666659712791443,
+    ):
+        odd = (odd + factor) * x * x
+    return (x + x * odd).astype(np.float32)
+
+
+def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
+    """The steps of the first codebook, then those of the others.
+
+    Other codebooks that follow each other and have as many steps are together. Nothing here depends
+    on a clip's length or on what is given of it: how many units a rate hides is counted where the
+    program runs.
+    """
+    groups: list[list[list[tuple]]] = []
+    number = 0
+    for stage, steps in enumerate(config.steps):
+        rows = []
+        for step, rate in enumerate(hidden_rates(steps)):
+            share = float(rate)
+            temperature = config.temperature
+            if config.anneal_temperature:
+                temperature *= (steps - 1 - step) / steps
+            number += 1
+            guidance = share * config.max_guidance + (1 - share) * config.min_guidance
+            rows.append((stage, step, rate, guidance, max(temperature, 1e-2), number))
+        if stage > 1 and len(groups[-1][0]) == steps:
+            groups[-1].append(rows)
+        else:
+            groups.append([rows])
+    types = (np.int32, np.int32, np.float32, np.float32, np.float32, np.int32)
+    return tuple(
+        Schedule(*(np.array(group)[..., i].astype(type_) for i, type_ in enumerate(types)))
+        for group in groups
+    )
+
+
+def guided_steps(config: DecodeConfig, any_text: bool) -> GuidedSteps:
+    """Which steps need the rows without text.
+
+    Their logits do not count where the coefficient is 1, and are the same as those with text where
+    no row has any.
+    """
+    if not any_text or config.min_guidance == config.max_guidance == 1:
+        return "none"
+    return "all_but_last" if config.min_guidance == 1 else "all"
