@@ -452,7 +452,7 @@ def _train(
     # Made on all devices: one process's key would not go with the others' arrays.
     replicated = sharding.replicated(static.mesh)
     key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=replicated)()
-    merge = jax.jit(functools.partial(steps.merged, static.lora))
+    merge = jax.jit(functools.partial(steps.network_params, static.lora))
     learning_rate = optimizer.learning_rate(config.optimizer)
     data_set = records.digest(config.data.path)
 

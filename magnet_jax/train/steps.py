@@ -159,10 +159,10 @@ def frozen_shardings(static: Static) -> tuple[dict, dict]:
     return sharding.abstract(shapes, shardings), shardings
 
 
-def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
-    """The transformer's and the text encoder's parameters, adapters added. Traceable."""
+def network_params(adapters: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
+    """Parameters of the transformer, adapters merged into it, and of the text encoder."""
     if "lora" in params:
-        lm = lora.merge_adapters(frozen["lm"], params["lora"], lora)
+        lm = lora.merge_adapters(frozen["lm"], params["lora"], adapters)
     else:
         lm = params["lm"]
     return lm, params["text"] if "text" in params else frozen["text"]
@@ -191,7 +191,7 @@ def _sums(
     static: Static,
     local: bool,
 ) -> objective.Sums | hybrid_objective.Sums:
-    lm, text = merged(static.lora, params, frozen)
+    lm, text = network_params(static.lora, params, frozen)
     states_BSE = t5.encode(
         text, static.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=static.dtype
     )

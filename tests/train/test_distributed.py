@@ -193,7 +193,7 @@ import os, signal, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from magnet_jax.train.loop import distributed
+from magnet_jax.train import distributed
 from magnet_jax import errors
 
 with errors.reported():
@@ -233,7 +233,7 @@ with errors.reported():
 
 START = """
 import sys
-from magnet_jax.train.loop import distributed
+from magnet_jax.train import distributed
 from magnet_jax import errors
 with errors.reported():
     distributed.start(sys.argv[1], timeout=float(sys.argv[2]))
@@ -516,7 +516,7 @@ def test_tpu_vms_from_create_to_delete(programs):
 
 
 def test_what_a_tpu_vm_runs_outlives_the_shell_and_stops(programs, tmp_path):
-    """The commands for the hosts, run here: loop.py is one that waits for SIGTERM."""
+    """The commands for the hosts, run here: the program is one that waits for SIGTERM."""
     fake, calls = programs
     host = tmp_path / "host" / "magnet_jax"
     (host / ".venv" / "bin").mkdir(parents=True)
