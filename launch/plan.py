@@ -29,19 +29,19 @@ def rows(args: Args) -> list[tuple[str, str]]:
         raise UserError("--mfu must lie in (0, 1]")
     config = training.configured(args)
     target = targets.load(args.topology)
-    static, planned, frames = training.prepared(config, target)
-    count = transformer.count_params(steps.state_shardings(static)[0]["params"])
+    settings, planned, frames = training.prepared(config, target)
+    count = transformer.count_params(steps.state_shardings(settings)[0]["params"])
     batch = config.data.batch_size
-    at_once = batch // sharding.num_rows(static.mesh) // static.num_parts
+    at_once = batch // sharding.num_rows(settings.mesh) // settings.num_parts
     a_step = batch * flops.training_flops(
         config.model, frames, config.text.max_tokens, config.stage_weights
     )
-    sizes = ", ".join(f"{name} {count}" for name, count in static.mesh.shape.items())
+    sizes = ", ".join(f"{name} {count}" for name, count in settings.mesh.shape.items())
     lines = [
         ("mesh", sizes),
         ("trained parameters", report.size(count, "")),
         ("batch", f"{batch} clips of {config.data.segment_seconds:g} s, {frames} frames each"),
-        ("at once", f"{at_once} clips a device, {static.num_parts} parts"),
+        ("at once", f"{at_once} clips a device, {settings.num_parts} parts"),
         ("state", f"{report.size(planned.state)} a device: parameters, average, optimizer"),
         ("gradients", report.size(planned.gradients)),
         ("frozen, gathered", report.size(planned.frozen + planned.gathered)),
@@ -57,7 +57,7 @@ def rows(args: Args) -> list[tuple[str, str]]:
         ("model FLOPs", f"{report.size(a_step, 'FLOP')} a step"),
     ]
     if target.chip is not None:
-        chips = static.mesh.size / target.chip.devices
+        chips = settings.mesh.size / target.chip.devices
         seconds = a_step / (args.mfu * chips * target.chip.peak_flops)
         hours = seconds * config.steps / 3600
         lines += [

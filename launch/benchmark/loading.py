@@ -54,11 +54,11 @@ def measure(args: Args) -> None:
     loaded = args.batches * config.data.batch_size * frames / (time.perf_counter() - started)
 
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.make_static(config, t5_config, sampling.compute_dtype(config), frames, mesh)
+    settings = steps.make_settings(config, t5_config, sampling.compute_dtype(config), frames, mesh)
     t5_params = jax.tree.map(np.asarray, t5_params)
-    setup = loop.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
+    setup = loop.Setup(spec, t5_config, t5_params, tokenizer, None, frames, settings)
     state = loop.first_state(setup, jax.random.key(config.seed))
-    where = steps.frozen_shardings(static)[1]
+    where = steps.frozen_shardings(settings)[1]
     frozen = loop.place({"text": t5_params} if where else {}, where)
     batch = loop.to_devices(batch, mesh)
     # As in training, each codebook has its turn; the first round compiles both programs.
@@ -69,7 +69,7 @@ def measure(args: Args) -> None:
             started = time.perf_counter()
         stage = step % num_codebooks
         state, _ = steps.train_step(
-            state, frozen, batch, jax.random.key(0), stage, static=static, local=stage > 0
+            state, frozen, batch, jax.random.key(0), stage, settings=settings, local=stage > 0
         )
     jax.block_until_ready(state)
     trained = args.steps * config.data.batch_size * frames / (time.perf_counter() - started)

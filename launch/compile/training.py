@@ -98,12 +98,14 @@ def _sizes(config: RunConfig, target: targets.Target) -> tuple:
     )
 
 
-def prepared(config: RunConfig, target: targets.Target) -> tuple[steps.Static, plan.Memory, int]:
+def prepared(
+    config: RunConfig, target: targets.Target
+) -> tuple[steps.StepSettings, plan.Memory, int]:
     """The programs of a run on a target, planned memory, and frames of a clip."""
     sizes = _sizes(config, target)
     say = functools.partial(print, file=sys.stderr, flush=True)
-    static, planned = plan.choose(config, *sizes, list(target.devices), say)
-    return static, planned, sizes[2]
+    settings, planned = plan.choose(config, *sizes, list(target.devices), say)
+    return settings, planned, sizes[2]
 
 
 def costs(args: Train) -> dict[str, Any]:
@@ -115,12 +117,12 @@ def costs(args: Train) -> dict[str, Any]:
     if not 0 <= args.stage < config.model.num_codebooks:
         raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
     target = targets.load(args.topology)
-    static, planned, frames = prepared(config, target)
+    settings, planned, frames = prepared(config, target)
     clips, text_tokens = config.data.batch_size, config.text.max_tokens
-    lowered = steps.lower(static, clips, frames, text_tokens, args.stage)
+    lowered = steps.lower(settings, clips, frames, text_tokens, args.stage)
     found = report.compiled_costs(lowered, target)
     found.pop("text")
-    at_once = clips // sharding.num_rows(static.mesh) // static.num_parts
+    at_once = clips // sharding.num_rows(settings.mesh) // settings.num_parts
     operations = clips * flops.training_flops(
         config.model, frames, text_tokens, config.stage_weights
     )
@@ -128,10 +130,10 @@ def costs(args: Train) -> dict[str, Any]:
     return {
         "program": "train",
         "arguments": dataclasses.asdict(args) | {"json": None, "picture": None},
-        "dtype": static.dtype.name,
-        "num_devices": static.mesh.size,
-        "mesh": dict(static.mesh.shape),
-        "parts": static.num_parts,
+        "dtype": settings.dtype.name,
+        "num_devices": settings.mesh.size,
+        "mesh": dict(settings.mesh.shape),
+        "parts": settings.num_parts,
         "clips_at_once": at_once,
         **found,
         "planned_bytes": planned.total(at_once),
@@ -140,7 +142,7 @@ def costs(args: Train) -> dict[str, Any]:
         "fits": None if memory is None else found["peak_bytes"] <= memory,
         "model_flops": operations,
         "step_seconds": seconds,
-        "mfu": report.share_of_peak(operations, seconds, target, static.mesh.size),
+        "mfu": report.share_of_peak(operations, seconds, target, settings.mesh.size),
     }
 
 
@@ -202,8 +204,8 @@ def draw(args: Train, path: Path) -> None:
     for mesh in meshes(target.devices, config):
         names.append(",".join(str(n) for n in mesh.devices.shape))
         t5_config, dtype, frames, memory = _sizes(config, target)
-        static = steps.make_static(config, t5_config, dtype, frames, mesh)
-        bars.append(plan.memory(static, frames, config.text.max_tokens, memory))
+        settings = steps.make_settings(config, t5_config, dtype, frames, mesh)
+        bars.append(plan.memory(settings, frames, config.text.max_tokens, memory))
     figure, axes = plt.subplots(figsize=(max(6, 0.6 * len(names)), 4.5), layout="constrained")
     base = np.zeros(len(names))
     for part in ("state", "frozen", "gradients", "gathered", "a_clip"):

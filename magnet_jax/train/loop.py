@@ -37,7 +37,7 @@ from magnet_jax.io import audio, bucket, lock
 from magnet_jax.io.files import replacing_file
 from magnet_jax.model import sharding, t5, transformer
 from magnet_jax.train import distributed, objective, optimizer, plan, steps, watch
-from magnet_jax.train.steps import Static
+from magnet_jax.train.steps import StepSettings
 
 
 def check_data_fits(config: RunConfig, spec: CodecSpec) -> None:
@@ -84,7 +84,7 @@ class Setup(NamedTuple):
     tokenizer: Tokenizer
     lm: dict | None  # transformer to begin with, or to train adapters for
     frames: int  # T of a batch
-    static: Static
+    settings: StepSettings
     run: Path = Path()  # the run's folder
     mirror: bucket.Mirror | None = None  # what brings `run` to a bucket, if it belongs there
 
@@ -168,22 +168,22 @@ def set_up(config: RunConfig) -> Setup:
         spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
         frames, dtype = sampling.segment_frames(config, spec), sampling.compute_dtype(config)
         mesh = sharding.make_mesh(config.mesh)
-        static = steps.make_static(config, text[0], dtype, frames, mesh)
+        settings = steps.make_settings(config, text[0], dtype, frames, mesh)
         t5_params = jax.tree.map(np.asarray, text[1])
-        return Setup(spec, text[0], t5_params, text[2], lm, frames, static, run, mirror)
+        return Setup(spec, text[0], t5_params, text[2], lm, frames, settings, run, mirror)
 
     setup = distributed.all_do(check)
     # All must choose the same mesh and parts; devices may differ in what is free on them.
     device = distributed.broadcast_json(plan.device_memory())
-    static, _ = plan.choose(
+    settings, _ = plan.choose(
         config,
         setup.t5_config,
-        setup.static.dtype,
+        setup.settings.dtype,
         setup.frames,
         device,
         say=distributed.say_first,
     )
-    setup = setup._replace(static=static)
+    setup = setup._replace(settings=settings)
     base = setup.lm if config.lora.rank else None
     text = (setup.t5_config, setup.t5_params, setup.tokenizer)
     distributed.first_does(lambda: run_folder.prepare_run(run, config, setup.spec, text, base))
@@ -235,16 +235,16 @@ def place(tree: Any, shardings: Any) -> Any:
 
 def first_state(setup: Setup, key: jax.Array) -> dict:
     """The state at step 0, made where it lives."""
-    static = setup.static
+    settings = setup.settings
     given, where = {}, {}
-    if static.train_text:
+    if settings.train_text:
         given["text"] = setup.t5_params
-        where["text"] = sharding.text_shardings(setup.t5_params, static.mesh)
-    if setup.lm is not None and not static.lora.rank:
+        where["text"] = sharding.text_shardings(setup.t5_params, settings.mesh)
+    if setup.lm is not None and not settings.lora.rank:
         given["lm"] = setup.lm
-        where["lm"] = sharding.model_shardings(static.model, static.mesh)
-    init = functools.partial(steps.init_state, static)
-    shardings = steps.state_shardings(static)[1]
+        where["lm"] = sharding.model_shardings(settings.model, settings.mesh)
+    init = functools.partial(steps.init_state, settings)
+    shardings = steps.state_shardings(settings)[1]
     return jax.jit(init, out_shardings=shardings)(key, place(given, where))
 
 
@@ -267,21 +267,21 @@ def open_data(config: RunConfig, setup: Setup) -> tuple[Any, list[dict]]:
         )
         return batches, []
     held_out = pipeline.validation_batches(config.data, **keywords, num_batches=config.eval_batches)
-    return batches, [to_devices(batch, setup.static.mesh) for batch in held_out]
+    return batches, [to_devices(batch, setup.settings.mesh) for batch in held_out]
 
 
 def validate(
-    params: dict, frozen: dict, batches: list[dict], key: jax.Array, static: Static
+    params: dict, frozen: dict, batches: list[dict], key: jax.Array, settings: StepSettings
 ) -> dict[str, float]:
     """Validation losses over the same batches and the same masks every time."""
-    sums_S = []
-    for stage in range(static.model.num_codebooks):
-        sums = [
-            steps.eval_step(params, frozen, b, key, stage, static=static, local=stage > 0)
+    aux_K = []
+    for stage in range(settings.model.num_codebooks):
+        found = [
+            steps.eval_step(params, frozen, b, key, stage, settings=settings, local=stage > 0)
             for b in batches
         ]
-        sums_S.append(jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(sums)))
-    return watch.validation_scalars(sums_S, static.model.num_codebooks)
+        aux_K.append(jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(found)))
+    return watch.validation_scalars(aux_K)
 
 
 def open_decoder(config: RunConfig, run: Path, spec: CodecSpec) -> encodec.Codec | None:
@@ -402,10 +402,10 @@ def _restored(
     config: RunConfig, setup: Setup, manager: Any, step: int, data_set: str
 ) -> tuple[dict, dict]:
     """The state and the data position of a checkpoint."""
-    abstract, _ = steps.state_shardings(setup.static)
+    abstract, _ = steps.state_shardings(setup.settings)
     state = run_folder.restore(manager, step, **abstract, data=None)
     position = state.pop("data")
-    replicated = sharding.replicated(setup.static.mesh)
+    replicated = sharding.replicated(setup.settings.mesh)
     all_finite = functools.partial(jax.tree.map, lambda x: jnp.isfinite(x).all())
     flags = jax.device_get(jax.jit(all_finite, out_shardings=replicated)(state))
     for path, is_finite in jax.tree.leaves_with_path(flags):
@@ -424,13 +424,13 @@ def _restored(
 
 
 def _describe(setup: Setup, config: RunConfig, state: dict, step: int) -> str:
-    static = setup.static
-    mesh = ", ".join(f"{name} {size}" for name, size in static.mesh.shape.items() if size > 1)
-    parts = f" in {static.num_parts} parts" if static.num_parts > 1 else ""
+    settings = setup.settings
+    mesh = ", ".join(f"{name} {size}" for name, size in settings.mesh.shape.items() if size > 1)
+    parts = f" in {settings.num_parts} parts" if settings.num_parts > 1 else ""
     trained = transformer.count_params(state["params"])
     return (
         f"{trained / 1e6:.3g} M trained parameters, {config.data.batch_size} clips of "
-        f"{setup.frames} frames a step{parts}, {static.dtype} on {static.mesh.size} "
+        f"{setup.frames} frames a step{parts}, {settings.dtype} on {settings.mesh.size} "
         f"{jax.devices()[0].device_kind} device(s){f' ({mesh})' if mesh else ''}"
         + (f", resumed at step {step}" if step else "")
     )
@@ -440,19 +440,19 @@ def _train(
     config: RunConfig, setup: Setup, caught: list[int], check_held: Callable[[], None]
 ) -> int:
     """`train`, until any process has caught something; the last step, saved."""
-    static, first = setup.static, distributed.is_first()
+    settings, first = setup.settings, distributed.is_first()
     batches, held_out = distributed.all_do(lambda: open_data(config, setup))
     decoder = distributed.all_do(
         lambda: open_decoder(config, setup.run, setup.spec) if first else None
     )
     sampled = bool(config.sample_every and config.sample_prompts)
     frozen = {"text": setup.t5_params, "lm": setup.lm}
-    where = steps.frozen_shardings(static)[1]
+    where = steps.frozen_shardings(settings)[1]
     frozen = place({name: frozen[name] for name in where}, where)
     # Made on all devices: one process's key would not go with the others' arrays.
-    replicated = sharding.replicated(static.mesh)
+    replicated = sharding.replicated(settings.mesh)
     key = jax.jit(functools.partial(jax.random.key, config.seed), out_shardings=replicated)()
-    merge = jax.jit(functools.partial(steps.network_params, static.lora))
+    merge = jax.jit(functools.partial(steps.network_params, settings.lora))
     learning_rate = optimizer.learning_rate(config.optimizer)
     data_set = records.digest(config.data.path)
 
@@ -498,7 +498,7 @@ def _train(
         stopping = False
         while step < config.steps and not stopping:
             before = time.perf_counter()
-            batch = to_devices(next(batches), static.mesh)
+            batch = to_devices(next(batches), settings.mesh)
             position = batches.get_state() | {"data_set": data_set}
             window.waited += time.perf_counter() - before
             stage = objective.stage_of_step(
@@ -506,7 +506,7 @@ def _train(
             )
             profile.before(step + 1)
             state, metrics = steps.train_step(
-                state, frozen, batch, key, stage, static=static, local=stage > 0
+                state, frozen, batch, key, stage, settings=settings, local=stage > 0
             )
             step += 1
             profile.after(step, metrics)
@@ -522,7 +522,7 @@ def _train(
                 window.check_finite(step, saved)
             if logging or last:
                 values = window.scalars(
-                    static, config.data.batch_size, setup.frames, config.text.max_tokens
+                    settings, config.data.batch_size, setup.frames, config.text.max_tokens
                 )
                 metrics["learning_rate"] = learning_rate(step - 1)
                 values |= {f"train/{name}": value for name, value in metrics.items()}
@@ -536,7 +536,7 @@ def _train(
             aside = time.perf_counter()
             loss = float("inf") if config.keep_best else None
             if validating:
-                values = validate(state["ema"], frozen, held_out, key, static)
+                values = validate(state["ema"], frozen, held_out, key, settings)
                 if not np.isfinite(values["validation/loss"]):
                     found = values["validation/loss"]
                     raise UserError(

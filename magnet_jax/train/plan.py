@@ -5,6 +5,7 @@ keeps of a layer; the estimate is held against compiled programs in the tests. W
 left open and memory is not ample, the compiler itself is asked.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.io import machine
 from magnet_jax.model import attention, patterns, sharding, t5
 from magnet_jax.train import distributed, steps, targets
-from magnet_jax.train.steps import Static
+from magnet_jax.train.steps import StepSettings
 
 USABLE = 0.9  # share of a device's memory; the rest is the compiler's and the runtime's
 AMPLE = 0.5  # share up to which the estimate is believed without asking the compiler
@@ -52,9 +53,9 @@ def tree_bytes(tree: Any, *, tile: int = 1) -> int:
     return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def _keys_with_scores(static: Static, num_frames: int) -> int:
+def _keys_with_scores(settings: StepSettings, num_frames: int) -> int:
     """Keys for which a frame's scores are kept, at the stage that sees most."""
-    model, kernels = static.model, static.kernels
+    model, kernels = settings.model, settings.kernels
     near = model.first_context and model.local_context  # (then no stage attends to everything)
     if model.kind == "hybrid" or (kernels.local if near else kernels.full) in ("cudnn", "splash"):
         return 0  # a fused kernel leaves none behind; a hybrid makes them anew
@@ -64,16 +65,16 @@ def _keys_with_scores(static: Static, num_frames: int) -> int:
     return min(num_frames, max(kernels.local_block, 2 * context) + 2 * context)
 
 
-def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
+def activation_bytes(settings: StepSettings, num_frames: int, text_tokens: int) -> int:
     """What the forward pass of a clip leaves for the backward pass, and what a layer needs."""
-    if static.model.kind == "hybrid":
-        num_frames = patterns.num_steps(num_frames, static.model.delays)
-    model, size = static.model, jnp.dtype(static.dtype).itemsize
-    tensor = static.mesh.shape["tensor"]
+    if settings.model.kind == "hybrid":
+        num_frames = patterns.num_steps(num_frames, settings.model.delays)
+    model, size = settings.model, jnp.dtype(settings.dtype).itemsize
+    tensor = settings.mesh.shape["tensor"]
     t, d, f = num_frames, model.width, model.mlp_ratio * model.width
     n = model.num_heads // tensor
     width_each = d // tensor  # of heads, all of a device's
-    scores = n * t * _keys_with_scores(static, t) * (4 + size)
+    scores = n * t * _keys_with_scores(settings, t) * (4 + size)
     cross = n * t * text_tokens * (4 + size)
     kept_by_name = 2 * t * width_each * size  # attended, self and cross
     products = t * size * (4 * width_each + 3 * d + 2 * f // tensor)
@@ -84,11 +85,13 @@ def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
         + scores
         + cross
     )
-    kept = {"none": whole, "products": products, "attention": kept_by_name, "full": 0}[static.remat]
+    kept = {"none": whole, "products": products, "attention": kept_by_name, "full": 0}[
+        settings.remat
+    ]
     carried = t * d * size
     layers = model.num_layers * (kept + carried)
     # The layer that is computed again, and its gradients; then logits with theirs.
-    working = 0 if static.remat == "none" else whole
+    working = 0 if settings.remat == "none" else whole
     logits = 3 * t * model.codebook_size * 4
     if model.kind == "hybrid":  # scores of a block of queries, as they are made anew
         working += 2 * n * attention.HYBRID_BLOCK * t * (4 + size)
@@ -96,19 +99,19 @@ def activation_bytes(static: Static, num_frames: int, text_tokens: int) -> int:
     return int(layers + working + max(whole, logits) + text)
 
 
-def memory(static: Static, num_frames: int, text_tokens: int, device: int | None) -> Memory:
+def memory(settings: StepSettings, num_frames: int, text_tokens: int, device: int | None) -> Memory:
     """What a training step takes of each device of the mesh, of `device` bytes."""
-    state, _ = steps.state_shardings(static)
-    frozen, _ = steps.frozen_shardings(static)
-    tile = 128 if static.mesh.devices.flat[0].platform == "tpu" else 1
+    state, _ = steps.state_shardings(settings)
+    frozen, _ = steps.frozen_shardings(settings)
+    tile = 128 if settings.mesh.devices.flat[0].platform == "tpu" else 1
     params = tree_bytes(state["params"], tile=tile)
     # Adapters are merged into a second copy of the transformer, whose gradients come before theirs.
-    merged = 2 * tree_bytes(frozen["lm"], tile=tile) if static.lora.rank else 0
+    merged = 2 * tree_bytes(frozen["lm"], tile=tile) if settings.lora.rank else 0
     gathered = 0
-    if static.mesh.shape["fsdp"] > 1:
-        model, size = static.model, jnp.dtype(static.dtype).itemsize
+    if settings.mesh.shape["fsdp"] > 1:
+        model, size = settings.model, jnp.dtype(settings.dtype).itemsize
         d = model.width
-        layer = (8 + 2 * model.mlp_ratio) * d * d // static.mesh.shape["tensor"]
+        layer = (8 + 2 * model.mlp_ratio) * d * d // settings.mesh.shape["tensor"]
         tables = model.num_codebooks * (model.codebook_size + 1) * d
         gathered = 2 * layer * (size + 4) + 2 * tables * 4
     return Memory(
@@ -116,7 +119,7 @@ def memory(static: Static, num_frames: int, text_tokens: int, device: int | None
         frozen=tree_bytes(frozen, tile=tile),
         gradients=2 * params + merged,  # and updates, or the sum over parts
         gathered=gathered,
-        a_clip=activation_bytes(static, num_frames, text_tokens),
+        a_clip=activation_bytes(settings, num_frames, text_tokens),
         device=device,
     )
 
@@ -172,24 +175,26 @@ def clips_that_fit(planned: Memory, share: int, asked: int) -> int:
     return min(share, int(room // planned.a_clip))
 
 
-def num_parts(static: Static, batch_size: int, asked: int, planned: Memory) -> int:
+def num_parts(settings: StepSettings, batch_size: int, asked: int, planned: Memory) -> int:
     """In how many parts a batch is computed.
 
     Raises `UserError` for a batch that the mesh cannot share, and where no clip fits.
     """
-    steps.count_parts(batch_size, batch_size, static.mesh)  # checks that it can be shared
-    share = batch_size // sharding.num_rows(static.mesh)
-    return steps.count_parts(batch_size, clips_that_fit(planned, share, asked), static.mesh)
+    steps.count_parts(batch_size, batch_size, settings.mesh)  # checks that it can be shared
+    share = batch_size // sharding.num_rows(settings.mesh)
+    return steps.count_parts(batch_size, clips_that_fit(planned, share, asked), settings.mesh)
 
 
-def peak_bytes(static: Static, batch_size: int, num_frames: int, text_tokens: int) -> int | None:
+def peak_bytes(
+    settings: StepSettings, batch_size: int, num_frames: int, text_tokens: int
+) -> int | None:
     """Memory that the compiled steps take of a device; None where the compiler finds no room.
 
     Compiles the step of the first codebook and that of the others.
     """
     peaks = []
     for stage in (0, 1):
-        lowered = steps.lower(static, batch_size, num_frames, text_tokens, stage)
+        lowered = steps.lower(settings, batch_size, num_frames, text_tokens, stage)
         try:
             found = lowered.compile().memory_analysis()
         except jax.errors.JaxRuntimeError as error:
@@ -201,19 +206,21 @@ def peak_bytes(static: Static, batch_size: int, num_frames: int, text_tokens: in
     return max(peaks)
 
 
-def _parts_to_try(static: Static, batch_size: int, asked: int, planned: Memory) -> list[int]:
+def _parts_to_try(
+    settings: StepSettings, batch_size: int, asked: int, planned: Memory
+) -> list[int]:
     """In how many parts a batch may be computed, fewest first: none where the state has no room."""
     fixed = planned.state + planned.frozen
     if planned.device is not None and fixed > USABLE * planned.device:
         return []
-    most = steps.count_parts(batch_size, asked or 1, static.mesh)
+    most = steps.count_parts(batch_size, asked or 1, settings.mesh)
     if asked:
         return [most]
     try:
-        fewest = num_parts(static, batch_size, 0, planned)
+        fewest = num_parts(settings, batch_size, 0, planned)
     except UserError:  # the estimate has room for no clip; the compiler may have
         fewest = most
-    share = batch_size // sharding.num_rows(static.mesh)
+    share = batch_size // sharding.num_rows(settings.mesh)
     return [parts for parts in range(fewest, most + 1) if share % parts == 0]
 
 
@@ -225,7 +232,7 @@ def choose(
     device: int | None,
     devices: list[jax.Device] | None = None,
     say: Callable[[str], None] = print,
-) -> tuple[Static, Memory]:
+) -> tuple[StepSettings, Memory]:
     """The programs of a run, on the smallest `mesh.fsdp` and in the fewest parts that fit.
 
     Where the config settles the mesh, and wherever memory is ample, the estimate decides. Else
@@ -250,22 +257,24 @@ def choose(
         if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
             continue
         mesh = sharding.make_mesh(choice, devices)
-        static = steps.make_static(config, t5_config, dtype, num_frames, mesh)
-        planned = memory(static, num_frames, tokens, device)
+        settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
+        planned = memory(settings, num_frames, tokens, device)
         if len(choices) == 1:
-            return static._replace(num_parts=num_parts(static, batch, asked, planned)), planned
-        for parts in _parts_to_try(static, batch, asked, planned):
-            static = static._replace(num_parts=parts)
+            return dataclasses.replace(
+                settings, num_parts=num_parts(settings, batch, asked, planned)
+            ), planned
+        for parts in _parts_to_try(settings, batch, asked, planned):
+            settings = dataclasses.replace(settings, num_parts=parts)
             clips = batch // sharding.num_rows(mesh) // parts
             if device is None or planned.total(clips) <= AMPLE * device:
-                return static, planned
+                return settings, planned
             say(
                 f"asking the compiler whether a step has room with mesh.fsdp {choice.fsdp} and "
                 f"{clips} clip(s) a device at once, which may take minutes"
             )
-            peak = peak_bytes(static, batch, num_frames, tokens)
+            peak = peak_bytes(settings, batch, num_frames, tokens)
             if not distributed.agree(peak is None or peak > USABLE * device):
-                return static, planned
+                return settings, planned
     raise UserError(
         f"no mesh of these {mesh.size} devices has room for a step: by the estimate one clip at "
         f"once takes {planned.total(1) / 1e9:.1f} GB of the {device / 1e9:.1f} of a device, with "

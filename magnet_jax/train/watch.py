@@ -14,8 +14,8 @@ import numpy as np
 from magnet_jax.config import RunConfig
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
-from magnet_jax.train import flops, hybrid_objective, objective, targets
-from magnet_jax.train.steps import RATE_BINS, Static
+from magnet_jax.train import flops, hybrid_objective, targets
+from magnet_jax.train.steps import RATE_BINS, LossAux, StepSettings
 
 
 class Scalars:
@@ -134,7 +134,9 @@ class Window:
                 if not np.isfinite(value):
                     raise UserError(diverged(f"the {name} step {i} is {value}", saved))
 
-    def scalars(self, static: Static, batch_size: int, frames: int, text: int) -> dict[str, float]:
+    def scalars(
+        self, settings: StepSettings, batch_size: int, frames: int, text: int
+    ) -> dict[str, float]:
         """Mean losses and speeds; waits for the steps to finish."""
         means = {k: _mean(losses) for k, losses in sorted(self.losses.items())}
         seconds = time.perf_counter() - self.started
@@ -145,11 +147,11 @@ class Window:
             "speed/wait_for_data_share": self.waited / seconds,
         }
         values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
-        device = static.mesh.devices.flat[0]
+        device = settings.mesh.devices.flat[0]
         if (chip := targets.chip_of(device)) is not None:
-            trained = [len(self.losses[k]) for k in range(static.model.num_codebooks)]
-            done = clips * flops.training_flops(static.model, frames, text, trained) / seconds
-            peak = chip.peak_flops / chip.devices * static.mesh.size
+            trained = [len(self.losses[k]) for k in range(settings.model.num_codebooks)]
+            done = clips * flops.training_flops(settings.model, frames, text, trained) / seconds
+            peak = chip.peak_flops / chip.devices * settings.mesh.size
             values["speed/model_flops_utilization"] = done / peak
         local = jax.local_devices()[0]
         if (used := (local.memory_stats() or {}).get("peak_bytes_in_use")) is not None:
@@ -172,25 +174,26 @@ def _mean(losses: list[jax.Array]) -> float:
     return float(np.mean(losses[~np.isnan(losses)])) if not np.isnan(losses).all() else math.nan
 
 
-def validation_scalars(
-    sums_S: list[objective.Sums] | list[hybrid_objective.Sums], num_codebooks: int
-) -> dict[str, float]:
-    """Mean losses a masked token of each codebook, and of each quarter of the masking rates; of a
-    hybrid also those of both halves, and of all."""
-    if isinstance(sums_S[0], hybrid_objective.Sums):
-        values = validation_scalars([sums.parallel for sums in sums_S], num_codebooks)
-        # (stages share their prompts, and so the autoregressive half)
-        halves = hybrid_objective.means(jax.tree.map(lambda *x: np.sum(x), *sums_S), num_codebooks)
-        losses = {name: float(x) for name, x in halves.items() if name.startswith("loss")}
+def validation_scalars(aux_K: list[LossAux]) -> dict[str, float]:
+    """Mean losses of a masked token, from the sums [RATE_BINS] of every codebook's `eval_step`.
+
+    They are those of each codebook, and of each quarter of the masking rates. A hybrid has also
+    those of both halves, and of all.
+    """
+    if isinstance(aux_K[0], hybrid_objective.LossAux):
+        values = validation_scalars([aux.parallel for aux in aux_K])
+        # All stages share their prompts, and so the autoregressive half.
+        found = jax.tree.map(lambda *x: np.sum(x), *aux_K).metrics()
+        losses = {name: float(x) for name, x in found.items() if name.startswith("loss")}
         return values | {f"validation/{name}": loss for name, loss in losses.items()}
     values, losses = {}, []
-    for stage, sums in enumerate(sums_S):
-        losses.append(float(objective.means(sums)["loss"]))
+    for stage, aux in enumerate(aux_K):
+        losses.append(float(aux.metrics()["loss"]))
         values[f"validation/loss_{stage}"] = losses[-1]
         for i in range(RATE_BINS):
-            if tokens := float(sums.tokens[i]):
+            if tokens := float(aux.tokens[i]):
                 name = f"validation/loss_{stage}_rate_{i / RATE_BINS:g}_{(i + 1) / RATE_BINS:g}"
-                values[name] = float(sums.nll[i]) / tokens
+                values[name] = float(aux.nll[i]) / tokens
     return values | {"validation/loss": float(np.mean(losses))}
 
 

@@ -96,10 +96,10 @@ def test_what_a_run_takes_over_fits_the_model_that_it_begins_with(monkeypatch):
     assert found.stage_weights == config.stage_weights and found.text.changed
 
 
-def make_static(config: RunConfig, mesh=None) -> steps.Static:
+def make_settings(config: RunConfig, mesh=None) -> steps.StepSettings:
     t5_config, _, _ = t5_files.load("embedded")
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    return steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
+    return steps.make_settings(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
 def test_a_finished_run_holds_what_the_readme_promises(finished):
@@ -236,7 +236,7 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def twenty_steps(tokens):
-    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, static)."""
+    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, settings)."""
     config = tiny.run_config(tokens, Path("unused"))
     # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
@@ -253,16 +253,16 @@ def twenty_steps(tokens):
         mesh = sharding.make_mesh(
             MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
         )
-        static = make_static(changed, mesh)._replace(num_parts=parts)
-        setup = loop.Setup(None, t5_config, t5_params, tokenizer, None, 30, static)
+        settings = make_settings(changed, mesh)._replace(num_parts=parts)
+        setup = loop.Setup(None, t5_config, t5_params, tokenizer, None, 30, settings)
         state, losses = loop.first_state(setup, jax.random.key(0)), []
         for batch, stage in zip(rows, (0, 1, 2, 0, 3) * 4):
             state, metrics = steps.train_step(
                 state, {}, loop.to_devices(batch, mesh), jax.random.key(0), stage,
-                static=static, local=stage > 0,
+                settings=settings, local=stage > 0,
             )  # fmt: skip
             losses.append(float(metrics["loss"]))
-        return losses, state, static
+        return losses, state, settings
 
     return run
 
@@ -278,9 +278,9 @@ def twenty_steps(tokens):
 )
 def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
     expected, one, _ = twenty_steps((1, 1, 1))
-    found, state, static = twenty_steps(sizes, parts, remat)
+    found, state, settings = twenty_steps(sizes, parts, remat)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    shardings = steps.state_shardings(static)[1]
+    shardings = steps.state_shardings(settings)[1]
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
     assert all(jax.tree.leaves(same))
     for a, b in zip(jax.tree.leaves(one["params"]), jax.tree.leaves(state["params"]), strict=True):
@@ -289,7 +289,7 @@ def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
 
 
 def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
-    _, state, static = twenty_steps((2, 2, 2), 2, "attention")
+    _, state, settings = twenty_steps((2, 2, 2), 2, "attention")
     expected = {
         "embed": (None, None, "fsdp"),
         "heads": (None, "fsdp"),
@@ -310,10 +310,10 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
     for tree in (state["params"], state["ema"], adam.mu, adam.nu):
         flat = trees.flatten(tree["lm"])
         for path, axes in expected.items():
-            where = jax.sharding.NamedSharding(static.mesh, jax.P(*axes))
+            where = jax.sharding.NamedSharding(settings.mesh, jax.P(*axes))
             assert flat[path].sharding.is_equivalent_to(where, flat[path].ndim), path
     # A quarter of the device's bytes by fsdp x tensor, but for norms, which tensor leaves whole.
-    abstract = steps.state_shardings(static)[0]
+    abstract = steps.state_shardings(settings)[0]
     whole = steps.state_shardings(twenty_steps((1, 1, 1))[2])[0]
     assert plan.tree_bytes(abstract["opt"]) < 0.6 * plan.tree_bytes(whole["opt"])
 
@@ -322,7 +322,7 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
 def test_every_config_is_built(name):
     """Shapes alone; ablations differ in settings that change no shape."""
     config = load_config(name)
-    state, _ = steps.state_shardings(make_static(config))
+    state, _ = steps.state_shardings(make_settings(config))
     stack = state["params"]["lm"]["blocks"]["mlp"]["up"].shape
     width = config.model.width
     assert stack == (config.model.num_layers, width, 4 * width)
@@ -474,9 +474,9 @@ def compiled_memory(config: RunConfig, sizes: tuple[int, int, int], clips: int):
     devices = jax.devices()[: math.prod(sizes)]
     mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
     mesh = sharding.make_mesh(mesh_config, devices)
-    static = steps.make_static(config, t5_config, np.dtype("float32"), 500, mesh)
-    found = steps.lower(static, clips, 500, 64, 0).compile().memory_analysis()
-    planned = plan.memory(static, 500, 64, None)
+    settings = steps.make_settings(config, t5_config, np.dtype("float32"), 500, mesh)
+    found = steps.lower(settings, clips, 500, 64, 0).compile().memory_analysis()
+    planned = plan.memory(settings, 500, 64, None)
     return found.argument_size_in_bytes, found.temp_size_in_bytes, planned
 
 
@@ -550,7 +550,7 @@ def test_meshes_that_do_not_divide_are_refused(sizes, message):
     count = 8 if "fit" in message else math.prod(sizes.values())
     with pytest.raises(UserError, match=message):
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-        steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
+        steps.make_settings(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
 def test_tensor_groups_stay_within_a_process():

@@ -26,11 +26,11 @@ def choose(config: RunConfig, device: int | None):
 def test_an_open_mesh_is_the_smallest_whose_steps_fit_as_compiled(monkeypatch):
     monkeypatch.setattr(plan, "peak_bytes", functools.cache(plan.peak_bytes))
     config = tiny.run_config(Path("x"), Path("y"))
-    static, _ = choose(config, None)
+    settings, _ = choose(config, None)
 
     def peak(fsdp):
         mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
-        return plan.peak_bytes(static._replace(mesh=mesh), 8, 30, 16)
+        return plan.peak_bytes(dataclasses.replace(settings, mesh=mesh), 8, 30, 16)
 
     whole, halves = peak(1), peak(2)
     assert halves < whole
