@@ -1,20 +1,24 @@
 """What a run tells while it trains: scalars to TensorBoard, JSON lines and W&B, speed, profiles."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from magnet_jax.config import RunConfig
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
-from magnet_jax.train import flops, hybrid_objective, targets
+from magnet_jax.train import distributed, flops, hybrid_objective, optimizer, targets
+from magnet_jax.train.setup import Setup
 from magnet_jax.train.steps import RATE_BINS, LossAux, StepSettings
 
 
@@ -218,3 +222,81 @@ class Profile:
         if self.running:
             jax.profiler.stop_trace()
             self.running = False
+
+
+class Report:
+    """What a training loop tells: a bar, scalars, and the end if it has diverged.
+
+    Attributes:
+      saved: step of the newest checkpoint; 0 is none.
+    """
+
+    def __init__(self, config: RunConfig, setup: Setup, step: int):
+        first = distributed.is_first()
+        self.config, self.setup, self.saved = config, setup, step
+        self.window, self.profile = Window(), Profile(config, setup.run)
+        self.scalars = Scalars(config, setup.run, step) if first else None
+        self.learning_rate = optimizer.learning_rate(config.optimizer)
+        self.before = self.profile.before
+        self.bar = tqdm(
+            total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1,
+            disable=not first,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time of what is done within is waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.window.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of what is done within does not count as training."""
+        before = time.perf_counter()
+        yield
+        self.window.started += time.perf_counter() - before
+
+    def after(self, step: int, stage: int, metrics: dict[str, jax.Array], last: bool) -> None:
+        """Takes in a step, and tells what happened since the last line of scalars if it is time."""
+        self.profile.after(step, metrics)
+        self.window.add(stage, metrics)
+        self.bar.update()
+        if step % self.config.log_every and not last:
+            return
+        self.check_finite(step)
+        config, setup = self.config, self.setup
+        values = self.window.scalars(
+            setup.settings, config.data.batch_size, setup.frames, config.text.max_tokens
+        )
+        metrics["learning_rate"] = self.learning_rate(step - 1)
+        values |= {f"train/{name}": value for name, value in metrics.items()}
+        self.log(step, values)
+        self.bar.set_postfix(
+            loss=f"{values['train/loss']:.3f}",
+            frames_per_s=f"{values['speed/frames_per_second']:,.0f}",
+        )
+        self.window = Window()
+
+    def check_finite(self, step: int) -> None:
+        """Raises `UserError` where training has diverged; waits for the steps to finish."""
+        self.window.check_finite(step, self.saved)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if self.scalars:
+            self.scalars.log(step, values)
+
+    def log_audio(self, step: int, wavs: list[Path]) -> None:
+        if self.scalars:
+            self.scalars.log_audio(step, wavs, self.config.sample_prompts)
+
+    def flush(self) -> None:
+        """Writes what is still in memory to the run's folder."""
+        if self.scalars:
+            self.scalars.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.profile.close()
+        if self.scalars:
+            self.scalars.close()

@@ -36,6 +36,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.model import attention, patterns, sharding, transformer
 from magnet_jax.train import hybrid_objective, loop, objective, steps, watch
 from magnet_jax.train.masking import span_count, span_counts, span_mask
+from magnet_jax.train.setup import Setup, first_state, set_up, to_devices
 
 MODEL = ModelConfig(
     kind="hybrid", num_codebooks=3, codebook_size=32, width=16, num_heads=2, num_layers=2,
@@ -498,9 +499,9 @@ def test_a_mesh_and_parts_train_as_one_device():
         )
         settings = steps.make_settings(config, t5_config, np.dtype("float32"), frames, mesh)
         settings = dataclasses.replace(settings, num_parts=parts)
-        setup = loop.Setup(None, t5_config, t5_params, tokenizer, None, frames, settings)
+        setup = Setup(None, t5_config, t5_params, tokenizer, None, frames, settings)
         state, metrics = steps.train_step(
-            loop.first_state(setup, jax.random.key(0)), {}, loop.to_devices(batch, mesh),
+            first_state(setup, jax.random.key(0)), {}, to_devices(batch, mesh),
             jax.random.key(0), 1, settings=settings, local=True,
         )  # fmt: skip
         return state["params"], {name: float(x) for name, x in metrics.items()}
@@ -677,4 +678,4 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match="--objective hybrid and --model.kind hybrid go together"):
         dataclasses.replace(config, objective="magnet")
     with pytest.raises(UserError, match="leave out kernels"):
-        loop.set_up(dataclasses.replace(config, kernels=KernelConfig(full="dense")))
+        set_up(dataclasses.replace(config, kernels=KernelConfig(full="dense")))

@@ -42,7 +42,8 @@ from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
 from magnet_jax.io import trees
 from magnet_jax.model import sharding, transformer
-from magnet_jax.train import loop, plan, steps, watch
+from magnet_jax.train import evaluate, loop, plan, steps, watch
+from magnet_jax.train.setup import Setup, first_state, set_up, to_devices
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -129,16 +130,16 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(records, "write_text", dying)
-            loop.set_up(config)
-    loop.set_up(dataclasses.replace(config, seed=5))
+            set_up(config)
+    set_up(dataclasses.replace(config, seed=5))
     loop.train(config)
     assert tiny.newest_step(Path(config.out)) == 1
     with pytest.raises(UserError, match="other settings: seed"):
-        loop.set_up(dataclasses.replace(config, seed=5))
+        set_up(dataclasses.replace(config, seed=5))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds no run .thesis.tex."):
-        loop.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
+        set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
 def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
@@ -185,8 +186,8 @@ def test_impossible_settings_are_refused(section, settings, message):
 
 def test_a_new_model_begins_with_what_tokens_sound_like(tokens, tmp_path, monkeypatch):
     config = tiny.run_config(tokens, tmp_path / "run", init_codes="codec")
-    setup = loop.set_up(config)
-    lm = loop.first_state(setup, jax.random.key(0))["params"]["lm"]
+    setup = set_up(config)
+    lm = first_state(setup, jax.random.key(0))["params"]["lm"]
     _, vectors_KVE = encodec.codebook_vectors("embedded", 4)
     assert vectors_KVE.shape[:2] == (4, 1024)
     fresh = transformer.init_params(config.model, jax.random.key(0))
@@ -212,9 +213,9 @@ def test_a_new_model_begins_with_what_tokens_sound_like(tokens, tmp_path, monkey
         )
     assert 0.5 < np.std(lm["heads"]) / np.std(fresh["heads"]) < 2
     spec = dataclasses.replace(setup.spec, sha256="0" * 64)
-    monkeypatch.setattr(loop.records, "read_codec_spec", lambda path: spec)
+    monkeypatch.setattr(records, "read_codec_spec", lambda path: spec)
     with pytest.raises(UserError, match="tokenize again with that codec"):
-        loop.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
+        set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
 def test_sigterm_saves_and_exits(tokens, tmp_path):
@@ -253,12 +254,12 @@ def twenty_steps(tokens):
         mesh = sharding.make_mesh(
             MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
         )
-        settings = make_settings(changed, mesh)._replace(num_parts=parts)
-        setup = loop.Setup(None, t5_config, t5_params, tokenizer, None, 30, settings)
-        state, losses = loop.first_state(setup, jax.random.key(0)), []
+        settings = dataclasses.replace(make_settings(changed, mesh), num_parts=parts)
+        setup = Setup(None, t5_config, t5_params, tokenizer, None, 30, settings)
+        state, losses = first_state(setup, jax.random.key(0)), []
         for batch, stage in zip(rows, (0, 1, 2, 0, 3) * 4):
             state, metrics = steps.train_step(
-                state, {}, loop.to_devices(batch, mesh), jax.random.key(0), stage,
+                state, {}, to_devices(batch, mesh), jax.random.key(0), stage,
                 settings=settings, local=stage > 0,
             )  # fmt: skip
             losses.append(float(metrics["loss"]))
@@ -688,7 +689,7 @@ def test_a_window_names_the_first_step_that_is_not_finite(name, found):
 def test_a_validation_loss_that_is_not_finite_ends_a_run(tokens, tmp_path):
     config = tiny.run_config(tokens, tmp_path / "run", steps=4, eval_every=2, save_every=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "validate", lambda *_: {"validation/loss": np.nan})
+        patch.setattr(evaluate, "validate", lambda *_: {"validation/loss": np.nan})
         with pytest.raises(UserError, match="validation loss of step 2 is nan.*of step 1"):
             loop.train(config)
 
@@ -720,7 +721,7 @@ def test_the_best_and_every_nth_checkpoint_stay(tokens, tmp_path):
     )  # fmt: skip
     losses = iter([5.0, 3.0, 4.0, 4.5, 4.2, 4.1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "validate", lambda *_: {"validation/loss": next(losses)})
+        patch.setattr(evaluate, "validate", lambda *_: {"validation/loss": next(losses)})
         loop.train(dataclasses.replace(config, steps=8))
         loop.train(config)  # a resumed run remembers which was best
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())
