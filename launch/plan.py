@@ -10,11 +10,11 @@ the chip's peak that you expect: the paper's sizes reach 35 to 50 % on current c
 
 import dataclasses
 
-from launch.compile import report, training
+from launch.compile import report, targets, training
 from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
 from magnet_jax.model import sharding, transformer
-from magnet_jax.train import flops, steps, targets
+from magnet_jax.train import flops, steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

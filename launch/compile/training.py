@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from launch.compile import report
+from launch.compile import report, targets
 from launch.train import load_config
 from magnet_jax.config import ComputeDtype, MeshConfig, Remat, RunConfig
 from magnet_jax.convert import t5_files
@@ -20,7 +20,7 @@ from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import check_new_file, replacing_file
 from magnet_jax.model import sharding
-from magnet_jax.train import flops, plan, steps, targets
+from magnet_jax.train import flops, plan, steps
 
 FRAME_RATE = 50  # frames a second of the published codecs
 
@@ -94,7 +94,7 @@ def _sizes(config: RunConfig, target: targets.Target) -> tuple:
         t5_files.published_config(config.text.source),
         sampling.compute_dtype(config, target.platform),
         round(config.data.segment_seconds * FRAME_RATE),
-        None if target.chip is None else target.chip.memory // target.chip.devices,
+        None if target.chip is None else target.chip.device_bytes,
     )
 
 
@@ -214,7 +214,7 @@ def draw(args: Train, path: Path) -> None:
         axes.bar(names, heights, bottom=base, label=label)
         base += heights
     if target.chip is not None:
-        memory = target.chip.memory / target.chip.devices / 1e9
+        memory = target.chip.device_bytes / 1e9
         axes.axhline(memory, color="black", linestyle="--", label="memory of a device")
         axes.set_ylim(0, min(max(base.max(), memory), 2.5 * memory) * 1.05)
     axes.set(xlabel="mesh: data, fsdp, tensor", ylabel="GB a device", title=args.config)

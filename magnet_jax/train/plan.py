@@ -17,7 +17,7 @@ from magnet_jax.config import RunConfig
 from magnet_jax.errors import UserError
 from magnet_jax.io import machine
 from magnet_jax.model import attention, patterns, sharding, t5
-from magnet_jax.train import distributed, steps, targets
+from magnet_jax.train import chips, distributed, steps
 from magnet_jax.train.steps import StepSettings
 
 USABLE = 0.9  # share of a device's memory; the rest is the compiler's and the runtime's
@@ -137,8 +137,8 @@ def device_memory() -> int | None:
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"]
-    chip = targets.chip_of(device)
-    return None if chip is None else chip.memory // chip.devices
+    chip = chips.chip_of(device)
+    return None if chip is None else chip.device_bytes
 
 
 def clips_that_fit(planned: Memory, share: int, asked: int) -> int:

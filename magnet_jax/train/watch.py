@@ -17,7 +17,7 @@ from tqdm import tqdm
 from magnet_jax.config import RunConfig
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
-from magnet_jax.train import distributed, flops, hybrid_objective, optimizer, targets
+from magnet_jax.train import chips, distributed, flops, hybrid_objective, optimizer
 from magnet_jax.train.setup import Setup
 from magnet_jax.train.steps import RATE_BINS, LossAux, StepSettings
 
@@ -152,10 +152,10 @@ class Window:
         }
         values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
         device = settings.mesh.devices.flat[0]
-        if (chip := targets.chip_of(device)) is not None:
+        if (chip := chips.chip_of(device)) is not None:
             trained = [len(self.losses[k]) for k in range(settings.model.num_codebooks)]
             done = clips * flops.training_flops(settings.model, frames, text, trained) / seconds
-            peak = chip.peak_flops / chip.devices * settings.mesh.size
+            peak = chip.device_flops * settings.mesh.size
             values["speed/model_flops_utilization"] = done / peak
         local = jax.local_devices()[0]
         if (used := (local.memory_stats() or {}).get("peak_bytes_in_use")) is not None:

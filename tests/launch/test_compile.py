@@ -12,14 +12,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch import plan as launch_plan
 from launch.compile import __main__ as launch_compile
-from launch.compile import hlo, training
+from launch.compile import flops, hlo, targets, training
 from launch.make_random_checkpoint import SIZES
 from launch.train import load_config
 from magnet_jax.config import ModelConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.model import t5, transformer
-from magnet_jax.train import flops, targets
+from magnet_jax.train import chips
 
 TINY = {"width": 64, "num_layers": 3, "num_heads": 2}
 STEPS = (3, 2, 2, 2)
@@ -134,8 +134,8 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 def test_chips_are_described():
-    assert targets.CHIPS["v5e"].clock == 1.5e9
-    for chip in targets.CHIPS.values():  # ridge points between 160 and 600 FLOPs a byte
+    assert chips.CHIPS["v5e"].clock == 1.5e9
+    for chip in chips.CHIPS.values():  # ridge points between 160 and 600 FLOPs a byte
         assert 160 < chip.peak_flops / chip.bandwidth < 600
 
 
@@ -156,7 +156,7 @@ def on_first(target: targets.Target, *shape: int) -> jax.ShapeDtypeStruct:
 def test_tpu_topologies(topology, count):
     target = targets.load(topology)
     assert (len(target.devices), target.platform) == (count, "tpu")
-    peak = target.chip.peak_flops / target.chip.devices
+    peak = target.chip.device_flops
     # The clocks fit the cycles: a large product runs at most, and nearly, at the peak.
     square = on_first(target, 4096, 4096)
     found = hlo.costs(jax.jit(jnp.matmul).lower(square, square).compile())
