@@ -16,7 +16,7 @@ from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 from magnet_jax.model import amx, sharding
-from magnet_jax.train import flops, loop, steps, watch
+from magnet_jax.train import flops, loop, plan, steps, watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     settings = steps.make_settings(config, t5_config, sampling.compute_dtype(config), frames, mesh)
     seconds = 0.0
     for stage in (0, 1):
-        lowered = steps.lower(
+        lowered = plan.lower(
             settings, config.data.batch_size, frames, config.text.max_tokens, stage
         )
         started = time.perf_counter()

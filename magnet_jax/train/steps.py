@@ -89,21 +89,6 @@ def make_settings(
     )
 
 
-def count_parts(batch_size: int, clips_per_device: int, mesh: Mesh) -> int:
-    """The fewest parts of a batch of which a device computes at most `clips_per_device` clips.
-
-    Raises `UserError` for a batch that the mesh cannot share.
-    """
-    rows = sharding.num_rows(mesh)
-    if batch_size % rows:
-        raise UserError(
-            f"data.batch_size {batch_size} is not a multiple of the {rows} devices that share it "
-            "(mesh.data x mesh.fsdp)"
-        )
-    share = batch_size // rows
-    return next(n for n in range(1, share + 1) if not share % n and share // n <= clips_per_device)
-
-
 # --- the state ----------------------------------------------------------------------------------
 
 
@@ -329,34 +314,6 @@ def train_step(
     # What comes out lives where what came in did, whatever the compiler would rather do.
     state = {"params": params, "ema": ema, "opt": opt}
     return jax.lax.with_sharding_constraint(state, shardings), metrics
-
-
-def lower(
-    settings: StepSettings, batch_size: int, num_frames: int, text_tokens: int, stage: int
-) -> jax.stages.Lowered:
-    """`train_step`, traced with shapes in place of arrays: to compile it without any data."""
-    shapes = {
-        "codes_BKT": ((settings.model.num_codebooks, num_frames), jnp.int32),
-        "valid_BT": ((num_frames,), jnp.bool_),
-        "text_ids_BS": ((text_tokens,), jnp.int32),
-        "text_mask_BS": ((text_tokens,), jnp.bool_),
-        "seed_B": ((), jnp.int32),
-    }
-    rows, whole = sharding.batch_sharding(settings.mesh), sharding.replicated(settings.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
-        for name, (shape, dtype) in shapes.items()
-    }
-    key = jax.eval_shape(jax.random.key, 0)
-    return train_step.lower(
-        state_shardings(settings)[0],
-        frozen_shardings(settings)[0],
-        batch,
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        settings=settings,
-        local=stage > 0,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "local"))

@@ -12,9 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch import plan as launch_plan
 from launch.compile import __main__ as launch_compile
-from launch.compile import flops, hlo, targets, training
+from launch.compile import flops, hlo, targets
 from launch.make_random_checkpoint import SIZES
-from launch.train import load_config
 from magnet_jax.config import ModelConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
@@ -231,19 +230,17 @@ def test_decoding_for_a_gpu_uses_fused_attention(tiny, monkeypatch, tmp_path):
 
 
 def test_a_training_step_for_the_cpu(tmp_path, capsys):
-    file, picture = tmp_path / "costs.json", tmp_path / "memory.png"
+    file = tmp_path / "costs.json"
     launch_compile.main(
         ["train", "--topology", "cpu:1", "--config", "demo", "--clips-per-device", "4",
-         "--json", str(file), "--picture", str(picture)]
+         "--json", str(file)]
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert (found["parts"], found["clips_at_once"]) == (2, 4)
     assert found["unknown_loops"] == []
     # What is compiled has the model's products, and those of the text encoder and local blocks.
     assert 1 < found["flops"] / found["model_flops"] < 1.6
-    taken = found["argument_bytes"] + found["temp_bytes"]
-    assert 0.7 < found["planned_bytes"] / taken < 2
-    assert picture.stat().st_size > 1000
+    assert 0 <= found["argument_bytes"] - found["param_bytes"] < 1e5  # the batch
     assert "in 2 parts of 4 clips" in capsys.readouterr().out
 
 
@@ -269,19 +266,6 @@ def test_a_run_is_planned(capsys):
     assert "420 M" in shown and "2 clips of 10 s, 500 frames" in shown
     with pytest.raises(UserError, match="--mfu"):
         launch_plan.main(["--topology", "cpu:1", "--mfu", "0"])
-
-
-def test_frames_that_are_not_seen_need_no_memory():
-    config, target = load_config("recipe"), targets.load("cpu:1")
-
-    def a_clip(**model):
-        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-        return training.prepared(changed, target)[1].a_clip
-
-    near, first, others = a_clip(), a_clip(first_context=0), a_clip(local_context=0)
-    assert near < first == others  # (some stage sees all)
-    # Scores are float32, as are the weights: of 4 heads, 8 layers and the one computed again.
-    assert first - near == 4 * 500 * (500 - (50 + 50)) * 8 * (8 + 1)
 
 
 @needs_libtpu

@@ -28,7 +28,6 @@ from magnet_jax.config import (
     ASSETS,
     DataConfig,
     DecodeConfig,
-    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -470,71 +469,41 @@ def test_data_set_and_records_go_together(tokens):
 
 
 def compiled_memory(config: RunConfig, sizes: tuple[int, int, int], clips: int):
-    """Bytes on a device that a step's arguments and its temporaries take, and those planned."""
-    t5_config, _, _ = t5_files.load("embedded")
-    devices = jax.devices()[: math.prod(sizes)]
-    mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
-    mesh = sharding.make_mesh(mesh_config, devices)
-    settings = steps.make_settings(config, t5_config, np.dtype("float32"), 500, mesh)
-    found = steps.lower(settings, clips, 500, 64, 0).compile().memory_analysis()
-    planned = plan.memory(settings, 500, 64, None)
-    return found.argument_size_in_bytes, found.temp_size_in_bytes, planned
+    """Bytes on a device of a step's arguments and temporaries, of its parameters, and the peak."""
+    mesh = sharding.make_mesh(
+        MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
+    )
+    settings = make_settings(config, mesh)
+    found = plan.lower(settings, clips, 500, 64, 0).compile().memory_analysis()
+    return found.argument_size_in_bytes, found.temp_size_in_bytes, plan.param_bytes(settings)
 
 
 MIDDLING = ModelConfig(codebook_size=512, width=256, num_heads=4, num_layers=6, text_width=128)
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "attention", "full", "lora"])
-def test_planned_memory_is_near_what_the_compiler_takes(remat):
-    """Of a step wide enough for activations to count; never far below, or a run would not fit."""
-    change = (
-        {"lora": LoraConfig(rank=8), "init_from": "another"}
-        if remat == "lora"
-        else {"remat": remat}
-    )
-    config = RunConfig(model=MIDDLING, data=DataConfig(segment_seconds=10.0), **change)
-    arguments, temporaries, planned = compiled_memory(config, (1, 1, 1), 4)
-    taken, total = arguments + temporaries, planned.total(4)
-    print(f"{remat}: planned {total / 1e6:.0f} MB, compiled {taken / 1e6:.0f} MB")
-    assert 0.8 < total / taken < 2.0
-
-
 def test_memory_of_a_device_falls_with_fsdp():
-    config = RunConfig(model=MIDDLING, data=DataConfig(segment_seconds=10.0))
-    whole, temporaries, planned = compiled_memory(config, (8, 1, 1), 8)
-    share, temporaries_split, planned_split = compiled_memory(config, (1, 8, 1), 8)
-    print(f"state {whole / 1e6:.1f} -> {share / 1e6:.1f} MB, temporaries "
+    config = RunConfig(
+        model=MIDDLING, text=TextConfig(finetune=True), data=DataConfig(segment_seconds=10.0)
+    )
+    whole, temporaries, params = compiled_memory(config, (8, 1, 1), 8)
+    share, temporaries_split, params_split = compiled_memory(config, (1, 8, 1), 8)
+    print(f"arguments {whole / 1e6:.1f} -> {share / 1e6:.1f} MB, temporaries "
           f"{temporaries / 1e6:.0f} -> {temporaries_split / 1e6:.0f} MB")  # fmt: skip
     # All of the state is split; tokens and texts are there beside it.
-    assert planned.state <= whole < planned.state + planned.frozen + 1e6
-    assert planned_split.state == pytest.approx(planned.state / 8, rel=0.01)
-    assert planned_split.state <= share < planned_split.state + planned_split.frozen + 1e6
+    assert params <= whole < params + 1e6
+    assert params_split == pytest.approx(params / 8, rel=0.01)
+    assert params_split <= share < params_split + 1e6
     # Gradients are split too; what is gathered for a layer is less than that.
     assert temporaries_split < temporaries
 
 
-def test_what_does_not_fit_is_refused_with_what_would_help():
-    planned = plan.Memory(state=40, frozen=0, gradients=20, gathered=0, a_clip=10, device=100)
-    assert plan.clips_that_fit(planned, 8, 0) == 3  # (90 - 60) / 10
-    assert plan.clips_that_fit(planned, 2, 0) == 2
-    assert plan.clips_that_fit(planned, 8, 2) == 2
-    assert plan.clips_that_fit(planned._replace(device=None), 8, 0) == 8
-    with pytest.raises(UserError, match="--clips-per-device 3 would fit"):
-        plan.clips_that_fit(planned, 8, 4)
-    with pytest.raises(UserError, match="--mesh.fsdp"):
-        plan.clips_that_fit(planned._replace(state=90), 8, 0)
-    with pytest.raises(UserError, match="--remat full"):
-        plan.clips_that_fit(planned._replace(a_clip=50), 8, 0)
-
-
-def test_batches_are_computed_in_the_fewest_parts():
+def test_batches_are_computed_in_equal_parts():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
-    assert steps.count_parts(48, 12, mesh) == 1
-    assert steps.count_parts(48, 11, mesh) == 2
-    assert steps.count_parts(48, 5, mesh) == 3
-    assert steps.count_parts(48, 1, mesh) == 12
+    assert plan.parts_to_try(48, 0, mesh) == [1, 2, 3, 4, 6, 12]
+    for clips, parts in ((12, 1), (11, 2), (5, 3), (1, 12)):
+        assert plan.parts_to_try(48, clips, mesh) == [parts]
     with pytest.raises(UserError, match="50 is not a multiple of the 4 devices"):
-        steps.count_parts(50, 1, mesh)
+        plan.parts_to_try(50, 1, mesh)
 
 
 @pytest.mark.parametrize(
