@@ -186,7 +186,7 @@ def _train(config: RunConfig, setup: Setup, stop: Stop, check_held: Callable[[],
             stage = objective.stage_of_step(
                 config.seed, step, config.model.num_codebooks, config.stage_weights
             )
-            report.before(step + 1)
+            report.profile.before(step + 1)
             state, metrics = steps.train_step(
                 state, frozen, batch, key, stage, settings=settings, local=stage > 0
             )

@@ -237,7 +237,6 @@ class Report:
         self.window, self.profile = Window(), Profile(config, setup.run)
         self.scalars = Scalars(config, setup.run, step) if first else None
         self.learning_rate = optimizer.learning_rate(config.optimizer)
-        self.before = self.profile.before
         self.bar = tqdm(
             total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1,
             disable=not first,
