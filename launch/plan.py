@@ -2,19 +2,20 @@
 
 python -m launch.plan --config music_medium_30s --topology v5e:4x8
 
-Memory is an estimate; `launch.compile train` shows the compiler's figures. Without --mesh the
-smallest fsdp is taken whose step fits, and where the estimate leaves that open the compiler is
-asked, which takes minutes. Hours follow from the model's operations and from --mfu, the share of
-the chip's peak that you expect: the paper's sizes reach 35 to 50 % on current chips.
+Without --mesh the smallest fsdp is taken whose step fits: the compiler is asked, which takes
+minutes, and says how much memory a step takes. With --mesh nothing is compiled, and
+`launch.compile train` shows the compiler's figures. Hours follow from the model's operations and
+from --mfu, the share of the chip's peak that you expect: the paper's sizes reach 35 to 50 % on
+current chips.
 """
 
 import dataclasses
 
-from launch.compile import report, training
+from launch.compile import report, targets, training
 from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
 from magnet_jax.model import sharding, transformer
-from magnet_jax.train import flops, steps, targets
+from magnet_jax.train import flops, plan, steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,35 +30,30 @@ def rows(args: Args) -> list[tuple[str, str]]:
         raise UserError("--mfu must lie in (0, 1]")
     config = training.configured(args)
     target = targets.load(args.topology)
-    static, planned, frames = training.prepared(config, target)
-    count = transformer.count_params(steps.state_shardings(static)[0]["params"])
+    settings, peak, frames = training.prepared(config, target, args.mesh)
+    count = transformer.count_params(steps.state_shardings(settings)[0]["params"])
     batch = config.data.batch_size
-    at_once = batch // sharding.num_rows(static.mesh) // static.num_parts
+    at_once = batch // sharding.num_rows(settings.mesh) // settings.num_parts
     a_step = batch * flops.training_flops(
         config.model, frames, config.text.max_tokens, config.stage_weights
     )
-    sizes = ", ".join(f"{name} {count}" for name, count in static.mesh.shape.items())
+    sizes = ", ".join(f"{name} {count}" for name, count in settings.mesh.shape.items())
     lines = [
         ("mesh", sizes),
         ("trained parameters", report.size(count, "")),
         ("batch", f"{batch} clips of {config.data.segment_seconds:g} s, {frames} frames each"),
-        ("at once", f"{at_once} clips a device, {static.num_parts} parts"),
-        ("state", f"{report.size(planned.state)} a device: parameters, average, optimizer"),
-        ("gradients", report.size(planned.gradients)),
-        ("frozen, gathered", report.size(planned.frozen + planned.gathered)),
+        ("at once", f"{at_once} clips a device, {settings.num_parts} parts"),
         (
-            "activations",
-            f"{report.size(at_once * planned.a_clip)}: {report.size(planned.a_clip)} a clip",
-        ),
-        (
-            "memory",
-            report.size(planned.total(at_once))
-            + ("" if planned.device is None else f" of {report.size(planned.device)}"),
+            "parameters",
+            f"{report.size(plan.param_bytes(settings))} a device, with average and optimizer",
         ),
         ("model FLOPs", f"{report.size(a_step, 'FLOP')} a step"),
     ]
     if target.chip is not None:
-        chips = static.mesh.size / target.chip.devices
+        if peak is not None:
+            of = report.size(target.chip.device_bytes)
+            lines.append(("memory", f"{report.size(peak)} of {of}, as compiled"))
+        chips = settings.mesh.size / target.chip.devices
         seconds = a_step / (args.mfu * chips * target.chip.peak_flops)
         hours = seconds * config.steps / 3600
         lines += [

@@ -600,8 +600,8 @@ class RunConfig:
     keep_best: int = _added(0)
     """Checkpoints of lowest validation loss to keep; save_every must meet eval_every for it."""
     distributed: str = _added("auto")
-    """Several processes: auto detects TPU pods, Slurm, Kubernetes and Open MPI; off runs alone;
-    HOST:PORT,INDEX,COUNT names them."""
+    """Several processes: auto lets JAX find those of TPU pods, Slurm, Open MPI and Kubernetes; off
+    runs alone; HOST:PORT,INDEX,COUNT names them."""
     profile: tuple[int, ...] = _added(())
     """First and last step to record a profile of, for TensorBoard or Perfetto."""
     wandb: str = _added("")

@@ -155,14 +155,15 @@ def test_magnet_loss_and_gradients(golden, stage):
 
     def loss(params):
         # These numbers were printed with the padding's own tokens given, so it is not hidden here.
-        given = objective.hide(codes_BKT, mask_BT, jnp.ones_like(valid_BT), stage, config.mask_id)
+        given = objective.corrupt(
+            codes_BKT, mask_BT, jnp.ones_like(valid_BT), stage, config.mask_id
+        )
         model = transformer.bind(config, params)
         text = model.read_text(*map(jnp.asarray, read_text(MAGNET / "loss.npz")))
         logits_BTV = model.head(model.trunk(given.input_BKT, text, local=stage > 0), stage)
-        scored = objective.hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
-        return objective.means(objective.score(logits_BTV, scored.target_BT, scored.mask_BT))[
-            "loss"
-        ]
+        scored = objective.corrupt(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
+        aux_B = objective.cross_entropy(logits_BTV, scored.target_BT, scored.mask_BT)
+        return aux_B.metrics()["loss"]
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(golden.params)
     assert float(value) == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
@@ -181,20 +182,22 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(golden, stage):
     reference, config = np.load(MAGNET / "loss.npz"), golden.model
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=1), jax.devices()[:2])
     t5_config, _, _ = t5_files.load("embedded")
-    static = steps.make_static(RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh)
+    settings = steps.make_settings(
+        RunConfig(model=config), t5_config, np.dtype("float32"), 30, mesh
+    )
     shardings = sharding.model_shardings(config, mesh)
 
-    def total_nll(params, part):
+    def loss_fn(params, part):
         # (the padding's own tokens are given, see above)
-        given = objective.hide(
+        given = objective.corrupt(
             part["tokens"], part["mask"], jnp.ones_like(part["valid"]), stage, config.mask_id
         )
         model = transformer.bind(config, params)
         text = model.read_text(part["states"], part["text_mask"], part["zeros"])
         logits_BTV = model.head(model.trunk(given.input_BKT, text, local=stage > 0), stage)
-        sums_B = objective.score(logits_BTV, given.target_BT, part["mask"] & part["valid"])
-        sums = objective.Sums(*(x.sum() for x in sums_B))
-        return sums.nll, sums
+        mask_BT = part["mask"] & part["valid"]
+        aux_B = objective.cross_entropy(logits_BTV, given.target_BT, mask_BT)
+        return aux_B.nll.sum(), aux_B
 
     states_BSE, text_mask_BS, zeros_B = read_text(MAGNET / "loss.npz")
     batch = {
@@ -207,15 +210,15 @@ def test_magnet_loss_and_gradients_on_a_mesh_in_parts(golden, stage):
     }
     # Every row four times, for two devices and two parts, leaves the mean as it is.
     batch = {name: np.concatenate([x] * 4) for name, x in batch.items()}
-    gradients, sums = jax.jit(
+    gradients, aux = jax.jit(
         lambda params, batch: steps.batch_gradients(
-            total_nll, params, batch, static._replace(num_parts=2), shardings
+            loss_fn, params, batch, dataclasses.replace(settings, num_parts=2), shardings
         )
     )(
         jax.device_put(golden.params, shardings),
         jax.device_put(batch, sharding.batch_sharding(mesh)),
     )
-    loss = float(objective.means(sums)["loss"])
+    loss = float(aux.metrics()["loss"])
     assert loss == pytest.approx(float(reference[f"ce_stage{stage}"]), rel=1e-3)
     prefix = f"gradnorm_stage{stage}/"
     for name, gradient in lm_rules.to_audiocraft(gradients, config).items():

@@ -378,7 +378,7 @@ def _trained(args: Trained) -> _Prepared:
         amx.use_synchronous_dispatch()  # (which JAX does not take later on)
     from magnet_jax.checkpoints import run_folder
     from magnet_jax.codec import encodec
-    from magnet_jax.train import loop
+    from magnet_jax.train.setup import check_fit
 
     spec = records.read_codec_spec(args.data)
     found = encodec.read_spec(spec.source, spec.num_codebooks // spec.sides)
@@ -390,7 +390,7 @@ def _trained(args: Trained) -> _Prepared:
     free = run_folder.MUTABLE - {"steps", "decode", "autoregressive", "eval_batches"}
     models = {}
     for key, (words, config) in configs.items():
-        loop.check_fit(config, spec, text)
+        check_fit(config, spec, text)
         settings = {
             name: value
             for name, value in flatten(dataclasses.asdict(config), separator=".").items()

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from launch.benchmark import models, peaks, report, rescoring
 from launch.benchmark.peaks import seconds_of
+from launch.compile import flops
 from magnet_jax import programs
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import decoding
@@ -26,7 +27,6 @@ from magnet_jax.convert import lm_rules
 from magnet_jax.decode import placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
-from magnet_jax.train import flops
 
 if TYPE_CHECKING:
     from launch.benchmark import torch_peer

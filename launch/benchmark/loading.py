@@ -13,7 +13,8 @@ from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision, sharding
-from magnet_jax.train import loop, steps
+from magnet_jax.train import steps
+from magnet_jax.train.setup import Setup, check_fit, first_state, frozen_params, to_devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ def measure(args: Args) -> None:
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))
     spec = records.read_codec_spec(args.data)
     t5_config, t5_params, tokenizer = t5_files.load(config.text.source)
-    loop.check_fit(config, spec, t5_config)
+    check_fit(config, spec, t5_config)
     frames = sampling.segment_frames(config, spec)
     batches = pipeline.make_train_iterator(
         config.data,
@@ -54,13 +55,12 @@ def measure(args: Args) -> None:
     loaded = args.batches * config.data.batch_size * frames / (time.perf_counter() - started)
 
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.make_static(config, t5_config, precision.compute_dtype(config), frames, mesh)
+    settings = steps.make_settings(config, t5_config, precision.compute_dtype(config), frames, mesh)
     t5_params = jax.tree.map(np.asarray, t5_params)
-    setup = loop.Setup(spec, t5_config, t5_params, tokenizer, None, frames, static)
-    state = loop.first_state(setup, jax.random.key(config.seed))
-    where = steps.frozen_shardings(static)[1]
-    frozen = loop.place({"text": t5_params} if where else {}, where)
-    batch = loop.to_devices(batch, mesh)
+    setup = Setup(spec, t5_config, t5_params, tokenizer, None, frames, settings)
+    state = first_state(setup, jax.random.key(config.seed))
+    frozen = frozen_params(setup)
+    batch = to_devices(batch, mesh)
     # As in training, each codebook has its turn; the first round compiles both programs.
     num_codebooks = config.model.num_codebooks
     for step in range(num_codebooks + args.steps):
@@ -69,7 +69,7 @@ def measure(args: Args) -> None:
             started = time.perf_counter()
         stage = step % num_codebooks
         state, _ = steps.train_step(
-            state, frozen, batch, jax.random.key(0), stage, static=static, local=stage > 0
+            state, frozen, batch, jax.random.key(0), stage, settings=settings, local=stage > 0
         )
     jax.block_until_ready(state)
     trained = args.steps * config.data.batch_size * frames / (time.perf_counter() - started)

@@ -16,7 +16,7 @@ from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 from magnet_jax.model import amx, precision, sharding
-from magnet_jax.train import flops, loop, steps, watch
+from magnet_jax.train import flops, loop, plan, steps, watch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,10 +67,12 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     t5_config = t5_files.published_config(config.text.source)
     frames = sampling.segment_frames(config, spec)
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.make_static(config, t5_config, precision.compute_dtype(config), frames, mesh)
+    settings = steps.make_settings(config, t5_config, precision.compute_dtype(config), frames, mesh)
     seconds = 0.0
     for stage in (0, 1):
-        lowered = steps.lower(static, config.data.batch_size, frames, config.text.max_tokens, stage)
+        lowered = plan.lower(
+            settings, config.data.batch_size, frames, config.text.max_tokens, stage
+        )
         started = time.perf_counter()
         lowered.compile()
         seconds += time.perf_counter() - started

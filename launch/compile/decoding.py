@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from launch.compile import hlo, report
+from launch.compile import flops, hlo, report, targets
 from launch.make_random_checkpoint import CODEC_SETTINGS, SIZES
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import encodec
@@ -33,7 +33,6 @@ from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import canvas, magnet, placement, sampler, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision, t5, transformer
-from magnet_jax.train import flops, targets
 
 Saving = Literal[tuple(field.name for field in dataclasses.fields(magnet.Savings))]
 FRAME_RATE = 50  # frames a second of the published codec

@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 
-from launch.compile import hlo
+from launch.compile import hlo, targets
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
-from magnet_jax.train import targets
 
 
 def compiled_costs(lowered: jax.stages.Lowered, target: targets.Target) -> dict[str, Any]:
@@ -58,7 +57,7 @@ def share_of_peak(
 ) -> float | None:
     if seconds is None or target.chip is None:
         return None
-    return operations / (seconds * num_devices * target.chip.peak_flops / target.chip.devices)
+    return operations / (seconds * num_devices * target.chip.device_flops)
 
 
 def size(count: float, unit: str = "B") -> str:

@@ -16,12 +16,12 @@ are hidden and predicted, with all codebooks above. The mask is what inference d
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.config import ModelConfig
 from magnet_jax.model import attention, patterns, transformer
 from magnet_jax.train import objective
 from magnet_jax.train.masking import span_mask
@@ -33,12 +33,49 @@ class Noise(NamedTuple):
     masking: objective.Noise
     first_B: jax.Array  # the first step that is not of the prompt, t
 
+    @property
+    def rate_B(self) -> jax.Array:
+        return self.masking.rate_B
 
-class Sums(NamedTuple):
-    """What a batch adds to the two losses, [B] or totals."""
 
-    parallel: objective.Sums  # hidden tokens of one codebook, from t on
-    autoregressive: objective.Sums  # tokens of all codebooks, before t
+class LossAux(NamedTuple):
+    """What the two losses are made of, [B] or totals."""
+
+    parallel: objective.LossAux  # hidden tokens of one codebook, from t on
+    autoregressive: objective.LossAux  # tokens of all codebooks, before t
+    total: objective.LossAux  # of what is minimised
+
+    @property
+    def nll(self) -> jax.Array:
+        return self.total.nll
+
+    @property
+    def tokens(self) -> jax.Array:
+        return self.total.tokens
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Cross-entropy and accuracy of the whole and of each half; NaN where there is no token."""
+        found = {}
+        for suffix, one in (
+            ("", self.total),
+            ("_parallel", self.parallel),
+            ("_autoregressive", self.autoregressive),
+        ):
+            tokens = one.tokens.sum()
+            found[f"loss{suffix}"] = one.nll.sum() / tokens
+            found[f"accuracy{suffix}"] = one.hits.sum() / tokens
+        return found
+
+
+def add_halves(
+    parallel: objective.LossAux, autoregressive: objective.LossAux, num_codebooks: int
+) -> LossAux:
+    """Both halves and their total, a mean over what is predicted.
+
+    A step of the prompt counts as one prediction: its loss is the mean of its codebooks'.
+    """
+    total = jax.tree.map(lambda one, all_: one + all_ / num_codebooks, parallel, autoregressive)
+    return LossAux(parallel, autoregressive, total)
 
 
 def draw_noise(
@@ -51,7 +88,7 @@ def draw_noise(
     """`objective.draw_noise`, and t uniform in 1..S: from no prompt to nothing but prompt."""
 
     def first(seed: jax.Array) -> jax.Array:
-        # (the first three are `objective.draw_noise`'s)
+        # The first three keys are those of `objective.draw_noise`.
         own = jax.random.fold_in(jax.random.fold_in(key, seed), 3)
         return jax.random.randint(own, (), 1, patterns.num_steps(num_frames, config.delays) + 1)
 
@@ -64,85 +101,59 @@ def prompt_frames(first_B: jax.Array, delays: tuple[int, ...], num_frames: int) 
     return jnp.clip(first_B[:, None] - 1 - jnp.asarray(delays)[None], 0, num_frames)
 
 
-def total(sums: Sums, num_codebooks: int) -> objective.Sums:
-    """What is minimised, as the sums of one loss.
-
-    It is a mean over what is predicted, for which a step of the prompt counts as one: its loss is
-    the mean of its codebooks'.
-    """
-    return jax.tree.map(lambda one, all_: one + all_ / num_codebooks, *sums)
-
-
-def means(sums: Sums, num_codebooks: int) -> dict[str, jax.Array]:
-    """Cross-entropy and accuracy of the whole and of each half; NaN where there is no token."""
-    found = {}
-    for suffix, one in (
-        ("", total(sums, num_codebooks)),
-        ("_parallel", sums.parallel),
-        ("_autoregressive", sums.autoregressive),
-    ):
-        tokens = one.tokens.sum()
-        found[f"loss{suffix}"] = one.nll.sum() / tokens
-        found[f"accuracy{suffix}"] = one.hits.sum() / tokens
-    return found
-
-
 @transformer.exact_products
-def sums(
+def loss_fn(
     params: dict,
     states_BSE: jax.Array,
-    text_mask_BS: jax.Array,
-    codes_BKT: jax.Array,
-    valid_BT: jax.Array,
+    batch: dict[str, jax.Array],
     noise: Noise,
     stage: jax.Array | int,
     *,
     config: ModelConfig,
     local: bool,
     dtype: jnp.dtype = jnp.float32,
-    remat: Remat = "none",
-    sharding: jax.sharding.Sharding | None = None,
-    products: Products = "axes",
-    written_out: bool = False,
-) -> Sums:
-    """Each row's share of both losses, from one pass; arguments as of `objective.sums`."""
+    **trunk: Any,
+) -> tuple[jax.Array, LossAux]:
+    """Both losses from one pass, as `objective.loss_fn` gives its one."""
+    codes_BKT, valid_BT = batch["codes_BKT"], batch["valid_BT"]
     num_frames, delays = codes_BKT.shape[-1], jnp.asarray(config.delays)
     prompt_BK = prompt_frames(noise.first_B, config.delays, num_frames)
     prompt_BKT = jnp.arange(num_frames)[None, None] < prompt_BK[..., None]
     masking = noise.masking
     mask_BT = span_mask(masking.starts_BT, masking.rate_B, config.span_length, prompt_BK[:, stage])
-    corrupted = objective.hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id, prompt_BKT)
+    corrupted = objective.corrupt(codes_BKT, mask_BT, valid_BT, stage, config.mask_id, prompt_BKT)
     model = transformer.bind(config, params)
-    text = model.read_text(states_BSE, text_mask_BS & ~masking.drop_text_B[:, None], dtype=dtype)
+    text_mask_BS = batch["text_mask_BS"] & ~masking.drop_text_B[:, None]
+    attend = functools.partial(
+        attention.hybrid_attention, first_B=noise.first_B, delay=delays[stage]
+    )
     states_BSD = model.trunk(
         patterns.to_steps(corrupted.input_BKT, config.delays, config.mask_id),
-        text,
+        model.read_text(states_BSE, text_mask_BS, dtype=dtype),
         local=local,
-        attend=functools.partial(
-            attention.hybrid_attention, first_B=noise.first_B, delay=delays[stage]
-        ),
-        remat=remat,
-        sharding=sharding,
-        products=products,
-        written_out=written_out,
+        attend=attend,
+        **trunk,
     )
 
-    def at_frames(codebook, behind):
+    def at_frames(codebook: jax.Array | int, behind: int) -> jax.Array:
         """States [B, T, D] at the steps of a codebook's frames, or so many steps behind them."""
         first = 1 + delays[codebook] - behind
         return jax.lax.dynamic_slice_in_dim(states_BSD, first, num_frames, axis=1)
 
     logits_BTV = model.head(at_frames(stage, 0), stage)
-    parallel = objective.score(logits_BTV, corrupted.target_BT, corrupted.mask_BT)
+    parallel = objective.cross_entropy(logits_BTV, corrupted.target_BT, corrupted.mask_BT)
 
-    @jax.checkpoint  # (logits of one codebook at a time, in both directions)
-    def add_codebook(found, codebook):
+    @jax.checkpoint  # Logits of one codebook at a time, in both directions.
+    def add_codebook(
+        sofar: objective.LossAux, codebook: jax.Array
+    ) -> tuple[objective.LossAux, None]:
         model = transformer.bind(config, params)
         logits_BTV = model.head(at_frames(codebook, 1), codebook)
         counted_BT = prompt_BKT[:, codebook] & valid_BT
-        one = objective.score(logits_BTV, codes_BKT[:, codebook], counted_BT)
-        return jax.tree.map(jnp.add, found, one), None
+        one = objective.cross_entropy(logits_BTV, codes_BKT[:, codebook], counted_BT)
+        return jax.tree.map(jnp.add, sofar, one), None
 
     zeros = jax.tree.map(jnp.zeros_like, parallel)
     autoregressive, _ = jax.lax.scan(add_codebook, zeros, jnp.arange(len(config.delays)))
-    return Sums(parallel, autoregressive)
+    aux = add_halves(parallel, autoregressive, len(config.delays))
+    return aux.nll.sum(), aux

@@ -1,15 +1,14 @@
 """What MAGNeT learns: hide spans of one codebook and all codebooks above it, predict the spans."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.config import ModelConfig
 from magnet_jax.model import transformer
-from magnet_jax.model.attention import self_attention
 from magnet_jax.train.masking import masking_rate, span_mask
 
 
@@ -25,6 +24,19 @@ class Noise(NamedTuple):
     rate_B: jax.Array
     starts_BT: jax.Array
     drop_text_B: jax.Array
+
+
+class LossAux(NamedTuple):
+    """What a loss is made of, [B] or totals. They are sums, so that parts of a batch add up."""
+
+    nll: jax.Array  # negative log-likelihood of the predicted tokens, nats
+    hits: jax.Array  # predicted tokens that were the most probable
+    tokens: jax.Array  # predicted tokens
+
+    def metrics(self) -> dict[str, jax.Array]:
+        """Mean cross-entropy of a predicted token in nats, and the share predicted exactly."""
+        tokens = jnp.maximum(self.tokens.sum(), 1.0)
+        return {"loss": self.nll.sum() / tokens, "accuracy": self.hits.sum() / tokens}
 
 
 def stage_of_step(seed: int, step: int, num_codebooks: int, weights: Sequence[float] = ()) -> int:
@@ -61,7 +73,7 @@ def draw_noise(
     return Noise(*jax.vmap(row)(seed_B))
 
 
-def hide(
+def corrupt(
     codes_BKT: jax.Array,
     mask_BT: jax.Array,
     valid_BT: jax.Array,
@@ -86,73 +98,51 @@ def hide(
     )
 
 
-class Sums(NamedTuple):
-    """What a batch adds to the loss, [B] or totals; sums, so that parts of a batch add up."""
-
-    nll: jax.Array  # negative log-likelihood of the masked tokens, nats
-    hits: jax.Array  # masked tokens that were the most probable
-    tokens: jax.Array  # masked tokens
-
-
-def score(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> Sums:
-    """Each row's sums over its masked tokens, float32."""
+def cross_entropy(logits_BTV: jax.Array, target_BT: jax.Array, mask_BT: jax.Array) -> LossAux:
+    """Each row's cross-entropy over its masked tokens, float32 [B]."""
     log_probs_BTV = jax.nn.log_softmax(logits_BTV.astype(jnp.float32), axis=-1)
     nll_BT = -jnp.take_along_axis(log_probs_BTV, target_BT[..., None], axis=-1)[..., 0]
     hit_BT = (logits_BTV.argmax(-1) == target_BT) & mask_BT
-    return Sums(
+    return LossAux(
         jnp.where(mask_BT, nll_BT, 0.0).sum(1),
         hit_BT.sum(1).astype(jnp.float32),
         mask_BT.sum(1).astype(jnp.float32),
     )
 
 
-def means(sums: Sums) -> dict[str, jax.Array]:
-    """Mean cross-entropy a masked token in nats, and share of them predicted exactly."""
-    tokens = jnp.maximum(sums.tokens.sum(), 1.0)
-    return {"loss": sums.nll.sum() / tokens, "accuracy": sums.hits.sum() / tokens}
-
-
 @transformer.exact_products
-def sums(
+def loss_fn(
     params: dict,
     states_BSE: jax.Array,
-    text_mask_BS: jax.Array,
-    codes_BKT: jax.Array,
-    valid_BT: jax.Array,
+    batch: dict[str, jax.Array],
     noise: Noise,
-    stage: jax.Array,
+    stage: jax.Array | int,
     *,
     config: ModelConfig,
     local: bool,
     dtype: jnp.dtype = jnp.float32,
-    attend: Callable[..., jax.Array] = self_attention,
-    remat: Remat = "none",
-    sharding: jax.sharding.Sharding | None = None,
-    products: Products = "axes",
-    written_out: bool = False,
-) -> Sums:
-    """Each row's share of the training loss of one stage (sections 2 and 3.1).
+    **trunk: Any,
+) -> tuple[jax.Array, LossAux]:
+    """The training loss of one stage (sections 2 and 3.1), summed over a batch.
 
     Args:
       params: the transformer's parameters.
-      states_BSE, text_mask_BS: text encoder states and which of them are tokens.
-      codes_BKT, valid_BT: true tokens, and which frames are not padding.
+      states_BSE: text encoder states.
+      batch: text_mask_BS, which states are tokens; codes_BKT, true tokens; valid_BT, which frames
+        are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      attend, remat, sharding, products, written_out: see `Transformer.trunk`.
+      trunk: attend, remat, sharding and more, see `Transformer.trunk`.
+
+    Returns:
+      the sum of the cross-entropies in nats, and each row's share of it.
     """
     mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
-    corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
+    corrupted = corrupt(batch["codes_BKT"], mask_BT, batch["valid_BT"], stage, config.mask_id)
     model = transformer.bind(config, params)
-    text = model.read_text(states_BSE, text_mask_BS & ~noise.drop_text_B[:, None], dtype=dtype)
-    states_BTD = model.trunk(
-        corrupted.input_BKT,
-        text,
-        local=local,
-        attend=attend,
-        remat=remat,
-        sharding=sharding,
-        products=products,
-        written_out=written_out,
-    )
-    return score(model.head(states_BTD, stage), corrupted.target_BT, corrupted.mask_BT)
+    text_mask_BS = batch["text_mask_BS"] & ~noise.drop_text_B[:, None]
+    text = model.read_text(states_BSE, text_mask_BS, dtype=dtype)
+    states_BTD = model.trunk(corrupted.input_BKT, text, local=local, **trunk)
+    logits_BTV = model.head(states_BTD, stage)
+    aux = cross_entropy(logits_BTV, corrupted.target_BT, corrupted.mask_BT)
+    return aux.nll.sum(), aux

@@ -1,12 +1,14 @@
 """The compiled steps of training: a state's start, one update, and the validation loss.
 
-A step is a pure function of (state, batch, key, stage). What the programs depend on is one
-hashable `Static`; two programs of each step are compiled, for stage 0 and for those above.
+A step is a pure function of (state, batch, key, stage). What its programs depend on beside shapes
+is one hashable `StepSettings`. Two programs of each step are compiled: for stage 0 and for those
+above.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +31,9 @@ RATE_BINS = 4  # masking rates by which the validation loss is split: quarters o
 INPUTS = ("codes_BKT", "valid_BT", "text_ids_BS", "text_mask_BS", "seed_B")  # of a batch
 
 
-class Static(NamedTuple):
-    """What the programs of a run depend on, beside shapes."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What the compiled steps of a run depend on, beside shapes."""
 
     model: ModelConfig
     optimizer: OptimizerConfig
@@ -45,10 +48,14 @@ class Static(NamedTuple):
     mesh: Mesh
 
 
-def make_static(
+Noise = objective.Noise | hybrid_objective.Noise
+LossAux = objective.LossAux | hybrid_objective.LossAux
+
+
+def make_settings(
     config: RunConfig, t5_config: t5.T5Config, dtype: jnp.dtype, num_frames: int, mesh: Mesh
-) -> Static:
-    """The programs of a run, computing a batch whole.
+) -> StepSettings:
+    """The settings of a run's steps, which compute a batch whole.
 
     Raises `UserError` for a mesh that does not fit the model, and kernels that it has not.
     """
@@ -67,7 +74,7 @@ def make_static(
     )
     if "splash" in (kernels.full, kernels.local) and mesh.size > 1:
         raise UserError("attention kernel splash cannot be split over several devices")
-    return Static(
+    return StepSettings(
         model=config.model,
         optimizer=config.optimizer,
         lora=config.lora,
@@ -82,29 +89,14 @@ def make_static(
     )
 
 
-def count_parts(batch_size: int, clips_per_device: int, mesh: Mesh) -> int:
-    """The fewest parts of a batch of which a device computes at most `clips_per_device` clips.
-
-    Raises `UserError` for a batch that the mesh cannot share.
-    """
-    rows = sharding.num_rows(mesh)
-    if batch_size % rows:
-        raise UserError(
-            f"data.batch_size {batch_size} is not a multiple of the {rows} devices that share it "
-            "(mesh.data x mesh.fsdp)"
-        )
-    share = batch_size // rows
-    return next(n for n in range(1, share + 1) if not share % n and share // n <= clips_per_device)
-
-
 # --- the state ----------------------------------------------------------------------------------
 
 
-def init_state(static: Static, key: jax.Array, given: dict) -> dict:
+def init_state(settings: StepSettings, key: jax.Array, given: dict) -> dict:
     """Parameters, their average and the optimizer's moments at step 0. Traceable.
 
     Args:
-      static: of the run.
+      settings: of the run.
       key: the run's.
       given: parameters to start from: 'text' of the text encoder and, of a run that begins with
         another model, 'lm'.
@@ -113,56 +105,56 @@ def init_state(static: Static, key: jax.Array, given: dict) -> dict:
       'params', 'ema' and 'opt'. Parameters are what is trained: 'lm' and perhaps 'text', or
       adapters alone, 'lora'.
     """
-    if static.lora.rank:
-        params = {"lora": lora.init_adapters(static.lora, static.model, key)}
+    if settings.lora.rank:
+        params = {"lora": lora.init_adapters(settings.lora, settings.model, key)}
     else:
         params = {
-            "lm": given["lm"] if "lm" in given else transformer.init_params(static.model, key)
+            "lm": given["lm"] if "lm" in given else transformer.init_params(settings.model, key)
         }
-    if static.train_text:
+    if settings.train_text:
         params["text"] = given["text"]
     return {
         "params": params,
         "ema": jax.tree.map(jnp.copy, params),
-        "opt": optimizer.make_optimizer(static.optimizer).init(params),
+        "opt": optimizer.make_optimizer(settings.optimizer).init(params),
     }
 
 
-def state_shardings(static: Static) -> tuple[dict, dict]:
+def state_shardings(settings: StepSettings) -> tuple[dict, dict]:
     """(shapes with shardings, shardings) of a whole train state."""
-    text = jax.eval_shape(functools.partial(t5.init, static.t5), jax.random.key(0))
-    if static.lora.rank:
-        params = {"lora": lora.adapter_shardings(static.model, static.lora, static.mesh)}
+    text = jax.eval_shape(functools.partial(t5.init, settings.t5), jax.random.key(0))
+    if settings.lora.rank:
+        params = {"lora": lora.adapter_shardings(settings.model, settings.lora, settings.mesh)}
     else:
-        params = {"lm": sharding.model_shardings(static.model, static.mesh)}
-    if static.train_text:
-        params["text"] = sharding.text_shardings(text, static.mesh)
-    init = functools.partial(init_state, static)
+        params = {"lm": sharding.model_shardings(settings.model, settings.mesh)}
+    if settings.train_text:
+        params["text"] = sharding.text_shardings(text, settings.mesh)
+    init = functools.partial(init_state, settings)
     shapes = jax.eval_shape(init, jax.random.key(0), {"text": text})
-    shardings = sharding.like_params(shapes, params, static.mesh)
+    shardings = sharding.like_params(shapes, params, settings.mesh)
     return sharding.abstract(shapes, shardings), shardings
 
 
-def frozen_shardings(static: Static) -> tuple[dict, dict]:
+def frozen_shardings(settings: StepSettings) -> tuple[dict, dict]:
     """(shapes with shardings, shardings) of what the steps need beside the state, and do not train.
 
     'text' where the text encoder is not trained, 'lm' where adapters are.
     """
     shapes, shardings = {}, {}
-    if not static.train_text:
-        shapes["text"] = jax.eval_shape(functools.partial(t5.init, static.t5), jax.random.key(0))
-        shardings["text"] = sharding.text_shardings(shapes["text"], static.mesh)
-    if static.lora.rank:
-        init = functools.partial(transformer.init_params, static.model)
+    if not settings.train_text:
+        shapes["text"] = jax.eval_shape(functools.partial(t5.init, settings.t5), jax.random.key(0))
+        shardings["text"] = sharding.text_shardings(shapes["text"], settings.mesh)
+    if settings.lora.rank:
+        init = functools.partial(transformer.init_params, settings.model)
         shapes["lm"] = jax.eval_shape(init, jax.random.key(0))
-        shardings["lm"] = sharding.model_shardings(static.model, static.mesh)
+        shardings["lm"] = sharding.model_shardings(settings.model, settings.mesh)
     return sharding.abstract(shapes, shardings), shardings
 
 
-def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
-    """The transformer's and the text encoder's parameters, adapters added. Traceable."""
+def network_params(adapters: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
+    """Parameters of the transformer, adapters merged into it, and of the text encoder."""
     if "lora" in params:
-        lm = lora.merge_adapters(frozen["lm"], params["lora"], lora)
+        lm = lora.merge_adapters(frozen["lm"], params["lora"], adapters)
     else:
         lm = params["lm"]
     return lm, params["text"] if "text" in params else frozen["text"]
@@ -171,108 +163,102 @@ def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
 # --- the steps ----------------------------------------------------------------------------------
 
 
-def _draw_noise(
-    key: jax.Array, batch: dict, static: Static, condition_dropout: float
-) -> objective.Noise | hybrid_objective.Noise:
-    num_frames = batch["codes_BKT"].shape[-1]
-    if static.model.kind == "hybrid":
+def draw_noise(
+    key: jax.Array, batch: dict, settings: StepSettings, condition_dropout: float
+) -> Noise:
+    """The random numbers of a step, as the model's objective wants them."""
+    seed_B, num_frames = batch["seed_B"], batch["codes_BKT"].shape[-1]
+    if settings.model.kind == "hybrid":
         return hybrid_objective.draw_noise(
-            key, batch["seed_B"], static.model, num_frames, condition_dropout
+            key, seed_B, settings.model, num_frames, condition_dropout
         )
-    return objective.draw_noise(key, batch["seed_B"], num_frames, condition_dropout)
+    return objective.draw_noise(key, seed_B, num_frames, condition_dropout)
 
 
-def _sums(
+def loss_fn(
     params: dict,
     frozen: dict,
     batch: dict,
-    noise: objective.Noise | hybrid_objective.Noise,
+    noise: Noise,
     stage: jax.Array,
-    static: Static,
+    *,
+    settings: StepSettings,
     local: bool,
-) -> objective.Sums | hybrid_objective.Sums:
-    lm, text = merged(static.lora, params, frozen)
+) -> tuple[jax.Array, LossAux]:
+    """The sum of a batch's losses in nats, and each row's share; arguments as of `train_step`."""
+    lm, text = network_params(settings.lora, params, frozen)
     states_BSE = t5.encode(
-        text, static.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=static.dtype
+        text, settings.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=settings.dtype
     )
-    if static.model.kind == "hybrid":
-        sums = hybrid_objective.sums
+    trunk: dict[str, Any] = dict(
+        remat=settings.remat,
+        sharding=sharding.batch_sharding(settings.mesh),
+        products=settings.kernels.products,
+        written_out=settings.mesh.devices.flat[0].platform == "cpu",
+    )
+    if settings.model.kind == "hybrid":
+        of_model = hybrid_objective.loss_fn
     else:
-        near = static.model.context(local) is not None
-        attend = attention.with_kernels(static.kernels, near=near)
-        sums = functools.partial(objective.sums, attend=attend)
-    return sums(
+        of_model = objective.loss_fn
+        near = settings.model.context(local) is not None
+        trunk["attend"] = attention.with_kernels(settings.kernels, near=near)
+    return of_model(
         lm,
         states_BSE,
-        batch["text_mask_BS"],
-        batch["codes_BKT"],
-        batch["valid_BT"],
+        batch,
         noise,
         stage,
-        config=static.model,
+        config=settings.model,
         local=local,
-        dtype=static.dtype,
-        remat=static.remat,
-        sharding=sharding.batch_sharding(static.mesh),
-        products=static.kernels.products,
-        written_out=static.mesh.devices.flat[0].platform == "cpu",
+        dtype=settings.dtype,
+        **trunk,
     )
 
 
-def _total(sums: objective.Sums | hybrid_objective.Sums, static: Static) -> objective.Sums:
-    """The sums of what is minimised."""
-    if isinstance(sums, hybrid_objective.Sums):
-        return hybrid_objective.total(sums, static.model.num_codebooks)
-    return sums
-
-
-def means(sums: objective.Sums | hybrid_objective.Sums, static: Static) -> dict[str, jax.Array]:
-    """Losses and accuracies: 'loss', 'accuracy', and those of the halves of a hybrid."""
-    if isinstance(sums, hybrid_objective.Sums):
-        return hybrid_objective.means(sums, static.model.num_codebooks)
-    return objective.means(sums)
-
-
-def _in_parts(batch: dict, static: Static) -> dict:
+def _in_parts(batch: dict, settings: StepSettings) -> dict:
     """[B, ...] -> [M, B / M, ...], where no row leaves its device."""
-    rows, parts = sharding.num_rows(static.mesh), static.num_parts
+    rows, parts = sharding.num_rows(settings.mesh), settings.num_parts
 
     def split(x: jax.Array) -> jax.Array:
         by_device = x.reshape(rows, parts, -1, *x.shape[1:])
         x = by_device.swapaxes(0, 1).reshape(parts, -1, *x.shape[1:])
-        return jax.lax.with_sharding_constraint(x, sharding.parts_sharding(static.mesh))
+        return jax.lax.with_sharding_constraint(x, sharding.parts_sharding(settings.mesh))
 
     return jax.tree.map(split, batch)
 
 
 def batch_gradients(
-    total_nll: Callable, params: dict, batch: dict, static: Static, shardings: dict
-) -> tuple[dict, objective.Sums | hybrid_objective.Sums]:
+    loss_fn: Callable, params: dict, batch: dict, settings: StepSettings, shardings: dict
+) -> tuple[dict, LossAux]:
     """Gradients of the whole batch's mean loss, split as `shardings`, and its sums.
 
-    `total_nll` of (params, part of a batch) gives the sum of the part's losses, and its sums.
+    `loss_fn` of (params, part of a batch) gives the sum of the part's losses, and each row's.
 
     The parts' gradients of sums are added up and divided once, by the tokens of all: exactly those
     of the batch computed whole, but for rounding, however unequal the parts are.
     """
-    gradient = jax.grad(total_nll, has_aux=True)
-    if static.num_parts == 1:
-        gradients, sums = gradient(params, batch)
+
+    def gradient(params: dict, part: dict) -> tuple[dict, LossAux]:
+        gradients, aux_B = jax.grad(loss_fn, has_aux=True)(params, part)
+        return gradients, jax.tree.map(jnp.sum, aux_B)
+
+    if settings.num_parts == 1:
+        gradients, aux = gradient(params, batch)
     else:
 
         def add(total: tuple, part: dict) -> tuple[tuple, None]:
             total = jax.tree.map(jnp.add, total, gradient(params, part))
             return (jax.lax.with_sharding_constraint(total[0], shardings), total[1]), None
 
-        parts = _in_parts(batch, static)
+        parts = _in_parts(batch, settings)
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (gradients, sums), _ = jax.lax.scan(add, zeros, parts)
-    tokens = jnp.maximum(_total(sums, static).tokens, 1.0)
-    return jax.tree.map(lambda g: g / tokens, gradients), sums
+        (gradients, aux), _ = jax.lax.scan(add, zeros, parts)
+    tokens = jnp.maximum(aux.tokens, 1.0)
+    return jax.tree.map(lambda g: g / tokens, gradients), aux
 
 
-@functools.partial(jax.jit, static_argnames=("static", "local"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("settings", "local"), donate_argnames="state")
 def train_step(
     state: dict,
     frozen: dict,
@@ -280,7 +266,7 @@ def train_step(
     key: jax.Array,
     stage: jax.Array,
     *,
-    static: Static,
+    settings: StepSettings,
     local: bool,
 ) -> tuple[dict, dict]:
     """One update.
@@ -293,38 +279,34 @@ def train_step(
       stage: codebook to predict; `local` must be `stage > 0`.
 
     Returns:
-      the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also both of each half
-      (`hybrid_objective.means`), with D-Adaptation also 'd'; and for `watch.Window`, which sees by
+      the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also losses and accuracies
+      of both halves, with D-Adaptation also 'd'; and for `watch.Window`, which sees by
       them that a step is not finite, 'sum_nll' and 'param_norm', of the new parameters.
     """
 
-    def total_nll(
-        params: dict, part: dict
-    ) -> tuple[jax.Array, objective.Sums | hybrid_objective.Sums]:
-        noise = _draw_noise(key, part, static, static.condition_dropout)
-        sums_B = _sums(params, frozen, part, noise, stage, static, local)
-        sums = jax.tree.map(jnp.sum, sums_B)
-        return _total(sums, static).nll, sums
+    def part_loss(params: dict, part: dict) -> tuple[jax.Array, LossAux]:
+        noise = draw_noise(key, part, settings, settings.condition_dropout)
+        return loss_fn(params, frozen, part, noise, stage, settings=settings, local=local)
 
-    shardings = state_shardings(static)[1]
-    gradients, sums = batch_gradients(
-        total_nll, state["params"], batch, static, shardings["params"]
+    shardings = state_shardings(settings)[1]
+    gradients, aux = batch_gradients(
+        part_loss, state["params"], batch, settings, shardings["params"]
     )
-    updates, opt = optimizer.make_optimizer(static.optimizer).update(
+    updates, opt = optimizer.make_optimizer(settings.optimizer).update(
         gradients, state["opt"], state["params"]
     )
     params = optax.apply_updates(state["params"], updates)
-    if static.lora.rank:
+    if settings.lora.rank:
         # The average of products a b is no product of averages, and is as large as the model. So
         # adapters are not averaged: what is trained is what is validated, sampled and exported.
         ema = params
     else:
-        decay, every = static.optimizer.ema_decay, static.optimizer.ema_updates
+        decay, every = settings.optimizer.ema_decay, settings.optimizer.ema_updates
         step = optimizer.steps_taken(opt)
         ema = optimizer.average(state["ema"], params, step, decay=decay, updates=every)
-    metrics = means(sums, static) | {
+    metrics = aux.metrics() | {
         "grad_norm": optax.global_norm(gradients),
-        "sum_nll": _total(sums, static).nll,
+        "sum_nll": aux.nll,
         "param_norm": optax.global_norm(params),
     }
     if (d := optimizer.step_size(opt)) is not None:
@@ -334,35 +316,7 @@ def train_step(
     return jax.lax.with_sharding_constraint(state, shardings), metrics
 
 
-def lower(
-    static: Static, batch_size: int, num_frames: int, text_tokens: int, stage: int
-) -> jax.stages.Lowered:
-    """`train_step`, traced with shapes in place of arrays: to compile it without any data."""
-    shapes = {
-        "codes_BKT": ((static.model.num_codebooks, num_frames), jnp.int32),
-        "valid_BT": ((num_frames,), jnp.bool_),
-        "text_ids_BS": ((text_tokens,), jnp.int32),
-        "text_mask_BS": ((text_tokens,), jnp.bool_),
-        "seed_B": ((), jnp.int32),
-    }
-    rows, whole = sharding.batch_sharding(static.mesh), sharding.replicated(static.mesh)
-    batch = {
-        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
-        for name, (shape, dtype) in shapes.items()
-    }
-    key = jax.eval_shape(jax.random.key, 0)
-    return train_step.lower(
-        state_shardings(static)[0],
-        frozen_shardings(static)[0],
-        batch,
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole),
-        jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
-        static=static,
-        local=stage > 0,
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("static", "local"))
+@functools.partial(jax.jit, static_argnames=("settings", "local"))
 def eval_step(
     params: dict,
     frozen: dict,
@@ -370,19 +324,18 @@ def eval_step(
     key: jax.Array,
     stage: jax.Array,
     *,
-    static: Static,
+    settings: StepSettings,
     local: bool,
-) -> objective.Sums | hybrid_objective.Sums:
+) -> LossAux:
     """Sums [RATE_BINS] of one stage by masking rate, with every text given; else as in training."""
 
-    def of_part(part: dict) -> objective.Sums | hybrid_objective.Sums:
-        noise = _draw_noise(key, part, static, 0.0)
-        sums_B = _sums(params, frozen, part, noise, stage, static, local)
-        masking = noise.masking if isinstance(noise, hybrid_objective.Noise) else noise
-        bin_B = jnp.clip((masking.rate_B * RATE_BINS).astype(jnp.int32), 0, RATE_BINS - 1)
-        return jax.tree.map(lambda x: jnp.zeros(RATE_BINS).at[bin_B].add(x), sums_B)
+    def of_part(part: dict) -> LossAux:
+        noise = draw_noise(key, part, settings, 0.0)
+        _, aux_B = loss_fn(params, frozen, part, noise, stage, settings=settings, local=local)
+        bin_B = jnp.clip((noise.rate_B * RATE_BINS).astype(jnp.int32), 0, RATE_BINS - 1)
+        return jax.tree.map(lambda x: jnp.zeros(RATE_BINS).at[bin_B].add(x), aux_B)
 
-    if static.num_parts == 1:
+    if settings.num_parts == 1:
         return of_part(batch)
-    sums_M = jax.lax.map(of_part, _in_parts(batch, static))
-    return jax.tree.map(lambda x: x.sum(0), sums_M)
+    aux_M = jax.lax.map(of_part, _in_parts(batch, settings))
+    return jax.tree.map(lambda x: x.sum(0), aux_M)

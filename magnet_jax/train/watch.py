@@ -1,21 +1,25 @@
 """What a run tells while it trains: scalars to TensorBoard, JSON lines and W&B, speed, profiles."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from magnet_jax.config import RunConfig
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
-from magnet_jax.train import flops, hybrid_objective, objective, targets
-from magnet_jax.train.steps import RATE_BINS, Static
+from magnet_jax.train import chips, distributed, flops, hybrid_objective, optimizer
+from magnet_jax.train.setup import Setup
+from magnet_jax.train.steps import RATE_BINS, LossAux, StepSettings
 
 
 class Scalars:
@@ -134,7 +138,9 @@ class Window:
                 if not np.isfinite(value):
                     raise UserError(diverged(f"the {name} step {i} is {value}", saved))
 
-    def scalars(self, static: Static, batch_size: int, frames: int, text: int) -> dict[str, float]:
+    def scalars(
+        self, settings: StepSettings, batch_size: int, frames: int, text: int
+    ) -> dict[str, float]:
         """Mean losses and speeds; waits for the steps to finish."""
         means = {k: _mean(losses) for k, losses in sorted(self.losses.items())}
         seconds = time.perf_counter() - self.started
@@ -145,11 +151,11 @@ class Window:
             "speed/wait_for_data_share": self.waited / seconds,
         }
         values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
-        device = static.mesh.devices.flat[0]
-        if (chip := targets.chip_of(device)) is not None:
-            trained = [len(self.losses[k]) for k in range(static.model.num_codebooks)]
-            done = clips * flops.training_flops(static.model, frames, text, trained) / seconds
-            peak = chip.peak_flops / chip.devices * static.mesh.size
+        device = settings.mesh.devices.flat[0]
+        if (chip := chips.chip_of(device)) is not None:
+            trained = [len(self.losses[k]) for k in range(settings.model.num_codebooks)]
+            done = clips * flops.training_flops(settings.model, frames, text, trained) / seconds
+            peak = chip.device_flops * settings.mesh.size
             values["speed/model_flops_utilization"] = done / peak
         local = jax.local_devices()[0]
         if (used := (local.memory_stats() or {}).get("peak_bytes_in_use")) is not None:
@@ -172,25 +178,26 @@ def _mean(losses: list[jax.Array]) -> float:
     return float(np.mean(losses[~np.isnan(losses)])) if not np.isnan(losses).all() else math.nan
 
 
-def validation_scalars(
-    sums_S: list[objective.Sums] | list[hybrid_objective.Sums], num_codebooks: int
-) -> dict[str, float]:
-    """Mean losses a masked token of each codebook, and of each quarter of the masking rates; of a
-    hybrid also those of both halves, and of all."""
-    if isinstance(sums_S[0], hybrid_objective.Sums):
-        values = validation_scalars([sums.parallel for sums in sums_S], num_codebooks)
-        # (stages share their prompts, and so the autoregressive half)
-        halves = hybrid_objective.means(jax.tree.map(lambda *x: np.sum(x), *sums_S), num_codebooks)
-        losses = {name: float(x) for name, x in halves.items() if name.startswith("loss")}
+def validation_scalars(aux_K: list[LossAux]) -> dict[str, float]:
+    """Mean losses of a masked token, from the sums [RATE_BINS] of every codebook's `eval_step`.
+
+    They are those of each codebook, and of each quarter of the masking rates. A hybrid has also
+    those of both halves, and of all.
+    """
+    if isinstance(aux_K[0], hybrid_objective.LossAux):
+        values = validation_scalars([aux.parallel for aux in aux_K])
+        # All stages share their prompts, and so the autoregressive half.
+        found = jax.tree.map(lambda *x: np.sum(x), *aux_K).metrics()
+        losses = {name: float(x) for name, x in found.items() if name.startswith("loss")}
         return values | {f"validation/{name}": loss for name, loss in losses.items()}
     values, losses = {}, []
-    for stage, sums in enumerate(sums_S):
-        losses.append(float(objective.means(sums)["loss"]))
+    for stage, aux in enumerate(aux_K):
+        losses.append(float(aux.metrics()["loss"]))
         values[f"validation/loss_{stage}"] = losses[-1]
         for i in range(RATE_BINS):
-            if tokens := float(sums.tokens[i]):
+            if tokens := float(aux.tokens[i]):
                 name = f"validation/loss_{stage}_rate_{i / RATE_BINS:g}_{(i + 1) / RATE_BINS:g}"
-                values[name] = float(sums.nll[i]) / tokens
+                values[name] = float(aux.nll[i]) / tokens
     return values | {"validation/loss": float(np.mean(losses))}
 
 
@@ -215,3 +222,80 @@ class Profile:
         if self.running:
             jax.profiler.stop_trace()
             self.running = False
+
+
+class Report:
+    """What a training loop tells: a bar, scalars, and the end if it has diverged.
+
+    Attributes:
+      saved: step of the newest checkpoint; 0 is none.
+    """
+
+    def __init__(self, config: RunConfig, setup: Setup, step: int):
+        first = distributed.is_first()
+        self.config, self.setup, self.saved = config, setup, step
+        self.window, self.profile = Window(), Profile(config, setup.run)
+        self.scalars = Scalars(config, setup.run, step) if first else None
+        self.learning_rate = optimizer.learning_rate(config.optimizer)
+        self.bar = tqdm(
+            total=config.steps, initial=step, unit="step", desc="train", smoothing=0.1,
+            disable=not first,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time of what is done within is waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.window.waited += time.perf_counter() - before
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of what is done within does not count as training."""
+        before = time.perf_counter()
+        yield
+        self.window.started += time.perf_counter() - before
+
+    def after(self, step: int, stage: int, metrics: dict[str, jax.Array], last: bool) -> None:
+        """Takes in a step, and tells what happened since the last line of scalars if it is time."""
+        self.profile.after(step, metrics)
+        self.window.add(stage, metrics)
+        self.bar.update()
+        if step % self.config.log_every and not last:
+            return
+        self.check_finite(step)
+        config, setup = self.config, self.setup
+        values = self.window.scalars(
+            setup.settings, config.data.batch_size, setup.frames, config.text.max_tokens
+        )
+        metrics["learning_rate"] = self.learning_rate(step - 1)
+        values |= {f"train/{name}": value for name, value in metrics.items()}
+        self.log(step, values)
+        self.bar.set_postfix(
+            loss=f"{values['train/loss']:.3f}",
+            frames_per_s=f"{values['speed/frames_per_second']:,.0f}",
+        )
+        self.window = Window()
+
+    def check_finite(self, step: int) -> None:
+        """Raises `UserError` where training has diverged; waits for the steps to finish."""
+        self.window.check_finite(step, self.saved)
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        if self.scalars:
+            self.scalars.log(step, values)
+
+    def log_audio(self, step: int, wavs: list[Path]) -> None:
+        if self.scalars:
+            self.scalars.log_audio(step, wavs, self.config.sample_prompts)
+
+    def flush(self) -> None:
+        """Writes what is still in memory to the run's folder."""
+        if self.scalars:
+            self.scalars.flush()
+
+    def close(self) -> None:
+        self.bar.close()
+        self.profile.close()
+        if self.scalars:
+            self.scalars.close()

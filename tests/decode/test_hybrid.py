@@ -48,6 +48,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.model import attention, patterns, sharding, transformer
 from magnet_jax.train import hybrid_objective, loop, objective, steps, watch
 from magnet_jax.train.masking import span_count, span_counts, span_mask
+from magnet_jax.train.setup import Setup, first_state, set_up, to_devices
 
 MODEL = ModelConfig(
     kind="hybrid", num_codebooks=3, codebook_size=32, width=16, num_heads=2, num_layers=2,
@@ -78,11 +79,14 @@ def noise(*firsts, rate=0.6):
 
 
 @functools.partial(jax.jit, static_argnames="local")
-def sums_of(params, codes_BKT, drawn, stage, *, local):
-    return hybrid_objective.sums(
-        params, *texts(len(codes_BKT)), codes_BKT, jnp.ones((len(codes_BKT), FRAMES), bool), drawn,
-        stage, config=MODEL, local=local,
-    )  # fmt: skip
+def losses(params, codes_BKT, drawn, stage, *, local, valid_BT=None):
+    states_BSE, text_mask_BS = texts(len(codes_BKT))
+    if valid_BT is None:
+        valid_BT = jnp.ones((len(codes_BKT), FRAMES), bool)
+    batch = {"text_mask_BS": text_mask_BS, "codes_BKT": codes_BKT, "valid_BT": valid_BT}
+    return hybrid_objective.loss_fn(
+        params, states_BSE, batch, drawn, stage, config=MODEL, local=local
+    )[1]
 
 
 # --- the mask -----------------------------------------------------------------------------------
@@ -152,7 +156,7 @@ def leaks(params, half, first, stage, *, rate=0.6):
             with pytest.MonkeyPatch.context() as patch:
                 shifted = lambda *args: embed(*args) + offset_1SD  # noqa: E731
                 patch.setattr(transformer.Transformer, "_embed", shifted)
-                found = sums_of.__wrapped__(
+                found = losses.__wrapped__(
                     params, codes(1), noise(first, rate=rate), stage, local=stage > 0
                 )
             return getattr(found, half).nll.sum()
@@ -191,17 +195,17 @@ def test_hidden_tokens_do_not_reach_the_network(params, monkeypatch):
     """Nor does what is hidden in codebooks above; the prompt does, in every codebook."""
     first, stage, drawn, codes_BKT = 9, 1, noise(9, 9), codes()
     seen = []
-    score = objective.score
+    cross_entropy = objective.cross_entropy
 
     def spy(logits_BTV, target_BT, mask_BT):
         seen.append((logits_BTV, mask_BT))
-        return score(logits_BTV, target_BT, mask_BT)
+        return cross_entropy(logits_BTV, target_BT, mask_BT)
 
-    monkeypatch.setattr(objective, "score", spy)
+    monkeypatch.setattr(objective, "cross_entropy", spy)
 
     @jax.jit
     def parallel_logits(codes_BKT):
-        sums_of.__wrapped__(params, codes_BKT, drawn, stage, local=True)
+        losses.__wrapped__(params, codes_BKT, drawn, stage, local=True)
         return seen[0]
 
     expected, mask_BT = parallel_logits(codes_BKT)
@@ -220,12 +224,10 @@ def test_hidden_tokens_do_not_reach_the_network(params, monkeypatch):
 
 def test_padding_does_not_reach_the_losses(params):
     valid_BT = jnp.broadcast_to(jnp.arange(FRAMES) < 15, (2, FRAMES))
-    run = jax.jit(
-        lambda codes_BKT: hybrid_objective.sums(
-            params, *texts(), codes_BKT, valid_BT, noise(10, 22), 1, config=MODEL, local=True
-        )
+    one, other = (
+        losses(params, codes_BKT, noise(10, 22), 1, local=True, valid_BT=valid_BT)
+        for codes_BKT in (codes(), codes().at[..., 15:].set(3))
     )
-    one, other = run(codes()), run(codes().at[..., 15:].set(3))
     jax.tree.map(np.testing.assert_array_equal, one, other)
     # Of the second row every codebook's valid frames lie in the prompt.
     assert one.parallel.tokens[1] == 0 and one.autoregressive.tokens[1] == 45
@@ -265,12 +267,11 @@ def test_teacher_forcing_gives_the_logits_of_one_step_at_a_time(params):
 
 def test_every_token_counts_once(params):
     firsts = np.array([1, 5, STEPS])
-    found = sums_of(params, codes(3), noise(*firsts, rate=1.0), 1, local=True)
+    found = losses(params, codes(3), noise(*firsts, rate=1.0), 1, local=True)
     prompts = (firsts[:, None] - 1 - np.array(MODEL.delays)).clip(0, FRAMES)
     np.testing.assert_array_equal(found.autoregressive.tokens, prompts.sum(1))
     np.testing.assert_array_equal(found.parallel.tokens, FRAMES - prompts[:, 1])
-    total = hybrid_objective.total(found, 3).tokens
-    np.testing.assert_allclose(total, prompts.sum(1) / 3 + FRAMES - prompts[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(found.tokens, prompts.sum(1) / 3 + FRAMES - prompts[:, 1], rtol=1e-6)
 
 
 def test_t_is_uniform_and_spans_hide_the_wanted_share_of_the_rest():
@@ -312,9 +313,11 @@ def test_the_rest_sees_what_it_saw_in_training(params):
         text = model.read_text(*texts())
         cache = model.empty_cache(2, prompt_steps, jnp.float32)
         _, cache = model.extend(steps_BKS[..., :prompt_steps], text, cache, 0)
-        network = hybrid._completing_network(
-            MODEL, params, text, cache, prompt_steps, FRAMES, FRAMES
+        beginning = autoregressive.Beginning(
+            num_given=0, num_frames=4, whole=False, choice="greedy", guided=False
         )
+        assert beginning.num_steps(MODEL.delays) == prompt_steps
+        network = hybrid._network_after(MODEL, params, text, cache, beginning, tiny.task(codes_BKT))
         found = network.trunk(codes_BKT, stage=stage, local=local, guided=False, first_B=None)
         attend = functools.partial(
             attention.hybrid_attention, first_B=jnp.full(2, prompt_steps),
@@ -452,9 +455,9 @@ def test_a_run_tells_both_losses_apart(run):
     (line,) = watch.read_scalars(run)
     halves = line["train/loss_parallel"], line["train/loss_autoregressive"]
     assert min(halves) < line["train/loss"] < max(halves)
-    one = objective.Sums(*(np.full(4, x) for x in (6.0, 1.0, 2.0)))  # by masking rate
-    other = objective.Sums(*(np.full(4, x) for x in (4.0, 0.0, 4.0)))
-    found = watch.validation_scalars([hybrid_objective.Sums(one, other)] * 4, 4)
+    one = objective.LossAux(*(np.full(4, x) for x in (6.0, 1.0, 2.0)))  # by masking rate
+    other = objective.LossAux(*(np.full(4, x) for x in (4.0, 0.0, 4.0)))
+    found = watch.validation_scalars([hybrid_objective.add_halves(one, other, 4)] * 4)
     assert found["validation/loss_2"] == found["validation/loss_parallel"] == 3.0
     assert found["validation/loss_autoregressive"] == 1.0
     assert found["validation/loss"] == pytest.approx((6 + 4 / 4) / (2 + 4 / 4))
@@ -482,12 +485,12 @@ def test_a_mesh_and_parts_train_as_one_device():
         mesh = sharding.make_mesh(
             MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
         )
-        static = steps.make_static(config, t5_config, np.dtype("float32"), frames, mesh)
-        static = static._replace(num_parts=parts)
-        setup = loop.Setup(None, t5_config, t5_params, tokenizer, None, frames, static)
+        settings = steps.make_settings(config, t5_config, np.dtype("float32"), frames, mesh)
+        settings = dataclasses.replace(settings, num_parts=parts)
+        setup = Setup(None, t5_config, t5_params, tokenizer, None, frames, settings)
         state, metrics = steps.train_step(
-            loop.first_state(setup, jax.random.key(0)), {}, loop.to_devices(batch, mesh),
-            jax.random.key(0), 1, static=static, local=True,
+            first_state(setup, jax.random.key(0)), {}, to_devices(batch, mesh),
+            jax.random.key(0), 1, settings=settings, local=True,
         )  # fmt: skip
         return state["params"], {name: float(x) for name, x in metrics.items()}
 
@@ -664,4 +667,4 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
     with pytest.raises(UserError, match="--objective hybrid and --model.kind hybrid go together"):
         dataclasses.replace(config, objective="magnet")
     with pytest.raises(UserError, match="leave out kernels"):
-        loop.set_up(dataclasses.replace(config, kernels=KernelConfig(full="dense")))
+        set_up(dataclasses.replace(config, kernels=KernelConfig(full="dense")))

@@ -96,16 +96,6 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, expected):
     assert machine.peak_bytes(types.SimpleNamespace(ru_maxrss=3 << 10)) == expected
 
 
-def test_memory_is_not_known_everywhere(monkeypatch):
-    assert machine.memory_bytes() > 2**28
-
-    def refuse(name):
-        raise ValueError("unrecognized configuration name")
-
-    monkeypatch.setattr(os, "sysconf", refuse)
-    assert machine.memory_bytes() is None
-
-
 # --- commands started as files ------------------------------------------------------------------
 
 

@@ -27,13 +27,15 @@ from launch.benchmark import (
 )
 from launch.benchmark.musicgen_peer import Peer as MusicgenPeer
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
+from launch.compile import flops
 from magnet_jax import cli
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
 from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.convert.audiocraft import read_file
 from magnet_jax.errors import UserError
-from magnet_jax.train import flops, loop
+from magnet_jax.train import loop
+from magnet_jax.train.flops import training_flops
 
 MAGNET = GOLDEN / "magnet_tiny"
 CASES = json.loads((MAGNET / "generate.json").read_text())
@@ -162,7 +164,7 @@ def test_without_a_restricted_context_all_stages_cost_the_same():
 
 
 def test_a_first_context_costs_what_it_sees():
-    for count in (flops.training_flops, lambda *args: flops.floor_flops(*args, (1, 1, 1, 1))):
+    for count in (training_flops, lambda *args: flops.floor_flops(*args, (1, 1, 1, 1))):
         costs = {
             first: count(dataclasses.replace(SMALL, first_context=first), 498, 64)
             for first in (0, SMALL.local_context, 25, 498)
@@ -175,7 +177,7 @@ def test_a_first_context_costs_what_it_sees():
 
 def test_stages_cost_by_how_often_they_are_trained():
     first, even, others, three = (
-        flops.training_flops(SMALL, 498, 64, weights)
+        training_flops(SMALL, 498, 64, weights)
         for weights in ((1.0, 0.0, 0.0, 0.0), (), (0.0, 5.0, 0.0, 5.0), (3.0, 1.0, 0.0, 0.0))
     )
     assert first > even > others

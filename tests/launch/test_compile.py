@@ -12,14 +12,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch import plan as launch_plan
 from launch.compile import __main__ as launch_compile
-from launch.compile import hlo, training
+from launch.compile import flops, hlo, targets
 from launch.make_random_checkpoint import SIZES
-from launch.train import load_config
 from magnet_jax.config import ModelConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.model import t5, transformer
-from magnet_jax.train import flops, targets
+from magnet_jax.train import chips
 
 TINY = {"width": 64, "num_layers": 3, "num_heads": 2}
 STEPS = (3, 2, 2, 2)
@@ -134,8 +133,8 @@ def test_what_is_missing_is_named(monkeypatch):
 
 
 def test_chips_are_described():
-    assert targets.CHIPS["v5e"].clock == 1.5e9
-    for chip in targets.CHIPS.values():  # ridge points between 160 and 600 FLOPs a byte
+    assert chips.CHIPS["v5e"].clock == 1.5e9
+    for chip in chips.CHIPS.values():  # ridge points between 160 and 600 FLOPs a byte
         assert 160 < chip.peak_flops / chip.bandwidth < 600
 
 
@@ -156,7 +155,7 @@ def on_first(target: targets.Target, *shape: int) -> jax.ShapeDtypeStruct:
 def test_tpu_topologies(topology, count):
     target = targets.load(topology)
     assert (len(target.devices), target.platform) == (count, "tpu")
-    peak = target.chip.peak_flops / target.chip.devices
+    peak = target.chip.device_flops
     # The clocks fit the cycles: a large product runs at most, and nearly, at the peak.
     square = on_first(target, 4096, 4096)
     found = hlo.costs(jax.jit(jnp.matmul).lower(square, square).compile())
@@ -231,19 +230,17 @@ def test_decoding_for_a_gpu_uses_fused_attention(tiny, monkeypatch, tmp_path):
 
 
 def test_a_training_step_for_the_cpu(tmp_path, capsys):
-    file, picture = tmp_path / "costs.json", tmp_path / "memory.png"
+    file = tmp_path / "costs.json"
     launch_compile.main(
         ["train", "--topology", "cpu:1", "--config", "demo", "--clips-per-device", "4",
-         "--json", str(file), "--picture", str(picture)]
+         "--json", str(file)]
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert (found["parts"], found["clips_at_once"]) == (2, 4)
     assert found["unknown_loops"] == []
     # What is compiled has the model's products, and those of the text encoder and local blocks.
     assert 1 < found["flops"] / found["model_flops"] < 1.6
-    taken = found["argument_bytes"] + found["temp_bytes"]
-    assert 0.7 < found["planned_bytes"] / taken < 2
-    assert picture.stat().st_size > 1000
+    assert 0 <= found["argument_bytes"] - found["param_bytes"] < 1e5  # the batch
     assert "in 2 parts of 4 clips" in capsys.readouterr().out
 
 
@@ -269,19 +266,6 @@ def test_a_run_is_planned(capsys):
     assert "420 M" in shown and "2 clips of 10 s, 500 frames" in shown
     with pytest.raises(UserError, match="--mfu"):
         launch_plan.main(["--topology", "cpu:1", "--mfu", "0"])
-
-
-def test_frames_that_are_not_seen_need_no_memory():
-    config, target = load_config("recipe"), targets.load("cpu:1")
-
-    def a_clip(**model):
-        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
-        return training.prepared(changed, target)[1].a_clip
-
-    near, first, others = a_clip(), a_clip(first_context=0), a_clip(local_context=0)
-    assert near < first == others  # (some stage sees all)
-    # Scores are float32, as are the weights: of 4 heads, 8 layers and the one computed again.
-    assert first - near == 4 * 500 * (500 - (50 + 50)) * 8 * (8 + 1)
 
 
 @needs_libtpu

@@ -18,7 +18,7 @@ from magnet_jax.config import (
 )
 from magnet_jax.errors import UserError
 from magnet_jax.model import amx, attention, sharding, t5, transformer
-from magnet_jax.train import steps
+from magnet_jax.train import plan, steps
 
 MODEL = ModelConfig(
     num_codebooks=2, codebook_size=32, width=32, num_heads=2, num_layers=3, text_width=8
@@ -87,8 +87,8 @@ def test_training_takes_them_where_it_is_told_to(kind, monkeypatch):
     t5_config = t5.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=9)
     for products, count in (("amx", 3), ("rows", 0)):
         config = dataclasses.replace(config, kernels=KernelConfig(products=products))
-        static = steps.make_static(config, t5_config, jnp.dtype(jnp.bfloat16), 12, mesh)
-        text = steps.lower(static, 2, 12, 4, 1).as_text()
+        settings = steps.make_settings(config, t5_config, jnp.dtype(jnp.bfloat16), 12, mesh)
+        text = plan.lower(settings, 2, 12, 4, 1).as_text()
         found = {name for name in amx._PRODUCTS if f"magnet_jax_amx_{name}" in text}
         assert len(found) == count
 

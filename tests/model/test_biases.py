@@ -237,11 +237,14 @@ def test_gradients_are_finite_with_and_without_text(local):
     @jax.jit
     @jax.grad
     def gradient(params):
-        sums_B = objective.sums(
-            params, states_BSE, mask_BS, codes_BKT, np.ones((batch, num_frames), bool), noise,
-            int(local), config=model, local=local, remat="full",
-        )  # fmt: skip
-        return sums_B.nll.sum()
+        clips = {
+            "text_mask_BS": mask_BS,
+            "codes_BKT": codes_BKT,
+            "valid_BT": np.ones((batch, num_frames), bool),
+        }
+        return objective.loss_fn(
+            params, states_BSE, clips, noise, int(local), config=model, local=local, remat="full"
+        )[0]
 
     gradients = trees.flatten(gradient(params))
     assert all(np.isfinite(g).all() for g in gradients.values())

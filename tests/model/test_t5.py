@@ -142,7 +142,7 @@ def test_initial_scales_are_t5s():
     theirs = transformers.T5EncoderModel(transformers.T5Config(**dataclasses.asdict(cfg)))
     state = {name: weight.detach().numpy() for name, weight in theirs.state_dict().items()}
     params = t5.init(cfg, jax.random.key(0))
-    for weight in t5._weights(cfg):
+    for weight in t5.weights(cfg):
         leaf = params
         for key in weight.path:
             leaf = leaf[key]

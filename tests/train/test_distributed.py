@@ -16,7 +16,6 @@ from several import free_port
 from magnet_jax import cli
 from magnet_jax.errors import UserError
 from magnet_jax.train import distributed
-from magnet_jax.train.distributed import detect
 from tokenization.job import Job
 
 ROOT = Path(__file__).parents[2]
@@ -25,39 +24,36 @@ CLUSTER = ROOT / "launch" / "cluster"
 SLURM = {
     "SLURM_JOB_ID": "5000",
     "SLURM_NTASKS": "16",
-    "SLURM_STEP_NUM_TASKS": "16",
-    "SLURM_STEP_TASKS_PER_NODE": "8(x2)",
     "SLURM_STEP_NODELIST": "n[01-02]",
-    "SLURM_NODEID": "1",
     "SLURM_PROCID": "11",
     "SLURM_LOCALID": "3",
-    "SLURM_GPUS_ON_NODE": "8",
-}
-SLURM_PER_NODE = SLURM | {
-    "SLURM_STEP_NUM_TASKS": "2",
-    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
-    "SLURM_PROCID": "1",
-    "SLURM_LOCALID": "0",
 }
 OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_RANK": "2",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
-}
-JOBSET = {
-    "JOB_COMPLETION_INDEX": "1",
-    "JOBSET_NAME": "run",
-    "REPLICATED_JOB_NAME": "train",
-    "MAGNET_JAX_NUM_PROCESSES": "2",
 }
 VARIABLES = {
     "MAGNET_JAX_COORDINATOR": "h:1",
     "MAGNET_JAX_PROCESS_ID": "1",
     "MAGNET_JAX_NUM_PROCESSES": "2",
 }
-TPU = {"TPU_ML_PLATFORM": "JAX"}
+
+
+@pytest.fixture
+def find(monkeypatch):
+    """`distributed.find` in an environment that has these variables and no cluster's."""
+
+    def found(environ, given=None):
+        for name in list(os.environ):
+            if name.startswith(("SLURM_", "OMPI_", "MAGNET_JAX_", "JAX_LOCAL", "KUBERNETES_")):
+                monkeypatch.delenv(name)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        return distributed.find(given, 1)
+
+    return found
 
 
 @pytest.mark.parametrize(
@@ -66,78 +62,25 @@ TPU = {"TPU_ML_PLATFORM": "JAX"}
         ({}, None, None),
         ({}, "auto", None),
         ({}, "h:1,0,1", None),
-        ({}, "h:1,2,3", ("--distributed", "h:1", 2, 3, None)),
-        ({}, "[::1]:9,0,2", ("--distributed", "[::1]:9", 0, 2, None)),
-        (SLURM, "off", None),
-        (SLURM, "h:1,0,2", ("--distributed", "h:1", 0, 2, None)),
-        (VARIABLES, None, ("MAGNET_JAX_PROCESS_ID", "h:1", 1, 2, None)),
-        (SLURM | VARIABLES, None, ("MAGNET_JAX_PROCESS_ID", "h:1", 1, 2, None)),
-        ({"MAGNET_JAX_NUM_PROCESSES": "1"}, None, None),
-        # A process a GPU: the one of its number.
-        (SLURM, None, ("Slurm, one per GPU", "n01:62344", 11, 16, (3,))),
-        # As by --gpus-per-task=1: what it sees is its own.
-        (
-            SLURM | {"CUDA_VISIBLE_DEVICES": "3"},
-            None,
-            ("Slurm, one per GPU", "n01:62344", 11, 16, None),
-        ),
-        (
-            SLURM | {"SLURM_GPUS_ON_NODE": "16"},
-            None,
-            ("Slurm, one per 2 GPUs", "n01:62344", 11, 16, (6, 7)),
-        ),
-        (
-            SLURM | {"CUDA_VISIBLE_DEVICES": ""},
-            None,
-            ("Slurm, 8 per node", "n01:62344", 11, 16, None),
-        ),
-        (SLURM_PER_NODE, None, ("Slurm, one per node", "n01:62344", 1, 2, None)),
-        (
-            SLURM_PER_NODE | {"MAGNET_JAX_COORDINATOR": "ib01:7"},
-            None,
-            ("Slurm, one per node", "ib01:7", 1, 2, None),
-        ),
-        # Nodes of unlike counts: the second has one process.
-        (
-            SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8,1", "SLURM_STEP_NUM_TASKS": "9",
-                     "SLURM_PROCID": "8"},
-            None,
-            ("Slurm, one per node", "n01:62344", 8, 9, None),
-        ),
-        # A shell within a job, the batch script: the job's variables without a step's, or of one.
+        ({}, "h:1,2,3", ("h:1", 2, 3, None)),
+        ({}, "[::1]:9,0,2", ("[::1]:9", 0, 2, None)),
+        (SLURM | VARIABLES, "off", None),
+        (SLURM | VARIABLES, "h:2,0,2", ("h:2", 0, 2, None)),
+        (VARIABLES, None, ("h:1", 1, 2, None)),
+        (SLURM | VARIABLES, "auto", ("h:1", 1, 2, None)),
+        (VARIABLES | {"MAGNET_JAX_PROCESS_ID": "0", "MAGNET_JAX_NUM_PROCESSES": "1"}, None, None),
+        # JAX gives a process the GPU of its number, unless it is told which.
+        (SLURM, None, ("n01:62344", 11, 16, [3])),
+        (SLURM | {"JAX_LOCAL_DEVICE_IDS": "0,1"}, None, ("n01:62344", 11, 16, [0, 1])),
+        (SLURM | {"MAGNET_JAX_COORDINATOR": "ib01:7"}, None, ("ib01:7", 11, 16, [3])),
+        (SLURM | {"SLURM_NTASKS": "1"}, None, None),
+        # A shell within a job has the job's variables without those of a step.
         ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, None, None),
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None, None),
-        (OPEN_MPI, None, ("Open MPI, one per GPU", "10.96.0.1:62624", 2, 4, (0,))),
-        (SLURM | OPEN_MPI, None,
-         ("Open MPI, one per 4 GPUs", "10.96.0.1:62624", 2, 4, (0, 1, 2, 3))),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None, None),
-        (JOBSET, None, ("Kubernetes, a JobSet", "run-train-0-0.run:12345", 1, 2, None)),
-        (
-            {"JOB_COMPLETION_INDEX": "1", "MAGNET_JAX_NUM_PROCESSES": "2",
-             "MAGNET_JAX_COORDINATOR": "job-0.svc:5"},
-            None,
-            ("Kubernetes, an indexed job", "job-0.svc:5", 1, 2, None),
-        ),
-        (JOBSET | {"MAGNET_JAX_NUM_PROCESSES": "1"}, None, None),
-        (TPU, None, ("TPU pod", None, None, None, None)),
-        (TPU | JOBSET, None, ("TPU pod", None, None, None, None)),
-        (TPU | {"TPU_WORKER_HOSTNAMES": "a,b"}, None, ("TPU pod", None, None, None, None)),
-        (TPU | {"TPU_WORKER_HOSTNAMES": "a"}, None, None),
-        (
-            TPU | {"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"},
-            None,
-            ("TPU pod", None, None, None, None),
-        ),
-        (TPU | {"JAX_PLATFORMS": "cpu"}, None, None),
+        (SLURM | OPEN_MPI, None, ("10.96.0.1:62624", 2, 4, [0])),
     ],
-)  # fmt: skip
-def test_what_is_detected(environ, given, expected):
-    assert detect(environ, given) == expected
-
-
-@pytest.mark.parametrize("nodes", ["n01", "n01,n02", "n[01-04,07]", "n[01,03],m[1-2]", "n[01]"])
-def test_the_first_host_of_a_list(nodes):
-    assert detect(SLURM | {"SLURM_STEP_NODELIST": nodes}).coordinator == "n01:62344"
+)
+def test_who_a_process_is(find, environ, given, expected):
+    assert find(environ, given) == expected
 
 
 @pytest.mark.parametrize(
@@ -147,42 +90,30 @@ def test_the_first_host_of_a_list(nodes):
         ({}, "h:1,0", "give auto, off, or HOST:PORT,INDEX,COUNT"),
         ({}, "h,0,2", "'h' is not HOST:PORT"),
         ({}, ":1,0,2", "is not HOST:PORT"),
-        ({}, "h:99999,0,2", "is not HOST:PORT"),
-        ({}, "h:1,x,2", "its index is 'x', not a whole number"),
-        ({}, "h:1,-1,2", "its index is '-1', not a whole number"),
-        ({}, "h:1,0,0", "there must be at least one"),
-        ({}, "h:1,2,2", "process 2 of 2; they are counted from 0 to 1"),
-        (VARIABLES | {"MAGNET_JAX_PROCESS_ID": "2"}, None, "counted from 0 to 1"),
-        (VARIABLES | {"MAGNET_JAX_PROCESS_ID": ""}, None, "MAGNET_JAX_PROCESS_ID is ''"),
-        ({"MAGNET_JAX_PROCESS_ID": "0"}, None, "MAGNET_JAX_NUM_PROCESSES is not set"),
-        ({"MAGNET_JAX_NUM_PROCESSES": "2"}, None, "MAGNET_JAX_PROCESS_ID is not set"),
-        ({"MAGNET_JAX_COORDINATOR": "h:1"}, None, "MAGNET_JAX_NUM_PROCESSES is not set"),
-        (SLURM | {"SLURM_PROCID": "16"}, None, "process 16 of 16"),
-        (SLURM | {"SLURM_GPUS_ON_NODE": "6"}, None, "cannot share its 6 GPUs evenly"),
-        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "?"}, None, "set MAGNET_JAX_COORDINATOR=HOST:PORT"),
-        ({"JOB_COMPLETION_INDEX": "0"}, None, "MAGNET_JAX_NUM_PROCESSES is not set"),
-        (
-            {"JOB_COMPLETION_INDEX": "0", "MAGNET_JAX_NUM_PROCESSES": "2"},
-            None,
-            "does not say where the first one is",
-        ),
+        ({}, "h:1,x,2", "--distributed h:1,x,2: the process's index is 'x', not a whole number"),
+        ({}, "h:1,-1,2", "index is '-1', not a whole number"),
+        ({}, "h:1,0,0", "of 0 processes there is none of index 0"),
+        (VARIABLES | {"MAGNET_JAX_PROCESS_ID": "2"}, None, "of 2 processes there is none"),
+        (VARIABLES | {"MAGNET_JAX_PROCESS_ID": ""}, None, "MAGNET_JAX_PROCESS_ID.* is ''"),
+        ({"MAGNET_JAX_PROCESS_ID": "0"}, None, "MAGNET_JAX_NUM_PROCESSES go together"),
+        ({"MAGNET_JAX_NUM_PROCESSES": "2"}, None, "MAGNET_JAX_NUM_PROCESSES go together"),
+        ({"MAGNET_JAX_COORDINATOR": "h:1"}, None, "finds no cluster.*MAGNET_JAX_PROCESS_ID"),
+        (SLURM | {"SLURM_PROCID": "x"}, None, "'x'.*set MAGNET_JAX_COORDINATOR"),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "?"}, None, "set MAGNET_JAX_COORDINATOR"),
+        (OPEN_MPI | {"OMPI_MCA_orte_hnp_uri": "4096.0;?"}, None, "Open MPI.*--distributed off"),
     ],
 )
-def test_what_is_malformed_is_said(environ, given, words):
-    with pytest.raises(UserError) as error:
-        detect(environ, given)
-    assert words in str(error.value)
+def test_what_is_malformed_is_said(find, environ, given, words):
+    with pytest.raises(UserError, match=words):
+        find(environ, given)
 
 
-def test_alone_nothing_happens(monkeypatch):
-    for name in list(os.environ):
-        if name.startswith(("SLURM_", "OMPI_", "MAGNET_JAX_", "TPU_", "JOB_COMPLETION")):
-            monkeypatch.delenv(name)
+def test_alone_nothing_happens(find):
+    assert find({}) is None
     said = []
     distributed.start("auto", said.append)
     distributed.start("off", said.append)
     assert not said and not jax.distributed.is_initialized()
-    distributed.barrier("here")
     assert distributed.is_first()
     assert distributed.broadcast_json({"a": (1, None)}) == {"a": [1, None]}
     assert distributed.agree(True) is True and distributed.agree(False) is False
@@ -193,7 +124,7 @@ import os, signal, sys, time
 from pathlib import Path
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from magnet_jax.train.loop import distributed
+from magnet_jax.train import distributed
 from magnet_jax import errors
 
 with errors.reported():
@@ -227,16 +158,15 @@ with errors.reported():
         distributed.check_shared(Path(sys.argv[2], str(me)), patience=0)
     except errors.UserError as error:
         print("folders", error, flush=True)
-    distributed.barrier("end")
     distributed.say_first("once")
 """
 
 START = """
 import sys
-from magnet_jax.train.loop import distributed
+from magnet_jax.train import distributed
 from magnet_jax import errors
 with errors.reported():
-    distributed.start(sys.argv[1], timeout=float(sys.argv[2]))
+    distributed.start(sys.argv[1], timeout=int(sys.argv[2]))
 """
 
 
@@ -283,7 +213,7 @@ def test_two_processes_join_and_agree(tmp_path):
     for i, (status, output, complaint) in enumerate(both):
         assert status == 0, complaint
         lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
-        found = f"process {i} of 2 by --distributed, coordinator 127.0.0.1:{port}"
+        found = f"process {i} of 2, coordinator 127.0.0.1:{port}"
         assert lines[:6] == [found, "json 5021", "json 0", "json 3", "first 0", "psum 6.0"]
         assert lines[6:] == ([said[0], "once"] if i == 0 else [said[1]])
     assert not list(tmp_path.rglob(".seen*"))
@@ -304,12 +234,12 @@ def test_who_does_not_come_is_one_line():
             120,
         )
     assert [nobody[0], alone[0], cannot[0]] == [2, 2, 2], (nobody, alone, cannot)
-    (line,) = nobody[2].splitlines()
-    assert f"no answer from the coordinator 127.0.0.1:{port} in 2 s" in line
-    (line,) = alone[2].splitlines()
-    assert line.startswith("error: process 0 of 2") and "not all processes came" in line
+    for index, where, (_, _, complaint) in ((1, port, nobody), (0, other, alone)):
+        (line,) = complaint.splitlines()
+        expected = f"error: process {index} of 2: not all came together at 127.0.0.1:{where} in 2 s"
+        assert line.startswith(expected)
     (line,) = cannot[2].splitlines()
-    assert f"cannot listen on port {in_use}" in line
+    assert f"process 0 of 2 cannot listen at 127.0.0.1:{in_use}" in line
 
 
 SCRIPTS = sorted(path for path in CLUSTER.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -325,25 +255,28 @@ def test_scripts_are_sound(script):
     subprocess.run([checker, "--shell=bash", script], check=True)
 
 
-def test_the_jobset_says_what_is_detected():
+def test_the_jobset_says_who_a_pod_is(find):
     yaml = pytest.importorskip("yaml")
     jobset = yaml.safe_load((CLUSTER / "gke_jobset.yaml").read_text().replace("${NODES}", "2"))
     (job,) = jobset["spec"]["replicatedJobs"]
     assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"] == 2
     (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
-    environ = {"JOB_COMPLETION_INDEX": "1"}
-    pod = {"jobset-name": "run", "replicatedjob-name": job["name"]}
+    pod = {
+        "jobset.sigs.k8s.io/jobset-name": "run",
+        "jobset.sigs.k8s.io/replicatedjob-name": job["name"],
+        "batch.kubernetes.io/job-completion-index": "1",
+    }
+    environ = {}
     for variable in container["env"]:
         if "valueFrom" in variable:
             path = variable["valueFrom"]["fieldRef"]["fieldPath"]
-            value = pod[path.split("/")[1].removesuffix("']")]
+            value = pod[path.removeprefix("metadata.annotations['").removesuffix("']")]
         else:
             value = variable["value"]
         for name, known in environ.items():
             value = value.replace(f"$({name})", known)
         environ[variable["name"]] = value
-    address = "run-train-0-0.run:12345"
-    assert detect(environ) == ("Kubernetes, a JobSet", address, 1, 2, None)
+    assert find(environ) == ("run-train-0-0.run:12345", 1, 2, None)
     assert container["command"] == ["python", "-u", "-m", "launch.train"]
 
 
@@ -464,10 +397,11 @@ def test_the_indexed_job_gives_each_pod_its_shard():
 @pytest.mark.parametrize(("processes", "per_node", "cpus"), [("node", 1, 96), ("gpu", 8, 12)])
 def test_slurm_starts_a_process_a_node_or_a_gpu(programs, processes, per_node, cpus):
     fake, calls = programs
-    fake("srun")
+    fake("srun", 'echo "GPUs $JAX_LOCAL_DEVICE_IDS."')
     words = ["--data.path", "a folder", "--out", "run"]
     done = bash("slurm.sbatch", *words, **JOB, PROCESSES=processes)
     assert done.returncode == 0, done.stderr
+    assert f"GPUs {'0,1,2,3,4,5,6,7' if processes == 'node' else ''}." in done.stdout
     ((srun, *options),) = calls()
     command = options.index(".venv/bin/python")
     assert set(options[:command]) == {
@@ -516,7 +450,7 @@ def test_tpu_vms_from_create_to_delete(programs):
 
 
 def test_what_a_tpu_vm_runs_outlives_the_shell_and_stops(programs, tmp_path):
-    """The commands for the hosts, run here: loop.py is one that waits for SIGTERM."""
+    """The commands for the hosts, run here: the program is one that waits for SIGTERM."""
     fake, calls = programs
     host = tmp_path / "host" / "magnet_jax"
     (host / ".venv" / "bin").mkdir(parents=True)

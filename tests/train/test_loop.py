@@ -28,7 +28,6 @@ from magnet_jax.config import (
     ASSETS,
     DataConfig,
     DecodeConfig,
-    LoraConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -42,7 +41,8 @@ from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
 from magnet_jax.io import trees
 from magnet_jax.model import sharding, transformer
-from magnet_jax.train import loop, plan, steps, watch
+from magnet_jax.train import evaluate, loop, plan, steps, watch
+from magnet_jax.train.setup import Setup, first_state, set_up, to_devices
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,10 +96,10 @@ def test_what_a_run_takes_over_fits_the_model_that_it_begins_with(monkeypatch):
     assert found.stage_weights == config.stage_weights and found.text.changed
 
 
-def make_static(config: RunConfig, mesh=None) -> steps.Static:
+def make_settings(config: RunConfig, mesh=None) -> steps.StepSettings:
     t5_config, _, _ = t5_files.load("embedded")
     mesh = sharding.make_mesh(config.mesh) if mesh is None else mesh
-    return steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
+    return steps.make_settings(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
 def test_a_finished_run_holds_what_the_readme_promises(finished):
@@ -129,16 +129,16 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(records, "write_text", dying)
-            loop.set_up(config)
-    loop.set_up(dataclasses.replace(config, seed=5))
+            set_up(config)
+    set_up(dataclasses.replace(config, seed=5))
     loop.train(config)
     assert tiny.newest_step(Path(config.out)) == 1
     with pytest.raises(UserError, match="other settings: seed"):
-        loop.set_up(dataclasses.replace(config, seed=5))
+        set_up(dataclasses.replace(config, seed=5))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="holds no run .thesis.tex."):
-        loop.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
+        set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
 def test_a_file_is_no_folder_for_a_run(tokens, tmp_path):
@@ -191,8 +191,8 @@ def test_impossible_settings_are_refused(section, settings, message):
 
 def test_a_new_model_begins_with_what_tokens_sound_like(tokens, tmp_path, monkeypatch):
     config = tiny.run_config(tokens, tmp_path / "run", init_codes="codec")
-    setup = loop.set_up(config)
-    lm = loop.first_state(setup, jax.random.key(0))["params"]["lm"]
+    setup = set_up(config)
+    lm = first_state(setup, jax.random.key(0))["params"]["lm"]
     _, vectors_KVE = encodec.codebook_vectors("embedded", 4)
     assert vectors_KVE.shape[:2] == (4, 1024)
     fresh = transformer.init_params(config.model, jax.random.key(0))
@@ -218,9 +218,9 @@ def test_a_new_model_begins_with_what_tokens_sound_like(tokens, tmp_path, monkey
         )
     assert 0.5 < np.std(lm["heads"]) / np.std(fresh["heads"]) < 2
     spec = dataclasses.replace(setup.spec, sha256="0" * 64)
-    monkeypatch.setattr(loop.records, "read_codec_spec", lambda path: spec)
+    monkeypatch.setattr(records, "read_codec_spec", lambda path: spec)
     with pytest.raises(UserError, match="tokenize again with that codec"):
-        loop.set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
+        set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
 def test_sigterm_saves_and_exits(tokens, tmp_path):
@@ -242,7 +242,7 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def twenty_steps(tokens):
-    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, static)."""
+    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, settings)."""
     config = tiny.run_config(tokens, Path("unused"))
     # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
@@ -259,16 +259,16 @@ def twenty_steps(tokens):
         mesh = sharding.make_mesh(
             MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
         )
-        static = make_static(changed, mesh)._replace(num_parts=parts)
-        setup = loop.Setup(None, t5_config, t5_params, tokenizer, None, 30, static)
-        state, losses = loop.first_state(setup, jax.random.key(0)), []
+        settings = dataclasses.replace(make_settings(changed, mesh), num_parts=parts)
+        setup = Setup(None, t5_config, t5_params, tokenizer, None, 30, settings)
+        state, losses = first_state(setup, jax.random.key(0)), []
         for batch, stage in zip(rows, (0, 1, 2, 0, 3) * 4):
             state, metrics = steps.train_step(
-                state, {}, loop.to_devices(batch, mesh), jax.random.key(0), stage,
-                static=static, local=stage > 0,
+                state, {}, to_devices(batch, mesh), jax.random.key(0), stage,
+                settings=settings, local=stage > 0,
             )  # fmt: skip
             losses.append(float(metrics["loss"]))
-        return losses, state, static
+        return losses, state, settings
 
     return run
 
@@ -284,9 +284,9 @@ def twenty_steps(tokens):
 )
 def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
     expected, one, _ = twenty_steps((1, 1, 1))
-    found, state, static = twenty_steps(sizes, parts, remat)
+    found, state, settings = twenty_steps(sizes, parts, remat)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    shardings = steps.state_shardings(static)[1]
+    shardings = steps.state_shardings(settings)[1]
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
     assert all(jax.tree.leaves(same))
     for a, b in zip(jax.tree.leaves(one["params"]), jax.tree.leaves(state["params"]), strict=True):
@@ -295,7 +295,7 @@ def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
 
 
 def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
-    _, state, static = twenty_steps((2, 2, 2), 2, "attention")
+    _, state, settings = twenty_steps((2, 2, 2), 2, "attention")
     expected = {
         "embed": (None, None, "fsdp"),
         "heads": (None, "fsdp"),
@@ -316,10 +316,10 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
     for tree in (state["params"], state["ema"], adam.mu, adam.nu):
         flat = trees.flatten(tree["lm"])
         for path, axes in expected.items():
-            where = jax.sharding.NamedSharding(static.mesh, jax.P(*axes))
+            where = jax.sharding.NamedSharding(settings.mesh, jax.P(*axes))
             assert flat[path].sharding.is_equivalent_to(where, flat[path].ndim), path
     # A quarter of the device's bytes by fsdp x tensor, but for norms, which tensor leaves whole.
-    abstract = steps.state_shardings(static)[0]
+    abstract = steps.state_shardings(settings)[0]
     whole = steps.state_shardings(twenty_steps((1, 1, 1))[2])[0]
     assert plan.tree_bytes(abstract["opt"]) < 0.6 * plan.tree_bytes(whole["opt"])
 
@@ -328,7 +328,7 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
 def test_every_config_is_built(name):
     """Shapes alone; ablations differ in settings that change no shape."""
     config = load_config(name)
-    state, _ = steps.state_shardings(make_static(config))
+    state, _ = steps.state_shardings(make_settings(config))
     stack = state["params"]["lm"]["blocks"]["mlp"]["up"].shape
     width = config.model.width
     assert stack == (config.model.num_layers, width, 4 * width)
@@ -475,71 +475,41 @@ def test_data_set_and_records_go_together(tokens):
 
 
 def compiled_memory(config: RunConfig, sizes: tuple[int, int, int], clips: int):
-    """Bytes on a device that a step's arguments and its temporaries take, and those planned."""
-    t5_config, _, _ = t5_files.load("embedded")
-    devices = jax.devices()[: math.prod(sizes)]
-    mesh_config = MeshConfig(**dict(zip(("data", "fsdp", "tensor"), sizes)))
-    mesh = sharding.make_mesh(mesh_config, devices)
-    static = steps.make_static(config, t5_config, np.dtype("float32"), 500, mesh)
-    found = steps.lower(static, clips, 500, 64, 0).compile().memory_analysis()
-    planned = plan.memory(static, 500, 64, None)
-    return found.argument_size_in_bytes, found.temp_size_in_bytes, planned
+    """Bytes on a device of a step's arguments and temporaries, of its parameters, and the peak."""
+    mesh = sharding.make_mesh(
+        MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
+    )
+    settings = make_settings(config, mesh)
+    found = plan.lower(settings, clips, 500, 64, 0).compile().memory_analysis()
+    return found.argument_size_in_bytes, found.temp_size_in_bytes, plan.param_bytes(settings)
 
 
 MIDDLING = ModelConfig(codebook_size=512, width=256, num_heads=4, num_layers=6, text_width=128)
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "attention", "full", "lora"])
-def test_planned_memory_is_near_what_the_compiler_takes(remat):
-    """Of a step wide enough for activations to count; never far below, or a run would not fit."""
-    change = (
-        {"lora": LoraConfig(rank=8), "init_from": "another"}
-        if remat == "lora"
-        else {"remat": remat}
-    )
-    config = RunConfig(model=MIDDLING, data=DataConfig(segment_seconds=10.0), **change)
-    arguments, temporaries, planned = compiled_memory(config, (1, 1, 1), 4)
-    taken, total = arguments + temporaries, planned.total(4)
-    print(f"{remat}: planned {total / 1e6:.0f} MB, compiled {taken / 1e6:.0f} MB")
-    assert 0.8 < total / taken < 2.0
-
-
 def test_memory_of_a_device_falls_with_fsdp():
-    config = RunConfig(model=MIDDLING, data=DataConfig(segment_seconds=10.0))
-    whole, temporaries, planned = compiled_memory(config, (8, 1, 1), 8)
-    share, temporaries_split, planned_split = compiled_memory(config, (1, 8, 1), 8)
-    print(f"state {whole / 1e6:.1f} -> {share / 1e6:.1f} MB, temporaries "
+    config = RunConfig(
+        model=MIDDLING, text=TextConfig(finetune=True), data=DataConfig(segment_seconds=10.0)
+    )
+    whole, temporaries, params = compiled_memory(config, (8, 1, 1), 8)
+    share, temporaries_split, params_split = compiled_memory(config, (1, 8, 1), 8)
+    print(f"arguments {whole / 1e6:.1f} -> {share / 1e6:.1f} MB, temporaries "
           f"{temporaries / 1e6:.0f} -> {temporaries_split / 1e6:.0f} MB")  # fmt: skip
     # All of the state is split; tokens and texts are there beside it.
-    assert planned.state <= whole < planned.state + planned.frozen + 1e6
-    assert planned_split.state == pytest.approx(planned.state / 8, rel=0.01)
-    assert planned_split.state <= share < planned_split.state + planned_split.frozen + 1e6
+    assert params <= whole < params + 1e6
+    assert params_split == pytest.approx(params / 8, rel=0.01)
+    assert params_split <= share < params_split + 1e6
     # Gradients are split too; what is gathered for a layer is less than that.
     assert temporaries_split < temporaries
 
 
-def test_what_does_not_fit_is_refused_with_what_would_help():
-    planned = plan.Memory(state=40, frozen=0, gradients=20, gathered=0, a_clip=10, device=100)
-    assert plan.clips_that_fit(planned, 8, 0) == 3  # (90 - 60) / 10
-    assert plan.clips_that_fit(planned, 2, 0) == 2
-    assert plan.clips_that_fit(planned, 8, 2) == 2
-    assert plan.clips_that_fit(planned._replace(device=None), 8, 0) == 8
-    with pytest.raises(UserError, match="--clips-per-device 3 would fit"):
-        plan.clips_that_fit(planned, 8, 4)
-    with pytest.raises(UserError, match="--mesh.fsdp"):
-        plan.clips_that_fit(planned._replace(state=90), 8, 0)
-    with pytest.raises(UserError, match="--remat full"):
-        plan.clips_that_fit(planned._replace(a_clip=50), 8, 0)
-
-
-def test_batches_are_computed_in_the_fewest_parts():
+def test_batches_are_computed_in_equal_parts():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
-    assert steps.count_parts(48, 12, mesh) == 1
-    assert steps.count_parts(48, 11, mesh) == 2
-    assert steps.count_parts(48, 5, mesh) == 3
-    assert steps.count_parts(48, 1, mesh) == 12
+    assert plan.parts_to_try(48, 0, mesh) == [1, 2, 3, 4, 6, 12]
+    for clips, parts in ((12, 1), (11, 2), (5, 3), (1, 12)):
+        assert plan.parts_to_try(48, clips, mesh) == [parts]
     with pytest.raises(UserError, match="50 is not a multiple of the 4 devices"):
-        steps.count_parts(50, 1, mesh)
+        plan.parts_to_try(50, 1, mesh)
 
 
 @pytest.mark.parametrize(
@@ -556,7 +526,7 @@ def test_meshes_that_do_not_divide_are_refused(sizes, message):
     count = 8 if "fit" in message else math.prod(sizes.values())
     with pytest.raises(UserError, match=message):
         mesh = sharding.make_mesh(MeshConfig(**sizes), jax.devices()[:count])
-        steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
+        steps.make_settings(config, t5_config, np.dtype("float32"), 30, mesh)
 
 
 def test_tensor_groups_stay_within_a_process():
@@ -694,7 +664,7 @@ def test_a_window_names_the_first_step_that_is_not_finite(name, found):
 def test_a_validation_loss_that_is_not_finite_ends_a_run(tokens, tmp_path):
     config = tiny.run_config(tokens, tmp_path / "run", steps=4, eval_every=2, save_every=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "validate", lambda *_: {"validation/loss": np.nan})
+        patch.setattr(evaluate, "validate", lambda *_: {"validation/loss": np.nan})
         with pytest.raises(UserError, match="validation loss of step 2 is nan.*of step 1"):
             loop.train(config)
 
@@ -726,7 +696,7 @@ def test_the_best_and_every_nth_checkpoint_stay(tokens, tmp_path):
     )  # fmt: skip
     losses = iter([5.0, 3.0, 4.0, 4.5, 4.2, 4.1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "validate", lambda *_: {"validation/loss": next(losses)})
+        patch.setattr(evaluate, "validate", lambda *_: {"validation/loss": next(losses)})
         loop.train(dataclasses.replace(config, steps=8))
         loop.train(config)  # a resumed run remembers which was best
     kept = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir())

@@ -15,11 +15,11 @@ from magnet_jax.train.masking import masking_rate
 SMALL = ModelConfig(codebook_size=32, width=16, num_heads=2, num_layers=1, text_width=12)
 
 
-def test_hide_masks_the_stage_everything_above_and_padding():
+def test_corrupt_hides_the_stage_everything_above_and_padding():
     codes_BKT = jnp.arange(2 * 4 * 6).reshape(2, 4, 6)
     mask_BT = jnp.array([[1, 0, 0, 1, 0, 1], [0, 1, 0, 0, 0, 0]], bool)
     valid_BT = jnp.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], bool)
-    out = objective.hide(codes_BKT, mask_BT, valid_BT, 1, mask_id=99)
+    out = objective.corrupt(codes_BKT, mask_BT, valid_BT, 1, mask_id=99)
     for b in range(2):
         for t in range(6):
             assert (out.input_BKT[b, 0, t] == 99) == (not valid_BT[b, t])
@@ -68,11 +68,16 @@ def test_hidden_and_padded_tokens_do_not_reach_the_loss():
     valid_BT = jnp.broadcast_to(jnp.arange(12) < 9, (2, 12))
     noise = objective.draw_noise(key, jnp.arange(2), 12, 0.0)
     run = jax.jit(
-        lambda codes_BKT: objective.sums(
-            params, jnp.ones((2, 3, 12)), jnp.ones((2, 3), bool), codes_BKT, valid_BT, noise, 1,
-            config=SMALL, local=True,
-        ).nll.sum()
-    )  # fmt: skip
+        lambda codes_BKT: objective.loss_fn(
+            params,
+            jnp.ones((2, 3, 12)),
+            {"text_mask_BS": jnp.ones((2, 3), bool), "codes_BKT": codes_BKT, "valid_BT": valid_BT},
+            noise,
+            1,
+            config=SMALL,
+            local=True,
+        )[0]
+    )
     other = codes_BKT.at[:, 2:].set(3).at[:, :, 9:].set(5)
     assert run(codes_BKT) == run(other)
     assert run(codes_BKT) != run(codes_BKT.at[:, 0, 0].add(1))

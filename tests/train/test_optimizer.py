@@ -168,8 +168,8 @@ def test_moments_of_a_run_are_sharded_as_its_parameters(tmp_path):
     )
     t5_config, _, _ = t5_files.load(config.text.source)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    static = steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
-    _, shardings = steps.state_shardings(static)
+    settings = steps.make_settings(config, t5_config, np.dtype("float32"), 30, mesh)
+    _, shardings = steps.state_shardings(settings)
     (state,) = shardings["opt"][1:]
     assert state.mu == state.nu == state.s == shardings["params"]
     assert state.d == state.g_sq == state.count == sharding.replicated(mesh)

@@ -20,42 +20,62 @@ def choose(config: RunConfig, device: int | None):
     t5_config, _, _ = t5_files.load("embedded")
     said = []
     chosen = plan.choose(config, t5_config, np.dtype("float32"), 30, device, say=said.append)
-    return chosen[0], said
+    return *chosen, said
 
 
 def test_an_open_mesh_is_the_smallest_whose_steps_fit_as_compiled(monkeypatch):
     monkeypatch.setattr(plan, "peak_bytes", functools.cache(plan.peak_bytes))
     config = tiny.run_config(Path("x"), Path("y"))
-    static, _ = choose(config, None)
+    settings, _, _ = choose(config, None)
 
     def peak(fsdp):
         mesh = sharding.make_mesh(MeshConfig(fsdp=fsdp))
-        return plan.peak_bytes(static._replace(mesh=mesh), 8, 30, 16)
+        return plan.peak_bytes(dataclasses.replace(settings, mesh=mesh), 8, 30, 16)
 
     whole, halves = peak(1), peak(2)
     assert halves < whole
     for device, fsdp in ((whole, 1), (halves, 2)):
-        found, said = choose(config, int(device / plan.USABLE) + 1)
-        assert (found.mesh.shape["fsdp"], found.num_parts) == (fsdp, 1)
+        found, taken, said = choose(config, int(device / plan.USABLE) + 1)
+        assert (found.mesh.shape["fsdp"], found.num_parts, taken) == (fsdp, 1, device)
         assert found.mesh.size == 8 and said
     with pytest.raises(UserError, match="no mesh of these 8 devices has room.*--mesh.tensor"):
         choose(config, 100_000)
 
 
-def test_nothing_is_compiled_where_memory_is_ample_or_the_mesh_is_given(monkeypatch):
+def test_a_batch_is_computed_in_the_fewest_parts_that_fit(monkeypatch):
+    config = tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(data=2, fsdp=4))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=64))
+    params = plan.param_bytes(choose(config, None)[0])
+    clip = 10 * params  # at once, of the eight that are a device's
+    peak = lambda settings, batch_size, *_: params + clip * (8 // settings.num_parts)  # noqa: E731
+    monkeypatch.setattr(plan, "peak_bytes", peak)
+    for clips, parts in ((9, 1), (8, 1), (7, 2), (3, 4), (1, 8)):
+        found, taken, said = choose(config, int((params + clips * clip) / plan.USABLE) + 1)
+        assert found.num_parts == parts and taken == params + clip * (8 // parts)
+        assert len(said) == (1, 2, 4, 8).index(parts) + 1
+    few = dataclasses.replace(config, clips_per_device=2)
+    assert choose(few, 100 * clip)[0].num_parts == 4
+    with pytest.raises(UserError, match="fsdp 4 and 1 clip.* needs .* GB; .*--remat full"):
+        choose(config, clip)
+    monkeypatch.setattr(plan, "peak_bytes", lambda *_: None)  # the compiler itself found no room
+    with pytest.raises(UserError, match="fsdp 4 and 2 clip.* needs more; .*--clips-per-device"):
+        choose(few, 100 * clip)
+    with pytest.raises(UserError, match="for parameters and their moments"):
+        choose(config, params)
+
+
+def test_nothing_is_compiled_where_no_memory_is_known(monkeypatch):
     monkeypatch.setattr(plan, "peak_bytes", None)
     config = tiny.run_config(Path("x"), Path("y"))
-    assert choose(config, 10**9) == choose(config, None)
-    assert dict(choose(config, 10**9)[0].mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     for mesh, shape in (
+        (MeshConfig(), (8, 1, 1)),
         (MeshConfig(fsdp=4), (2, 4, 1)),
         (MeshConfig(data=2), (2, 4, 1)),  # what is left is fsdp's
         (MeshConfig(tensor=2), (4, 1, 2)),
     ):
-        chosen, _ = choose(dataclasses.replace(config, mesh=mesh), 10**9)
-        assert chosen.mesh.devices.shape == shape
-    with pytest.raises(UserError, match="--mesh.fsdp"):
-        choose(dataclasses.replace(config, mesh=MeshConfig(fsdp=1)), 100_000)
+        settings, peak, said = choose(dataclasses.replace(config, mesh=mesh), None)
+        assert settings.mesh.devices.shape == shape and peak is None and not said
+    assert plan.device_memory() is None  # of a CPU
 
 
 class Chip(NamedTuple):

@@ -31,8 +31,8 @@ def one_device():
 def final_state(config: RunConfig) -> dict:
     t5_config, _, _ = t5_files.load("embedded")
     mesh = sharding.make_mesh(config.mesh)
-    static = steps.make_static(config, t5_config, np.dtype("float32"), 30, mesh)
-    abstract, _ = steps.state_shardings(static)
+    settings = steps.make_settings(config, t5_config, np.dtype("float32"), 30, mesh)
+    abstract, _ = steps.state_shardings(settings)
     with run_folder.open_manager(config) as manager:
         return run_folder.restore(manager, config.steps, **abstract)
 

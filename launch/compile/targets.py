@@ -1,4 +1,4 @@
-"""Hardware to compile for without having it: its devices by name, and what a chip of it can do.
+"""Hardware to compile for without having it: its devices by name.
 
 JAX compiles for devices that are described instead of attached: TPUs by way of libtpu, GPUs by way
 of JAX's CUDA plugin and a description of the chip (`assets/targets`). Neither looks for hardware.
@@ -14,88 +14,8 @@ from jax.experimental import topologies
 
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
+from magnet_jax.train.chips import CHIPS, Chip
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """What one chip can do, as its maker says."""
-
-    name: str
-    peak_flops: float
-    """Operations a second of dense bfloat16 products."""
-    bandwidth: float
-    """Bytes a second to its memory."""
-    memory: int
-    """Bytes."""
-    clock: float | None = None
-    """Cycles a second of what the TPU compiler counts: the peak over the operations a cycle of the
-    matrix units, which is 1.5 GHz for v5e. None for GPUs, whose compiler estimates nothing."""
-    devices: int = 1
-    """Devices that JAX sees in it."""
-    kinds: tuple[str, ...] = ()
-    """What `jax.Device.device_kind` of such devices begins with."""
-
-
-GIB = 2**30
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip(
-            name="v4",
-            peak_flops=275e12,
-            bandwidth=1228e9,
-            memory=32 * GIB,
-            clock=1.05e9,
-            devices=2,
-            kinds=("TPU v4",),
-        ),
-        Chip(
-            name="v5e",
-            peak_flops=197e12,
-            bandwidth=819e9,
-            memory=16 * GIB,
-            clock=1.5e9,
-            kinds=("TPU v5 lite", "TPU v5e"),
-        ),
-        Chip(
-            name="v5p",
-            peak_flops=459e12,
-            bandwidth=2765e9,
-            memory=95 * GIB,
-            clock=1.75e9,
-            kinds=("TPU v5p", "TPU v5"),
-        ),
-        Chip(
-            name="v6e",
-            peak_flops=918e12,
-            bandwidth=1640e9,
-            memory=32 * GIB,
-            clock=1.75e9,
-            kinds=("TPU v6",),
-        ),
-        Chip(
-            name="h100",
-            peak_flops=989e12,
-            bandwidth=3350e9,
-            memory=80 * GIB,
-            kinds=("NVIDIA H100",),
-        ),
-        Chip(
-            name="a100",
-            peak_flops=312e12,
-            bandwidth=1555e9,
-            memory=40 * GIB,
-            kinds=("NVIDIA A100",),
-        ),
-        Chip(
-            name="h200",
-            peak_flops=989e12,
-            bandwidth=4800e9,
-            memory=141 * GIB,
-            kinds=("NVIDIA H200",),
-        ),
-    )
-}
 KNOWN = (
     "v5e:1x1, v5e:2x2, v5e:4x8 and other rectangles; v6e the same; v4:2x2x1, v5p:2x2x1, "
     "v5p:4x4x4 and other boxes; h100:1, h100:8, h100:4x8 (hosts x GPUs); cpu:1"
@@ -112,14 +32,6 @@ class Target:
     devices: tuple[jax.Device, ...]
     chip: Chip | None
     """None for a CPU, of which nothing is known."""
-
-
-def chip_of(device: jax.Device) -> Chip | None:
-    """What is known of a device's chip: the one whose name its own begins with; else None."""
-    found = [c for c in CHIPS.values() if device.device_kind.startswith(c.kinds or ("?",))]
-    # ('TPU v5' is v5p, and v5e is 'TPU v5 lite')
-    longest = lambda c: max(len(k) for k in c.kinds if device.device_kind.startswith(k))  # noqa: E731
-    return max(found, key=longest, default=None)
 
 
 def load(name: str) -> Target:
