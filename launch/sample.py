@@ -89,7 +89,7 @@ class Args:
     codec: str | None = None
     """Where the codec is, if it is no longer where the data set was made with it."""
     adapter: Path | None = None
-    """Folder of low-rank adapters to add (launch.export --adapter-only, or PEFT's)."""
+    """Folder of low-rank adapters to add (launch.export --adapter-only)."""
     codec_backend: Literal["jax", "torch"] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
     kernels: KernelConfig = KernelConfig()

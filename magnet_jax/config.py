@@ -342,7 +342,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters of the transformer's weights (Hu et al. 2021), see finetune.py."""
+    """Low-rank adapters of the transformer's weights (Hu et al. 2021), see model/lora.py."""
 
     rank: int = 0
     """Rank r of every adapter; 0 trains the weights themselves."""
