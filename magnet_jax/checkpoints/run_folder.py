@@ -31,7 +31,7 @@ from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.errors import UserError, silenced
 from magnet_jax.io import bucket, files, lock, trees
-from magnet_jax.model import t5, transformer
+from magnet_jax.model import lora, t5, transformer
 
 # Settings that may change when a run goes on: what is trained is the same without them. Each
 # setting is here or in tests/test_checkpoint.py.
@@ -285,14 +285,14 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
 
 
 def abstract_params(
-    model: ModelConfig, trained_t5: t5.T5Config | None, lora: LoraConfig = LoraConfig()
+    model: ModelConfig, trained_t5: t5.T5Config | None, adapters: LoraConfig = LoraConfig()
 ) -> dict:
     """Shapes of a run's trained parameters: adapters alone, where it trains such."""
 
     def init() -> dict:
         key = jax.random.key(0)
-        if lora.rank:
-            return {"lora": lora.init_adapters(lora, model, key)}
+        if adapters.rank:
+            return {"lora": lora.init_adapters(adapters, model, key)}
         params = {"lm": transformer.init_params(model, key)}
         if trained_t5 is not None:
             params["text"] = t5.init(trained_t5, key)

@@ -159,10 +159,10 @@ def frozen_shardings(static: Static) -> tuple[dict, dict]:
     return sharding.abstract(shapes, shardings), shardings
 
 
-def merged(lora: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
+def merged(config: LoraConfig, params: dict, frozen: dict) -> tuple[dict, dict]:
     """The transformer's and the text encoder's parameters, adapters added. Traceable."""
     if "lora" in params:
-        lm = lora.merge_adapters(frozen["lm"], params["lora"], lora)
+        lm = lora.merge_adapters(frozen["lm"], params["lora"], config)
     else:
         lm = params["lm"]
     return lm, params["text"] if "text" in params else frozen["text"]
