@@ -38,7 +38,7 @@ from magnet_jax.model import lora, t5, transformer
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
            "sample_prompts", "save_every", "keep_last", "keep_every", "keep_best", "remat",
            "clips_per_device", "kernels", "mesh", "distributed", "profile", "wandb", "decode",
-           "autoregressive", "hybrid_prompt_seconds", "data.path", "data.num_threads",
+           "autoregressive", "prompt_seconds", "data.path", "data.num_threads",
            "data.prefetch"}  # fmt: skip
 
 BASE = "base.safetensors"

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import math
 import os
 import shutil
@@ -34,6 +33,7 @@ from magnet_jax.config import (
     OptimizerConfig,
     RunConfig,
     TextConfig,
+    from_dict,
     from_json,
     to_json,
 )
@@ -172,7 +172,7 @@ def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
         ("decode", {"steps": (1, 1)}, "one number a codebook"),
         (None, {"stage_weights": (1.0, 2.0)}, "stage_weights .* must be 4 numbers"),
         (None, {"stage_weights": (0.0, 0.0, 0.0, 0.0)}, "stage_weights .* not all 0"),
-        (None, {"stage_weights": (1.0, -1.0, 1.0, 1.0)}, "stage_weights .* none negative"),
+        (None, {"stage_weights": (1.0, -1.0, 1.0, 1.0)}, "stage_weights"),
     ],
 )
 def test_impossible_settings_are_refused(section, settings, message):
@@ -356,25 +356,23 @@ def test_config_survives_json(tmp_path):
     assert from_json(RunConfig, tmp_path / "config.json") == config
 
 
-@pytest.mark.parametrize(("was", "now"), [(True, "full"), (False, "none")])
-def test_configs_of_earlier_releases_are_read(tmp_path, was, now):
-    config = load_config("demo")
-    values = json.loads(to_json(config)) | {"remat": was}
-    added = [field.name for field in dataclasses.fields(config) if "added" in field.metadata]
-    assert {"kernels", "lora", "profile"} < set(added)  # of every shape
-    for name in added:
-        del values[name]
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    found = from_json(RunConfig, tmp_path / "config.json")
-    assert found == dataclasses.replace(config, remat=now)
+def test_what_a_config_leaves_out_has_its_default_and_unknown_settings_are_named():
+    values = {"model": {"width": 128}, "profile": [1, 2], "data": {"segment_seconds": 10}}
+    found = from_dict(RunConfig, values, "x")
+    expected = RunConfig(
+        model=ModelConfig(width=128), profile=(1, 2), data=DataConfig(segment_seconds=10.0)
+    )
+    assert found == expected and type(found.data.segment_seconds) is float
+    with pytest.raises(UserError, match="x: data: unknown settings: shuffel"):
+        from_dict(RunConfig, {"data": {"shuffel": True}}, "x")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace('"seed"', '"sead"'), "missing or unknown settings: sead, seed"),
+        (lambda text: text.replace('"seed"', '"sead"'), "unknown settings: sead"),
         (lambda text: text[:50], "not valid JSON"),
-        (lambda text: text.replace('"width": 128', '"width": "128"'), "width must be of type int"),
+        (lambda text: text.replace('"width": 128', '"width": "128"'), "width must be"),
         (lambda text: text.replace('"auto"', '"half"'), "compute_dtype must be one of"),
     ],
 )
