@@ -13,9 +13,9 @@ from magnet_jax.train import watch
 SCRIPT = """
 import sys
 from pathlib import Path
-from magnet_jax.train.loop import loop as train
 from magnet_jax import errors
 from magnet_jax.config import RunConfig, from_json
+from magnet_jax.train import loop
 with errors.reported():
     loop.train(from_json(RunConfig, Path(sys.argv[1])))
 """
