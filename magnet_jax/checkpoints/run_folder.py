@@ -147,7 +147,7 @@ def read_base(run: Path) -> dict:
 def _checkpoints(out: str | Path) -> epath.Path:
     """Where a run's checkpoints lie, for Orbax."""
     if bucket.is_url(out):
-        bucket.prepare(os.fspath(out))
+        bucket.prepare()
         return epath.Path(out) / "checkpoints"
     return epath.Path(Path(out).absolute()) / "checkpoints"
 
