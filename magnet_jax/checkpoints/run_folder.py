@@ -28,7 +28,6 @@ from safetensors.numpy import save_file
 from magnet_jax.checkpoints import items
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.convert import t5_files
-from magnet_jax.data import records
 from magnet_jax.errors import UserError, silenced
 from magnet_jax.io import bucket, files, lock, trees
 from magnet_jax.model import lora, t5, transformer
@@ -135,8 +134,8 @@ def prepare_run(
             tensors = {path: np.asarray(leaf) for path, leaf in trees.flatten(base).items()}
             with files.replacing_file(run / BASE) as writing:
                 save_file(tensors, writing)
-        records.write_text(run / "codec.json", to_json(codec))
-    records.write_text(run / "config.json", to_json(config))
+        files.write_text(run / "codec.json", to_json(codec))
+    files.write_text(run / "config.json", to_json(config))
 
 
 def read_base(run: Path) -> dict:

@@ -40,7 +40,7 @@ from magnet_jax.config import (
 from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
-from magnet_jax.io import trees
+from magnet_jax.io import files, trees
 from magnet_jax.model import sharding, transformer
 from magnet_jax.train import loop, plan, steps, watch
 
@@ -119,7 +119,7 @@ def test_a_finished_run_holds_what_the_readme_promises(finished):
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
     """Whatever the folder was left with, and with other settings if need be."""
     config = tiny.run_config(tokens, tmp_path / "run", steps=1)
-    write_text = records.write_text
+    write_text = files.write_text
     for fatal in ("codec.json", "config.json"):
 
         def dying(path, text, fatal=fatal):
@@ -128,7 +128,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
             write_text(path, text)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(records, "write_text", dying)
+            patch.setattr(files, "write_text", dying)
             loop.set_up(config)
     loop.set_up(dataclasses.replace(config, seed=5))
     loop.train(config)
