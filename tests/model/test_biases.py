@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from tiny import EMBEDDED_CODEC, TINY, assert_same_bits, random_params
 
 from launch.benchmark.torch_peer import Peer
-from magnet_jax.checkpoints import export, run_folder
+from magnet_jax.checkpoints import run_folder, verify
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import (
     DataConfig,
@@ -107,7 +107,7 @@ def test_checkpoints_come_back_and_compute_the_same_in_pytorch(settings, kind, t
         if model.kind == "musicgen":
             found_BTV = found_BKTV[:, stage]
         else:
-            found_BTV = export._stage_logits(
+            found_BTV = verify._stage_logits(
                 params, *texts(model), codes_BKT, stage, 0, model, stage > 0
             )
         expected = torch_lm.logits(state, model, codes_BKT, states_BSE, LENGTHS, stage)
