@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from magnet_jax import cli
-from magnet_jax.checkpoints import export, finetune, pretrained
+from magnet_jax.checkpoints import adapters, export, pretrained
 from magnet_jax.errors import UserError, reported
 from magnet_jax.io import files
 
@@ -45,7 +45,7 @@ class Args:
     overwrite: bool = False
     """Replace an earlier export."""
     adapter_only: bool = False
-    """Of a run with --lora.rank: write its adapters alone, as PEFT does, not merged."""
+    """Of a run with --lora.rank: write its adapters alone, not merged."""
 
 
 def _read_about(path: Path) -> str:
@@ -66,11 +66,11 @@ def main(args: Args) -> None:
             "--adapter-only"
         )
     if args.adapter_only:
-        adapters, config, lineage = pretrained.read_adapters(
+        factors, config, lineage = pretrained.read_adapters(
             args.checkpoint, args.weights, args.step
         )
-        finetune.save_adapter(
-            args.out, adapters, config.lora, config.model, lineage, overwrite=args.overwrite
+        adapters.save_adapter(
+            args.out, factors, config.lora, config.model, lineage, overwrite=args.overwrite
         )
         print(f"wrote {args.out}: adapters of rank {config.lora.rank} for {lineage['base']}")
         return

@@ -72,7 +72,7 @@ class Args:
     """Schedule and sampling; the defaults are the model's: --checkpoint MODEL --help shows them."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     """The same for a MusicGen, and for the beginning of a hybrid's clip."""
-    hybrid_prompt_seconds: PromptSeconds | None = None
+    prompt_seconds: PromptSeconds | None = None
     """Of a hybrid: seconds of a clip that are generated one step after another, before the rest is
     in parallel (docs/hybrid.md); 0 is none, the clip's length or more is all of it, None the
     model's own."""
@@ -91,7 +91,7 @@ class Args:
     codec: str | None = None
     """Where the codec is, if it is no longer where the data set was made with it."""
     adapter: Path | None = None
-    """Folder of low-rank adapters to add (launch.export --adapter-only, or PEFT's)."""
+    """Folder of low-rank adapters to add (launch.export --adapter-only)."""
     codec_backend: Literal["jax", "torch"] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
     kernels: KernelConfig = KernelConfig()
@@ -202,17 +202,17 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         decoder = placement.place(decoder, execution)
     config, spec = loaded.config, loaded.codec
     kind = config.model.kind
-    if kind != "hybrid" and args.hybrid_prompt_seconds is not None:
-        raise UserError(f"--hybrid-prompt-seconds is for models of kind hybrid; this is a {kind}")
+    if kind != "hybrid" and args.prompt_seconds is not None:
+        raise UserError(f"--prompt-seconds is for models of kind hybrid; this is a {kind}")
     for name, missing in (("decode", "musicgen"), ("autoregressive", "magnet")):
         if kind == missing and getattr(args, name) != getattr(Args, name):
             raise UserError(f"--{name} is not for models of kind {kind}, and this is one")
     decoding = args.autoregressive if kind == "musicgen" else args.decode
     seconds = args.seconds or config.data.segment_seconds
     if kind == "hybrid":
-        prompt_seconds = args.hybrid_prompt_seconds
+        prompt_seconds = args.prompt_seconds
         if prompt_seconds is None:
-            prompt_seconds = config.hybrid_prompt_seconds
+            prompt_seconds = config.prompt_seconds
         decoding = HybridConfig(
             prompt_seconds=min(prompt_seconds, seconds),  # (which is what the JSON is to say)
             autoregressive=args.autoregressive,
@@ -338,7 +338,7 @@ def _check_effects(args: Args, config: RunConfig, decoding: HybridConfig, second
     ):
         if is_unused and getattr(args, name) not in (getattr(config, name), getattr(Args, name)):
             raise UserError(
-                f"--{name} has no effect with --hybrid-prompt-seconds "
+                f"--{name} has no effect with --prompt-seconds "
                 f"{decoding.prompt_seconds:g}: leave it out"
             )
 
@@ -356,7 +356,7 @@ def parse(args: list[str]) -> Args:
         model, defaults = pretrained.read_defaults(found.checkpoint)
         if isinstance(defaults, HybridConfig):
             given = {
-                "hybrid_prompt_seconds": defaults.prompt_seconds,
+                "prompt_seconds": defaults.prompt_seconds,
                 "autoregressive": defaults.autoregressive,
                 "decode": defaults.decode,
             }

@@ -59,7 +59,7 @@ def inherited(config: RunConfig, source: str, out: str) -> RunConfig:
         data=dataclasses.replace(config.data, segment_seconds=of.data.segment_seconds),
         decode=of.decode,
         autoregressive=of.autoregressive,
-        hybrid_prompt_seconds=of.hybrid_prompt_seconds,
+        prompt_seconds=of.prompt_seconds,
     )
 
 
@@ -83,7 +83,7 @@ def parse(args: list[str]) -> RunConfig:
         raise errors.UserError(
             "--model.kind musicgen: a MusicGen is imported (launch.import_audiocraft), not trained "
             "here; train a hybrid with --objective hybrid, which with the whole clip as its prompt "
-            "(--hybrid-prompt-seconds) is autoregressive"
+            "(--prompt-seconds) is autoregressive"
         )
     default = load_config(chosen.config)
     # (a config's objective holds for whatever it begins with)

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from magnet_jax.arguments import Between, check_fields
+from magnet_jax.arguments import Between, Seed, check, check_fields
 from magnet_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -31,37 +31,21 @@ NucleusMass = Annotated[float, Between(0, 1, above=True)]
 TopK = Annotated[int, Between(0, 2**31 - 1)]
 SpanLength = Annotated[int, Between(0, 30_000)]
 PromptSeconds = Annotated[float, Between(0, 1e6, words="be at least 0, and at most 1000000")]
+# Numbers of any setting.
+Whole = Annotated[int, Between(0, 2**31 - 1, words="be a whole number of at least 0")]
+Count = Annotated[int, Between(1, 2**31 - 1, words="be a whole number of at least 1")]
+Positive = Annotated[float, Between(0, math.inf, above=True, words="be a positive number")]
+NotNegative = Annotated[float, Between(0, math.inf, words="be a number of at least 0")]
+Share = Annotated[float, Between(0, 1)]
+BelowOne = Annotated[float, Between(0, math.nextafter(1, 0), words="lie in [0, 1)")]
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
-def _added(default: Any, **before: Any) -> Any:
-    """A setting that files written before it was there lack.
-
-    `from_dict` gives it `default`, or `before` where they were written by another law.
-    """
-    return dataclasses.field(default=default, metadata={"added": True} | before)
-
-
-def _was(default: Any, old: dict[Any, Any]) -> Any:
-    """A setting whose values had other names in older files, where `old` translates them."""
-    return dataclasses.field(default=default, metadata={"was": old})
-
-
-def _checked(hint: Any, value: Any, where: str) -> Any:
-    """The value of a scalar setting, if it is of the type that the dataclass wants."""
-    if typing.get_origin(hint) is Literal:
-        known = typing.get_args(hint)
-        _require(value in known, f"{where} must be one of {known}, not {value!r}")
-        return value
-    if hint is float and type(value) is int:
-        return float(value)
-    _require(type(value) is hint, f"{where} must be of type {hint.__name__}, not {value!r}")
-    return value
+def _require(*rules: tuple[Any, str]) -> None:
+    """Raises `UserError` with the message of the first rule whose condition does not hold."""
+    for condition, message in rules:
+        if not condition:
+            raise UserError(message)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +66,7 @@ class CodecSpec:
     """Codebooks kept, K."""
     codebook_size: int
     """Entries of one codebook, V."""
-    interleaved: bool = _added(False)
+    interleaved: bool = False
     """Whether left and right were encoded by themselves, by a mono codec. The codebooks alternate:
     the first of the left, the first of the right, the second of the left, ...; K counts both."""
 
@@ -104,68 +88,63 @@ class ModelConfig:
     kind: Literal["magnet", "musicgen", "hybrid"] = "magnet"
     """magnet fills masked spans in parallel; musicgen predicts the next step from those before;
     hybrid does this for the first steps of a clip and that for the others (section 5.2)."""
-    num_codebooks: int = 4
+    num_codebooks: Count = 4
     """K; at most the data set's, whose further ones are left out."""
-    codebook_size: int = 2048
+    codebook_size: Count = 2048
     """V; must equal the data set's. Id V stands for 'masked'."""
-    width: int = 1024
+    width: Annotated[int, Between(4, 2**31 - 1, words="be a whole number of at least 4")] = 1024
     """D, the model width."""
-    num_heads: int = 16
+    num_heads: Count = 16
     """N; the head size is width / num_heads."""
-    num_layers: int = 24
+    num_layers: Count = 24
     """L."""
-    mlp_ratio: int = 4
+    mlp_ratio: Count = 4
     """The MLP is mlp_ratio * width wide."""
-    text_width: int = 768
+    text_width: Count = 768
     """E, the width of the text encoder's states."""
-    local_context: int = 5
+    local_context: Whole = 5
     """Frames seen to each side by codebooks above the first (section 3.2); 0 is all frames."""
-    first_context: int = _added(0)
+    first_context: Whole = 0
     """magnet: frames seen to each side by the first codebook; 0 is all frames, as in the paper.
     A small model that sees all learns late to look at the nearest ones (docs/recipe.md)."""
-    span_length: int = 3
+    span_length: Count = 3
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
     delays: tuple[int, ...] = ()
     """musicgen and hybrid: frames by which each codebook lags behind (Copet et al. 2023, section
     2.2)."""
-    attention_bias: bool = _added(False)
+    attention_bias: bool = False
     """Add biases in the projections of self- and cross-attention."""
-    mlp_bias: bool = _added(False)
+    mlp_bias: bool = False
     """Add biases in both layers of the MLP."""
-    head_bias: bool = _added(False)
+    head_bias: bool = False
     """Add biases to the logits."""
-    query_key_norm: bool = _added(False)
+    query_key_norm: bool = False
     """Layer-normalise queries and keys of self-attention, over the width of all heads."""
-    cross_query_key_norm: bool = _added(False)
+    cross_query_key_norm: bool = False
     """The same in cross-attention."""
 
     def __post_init__(self):
-        for name in ("num_codebooks", "codebook_size", "width", "num_heads", "num_layers",
-                     "mlp_ratio", "text_width", "span_length"):  # fmt: skip
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1")
-        for name in ("local_context", "first_context"):
-            _require(getattr(self, name) >= 0, f"model.{name} must not be negative")
-        _require(
-            self.kind == "magnet" or not self.first_context,
-            f"model.first_context belongs to kind magnet, not {self.kind}",
-        )
-        _require(self.width >= 4, "model.width must be at least 4")
-        _require(
-            self.width % (2 * self.num_heads) == 0,
-            f"model.width {self.width} must be an even multiple of model.num_heads "
-            f"{self.num_heads}",
-        )
+        check_fields(self, "model.")
         delays = self.delays
-        if self.autoregressive:
-            _require(
-                len(delays) == self.num_codebooks
-                and all(0 <= a <= b for a, b in zip((0, *delays), delays)),
+        _require(
+            (
+                self.kind == "magnet" or not self.first_context,
+                f"model.first_context belongs to kind magnet, not {self.kind}",
+            ),
+            (
+                self.width % (2 * self.num_heads) == 0,
+                f"model.width {self.width} must be an even multiple of model.num_heads "
+                f"{self.num_heads}",
+            ),
+            (self.autoregressive or not delays, "model.delays belongs to musicgen and hybrid"),
+            (
+                not self.autoregressive
+                or (len(delays) == self.num_codebooks and delays == tuple(sorted(delays))),
                 f"model.delays {delays} must hold one number a codebook "
                 f"({self.num_codebooks}), from 0 up, none below the one before",
-            )
-            _require(delays[0] == 0, "model.delays must begin with 0")
-        else:
-            _require(not delays, "model.delays belongs to kinds musicgen and hybrid")
+            ),
+            (not delays or delays[0] == 0, "model.delays must begin with 0"),
+        )
 
     @property
     def autoregressive(self) -> bool:
@@ -210,11 +189,11 @@ class TextConfig:
 
     source: str = EMBEDDED
     """'embedded', a folder (config.json, tokenizer.json, model.safetensors) or a hub id."""
-    max_tokens: int = 64
+    max_tokens: Annotated[int, Between(2, 2**31 - 1, words="be a whole number of at least 2")] = 64
     """S; longer texts are cut, shorter ones padded and masked."""
     finetune: bool = False
     """Train the text encoder along with the model (for encoders that were not pre-trained)."""
-    trained: bool = _added(False)
+    trained: bool = False
     """Whether an earlier run has trained it, so that it is no longer `source`'s; --init-from sets
     this."""
 
@@ -224,7 +203,7 @@ class TextConfig:
         return self.finetune or self.trained
 
     def __post_init__(self):
-        _require(self.max_tokens >= 2, "text.max_tokens must be at least 2")
+        check_fields(self, "text.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -233,135 +212,111 @@ class DataConfig:
 
     path: str = ""
     """Folder that `python -m tokenization.job --out` wrote; every host may have its own copy."""
-    segment_seconds: float = 30.0
+    segment_seconds: Positive = 30.0
     """Length of a training crop; shorter records are padded, the padding left out of the loss."""
-    batch_size: int = 192
+    batch_size: Count = 192
     """Clips in a global batch."""
-    merge_text_p: float = 0.25
+    merge_text_p: Share = 0.25
     """Probability that a description is merged with the other metadata (genre, key, ...)."""
-    drop_description_p: float = 0.5
+    drop_description_p: Share = 0.5
     """Given a merge: probability that the description itself is left out."""
-    drop_field_p: float = 0.5
+    drop_field_p: Share = 0.5
     """Given a merge: probability that each metadata field is left out."""
-    word_dropout: float = 0.3
+    word_dropout: Share = 0.3
     """Probability that each word of the final text is left out."""
     shuffle: bool = True
     """Draw records in a new random order every epoch."""
-    num_threads: int = 4
+    num_threads: Whole = 4
     """Reader threads per host."""
-    prefetch: int = 16
+    prefetch: Whole = 16
     """Batches read ahead per host."""
 
     def __post_init__(self):
-        for name in ("merge_text_p", "drop_description_p", "drop_field_p", "word_dropout"):
-            _require(0 <= getattr(self, name) <= 1, f"data.{name} must lie in [0, 1]")
-        _require(self.segment_seconds > 0, "data.segment_seconds must be positive")
-        _require(self.batch_size >= 1, "data.batch_size must be at least 1")
-        for name in ("num_threads", "prefetch"):
-            _require(getattr(self, name) >= 0, f"data.{name} must not be negative")
+        check_fields(self, "data.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW, by itself or with D-Adaptation, after a linear warm-up (section 4)."""
 
-    name: Literal["adamw", "dadam"] = _added("adamw")
+    name: Literal["adamw", "dadam"] = "adamw"
     """dadam finds its own step size, which the learning rate multiplies (D-Adaptation)."""
-    schedule: Literal["cosine", "inverse_sqrt", "constant"] = _added("cosine")
+    schedule: Literal["cosine", "inverse_sqrt", "constant"] = "cosine"
     """What follows the warm-up."""
-    peak_lr: float = 3e-4
+    peak_lr: Positive = 3e-4
     """Learning rate after the warm-up; with dadam leave it near 1."""
-    final_lr_ratio: float = 0.0
+    final_lr_ratio: NotNegative = 0.0
     """cosine: learning rate at the end of the schedule, as a share of peak_lr."""
-    embed_lr_ratio: float = _added(1.0)
+    embed_lr_ratio: Positive = 1.0
     """Learning rate of the tokens' embeddings, as a multiple of the others'. A batch has few of
     each token: in a training of thousands of steps, not hundreds of thousands, 30 to 60 learns
     much faster (docs/recipe.md)."""
-    head_lr_ratio: float = _added(1.0)
+    head_lr_ratio: Positive = 1.0
     """The same of the heads, which turn states into logits."""
-    warmup_steps: int = 4000
+    warmup_steps: Whole = 4000
     """Linear warm-up."""
-    schedule_steps: int = 1_000_000
+    schedule_steps: Count = 1_000_000
     """cosine: steps after which it has reached its end, warm-up included."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    b1: BelowOne = 0.9
+    b2: BelowOne = 0.95
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
     """Decoupled; on every parameter, as in the reference."""
-    clip_norm: float = 1.0
+    clip_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
-    ema_decay: float = 0.99
+    ema_decay: BelowOne = 0.99
     """Decay of the averaged weights that evaluation, sampling and export use; each average counts
     all its weights to 1, so that none of the start is left. Adapters are not averaged."""
-    ema_updates: int = _added(10, before=1)
+    ema_updates: Count = 10
     """Steps from one update of the averaged weights to the next: AudioCraft's 10. A run of
     thousands of steps is better averaged at every one of them, with 1."""
-    d0: float = _added(1e-6)
+    d0: Positive = 1e-6
     """dadam: first estimate of the step size, below any that could be right."""
-    growth_rate: float = _added(0.0)
+    growth_rate: NotNegative = 0.0
     """dadam: the estimate grows by at most this factor a step; 0 sets no limit."""
 
     def __post_init__(self):
-        for name in ("name", "schedule"):
-            hint = typing.get_type_hints(OptimizerConfig)[name]
-            _checked(hint, getattr(self, name), f"optimizer.{name}")
-        _require(self.peak_lr > 0, "optimizer.peak_lr must be positive")
+        check_fields(self, "optimizer.")
         # The two optimizers' learning rates lie orders of magnitude apart; one taken over from the
         # other would train to nothing, or diverge.
         _require(
-            self.name != "dadam" or self.peak_lr >= 0.01,
-            f"optimizer.peak_lr {self.peak_lr:g} multiplies the step size that dadam finds: leave "
-            "it near 1 (--optimizer.peak-lr 1)",
+            (
+                self.name != "dadam" or self.peak_lr >= 0.01,
+                f"optimizer.peak_lr {self.peak_lr:g} multiplies the step size that dadam finds: "
+                "leave it near 1 (--optimizer.peak-lr 1)",
+            ),
+            (
+                self.name != "adamw" or self.peak_lr < 1,
+                f"optimizer.peak_lr {self.peak_lr:g} is dadam's; adamw wants about 3e-4 "
+                "(--optimizer.peak-lr 3e-4)",
+            ),
+            (
+                self.schedule != "cosine" or self.warmup_steps < self.schedule_steps,
+                "optimizer.warmup_steps must be below optimizer.schedule_steps",
+            ),
+            (
+                self.schedule != "inverse_sqrt" or self.warmup_steps >= 1,
+                "optimizer.schedule inverse_sqrt needs optimizer.warmup_steps of at least 1",
+            ),
+            (not 0 < self.growth_rate <= 1, "optimizer.growth_rate must be 0 or above 1"),
         )
-        _require(
-            self.name != "adamw" or self.peak_lr < 1,
-            f"optimizer.peak_lr {self.peak_lr:g} is dadam's; adamw wants about 3e-4 "
-            "(--optimizer.peak-lr 3e-4)",
-        )
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps must not be negative")
-        _require(
-            self.schedule != "cosine" or self.warmup_steps < self.schedule_steps,
-            "optimizer.warmup_steps must be below optimizer.schedule_steps",
-        )
-        _require(
-            self.schedule != "inverse_sqrt" or self.warmup_steps >= 1,
-            "optimizer.schedule inverse_sqrt needs optimizer.warmup_steps of at least 1",
-        )
-        _require(
-            self.growth_rate == 0 or self.growth_rate > 1,
-            "optimizer.growth_rate must be 0 or above 1",
-        )
-        for name in ("b1", "b2", "ema_decay"):
-            _require(0 <= getattr(self, name) < 1, f"optimizer.{name} must lie in [0, 1)")
-        _require(self.ema_updates >= 1, "optimizer.ema_updates must be at least 1")
-        for name in ("eps", "clip_norm", "d0", "embed_lr_ratio", "head_lr_ratio"):
-            _require(getattr(self, name) > 0, f"optimizer.{name} must be positive")
-        for name in ("weight_decay", "final_lr_ratio"):
-            _require(getattr(self, name) >= 0, f"optimizer.{name} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters of the transformer's weights (Hu et al. 2021), see finetune.py."""
+    """Low-rank adapters of the transformer's weights (Hu et al. 2021), see model/lora.py."""
 
-    rank: int = 0
+    rank: Whole = 0
     """Rank r of every adapter; 0 trains the weights themselves."""
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     """Adapters count alpha / rank times (the paper, section 4.1)."""
     targets: tuple[LoraTarget, ...] = ("self", "cross", "mlp")
     """What is adapted: the four projections of self- or cross-attention, both layers of the MLP."""
 
     def __post_init__(self):
-        _require(self.rank >= 0, "lora.rank must not be negative")
-        _require(0 < self.alpha < math.inf, "lora.alpha must be positive")
-        known = typing.get_args(LoraTarget)
-        _require(
-            len(self.targets) > 0
-            and set(self.targets) <= set(known)
-            and len(set(self.targets)) == len(self.targets),
-            f"lora.targets must name some of {', '.join(known)}, each once, not "
-            f"{list(self.targets)}",
-        )
+        check_fields(self, "lora.")
+        once = self.targets and len(set(self.targets)) == len(self.targets)
+        _require((once, f"lora.targets must name each target once, not {list(self.targets)}"))
 
     @property
     def scale(self) -> float:
@@ -400,26 +355,22 @@ class DecodeConfig:
 
     def __post_init__(self):
         check_fields(self, "decode.")
-        _require(len(self.steps) > 0, "decode.steps needs one number a codebook, and has none")
+        _require((self.steps, "decode.steps needs one number a codebook, and has none"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RescoreConfig:
     """How a second model takes part in decoding (section 3.3 and Figure 4 of the paper)."""
 
-    weight: Annotated[float, Between(0, 1)] = 0.5
+    weight: Share = 0.5
     """Share of the rescorer's probabilities in the scores of spans: 0 is no rescorer, 1 the
     rescorer alone. It is the w of Figure 4; in equation 5 w is the model's own share, 1 - weight.
     The paper does not say which value it used."""
-    guidance: Guidance = 1.0
+    guidance: Annotated[float, Between(0, 1000)] = 1.0
     """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
 
     def __post_init__(self):
         check_fields(self, "rescorer ")
-        _require(
-            self.guidance >= 0,
-            f"rescorer guidance must be a number of at least 0, not {self.guidance:g}",
-        )
 
 
 Preset = Literal["paper", "paper-30s", "balanced", "draft"]
@@ -437,12 +388,12 @@ def preset_steps(preset: str, num_codebooks: int) -> tuple[int, ...]:
 
     Raises `UserError` for an unknown name, or a model that has not four codebooks.
     """
-    _require(preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {preset!r}")
-    steps = PRESETS[preset]
+    steps = PRESETS[check(Preset, preset, "preset")]
     _require(
-        len(steps) == num_codebooks,
-        f"presets are for {len(steps)} codebooks, and this model has {num_codebooks}: "
-        "give the steps themselves",
+        (
+            num_codebooks == len(steps),
+            f"presets are for {len(steps)} codebooks: give the steps themselves",
+        )
     )
     return steps
 
@@ -476,7 +427,7 @@ class HybridConfig:
     decode: DecodeConfig = DecodeConfig()
 
     def __post_init__(self):
-        check_fields(self, "hybrid_")
+        check_fields(self, "")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -488,16 +439,15 @@ class KernelConfig:
     """Attention over everything; auto goes by platform and length."""
     local: LocalKernel = "auto"
     """Attention over near frames; auto goes by platform and length."""
-    local_block: int = 0
+    local_block: Whole = 0
     """Queries a block of local attention in blocks or slices, at least twice the context; 0 goes
     by platform."""
-    products: Products = _added("auto")
+    products: Products = "auto"
     """Matrix products of the layers. amx: of bfloat16, on the tiles of CPUs that have them; auto
     goes by platform, and never takes it."""
 
     def __post_init__(self):
         check_fields(self, "kernels.")
-        _require(self.local_block >= 0, "kernels.local_block must not be negative")
 
     @property
     def of_attention(self) -> "KernelConfig":
@@ -513,13 +463,12 @@ class SamplingMeshConfig:
     """Devices that split a batch; -1 takes what the others leave."""
     guidance: Literal[1, 2] = 1
     """2 computes the rows with text on one device and those without on another."""
-    frames: int = 1
+    frames: Count = 1
     """Devices that split the frames of a clip."""
 
     def __post_init__(self):
         check_fields(self, "mesh.")
-        _require(self.data >= 1 or self.data == -1, "mesh.data must be positive, or -1")
-        _require(self.frames >= 1, "mesh.frames must be positive")
+        _require((self.data >= 1 or self.data == -1, "mesh.data must be positive, or -1"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -539,7 +488,7 @@ class MeshConfig:
 class RunConfig:
     """A training run, whole."""
 
-    objective: Literal["magnet", "hybrid"] = _added("magnet")
+    objective: Literal["magnet", "hybrid"] = "magnet"
     """magnet predicts masked spans; hybrid predicts the next step as well, up to a random time
     (Appendix E), and makes a model of kind hybrid."""
     model: ModelConfig = ModelConfig()
@@ -549,131 +498,114 @@ class RunConfig:
     decode: DecodeConfig = DecodeConfig()
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
     """How a model of kind musicgen, or the beginning of a clip of a hybrid, is sampled."""
-    hybrid_prompt_seconds: float = _added(HybridConfig.prompt_seconds)
+    prompt_seconds: PromptSeconds = HybridConfig.prompt_seconds
     """Of a hybrid: seconds of a sampled clip that are generated autoregressively."""
     mesh: MeshConfig = MeshConfig()
     out: str = ""
     """Folder of the run, on a file system that all hosts see, or gs://BUCKET/FOLDER; the same
     command with the same folder resumes it."""
-    seed: int = 0
+    seed: Seed = 0
     """Seeds initialisation, data order, crops, masks and dropout."""
-    steps: int = 1_000_000
+    steps: Count = 1_000_000
     """Training ends after this many steps."""
-    condition_dropout: float = 0.3
+    condition_dropout: BelowOne = 0.3
     """Probability that a clip is trained without its text."""
-    stage_weights: tuple[float, ...] = _added(())
+    stage_weights: tuple[NotNegative, ...] = ()
     """How often each codebook is trained, a number each; () is all alike, as in the paper."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
-    remat: Remat = _was("none", {True: "full", False: "none"})
+    remat: Remat = "none"
     """What the backward pass computes again to save memory: nothing; all but matrix products; all
     but attention; or all, for about a third more time."""
-    clips_per_device: int = _added(0)
+    clips_per_device: Whole = 0
     """Clips that a device computes at once; gradients of a larger share of the batch are summed up
     in parts, exactly. 0 is as many as fit."""
-    kernels: KernelConfig = _added(KernelConfig())
-    init_from: str = _added("")
+    kernels: KernelConfig = KernelConfig()
+    init_from: str = ""
     """Begin with the parameters of this run, export or imported AudioCraft checkpoint; a folder, or
     its gs:// URL."""
-    init_codes: Literal["random", "codec"] = _added("random")
+    init_codes: Literal["random", "codec"] = "random"
     """Embeddings and heads of a new model's tokens: random numbers, as in AudioCraft, or
     projections of the codec's own vectors, so that tokens that sound alike begin alike."""
-    init_partial: bool = _added(False)
+    init_partial: bool = False
     """Let init_from match in part; what matches is listed, the rest is initialised."""
-    lora: LoraConfig = _added(LoraConfig())
-    log_every: int = 50
+    lora: LoraConfig = LoraConfig()
+    log_every: Count = 50
     """Steps between lines of TensorBoard scalars."""
-    eval_every: int = 2000
+    eval_every: Whole = 2000
     """Steps between validation losses; 0 never."""
-    eval_batches: int = 8
+    eval_batches: Count = 8
     """Batches of a validation loss."""
-    sample_every: int = 10_000
+    sample_every: Whole = 10_000
     """Steps between sample WAVs; 0 never."""
     sample_prompts: tuple[str, ...] = ()
     """Texts to sample from."""
-    save_every: int = 1000
+    save_every: Count = 1000
     """Steps between checkpoints."""
-    keep_last: int = 3
+    keep_last: Count = 3
     """Newest checkpoints to keep."""
-    keep_every: int = _added(0)
+    keep_every: Whole = 0
     """Keep every checkpoint of a step that is a multiple of this; 0 keeps none for that."""
-    keep_best: int = _added(0)
+    keep_best: Whole = 0
     """Checkpoints of lowest validation loss to keep; save_every must meet eval_every for it."""
-    distributed: str = _added("auto")
+    distributed: str = "auto"
     """Several processes: auto lets JAX find those of TPU pods, Slurm, Open MPI and Kubernetes; off
     runs alone; HOST:PORT,INDEX,COUNT names them."""
-    profile: tuple[int, ...] = _added(())
+    profile: tuple[int, ...] = ()
     """First and last step to record a profile of, for TensorBoard or Perfetto."""
-    wandb: str = _added("")
+    wandb: str = ""
     """Project of Weights & Biases to log to as well (pip install wandb)."""
 
     def __post_init__(self):
-        _checked(Remat, self.remat, "remat")
-        _checked(typing.get_type_hints(RunConfig)["objective"], self.objective, "objective")
-        _require(
-            (self.objective == "hybrid") == (self.model.kind == "hybrid"),
-            f"objective {self.objective} does not train a model of kind {self.model.kind}: "
-            "--objective hybrid and --model.kind hybrid go together",
-        )
-        HybridConfig(prompt_seconds=self.hybrid_prompt_seconds)  # checks it
-        weights, num_codebooks = self.stage_weights, self.model.num_codebooks
-        _require(
-            not weights
-            or (
-                len(weights) == num_codebooks and min(weights) >= 0 and 0 < sum(weights) < math.inf
-            ),
-            f"stage_weights {list(weights)} must be {num_codebooks} numbers, one a codebook, none "
-            "negative and not all 0; or none (--stage-weights and nothing after it)",
-        )
-        _require(self.clips_per_device >= 0, "clips_per_device must not be negative")
-        _require(self.keep_every >= 0, "keep_every must not be negative")
-        _require(self.keep_best >= 0, "keep_best must not be negative")
-        _require(
-            not self.keep_best or (self.eval_every and not self.save_every % self.eval_every),
-            f"keep_best needs a validation loss at every checkpoint: save_every {self.save_every} "
-            f"must be a multiple of eval_every {self.eval_every}",
-        )
-        _require(
-            not self.profile
-            or (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]),
-            f"profile {list(self.profile)} must be the first and the last step to record",
-        )
-        _require(
-            not self.lora.rank or bool(self.init_from),
-            "lora.rank trains adapters for another model: give it with --init-from",
-        )
-        _require(
-            not (self.lora.rank and self.text.finetune),
-            "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
-        )
+        check_fields(self, "")
+        weights, num_codebooks, profile = self.stage_weights, self.model.num_codebooks, self.profile
         ratios = (self.optimizer.embed_lr_ratio, self.optimizer.head_lr_ratio)
         _require(
-            not self.lora.rank or ratios == (1, 1),
-            "lora trains no embeddings or heads: --optimizer.embed-lr-ratio 1 "
-            "--optimizer.head-lr-ratio 1",
-        )
-        _checked(typing.get_type_hints(RunConfig)["init_codes"], self.init_codes, "init_codes")
-        _require(
-            self.init_codes == "random" or not self.init_from,
-            "init_codes codec is for a new model: leave it out, or init_from",
-        )
-        _require(
-            not self.init_partial or bool(self.init_from),
-            "init_partial says how to read init_from, which is not given",
-        )
-        _require(0 <= self.condition_dropout < 1, "condition_dropout must lie in [0, 1)")
-        _require(self.steps >= 1, "steps must be at least 1")
-        _require(0 <= self.seed < 2**31, "seed must lie between 0 and 2147483647")
-        _require(self.save_every >= 1, "save_every must be at least 1")
-        _require(self.keep_last >= 1, "keep_last must be at least 1")
-        _require(self.eval_batches >= 1, "eval_batches must be at least 1")
-        _require(self.eval_every >= 0, "eval_every must not be negative")
-        _require(self.sample_every >= 0, "sample_every must not be negative")
-        _require(self.log_every >= 1, "log_every must be at least 1")
-        _require(
-            self.model.kind == "musicgen" or len(self.decode.steps) == self.model.num_codebooks,
-            f"decode.steps needs one number a codebook: {self.model.num_codebooks}, "
-            f"not {len(self.decode.steps)}",
+            (
+                (self.objective == "hybrid") == (self.model.kind == "hybrid"),
+                f"objective {self.objective} does not train a model of kind {self.model.kind}: "
+                "--objective hybrid and --model.kind hybrid go together",
+            ),
+            (
+                not weights or (len(weights) == num_codebooks and 0 < sum(weights) < math.inf),
+                f"stage_weights {list(weights)} must be {num_codebooks} numbers, one a codebook, "
+                "and not all 0; or none (--stage-weights and nothing after it)",
+            ),
+            (
+                not self.keep_best or (self.eval_every and not self.save_every % self.eval_every),
+                f"keep_best needs a validation loss at every checkpoint: save_every "
+                f"{self.save_every} must be a multiple of eval_every {self.eval_every}",
+            ),
+            (
+                not profile or (len(profile) == 2 and 1 <= profile[0] <= profile[1]),
+                f"profile {list(profile)} must be the first and the last step to record",
+            ),
+            (
+                not self.lora.rank or self.init_from,
+                "lora.rank trains adapters for another model: give it with --init-from",
+            ),
+            (
+                not (self.lora.rank and self.text.finetune),
+                "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
+            ),
+            (
+                not self.lora.rank or ratios == (1, 1),
+                "lora trains no embeddings or heads: --optimizer.embed-lr-ratio 1 "
+                "--optimizer.head-lr-ratio 1",
+            ),
+            (
+                self.init_codes == "random" or not self.init_from,
+                "init_codes codec is for a new model: leave it out, or init_from",
+            ),
+            (
+                not self.init_partial or self.init_from,
+                "init_partial says how to read init_from, which is not given",
+            ),
+            (
+                self.model.kind == "musicgen" or len(self.decode.steps) == num_codebooks,
+                f"decode.steps needs one number a codebook: {num_codebooks}, "
+                f"not {len(self.decode.steps)}",
+            ),
         )
 
     @property
@@ -681,7 +613,7 @@ class RunConfig:
         """How a model of this kind turns text into tokens."""
         if self.model.kind == "hybrid":
             return HybridConfig(
-                prompt_seconds=self.hybrid_prompt_seconds,
+                prompt_seconds=self.prompt_seconds,
                 autoregressive=self.autoregressive,
                 decode=self.decode,
             )
@@ -699,12 +631,7 @@ SAMPLING_CONFIGS = {
 def with_sampling(config: RunConfig, sampling: SamplingConfig) -> RunConfig:
     """The run with other settings of `RunConfig.sampling`, of its model's kind."""
     if isinstance(sampling, HybridConfig):
-        return dataclasses.replace(
-            config,
-            hybrid_prompt_seconds=sampling.prompt_seconds,
-            autoregressive=sampling.autoregressive,
-            decode=sampling.decode,
-        )
+        return dataclasses.replace(config, **vars(sampling))
     name = "autoregressive" if isinstance(sampling, AutoregressiveConfig) else "decode"
     return dataclasses.replace(config, **{name: sampling})
 
@@ -724,40 +651,29 @@ def to_json(config: Any) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_dict(cls: type, values: dict, where: str) -> Any:
-    """The inverse of `dataclasses.asdict`; missing and unknown names raise `UserError`.
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """The inverse of `dataclasses.asdict`; what is missing has its default.
 
-    Settings that were added later may be missing, and have their defaults.
+    Raises `UserError`, which names the setting, for one that is unknown, is missing and has no
+    default, or has a value of another type.
     """
-    _require(
-        isinstance(values, dict), f"{where}: expected an object with the fields of {cls.__name__}"
-    )
+    _require((isinstance(values, dict), f"{where}: expected the fields of {cls.__name__}"))
     fields = dataclasses.fields(cls)
-    added = {
-        f.name: f.metadata.get("before", f.default)
-        for f in fields
-        if "added" in f.metadata and f.name not in values
-    }
-    for field in fields:
-        old, value = field.metadata.get("was", {}), values.get(field.name)
-        if isinstance(value, bool) and value in old:  # (1 == True, and was never meant)
-            values = values | {field.name: old[value]}
-    hints = typing.get_type_hints(cls)
-    if problems := sorted(hints.keys() ^ (values.keys() | added.keys())):
-        raise UserError(f"{where}: missing or unknown settings: {', '.join(problems)}")
-    kwargs = dict(added)
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            value = from_dict(hint, value, f"{where}: {name}")
-        elif typing.get_origin(hint) is tuple:
-            _require(isinstance(value, list), f"{where}: {name} must be a list")
-            (item, _) = typing.get_args(hint)
-            value = tuple(_checked(item, element, f"{where}: {name}") for element in value)
-        else:
-            value = _checked(hint, value, f"{where}: {name}")
-        kwargs[name] = value
-    return cls(**kwargs)
+    needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+    unknown, missing = values.keys() - {f.name for f in fields}, needed - values.keys()
+    _require(
+        (not unknown, f"{where}: unknown settings: {', '.join(sorted(unknown))}"),
+        (not missing, f"{where}: missing settings: {', '.join(sorted(missing))}"),
+    )
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return cls(**{name: _from_json(hints[name], value, f"{where}: {name}")
+                  for name, value in values.items()})  # fmt: skip
+
+
+def _from_json(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)
+    return check(hint, value, where)
 
 
 def from_json(cls: type, path: Path) -> Any:

@@ -18,6 +18,7 @@ from magnet_jax.config import (
     CodecSpec,
     DataConfig,
     DecodeConfig,
+    LoraConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -29,7 +30,7 @@ from magnet_jax.decode import autoregressive, choose, parallel, schedule
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.spans import Spans
 from magnet_jax.io import trees
-from magnet_jax.model import patterns, sharding, transformer
+from magnet_jax.model import lora, patterns, sharding, transformer
 
 SECONDS = 2.0
 TINY = ModelConfig(
@@ -139,6 +140,14 @@ def random_params(model: ModelConfig, seed: int = 0) -> dict:
     shapes = lm_rules.lm_shapes(model)
     return trees.unflatten(
         {path: rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
+    )
+
+
+def random_adapters(config: LoraConfig, seed: int = 1) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = lora.adapter_shapes(config, TINY)
+    return trees.unflatten(
+        {path: 0.3 * rng.normal(size=shape).astype(np.float32) for path, shape in shapes.items()}
     )
 
 

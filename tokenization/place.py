@@ -82,7 +82,7 @@ class Folder:
             return (self._path / name).read_bytes()
 
     def write(self, name: str, text: str | Iterable[str]) -> None:
-        records.write_text(self._path / name, text)
+        files.write_text(self._path / name, text)
 
     def lines(self, name: str) -> Iterator[bytes] | None:
         """A file line by line; None if it is not there."""
@@ -212,7 +212,7 @@ class Bucket:
             return
         with _temporary_folder() as folder:
             with _written_below(folder):
-                records.write_text(folder / name, text)
+                files.write_text(folder / name, text)
             bucket.put(self._url, name, folder / name)
 
     def lines(self, name: str) -> Iterator[bytes] | None:

@@ -466,7 +466,7 @@ def _claim_path(folder: Path) -> Path:
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    records.write_text(_claim_path(folder), json.dumps(settings, indent=2) + "\n")
+    files.write_text(_claim_path(folder), json.dumps(settings, indent=2) + "\n")
 
 
 def _check_claim(folder: Path, settings: Mapping[str, Any]) -> None:

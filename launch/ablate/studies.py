@@ -196,4 +196,4 @@ def _prompted(seconds: float | None) -> str:
 
 def _prompt_words(seconds: float | None) -> tuple[str, ...]:
     # (launch.sample takes more than the clip's length for all of it)
-    return ("--hybrid-prompt-seconds", "600" if seconds is None else f"{seconds:g}")
+    return ("--prompt-seconds", "600" if seconds is None else f"{seconds:g}")

@@ -119,7 +119,7 @@ class Point(NamedTuple):
         hybrid = isinstance(self.sampling, HybridConfig)
         steps = (self.sampling.decode if hybrid else self.sampling).steps
         words = ["--decode.steps", *map(str, steps)]
-        words += ["--hybrid-prompt-seconds", str(self.sampling.prompt_seconds)] if hybrid else []
+        words += ["--prompt-seconds", str(self.sampling.prompt_seconds)] if hybrid else []
         if self.rescored:
             words += ["--rescorer", str(args.rescorer)]
             words += ["--rescorer-weight", str(args.rescorer_weight)]

@@ -50,7 +50,6 @@ class Weights:
     musicnn: str = DEFAULT_WEIGHTS["musicnn"]
     vggish: str = DEFAULT_WEIGHTS["vggish"]
     passt: str = DEFAULT_WEIGHTS["passt"]
-    ast: str = DEFAULT_WEIGHTS["ast"]
     clap: str = DEFAULT_WEIGHTS["clap"]
 
 

@@ -120,5 +120,5 @@ def _begin(out: Path, notes: Path, names: list[str], about: dict[str, Any]) -> d
     if before != about and out.exists() and any(out.iterdir()):
         raise UserError(f"{out}: was made with other settings; name another --out, or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_text(path, json.dumps(about, indent=2) + "\n")
+    files.write_text(path, json.dumps(about, indent=2) + "\n")
     return {name: out / f"{name}.wav" for name in names}

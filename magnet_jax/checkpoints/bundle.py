@@ -1,4 +1,4 @@
-"""An exported model in this project's own format: safetensors, JSON beside it, a model card."""
+"""An exported model in this project's own format: safetensors, and JSON beside it."""
 
 import dataclasses
 import json
@@ -11,11 +11,8 @@ from safetensors.numpy import save_file
 
 from magnet_jax.config import (
     EMBEDDED,
-    KIND_NAMES,
     SAMPLING_CONFIGS,
-    AutoregressiveConfig,
     CodecSpec,
-    DecodeConfig,
     ModelConfig,
     SamplingConfig,
     TextConfig,
@@ -23,7 +20,7 @@ from magnet_jax.config import (
     from_json,
     to_json,
 )
-from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE, Origin, narrowed
+from magnet_jax.convert.audiocraft import Origin, narrowed
 from magnet_jax.convert.codec_rules import check_tensors
 from magnet_jax.convert.lm_rules import lm_shapes
 from magnet_jax.errors import UserError
@@ -199,136 +196,3 @@ def read_safetensors(directory: Path) -> Bundle:
 def read_generation(directory: Path, model: ModelConfig) -> SamplingConfig:
     """The `generation_config.json` of an exported model, as its kind has it."""
     return from_json(SAMPLING_CONFIGS[model.kind], Path(directory) / "generation_config.json")
-
-
-_ABOUT = {
-    "magnet": "Text to audio by masked, non-autoregressive token generation.",
-    "musicgen": "Text to audio by autoregressive generation of codebooks in a delay pattern.",
-    "hybrid": "Text to audio: the first seconds autoregressively, the rest by masked generation.",
-}
-
-
-def _audiocraft_parameters(generation: DecodeConfig | AutoregressiveConfig) -> list[str]:
-    """The arguments of AudioCraft's `set_generation_params`, as lines of Python."""
-    g = generation
-    lines = [f"use_sampling={not g.greedy}, top_k={g.top_k}, top_p={0.0 if g.top_k else g.top_p},"]
-    if isinstance(g, AutoregressiveConfig):
-        lines.append(f"temperature={g.temperature}, cfg_coef={g.guidance},")
-    else:
-        lines += [
-            f"temperature={g.temperature}, span_arrangement={g.span_arrangement!r},",
-            f"max_cfg_coef={g.max_guidance}, min_cfg_coef={g.min_guidance},",
-            f"decoding_steps={list(g.steps)},",
-        ]
-    return [f"    {line}" for line in lines]
-
-
-def model_card(
-    bundle: Bundle,
-    license_name: str,
-    text_encoder: str,
-    audiocraft_seconds: int | None,
-    about: str = "",
-) -> str:
-    """The README.md of an exported model.
-
-    Args:
-      bundle: what was exported.
-      license_name: of the weights, or 'unspecified'.
-      text_encoder: as in xp.cfg: a published name, or `TEXT_FOLDER`.
-      audiocraft_seconds: clip length in xp.cfg; None where no AudioCraft files were written.
-      about: Markdown to put in, such as data, scores and limits.
-    """
-    model, codec = bundle.model, bundle.codec
-    name = KIND_NAMES[model.kind]
-    count = sum(math.prod(shape) for shape in lm_shapes(model).values())
-    context = "no restricted context"
-    if model.local_context:
-        context = f"local context of {model.local_context} frames"
-    if model.first_context:
-        context += f"; {model.first_context} frames in the first codebook"
-    if license_name == "unspecified":
-        licence = (
-            "Unspecified: whoever exported this model stated no license. Ask them before you use "
-            "or share it (`--license NAME` of the export states one)."
-        )
-    else:
-        licence = f"{license_name}, as stated by whoever exported this model."
-    lines = [
-        *(() if license_name == "unspecified" else ("---", f"license: {license_name}", "---", "")),
-        f"# A {name} model",
-        "",
-        _ABOUT[model.kind],
-        "",
-        *((about.strip(), "") if about.strip() else ()),
-        "## License",
-        "",
-        licence,
-        "",
-        "## What it is",
-        "",
-        f"- Transformer: {count / 1e6:.1f} M parameters; width {model.width}, "
-        f"{model.num_layers} layers, {model.num_heads} heads; "
-        + "; ".join(
-            [f"spans of {model.span_length} frames, {context}"] * model.parallel
-            + [f"codebook delays {list(model.delays)}"] * model.autoregressive
-        )
-        + ".",
-        f"- Tokens: {model.num_codebooks} codebooks of {model.codebook_size} at "
-        f"{codec.frame_rate:g} frames/s; {codec.sample_rate} Hz, {codec.channels} channel(s).",
-        f"- Codec: {codec.source}, sha256 {codec.sha256}.",
-        f"- Text encoder: {text_encoder}, width {model.text_width}"
-        + (", trained along with the model." if bundle.text.changed else ", not trained."),
-        f"- Clips in training: {bundle.segment_seconds:g} s.",
-        "",
-        "## Lineage",
-        "",
-        *(f"- {name}: {value}" for name, value in bundle.lineage.items()),
-        "",
-        "## Files",
-        "",
-        "- `model.safetensors`, `config.json`, `generation_config.json`: for magnet_jax.",
-    ]
-    if bundle.text.source == TEXT_FOLDER:
-        lines.append("- `text_encoder/`: the text encoder, a transformers T5 folder.")
-    if codec.source == "codec":
-        lines.append("- `codec/`: the codec, a transformers EncodecModel folder.")
-    elif codec.source.startswith("codec/"):
-        lines.append(f"- `{codec.source}`: the codec's weights, for the `encodec` package's model.")
-    if audiocraft_seconds is not None:
-        lines += [
-            f"- `{LM_FILE}`, `{CODEC_FILE}`: for AudioCraft (PyTorch).",
-            "",
-            "## In AudioCraft",
-            "",
-        ]
-        if text_encoder == TEXT_FOLDER:
-            lines += [
-                "AudioCraft builds text encoders by published names only, and this model's is not "
-                "one of them. Run from this folder and register the encoder first (with the "
-                "tokenizer as it is: `T5Tokenizer` would drop its normaliser):",
-                "",
-                "```python",
-                "import transformers",
-                "from audiocraft.modules import conditioners",
-                "conditioners.T5Tokenizer = transformers.AutoTokenizer",
-                'conditioners.T5Conditioner.MODELS.append("text_encoder")',
-                f'conditioners.T5Conditioner.MODELS_DIMS["text_encoder"] = {model.text_width}',
-                "```",
-                "",
-            ]
-        lines += [
-            "```python",
-            f"from audiocraft.models import {name}",
-            f'model = {name}.get_pretrained("./")',
-            "model.set_generation_params(",
-            *_audiocraft_parameters(bundle.generation),
-            ")",
-            'wav_BCN = model.generate(["a calm piano piece"])',
-            "```",
-            "",
-            f"Clips come out {audiocraft_seconds} s long: AudioCraft counts in whole seconds.",
-            "The layout is tested with PyTorch code of the same network; this export was not",
-            "loaded in AudioCraft itself.",
-        ]
-    return "\n".join(lines) + "\n"

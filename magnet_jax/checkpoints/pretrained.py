@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from magnet_jax.checkpoints import bundle, finetune, run_folder
+from magnet_jax.checkpoints import adapters, bundle, run_folder
 from magnet_jax.codec import encodec as codec_module
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import (
@@ -81,14 +81,14 @@ def load(
       step: of a run: the checkpoint; None is the newest.
       text_encoder: of an AudioCraft checkpoint: where its text encoder lies, if not where it says.
       codec: where the codec lies, if not where the model says.
-      adapter: folder of low-rank adapters to add to the transformer (finetune.py).
+      adapter: folder of low-rank adapters to add to the transformer (adapters.py).
 
     Raises:
       UserError: no model there, no such checkpoint, or a damaged one.
     """
     if adapter is not None:
         loaded = load(source, weights=weights, step=step, text_encoder=text_encoder, codec=codec)
-        added = finetune.load_adapter(Path(adapter), loaded.config.model)
+        added = adapters.load_adapter(Path(adapter), loaded.config.model)
         lm = _merged(loaded.params["lm"], added.adapters, added.config, str(adapter))
         lineage = loaded.lineage | {"adapter": Path(adapter).resolve().name}
         return loaded._replace(params=loaded.params | {"lm": lm}, lineage=lineage)
@@ -112,9 +112,9 @@ def load(
     return loaded._replace(codec_source=codec or loaded.codec_source)
 
 
-def _merged(lm: dict, adapters: dict, config: LoraConfig, where: str) -> dict:
+def _merged(lm: dict, factors: dict, config: LoraConfig, where: str) -> dict:
     """The transformer with adapters, whose product may overflow though both factors are finite."""
-    merged = lora.merge_adapters(lm, adapters, config)
+    merged = lora.merge_adapters(lm, factors, config)
     leaves = {name: np.asarray(leaf) for name, leaf in trees.flatten(merged).items()}
     files.finite(f"{where}, added to the model", leaves)
     return merged

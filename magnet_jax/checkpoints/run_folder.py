@@ -28,17 +28,16 @@ from safetensors.numpy import save_file
 from magnet_jax.checkpoints import items
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.convert import t5_files
-from magnet_jax.data import records
 from magnet_jax.errors import UserError, silenced
 from magnet_jax.io import bucket, files, lock, trees
-from magnet_jax.model import t5, transformer
+from magnet_jax.model import lora, t5, transformer
 
 # Settings that may change when a run goes on: what is trained is the same without them. Each
 # setting is here or in tests/test_checkpoint.py.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
            "sample_prompts", "save_every", "keep_last", "keep_every", "keep_best", "remat",
            "clips_per_device", "kernels", "mesh", "distributed", "profile", "wandb", "decode",
-           "autoregressive", "hybrid_prompt_seconds", "data.path", "data.num_threads",
+           "autoregressive", "prompt_seconds", "data.path", "data.num_threads",
            "data.prefetch"}  # fmt: skip
 
 BASE = "base.safetensors"
@@ -135,8 +134,8 @@ def prepare_run(
             tensors = {path: np.asarray(leaf) for path, leaf in trees.flatten(base).items()}
             with files.replacing_file(run / BASE) as writing:
                 save_file(tensors, writing)
-        records.write_text(run / "codec.json", to_json(codec))
-    records.write_text(run / "config.json", to_json(config))
+        files.write_text(run / "codec.json", to_json(codec))
+    files.write_text(run / "config.json", to_json(config))
 
 
 def read_base(run: Path) -> dict:
@@ -147,7 +146,7 @@ def read_base(run: Path) -> dict:
 def _checkpoints(out: str | Path) -> epath.Path:
     """Where a run's checkpoints lie, for Orbax."""
     if bucket.is_url(out):
-        bucket.prepare(os.fspath(out))
+        bucket.prepare()
         return epath.Path(out) / "checkpoints"
     return epath.Path(Path(out).absolute()) / "checkpoints"
 
@@ -285,14 +284,14 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
 
 
 def abstract_params(
-    model: ModelConfig, trained_t5: t5.T5Config | None, lora: LoraConfig = LoraConfig()
+    model: ModelConfig, trained_t5: t5.T5Config | None, adapters: LoraConfig = LoraConfig()
 ) -> dict:
     """Shapes of a run's trained parameters: adapters alone, where it trains such."""
 
     def init() -> dict:
         key = jax.random.key(0)
-        if lora.rank:
-            return {"lora": lora.init_adapters(lora, model, key)}
+        if adapters.rank:
+            return {"lora": lora.init_adapters(adapters, model, key)}
         params = {"lm": transformer.init_params(model, key)}
         if trained_t5 is not None:
             params["text"] = t5.init(trained_t5, key)

@@ -28,7 +28,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from magnet_jax import config
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
-from magnet_jax.io.files import temporary
+from magnet_jax.io.files import sync, temporary
 
 FORMAT = "magnet_jax tokens 1"
 SPLITS = ("train", "validation")
@@ -211,7 +211,7 @@ def _write_shard(
         return Shard(path=path, num_examples=0, num_bytes=0, file_bytes=0)
     with _written():
         writer.close()
-    _sync(writing)
+    sync(writing)
     reader = ArrayRecordReader(str(writing))
     whole = reader.ok() and reader.num_records() == count
     reader.close()
@@ -219,7 +219,7 @@ def _write_shard(
         raise OSError(f"{writing}: cannot be read back as written; is the disk full?")
     file_bytes = writing.stat().st_size
     writing.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
     return Shard(
         path=path,
         num_examples=count,
@@ -268,12 +268,12 @@ def finalise(
         except FileNotFoundError:
             if not final.exists():
                 raise
-    _sync(directory)
+    sync(directory)
     with temporary(directory / "metadata", Path.mkdir) as folder:
         for path in write_metadata(folder, shards, spec, about):
-            _sync(path)
+            sync(path)
             path.replace(directory / path.name)
-    _sync(directory)
+    sync(directory)
 
 
 def write_metadata(
@@ -328,16 +328,6 @@ def write_metadata(
     return sorted(folder.iterdir(), key=lambda path: (path.name == COMPLETE, path.name))
 
 
-def write_text(path: Path, text: str | Iterable[str]) -> None:
-    """Replaces a text file, of one text or many, so that a kill leaves the old or the new whole."""
-    with temporary(path) as writing:
-        with writing.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
-        _sync(writing)
-        writing.replace(path)
-    _sync(path.parent)
-
-
 def remove_temporaries(folder: Path) -> None:
     """Removes what killed writers left in a folder; what goes meanwhile is a slow one's."""
     for path in folder.glob(".*.tmp"):
@@ -345,15 +335,6 @@ def remove_temporaries(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _builder(directory: Path) -> tfds.core.DatasetBuilder:

@@ -23,7 +23,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.io import hub
 from magnet_jax.io.torch_env import as_arrays, import_torch, load_tensors
 
-Name = Literal["musicnn", "vggish", "passt", "ast", "clap"]
+Name = Literal["musicnn", "vggish", "passt", "clap"]
 
 # Where weights come from if nobody says otherwise.
 DEFAULT_WEIGHTS: dict[Name, str] = {
@@ -31,7 +31,6 @@ DEFAULT_WEIGHTS: dict[Name, str] = {
     "vggish": "https://github.com/harritaylor/torchvggish/releases/download/v0.1/vggish-10086976.pth",
     "passt": "https://github.com/kkoutini/PaSST/releases/download/v0.0.1-audioset/"
     "passt-s-f128-p16-s10-ap.476-swa.pt",
-    "ast": "MIT/ast-finetuned-audioset-10-10-0.4593",
     "clap": "laion/larger_clap_music",
 }
 _SHORTEST = 0.15  # seconds of a last piece that are still worth a look; AudioCraft's for PaSST
@@ -68,8 +67,8 @@ def load(name: Name, weights: str | None = None) -> Embedder:
 
     Args:
       name: which.
-      weights: a folder (ast, clap: of transformers; musicnn: of `launch.convert_tagger`), a file
-        (vggish, passt), a hub id (ast, clap); None is `DEFAULT_WEIGHTS`.
+      weights: a folder (clap: of transformers; musicnn: of `launch.convert_tagger`), a file
+        (vggish, passt), a hub id (clap); None is `DEFAULT_WEIGHTS`.
 
     Raises:
       UserError: unknown name, a package or weights that are not there.
@@ -78,7 +77,6 @@ def load(name: Name, weights: str | None = None) -> Embedder:
         "musicnn": _musicnn,
         "vggish": _vggish,
         "passt": _passt,
-        "ast": _ast,
         "clap": _clap,
     }
     if name not in makers:
@@ -232,29 +230,29 @@ def _fill(model: Any, state: Any, path: Path) -> None:
 # --- transformers ---------------------------------------------------------------------------------
 
 
-def _transformers_folder(weights: str, embedder: Name) -> Path:
+def _clap_folder(weights: str) -> Path:
     if Path(weights).is_dir():
         return Path(weights)
     if not hub.is_hub_id(weights):
-        raise UserError(f"--weights.{embedder} {weights}: no such folder, and not a hub id")
+        raise UserError(f"--weights.clap {weights}: no such folder, and not a hub id")
     patterns = ["*.json", "*.txt", "*.safetensors", "*.bin"]
     instead = (
-        f"a folder with {weights}'s config.json, preprocessor_config.json, model.safetensors"
-        f"{' and tokenizer.json' if embedder == 'clap' else ''}: --weights.{embedder} DIR"
+        f"a folder with {weights}'s config.json, preprocessor_config.json, model.safetensors and "
+        "tokenizer.json: --weights.clap DIR"
     )
-    return hub.fetch(weights, patterns, f"embedder {embedder}", instead)
+    return hub.fetch(weights, patterns, "embedder clap", instead)
 
 
-def _from_pretrained(kind: Any, folder: Path, embedder: Name) -> Any:
+def _from_pretrained(kind: Any, folder: Path) -> Any:
     try:
         found = kind.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # what transformers raises depends on what is missing
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"--weights.{embedder} {folder}: not a folder of {kind.__name__} ({reason})"
+            f"--weights.clap {folder}: not a folder of {kind.__name__} ({reason})"
         ) from None
     if hasattr(found, "state_dict"):  # a model, not what prepares its input
-        as_arrays(f"--weights.{embedder} {folder}", found.state_dict())
+        as_arrays(f"--weights.clap {folder}", found.state_dict())
     return found
 
 
@@ -271,35 +269,14 @@ def _weights_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
 
 
-def _ast(weights: str) -> Embedder:
-    torch = import_torch()
-    from transformers import ASTFeatureExtractor, ASTForAudioClassification
-
-    folder = _transformers_folder(weights, "ast")
-    model = _from_pretrained(ASTForAudioClassification, folder, "ast").eval()
-    extractor = _from_pretrained(ASTFeatureExtractor, folder, "ast")
-    rate = extractor.sampling_rate
-
-    def embed(wav_N: np.ndarray) -> Embedded:
-        pieces = cut(wav_N, rate, 10.0)
-        with torch.inference_mode():
-            # (one at a time: the extractor takes lists of arrays apart, slowly)
-            inputs = [extractor(p, sampling_rate=rate, return_tensors="pt") for p in pieces]
-            values = torch.cat([each["input_values"] for each in inputs])
-            pooled = model.audio_spectrogram_transformer(values).pooler_output
-            return Embedded(pooled.numpy(), model.classifier(pooled).numpy())
-
-    return Embedder("ast", rate, embed, weights, _digest(_weights_of(folder)), "10 s")
-
-
 def _clap(weights: str) -> Embedder:
     import_torch()
     from transformers import AutoTokenizer, ClapFeatureExtractor, ClapModel
 
-    folder = _transformers_folder(weights, "clap")
-    model = _from_pretrained(ClapModel, folder, "clap").eval()
-    extractor = _from_pretrained(ClapFeatureExtractor, folder, "clap")
-    tokenizer = _from_pretrained(AutoTokenizer, folder, "clap")
+    folder = _clap_folder(weights)
+    model = _from_pretrained(ClapModel, folder).eval()
+    extractor = _from_pretrained(ClapFeatureExtractor, folder)
+    tokenizer = _from_pretrained(AutoTokenizer, folder)
     if model.config.audio_config.enable_fusion:
         raise UserError(
             f"--weights.clap {weights}: a model with fusion draws parts of a clip at random; name "

@@ -98,12 +98,21 @@ def _require_finite(path: Path, wav_CN: np.ndarray) -> None:
         raise UserError(f"{path}: the audio holds NaN or infinite samples; nothing was written")
 
 
-# Below this RMS audio counts as silence, whose loudness is left alone.
-SILENCE_RMS = 2e-3
-
-
-_Kilobits = Annotated[int, Between(1, 2**31 - 1, words="be a positive whole number")]
-_Decibels = Annotated[float, Between(-200, 200)]
+# Of `audio_write`; the levels are AudioCraft's, -1 and -18 dBFS.
+PEAK, RMS = np.float32(10 ** (-1 / 20)), 10 ** (-18 / 20)
+SILENCE_RMS = 2e-3  # audio below it has no loudness to bring up
+ENCODINGS = {
+    "wav": WAV,
+    "flac": {"format": "FLAC", "subtype": "PCM_16"},
+    "ogg": {"format": "OGG", "subtype": "VORBIS"},
+    # The most kbit/s that MP3 has at the sample rate: 320 from 32 kHz on, 160 from 16 kHz on.
+    "mp3": {
+        "format": "MP3",
+        "subtype": "MPEG_LAYER_III",
+        "bitrate_mode": "CONSTANT",
+        "compression_level": 0.0,
+    },
+}
 
 
 @checked
@@ -112,34 +121,28 @@ def audio_write(
     wav: Annotated[np.ndarray, as_array],
     sample_rate: Annotated[int, as_rate],
     format: Literal["wav", "mp3", "flac", "ogg"] = "wav",
-    mp3_rate: _Kilobits = 320,
     normalize: bool = True,
     strategy: Literal["peak", "clip", "rms", "loudness", "none"] = "peak",
-    peak_clip_headroom_db: _Decibels = 1,
-    rms_headroom_db: _Decibels = 18,
-    loudness_headroom_db: _Decibels = 14,
+    loudness_headroom_db: Annotated[float, Between(-200, 200)] = 14,
     loudness_compressor: bool = False,
-    log_clipping: bool = True,
-    make_parent_dir: bool = True,
     add_suffix: bool = True,
 ) -> Path:
     """Writes audio to a file, never half of one; names and meanings as in AudioCraft.
+
+    Makes the folder. Says on stderr where samples were cut.
 
     Args:
       stem_name: path without suffix, or with it where `add_suffix` is False.
       wav: float [C, samples] or [samples].
       sample_rate: samples per second.
-      format: 16-bit WAV or FLAC, MP3 at `mp3_rate` kbit/s, or Ogg Vorbis.
-      mp3_rate: kbit/s, brought within what MP3 has at that sample rate: 32 to 320 from 32 kHz on,
-        8 to 160 from 16 kHz on, 8 to 64 below.
+      format: 16-bit WAV or FLAC, MP3 at its highest rate, or Ogg Vorbis.
       normalize: without it, 'peak' and 'rms' only turn down what would be too loud.
-      strategy: 'peak' brings the peak to -peak_clip_headroom_db dBFS; 'clip' cuts what is above
-        that; 'rms' brings the RMS to -rms_headroom_db dBFS; 'loudness' brings the integrated
-        loudness (ITU-R BS.1770) to -loudness_headroom_db LUFS, silence and clips shorter than
-        0.4 s left alone; 'none' leaves the level alone.
+      strategy: 'peak' brings the peak to -1 dBFS; 'clip' cuts what is above that; 'rms' brings the
+        RMS to -18 dBFS; 'loudness' brings the integrated loudness (ITU-R BS.1770) to
+        -loudness_headroom_db LUFS, silence and clips shorter than 0.4 s left alone; 'none' leaves
+        the level alone.
       loudness_compressor: with 'loudness', bend peaks by tanh instead of cutting them.
-      log_clipping: say on stderr where samples were cut.
-      make_parent_dir, add_suffix: make the folder; append '.wav' and the like.
+      add_suffix: append '.wav' and the like.
 
     Returns:
       the path written.
@@ -152,30 +155,18 @@ def audio_write(
     wav_CN = _as_channels(path, wav)
     if format == "ogg" and sample_rate > 200_000:  # libvorbis would end the process
         raise UserError(f"{path}: Ogg Vorbis goes up to 200000 Hz, not {sample_rate}")
-    if strategy == "loudness" and len(wav_CN) > 5:  # the standard weighs five
-        raise UserError(
-            f"{path}: loudness is measured for at most 5 channels, not {len(wav_CN)}; "
-            "choose another strategy"
-        )
-    limit = np.float32(10 ** (-peak_clip_headroom_db / 20))
     if strategy == "clip":
-        wav_CN = wav_CN.clip(-limit, limit)
+        wav_CN = wav_CN.clip(-PEAK, PEAK)
     elif strategy == "loudness":
-        gain = _loudness_gain(wav_CN, sample_rate, -loudness_headroom_db)
+        gain = _loudness_gain(path, wav_CN, sample_rate, -loudness_headroom_db)
         wav_CN = wav_CN * np.float32(gain)
         wav_CN = np.tanh(wav_CN) if loudness_compressor and gain != 1 else wav_CN
     elif strategy != "none":
-        level, wanted = float(np.abs(wav_CN).max()), float(limit)
-        if strategy == "rms":  # of the mono mix
-            level = float(np.sqrt(np.square(wav_CN.mean(0, dtype=np.float64)).mean()))
-            wanted = 10 ** (-rms_headroom_db / 20)
-        gain = wanted / max(level, 1e-8)
+        gain = _level_gain(wav_CN, strategy)
         wav_CN = wav_CN * np.float32(gain if normalize else min(gain, 1))
-    if log_clipping and (peak := np.abs(wav_CN).max()) > 1:
+    if (peak := np.abs(wav_CN).max()) > 1:
         print(f"{path}: peaks of {peak:.2f} are cut to full scale", file=sys.stderr)
-    if not make_parent_dir and not path.parent.is_dir():
-        raise UserError(f"{path}: no such folder; make it, or leave make_parent_dir on")
-    write(path, wav_CN, sample_rate, **_encoding(format, sample_rate, mp3_rate))
+    write(path, wav_CN, sample_rate, **ENCODINGS[format])
     return path
 
 
@@ -193,27 +184,22 @@ def _as_channels(path: Path, wav_CN: np.ndarray) -> np.ndarray:
     return wav_CN
 
 
-def _loudness_gain(wav_CN: np.ndarray, sample_rate: int, wanted_lufs: float) -> float:
-    rms = float(np.sqrt(np.square(wav_CN, dtype=np.float64).mean()))
-    loudness = measure_loudness(wav_CN, sample_rate) if rms >= SILENCE_RMS else None
+def _root_mean_square(x: np.ndarray) -> float:
+    return float(np.sqrt(np.square(x, dtype=np.float64).mean()))
+
+
+def _level_gain(wav_CN: np.ndarray, strategy: str) -> float:
+    if strategy == "peak":
+        return float(PEAK) / max(float(np.abs(wav_CN).max()), 1e-8)
+    return RMS / max(_root_mean_square(wav_CN.mean(0, dtype=np.float64)), 1e-8)
+
+
+def _loudness_gain(path: Path, wav_CN: np.ndarray, sample_rate: int, wanted_lufs: float) -> float:
+    if len(wav_CN) > 5:  # the standard weighs five
+        raise UserError(
+            f"{path}: loudness is measured for at most 5 channels, not {len(wav_CN)}; "
+            "choose another strategy"
+        )
+    quiet = _root_mean_square(wav_CN) < SILENCE_RMS
+    loudness = None if quiet else measure_loudness(wav_CN, sample_rate)
     return 1.0 if loudness is None else 10 ** ((wanted_lufs - loudness) / 20)
-
-
-def _encoding(format: str, sample_rate: int, mp3_rate: int) -> dict[str, object]:
-    if format == "mp3":
-        return _mp3_encoding(sample_rate, mp3_rate)
-    return {"format": format.upper(), "subtype": "VORBIS" if format == "ogg" else "PCM_16"}
-
-
-def _mp3_encoding(sample_rate: int, kbps: int) -> dict[str, object]:
-    # libsndfile takes a share of the way from a rate's highest to its lowest number of kbit/s.
-    highest, lowest = (320, 32) if sample_rate >= 32_000 else (160, 8)
-    if sample_rate < 16_000:
-        highest = 64
-    share = (highest - min(max(kbps, lowest), highest)) / (highest - lowest)
-    return {
-        "format": "MP3",
-        "subtype": "MPEG_LAYER_III",
-        "bitrate_mode": "CONSTANT",
-        "compression_level": min(share, 0.999),
-    }

@@ -13,7 +13,7 @@ import shutil
 import socket
 import warnings
 import zipfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +355,28 @@ def temporary(path: Path, make: Callable[[Path], None] = Path.touch) -> Iterator
         os.close(handle)
         with contextlib.suppress(OSError):
             shutil.rmtree(writing) if writing.is_dir() else writing.unlink()
+
+
+def write_text(path: Path, text: str | Iterable[str]) -> None:
+    """Replaces a text file, of one text or many, so that a kill leaves the old or the new whole.
+
+    So does a power cut. Raises `OSError` where it cannot be written.
+    """
+    with temporary(path) as writing:
+        with writing.open("w", encoding="utf-8") as file:
+            file.writelines([text] if isinstance(text, str) else text)
+        sync(writing)
+        writing.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 # --- what is not whole yet ------------------------------------------------------------------------

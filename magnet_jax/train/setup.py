@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from magnet_jax.checkpoints import finetune, pretrained, run_folder
+from magnet_jax.checkpoints import matching, pretrained, run_folder
 from magnet_jax.codec import encodec
 from magnet_jax.config import CodecSpec, RunConfig
 from magnet_jax.convert import t5_files
@@ -102,14 +102,14 @@ def _text_and_lm(
     wanted = jax.eval_shape(
         functools.partial(transformer.init_params, config.model), jax.random.key(0)
     )
-    matched, lines = finetune.match_params(
+    matched, lines = matching.match_params(
         wanted, loaded.params["lm"], config.init_partial, where=config.init_from
     )
     for line in lines if config.init_partial else lines[:1]:
         distributed.say_first(line)
     if any(leaf is None for leaf in jax.tree.leaves(matched, is_leaf=lambda x: x is None)):
         fresh = transformer.init_params(config.model, jax.random.key(config.seed))
-        matched = finetune.fill_params(matched, fresh)
+        matched = matching.fill_params(matched, fresh)
     lm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), matched)
     return (loaded.t5_config, loaded.t5_params, loaded.tokenizer), lm
 

@@ -15,8 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from magnet_jax.config import RunConfig
-from magnet_jax.data import records
 from magnet_jax.errors import UserError
+from magnet_jax.io import files
 from magnet_jax.train import chips, distributed, flops, hybrid_objective, optimizer
 from magnet_jax.train.setup import Setup
 from magnet_jax.train.steps import RATE_BINS, LossAux, StepSettings
@@ -32,7 +32,7 @@ class Scalars:
         self.path = run / "metrics.jsonl"
         if self.path.exists():
             kept = [line for line in read_scalars(run) if line["step"] <= step]
-            records.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            files.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self.wandb = _open_wandb(config, run) if config.wandb else None
 

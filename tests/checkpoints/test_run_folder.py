@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from magnet_jax.checkpoints import pretrained, run_folder
-from magnet_jax.config import HybridConfig, LoraConfig, RunConfig
+from magnet_jax.config import LoraConfig, RunConfig
 from magnet_jax.errors import PassingError, UserError
 from magnet_jax.io import lock
 from magnet_jax.train import loop
@@ -58,11 +58,10 @@ def test_what_sampling_alone_reads_may_change():
     config = RunConfig()
     changed = dataclasses.replace(
         config,
-        hybrid_prompt_seconds=3.0,
+        prompt_seconds=3.0,
         decode=dataclasses.replace(config.decode, greedy=True),
         autoregressive=dataclasses.replace(config.autoregressive, top_k=7),
     )
-    assert isinstance(HybridConfig(prompt_seconds=changed.hybrid_prompt_seconds), HybridConfig)
     assert run_folder.changed_settings(config, changed) == []
     changed = dataclasses.replace(changed, condition_dropout=0.5)
     assert run_folder.changed_settings(config, changed) == ["condition_dropout (was 0.3, now 0.5)"]

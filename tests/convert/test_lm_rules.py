@@ -14,7 +14,7 @@ import yaml
 from conftest import SHIPPED_GOLDEN
 from tiny import EMBEDDED_CODEC, PUBLISHED_CODEC, TINY, assert_same_bits, random_params
 
-from magnet_jax.checkpoints import export, run_folder
+from magnet_jax.checkpoints import run_folder, verify
 from magnet_jax.config import ASSETS, ModelConfig, RunConfig
 from magnet_jax.convert import audiocraft, codec_rules, lm_rules, torch_lm
 from magnet_jax.errors import UserError
@@ -261,7 +261,7 @@ def test_a_model_without_a_restricted_context_is_audiocrafts_minus_one():
     assert found["transformer_lm"]["subcodes_context"] == -1
     assert lm_rules.model_from_xp_cfg(found, TINY.text_width, "x") == model
     params = random_params(model)
-    assert export.logits_difference(params, model, lm_rules.to_audiocraft(params, model)) < 1e-4
+    assert verify.logits_difference(params, model, lm_rules.to_audiocraft(params, model)) < 1e-4
     for theirs in (0, -2):  # there, 0 is a frame that sees itself alone
         found["transformer_lm"]["subcodes_context"] = theirs
         with pytest.raises(UserError, match="subcodes_context must be -1 or positive"):
@@ -328,9 +328,9 @@ def test_exported_state_dict_computes_the_references_logits_in_pytorch(tmp_path)
 def test_logits_here_and_in_pytorch_agree_or_differ(folder):
     lm = lm_rules.read_audiocraft(folder)
     state = lm_rules.to_audiocraft(lm.params, lm.model)
-    assert export.logits_difference(lm.params, lm.model, state) < 1e-4
+    assert verify.logits_difference(lm.params, lm.model, state) < 1e-4
     state["linears.0.weight"] = state["linears.0.weight"][::-1].copy()
-    assert export.logits_difference(lm.params, lm.model, state) > 1e-2
+    assert verify.logits_difference(lm.params, lm.model, state) > 1e-2
 
 
 # --- the codec ----------------------------------------------------------------------------------

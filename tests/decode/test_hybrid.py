@@ -444,7 +444,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         tiny.use_one_device(patch)
         patch.setattr(launch_train, "load_config", lambda name: config)
-        launch_train.main(["--objective", "hybrid", "--hybrid-prompt-seconds", "0.2"])
+        launch_train.main(["--objective", "hybrid", "--prompt-seconds", "0.2"])
     return folder / "run"
 
 
@@ -535,20 +535,20 @@ def test_what_is_begun_with_another_model(run, monkeypatch, words, begun_with, o
     (config,) = begun
     assert config.objective == objective
     assert config.model.delays == ((0, 1, 2, 3) if objective == "hybrid" else ())
-    assert (config.model.width, config.hybrid_prompt_seconds) == (16, 0.2)
+    assert (config.model.width, config.prompt_seconds) == (16, 0.2)
 
 
 def test_the_command_samples_and_exports(run, tmp_path):
     args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "wavs")]
-    (path,) = sample.sample(sample.parse([*args, "--hybrid-prompt-seconds", "None"]))
+    (path,) = sample.sample(sample.parse([*args, "--prompt-seconds", "None"]))
     settings = json.loads(path.with_suffix(".json").read_text())
     assert settings["decode"]["prompt_seconds"] == 0.2  # the run's own
-    assert sample.parse(args).hybrid_prompt_seconds == 0.2
-    again = [*args[:4], "--out", str(tmp_path / "whole"), "--hybrid-prompt-seconds", "9"]
+    assert sample.parse(args).prompt_seconds == 0.2
+    again = [*args[:4], "--out", str(tmp_path / "whole"), "--prompt-seconds", "9"]
     (path,) = sample.sample(sample.parse(again))  # (0.6 s are the clip)
     assert json.loads(path.with_suffix(".json").read_text())["decode"]["prompt_seconds"] == 0.6
-    given = sample.parse([*args, "--hybrid-prompt-seconds", "0"])
-    assert given.hybrid_prompt_seconds == 0 and given.decode.steps == (1, 1, 1, 1)
+    given = sample.parse([*args, "--prompt-seconds", "0"])
+    assert given.prompt_seconds == 0 and given.decode.steps == (1, 1, 1, 1)
 
     out = tmp_path / "exported"
     with pytest.raises(UserError, match="AudioCraft has no hybrid models: --no-audiocraft"):
@@ -631,21 +631,21 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
     args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path)]
     for more, message in (
         (
-            ["--hybrid-prompt-seconds", "-1"],
-            "^--hybrid-prompt-seconds must be at least 0, and at most 1000000, not -1.0$",
+            ["--prompt-seconds", "-1"],
+            "^--prompt-seconds must be at least 0, and at most 1000000, not -1.0$",
         ),
         (
-            ["--hybrid-prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"]
+            ["--prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"]
             + ["--rescorer", str(run)],
             "nothing is rescored of a clip that is made one step after another to its end",
         ),
         (
-            ["--hybrid-prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"],
-            "^--decode has no effect with --hybrid-prompt-seconds 0.6: leave it out$",
+            ["--prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"],
+            "^--decode has no effect with --prompt-seconds 0.6: leave it out$",
         ),
         (
-            ["--hybrid-prompt-seconds", "0", "--autoregressive.top-k", "5"],
-            "^--autoregressive has no effect with --hybrid-prompt-seconds 0: leave it out$",
+            ["--prompt-seconds", "0", "--autoregressive.top-k", "5"],
+            "^--autoregressive has no effect with --prompt-seconds 0: leave it out$",
         ),
         (["--mesh.frames", "2"], "leave out kernels .*mesh.guidance and mesh.frames"),
         (["--kernels.full", "blocks"], "leave out kernels"),

@@ -37,16 +37,16 @@ def test_levels(tmp_path, channels):
         return read(audio_write(tmp_path / "x", wav, RATE, **options))[0]
 
     assert decibels(abs(written()).max()) == pytest.approx(-1, abs=0.01)
-    assert decibels(abs(written(peak_clip_headroom_db=6)).max()) == pytest.approx(-6, abs=0.01)
     rms = np.sqrt(np.square(written(strategy="rms").mean(0)).mean())
     assert decibels(rms) == pytest.approx(-18, abs=0.01)
     np.testing.assert_allclose(written(strategy="none"), wav, atol=4e-5)
-    cut = written(strategy="clip", peak_clip_headroom_db=20)
-    np.testing.assert_allclose(cut, wav.clip(-0.1, 0.1), atol=4e-5)
-    assert (cut != wav).any()
     # Without normalisation what is not too loud stays as it is.
     np.testing.assert_allclose(written(normalize=False), wav, atol=4e-5)
-    assert abs(written(normalize=False, peak_clip_headroom_db=30)).max() < 0.04
+    loud, limit = wav * 20, 10 ** (-1 / 20)
+    cut = read(audio_write(tmp_path / "x", loud, RATE, strategy="clip"))[0]
+    np.testing.assert_allclose(cut, loud.clip(-limit, limit), atol=4e-5)
+    turned_down = read(audio_write(tmp_path / "x", loud, RATE, normalize=False))[0]
+    assert decibels(abs(turned_down).max()) == pytest.approx(-1, abs=0.01)
     loudness = pyloudnorm.Meter(RATE).integrated_loudness(written(strategy="loudness").T)
     assert loudness == pytest.approx(-14, abs=0.1)
 
@@ -81,10 +81,9 @@ def test_formats(tmp_path, format, channels):
 
 
 @pytest.mark.parametrize("rate", [32_000, 44_100, 16_000])
-@pytest.mark.parametrize("kbps", [320, 192, 128, 64])
-def test_mp3_rates(tmp_path, rate, kbps):
-    path = audio_write(tmp_path / "x", noise(seconds=8, rate=rate), rate, "mp3", kbps)
-    wanted = min(kbps, 160 if rate == 16_000 else 320)
+def test_mp3_has_its_highest_rate(tmp_path, rate):
+    path = audio_write(tmp_path / "x", noise(seconds=8, rate=rate), rate, "mp3")
+    wanted = 160 if rate == 16_000 else 320
     assert path.stat().st_size * 8 / 8 / 1000 == pytest.approx(wanted, rel=0.03)
 
 
@@ -103,8 +102,6 @@ def test_arrays_of_all_kinds(tmp_path, kind):
 
 def test_names_and_folders(tmp_path):
     assert audio_write(tmp_path / "new" / "x.wav", noise()[0], RATE, add_suffix=False).exists()
-    with pytest.raises(UserError, match="no such folder"):
-        audio_write(tmp_path / "other" / "x", noise(), RATE, make_parent_dir=False)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +123,6 @@ def test_names_and_folders(tmp_path):
         (np.zeros((1, 9)), {"sample_rate": 0, "strategy": "loudness"}, "sample_rate must be"),
         (np.zeros((1, 9)), {"format": "ogg", "sample_rate": 300_000}, "up to 200000 Hz"),
         (np.zeros((1, 9)), {"sample_rate": 1.5}, "sample_rate must be"),
-        (np.zeros((1, 9)), {"format": "mp3", "mp3_rate": 0}, "mp3_rate must be"),
         (np.zeros((1, 9)), {"format": "wma"}, "format must be one of wav"),
         (np.zeros((1, 9)), {"strategy": "loud"}, "strategy must be one of peak"),
         (np.zeros((1, 9)), {"format": "mp3", "sample_rate": 96_000}, "cannot be written at 96000"),

@@ -196,7 +196,7 @@ def test_studies_share_what_they_have_in_common(place, tmp_path):
     assert whole.runs[0].config.model.kind == "hybrid"
     assert f"--rescorer-weight 0.7 --rescorer {whole.runs[0].folder}" in rescored.words[-9]
     assert [cell.words[-9] for cell in cells["hybrid"]] == [
-        f"--sample-options=--hybrid-prompt-seconds {seconds} --batch-size 8"
+        f"--sample-options=--prompt-seconds {seconds} --batch-size 8"
         for seconds in ("0", "0.2", "600")
     ]
     assert list(tmp_path.iterdir()) == []

@@ -557,21 +557,6 @@ def test_clap_of_transformers(clap_folder):
         embedders.load("clap", str(broken))
 
 
-def test_ast_of_transformers(tmp_path):
-    import_torch()
-    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
-
-    config = ASTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-        num_labels=5,
-    )  # fmt: skip
-    ASTForAudioClassification(config).save_pretrained(tmp_path)
-    ASTFeatureExtractor().save_pretrained(tmp_path)
-    embedder = embedders.load("ast", str(tmp_path))
-    found = embedder.embed(np.random.default_rng(0).normal(0, 0.1, 16_000 * 12).astype(np.float32))
-    assert found.embeddings_PE.shape == (2, 16) and found.logits_PL.shape == (2, 5)
-
-
 def test_vggish_is_taken_before_its_last_relu(tmp_path, monkeypatch):
     torch = import_torch()
 
@@ -606,8 +591,8 @@ def test_vggish_is_taken_before_its_last_relu(tmp_path, monkeypatch):
         ("vggish", None, "torchvggish: pip install --no-deps -r requirements-eval.txt"),
         ("passt", None, "needs the package hear21passt"),
         ("clap", None, "offline, name a folder with .*tokenizer.json: --weights.clap DIR"),
-        ("ast", "owner/none", "not to be had from the Hugging Face hub"),
-        ("ast", "no/such/folder", "no such folder, and not a hub id"),
+        ("clap", "owner/none", "not to be had from the Hugging Face hub"),
+        ("clap", "no/such/folder", "no such folder, and not a hub id"),
         ("musicnn", "nowhere", "nowhere/model.safetensors: no such file"),
     ],
 )

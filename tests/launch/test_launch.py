@@ -211,7 +211,7 @@ def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch)
         (["--prompt", "x", "--batch-size", "1000000"], "--batch-size must be .* 1024, not 1000000"),
         (["--unconditional", "1000000000"], "--unconditional must lie"),
         (["--unconditional", "-1"], "--unconditional must lie"),
-        (["--prompt", "x", "--hybrid-prompt-seconds", "nan"], "--hybrid-prompt-seconds must be"),
+        (["--prompt", "x", "--prompt-seconds", "nan"], "--prompt-seconds must be"),
         (["--prompt", "x", "--decode.steps", "1", "1", "1", "1.5"], "--decode.steps"),
         (["--prompt", "x", "--decode.steps", *["1000000"] * 4], "decode.steps must be"),
         (["--prompt", "x", "--decode.span-length", "1000000"], "decode.span_length must lie"),

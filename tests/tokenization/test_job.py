@@ -21,6 +21,7 @@ from sounds import RATE, album, content, cut_file, put, put_with_ffmpeg, tone
 from magnet_jax.config import ASSETS
 from magnet_jax.data import records
 from magnet_jax.errors import PassingError, UserError
+from magnet_jax.io import files
 from tokenization import decoder as decoder_module
 from tokenization import job as job_module
 from tokenization import place as place_module
@@ -440,7 +441,7 @@ def test_locks_of_network_file_systems(tmp_path, monkeypatch):
 
 
 def test_of_two_machines_that_begin_at_once_one_says_what_is_begun(tmp_path, monkeypatch):
-    write, begun, go_on = records.write_text, threading.Event(), threading.Event()
+    write, begun, go_on = files.write_text, threading.Event(), threading.Event()
 
     def write_text(path, text):
         if text == "first":
@@ -448,7 +449,7 @@ def test_of_two_machines_that_begin_at_once_one_says_what_is_begun(tmp_path, mon
             assert go_on.wait(60)
         write(path, text)
 
-    monkeypatch.setattr(records, "write_text", write_text)
+    monkeypatch.setattr(files, "write_text", write_text)
     place = place_module.Folder(tmp_path)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(place.create, "job.json", "first")

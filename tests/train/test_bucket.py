@@ -18,6 +18,7 @@ from fake_bucket import serve
 from gcsfs.retry import HttpError
 from google.api_core import exceptions
 from google.auth.exceptions import DefaultCredentialsError
+from google.cloud.storage.exceptions import DataCorruption
 from several import begin, free_port, losses
 
 from launch import export, sample
@@ -273,6 +274,7 @@ def chained(error: Exception, cause: Exception) -> Exception:
         (DefaultCredentialsError("none were found"), "no valid credentials"),
         (exceptions.NotFound("the bucket does not exist"), "no such bucket"),
         (FileNotFoundError("music/run/checkpoints"), "no such bucket"),
+        (DataCorruption(None, "the checksums differ"), "damaged on the way"),
         (chained(RuntimeError("save failed"), exceptions.Forbidden("no")), "no permission"),
         (ValueError("ABORTED: All 3 retry attempts failed: CURL error"), "out of reach"),
         (ValueError("Error writing gs://b/checkpoints/404/params: CURL error"), "out of reach"),
