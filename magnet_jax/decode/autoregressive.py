@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import ModelConfig, Products
+from magnet_jax.config import ModelConfig
 from magnet_jax.decode.parallel import Choice, choose_token
 from magnet_jax.model import transformer
 
@@ -39,7 +39,6 @@ def advance(
     guided: bool,
     apart: bool = False,
     spare: int = 0,
-    products: Products = "axes",
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, transformer.Cache]:
     """Fills in what is `UNKNOWN` in steps [B, K, S], one step after another. To be traced.
@@ -55,7 +54,6 @@ def advance(
       guided: whether rows without text are computed as well; without, guidance is 1.
       apart: whether the layers are written out, see `Transformer.layers_apart`.
       spare: steps that the cache has room for beyond those that are in it in the end.
-      products: see `transformer.product`.
       on_step: called with the number of steps done while the program runs.
 
     Returns:
@@ -72,7 +70,7 @@ def advance(
     cache = model.empty_cache(rows(steps_BKS).shape[0], num_steps - 1 + spare, dtype)
     if num_given > 1:
         given = rows(steps_BKS[..., : num_given - 1])
-        _, cache = model.extend(given, text, cache, 0, products=products)
+        _, cache = model.extend(given, text, cache, 0)
 
     layers = model.layers_apart(text) if apart else None
 
@@ -81,7 +79,7 @@ def advance(
         steps_BKS, cache = carry
         before_BK1 = jax.lax.dynamic_slice_in_dim(steps_BKS, step - 1, 1, axis=-1)
         model = transformer.bind(config, params)
-        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers, products)
+        states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers)
         logits_BKV = model.all_heads(states_R1D)[:, :, 0]
         if guided:
             logits_BKV, without_BKV = jnp.split(logits_BKV, 2)

@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import ModelConfig, Products
+from magnet_jax.config import ModelConfig
 from magnet_jax.decode import autoregressive, parallel
 from magnet_jax.model import attention, patterns, transformer
 
@@ -63,7 +63,6 @@ def generate(
     guided: parallel.GuidedSteps = "all",
     length: jax.Array | int | None = None,
     dtype: jnp.dtype = jnp.float32,
-    products: Products = "axes",
     savings: parallel.Savings = parallel.ALL_SAVINGS,
     rescoring: parallel.Rescoring | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -75,7 +74,6 @@ def generate(
     Args:
       codes_BKT: the given first frames, then anything.
       beginning, beginning_sampling: of the steps one after another.
-      products: see `transformer.product`.
       schedule: from `parallel.make_schedule`, with the prompt that `Beginning.of_codebooks` tells.
       params, states_BSE, text_mask_BS, num_zero_keys_B, keys_B, limit, config, choice, span_score,
         span_arrangement, guided, length, dtype, savings, rescoring, on_step: see
@@ -108,7 +106,7 @@ def generate(
         config, params, rows_text, keys_B, steps_BKS, beginning_sampling,
         num_given=1 + beginning.num_given if beginning.num_frames else 1,
         choice=beginning.choice, guided=with_null, apart=beginning.apart,
-        spare=0 if beginning.whole else 1, products=products, on_step=on_step and report,
+        spare=0 if beginning.whole else 1, on_step=on_step and report,
     )  # fmt: skip
     made_BKT, _ = patterns.to_frames(steps_BKS, delays, num_frames, first=1)
     prompt_1KT = (frame_T[None] < jnp.asarray(prompt_K)[:, None])[None]
@@ -119,15 +117,13 @@ def generate(
     # The last step of the prompt predicts nothing; the rest attends to it.
     last_BK1 = steps_BKS[..., -1:]
     rows = jnp.concatenate([last_BK1] * (1 + with_null))
-    _, cache = model.extend(rows, rows_text, cache, prompt_steps - 1, products=products)
+    _, cache = model.extend(rows, rows_text, cache, prompt_steps - 1)
 
     def later(done: jax.Array, _: int) -> None:
         on_step(done + num_first, num_steps)
 
     return parallel.decode(
-        _completing_network(
-            config, params, text, cache, prompt_steps, num_frames, length, products
-        ),
+        _completing_network(config, params, text, cache, prompt_steps, num_frames, length),
         schedule,
         # (0 is no step of the prompt's, whose own keys are made with their numbers)
         jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, 0),
@@ -156,7 +152,6 @@ def _completing_network(
     prompt_steps: int,
     num_frames: int,
     length: jax.Array | int,
-    products: Products = "axes",
 ) -> parallel.Network:
     """The steps after a prompt as `decode` sees them, by frames of the codebook to predict."""
     delays = jnp.asarray(config.delays)
@@ -182,7 +177,6 @@ def _completing_network(
             ),
             positions_BTD=positions_1SD[:, prompt_steps:],
             past=jax.tree.map(lambda x: x[:, : len(rows)], cache),
-            products=products,
         )
         # (the prompt is not predicted, and its frames' states may be anything)
         states_RSD = jnp.pad(states_RSD, ((0, 0), (prompt_steps, 0), (0, 0)))

@@ -581,7 +581,6 @@ def guided_network(
             local=local,
             attend=attend,
             positions_BTD=positions_BTD,
-            products=kernels.products,
         )
 
     def head(states_RMD, stage, *, guided):

@@ -42,7 +42,6 @@ class _Reading:
     dtype: jnp.dtype
     kernels: KernelConfig
     platform: str
-    num_devices: int
 
 
 def load(source: Path | str) -> Loaded:
@@ -92,7 +91,6 @@ def from_model(
         dtype=sampling.compute_dtype(config),
         kernels=execution.kernels,
         platform=jax.default_backend(),
-        num_devices=sampling.make_mesh(execution.mesh).size,
     )
     loaded = sampling.on_devices(loaded, execution)
     params = {
@@ -183,10 +181,6 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
             keys = transformer.with_null_rows(keys)
         # As many as generation takes: up to the last frame of the most delayed codebook.
         num_steps = patterns.num_steps(num_frames, config.delays) - 1
-        kernels = attention.choose_kernels(
-            KernelConfig(products=reading.kernels.products), reading.platform, config, num_steps,
-            reading.dtype, num_devices=reading.num_devices,
-        )  # fmt: skip
         positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
@@ -200,7 +194,6 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
                 local=False,
                 attend=teacher_forcing.attend_causally,
                 positions_BTD=positions_1SD,
-                products=kernels.products,
             )
             # After step t + delay comes the code of frame t: of one codebook, a slice of steps.
             delay = jnp.asarray(config.delays)[stage]
@@ -222,7 +215,6 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
     def read(params, text, *, num_frames, length):
         kernels = attention.choose_kernels(
             reading.kernels, reading.platform, config, num_frames, reading.dtype,
-            num_devices=reading.num_devices,
         )  # fmt: skip
         network = parallel.guided_network(
             config,

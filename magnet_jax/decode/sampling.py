@@ -466,7 +466,6 @@ def _clips_of(
         generate = functools.partial(
             hybrid.generate,
             beginning=made_for.beginning,
-            products=made_for.kernels.products,
         )
     decoded = generate(
         params,
@@ -569,7 +568,6 @@ def clip_arguments(
         model,
         bucket // axis_size["frames"],
         dtype,
-        num_devices=mesh.size if mesh else 1,
         split=axis_size["frames"] > 1,
     )
     # (a bucket that is full by chance shares its program with shorter clips)
@@ -739,11 +737,11 @@ _encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
 def check_execution(model: ModelConfig, execution: Execution) -> None:
     """Raises `UserError` for what a model of kind musicgen or hybrid does not have."""
     mesh = dataclasses.replace(execution.mesh, data=1)
-    asked = (mesh, execution.kernels.of_attention)
+    asked = (mesh, execution.kernels)
     if model.autoregressive and asked != (SamplingMeshConfig(), KernelConfig()):
         raise UserError(
             f"a model of kind {model.kind} has one kernel of attention, and splits a batch alone: "
-            "leave out kernels (but for .products), mesh.guidance and mesh.frames"
+            "leave out kernels, mesh.guidance and mesh.frames"
         )
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.config import ModelConfig, Remat
 from magnet_jax.model import attention, patterns, transformer
 from magnet_jax.train import objective
 from magnet_jax.train.masking import span_mask
@@ -102,7 +102,6 @@ def sums(
     dtype: jnp.dtype = jnp.float32,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-    products: Products = "axes",
     written_out: bool = False,
 ) -> Sums:
     """Each row's share of both losses, from one pass; arguments as of `objective.sums`."""
@@ -123,7 +122,6 @@ def sums(
         ),
         remat=remat,
         sharding=sharding,
-        products=products,
         written_out=written_out,
     )
 

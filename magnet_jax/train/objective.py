@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.config import ModelConfig, Remat
 from magnet_jax.model import transformer
 from magnet_jax.model.attention import self_attention
 from magnet_jax.train.masking import masking_rate, span_mask
@@ -128,7 +128,6 @@ def sums(
     attend: Callable[..., jax.Array] = self_attention,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-    products: Products = "axes",
     written_out: bool = False,
 ) -> Sums:
     """Each row's share of the training loss of one stage (sections 2 and 3.1).
@@ -139,7 +138,7 @@ def sums(
       codes_BKT, valid_BT: true tokens, and which frames are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      attend, remat, sharding, products, written_out: see `Transformer.trunk`.
+      attend, remat, sharding, written_out: see `Transformer.trunk`.
     """
     mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
     corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
@@ -152,7 +151,6 @@ def sums(
         attend=attend,
         remat=remat,
         sharding=sharding,
-        products=products,
         written_out=written_out,
     )
     return score(model.head(states_BTD, stage), corrupted.target_BT, corrupted.mask_BT)

@@ -53,17 +53,14 @@ def make_static(
     Raises `UserError` for a mesh that does not fit the model, and kernels that it has not.
     """
     sharding.check_mesh(config.model, mesh)
-    if config.model.kind == "hybrid" and config.kernels.of_attention != KernelConfig():
-        raise UserError(
-            "the hybrid objective has one kernel of attention: leave out kernels, but for .products"
-        )
+    if config.model.kind == "hybrid" and config.kernels != KernelConfig():
+        raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
     kernels = attention.choose_kernels(
         config.kernels,
         mesh.devices.flat[0].platform,
         config.model,
         num_frames,
         dtype,
-        num_devices=mesh.size,
     )
     if "splash" in (kernels.full, kernels.local) and mesh.size > 1:
         raise UserError("attention kernel splash cannot be split over several devices")
@@ -214,7 +211,6 @@ def _sums(
         dtype=static.dtype,
         remat=static.remat,
         sharding=sharding.batch_sharding(static.mesh),
-        products=static.kernels.products,
         written_out=static.mesh.devices.flat[0].platform == "cpu",
     )
 
