@@ -95,7 +95,7 @@ class Args:
     codec_backend: Literal["jax", "torch"] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
     kernels: KernelConfig = KernelConfig()
-    """How attention and products are computed."""
+    """How attention is computed."""
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """How many devices are used."""
     text_encoder: str | None = None
@@ -117,8 +117,7 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
     theirs = "is there, and launch.sample did not make it; name another --out, or move it away"
     try:
         before = json.loads(notes.read_text(encoding="utf-8"))
-        if "kernels" in before:  # (settings that were added since had their defaults)
-            before["kernels"] = dataclasses.asdict(KernelConfig()) | before["kernels"]
+        before.get("kernels", {}).pop("products", None)  # (earlier releases had it)
         partners = (before.get("rescorer"), settings.get("rescorer"))
         for old, new in ((before, settings), partners):
             if old and new:  # (earlier releases did not say)
@@ -173,10 +172,6 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     if args.rescorer is None and rescoring != RescoreConfig():
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
     # JAX is slow to load
-    if args.kernels.products == "amx":
-        from magnet_jax.model import amx
-
-        amx.use_synchronous_dispatch()
     from magnet_jax import programs
     from magnet_jax.checkpoints import pretrained
     from magnet_jax.decode import rescore, sampling

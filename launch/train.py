@@ -116,10 +116,6 @@ def main(args: list[str]) -> None:
     memory.keep_freed()
     config = parse(args)
     # After the command line is known to be right: these are slow to load.
-    if config.kernels.products == "amx":
-        from magnet_jax.model import amx
-
-        amx.use_synchronous_dispatch()
     from magnet_jax import programs
     from magnet_jax.train import loop
 

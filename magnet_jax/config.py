@@ -19,7 +19,6 @@ ASSETS = Path(__file__).parent / "assets"
 KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen", "hybrid": "HybridMAGNeT"}
 FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
-Products = Literal["auto", "axes", "rows", "amx"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 LoraTarget = Literal["self", "cross", "mlp"]
 Remat = Literal["none", "products", "attention", "full"]
@@ -432,8 +431,7 @@ class HybridConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How attention (attention.py) and the layers' products (`transformer.product`) are computed;
-    it changes rounding alone."""
+    """How attention is computed (attention.py); it changes rounding alone."""
 
     full: FullKernel = "auto"
     """Attention over everything; auto goes by platform and length."""
@@ -442,17 +440,9 @@ class KernelConfig:
     local_block: Whole = 0
     """Queries a block of local attention in blocks or slices, at least twice the context; 0 goes
     by platform."""
-    products: Products = "auto"
-    """Matrix products of the layers. amx: of bfloat16, on the tiles of CPUs that have them; auto
-    goes by platform, and never takes it."""
 
     def __post_init__(self):
         check_fields(self, "kernels.")
-
-    @property
-    def of_attention(self) -> "KernelConfig":
-        """What was asked of attention alone."""
-        return dataclasses.replace(self, products="auto")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -658,6 +648,8 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     default, or has a value of another type.
     """
     _require((isinstance(values, dict), f"{where}: expected the fields of {cls.__name__}"))
+    if cls is KernelConfig:  # a setting of earlier releases, which changed rounding alone
+        values = {name: value for name, value in values.items() if name != "products"}
     fields = dataclasses.fields(cls)
     needed = {f.name for f in fields if f.default is dataclasses.MISSING}
     unknown, missing = values.keys() - {f.name for f in fields}, needed - values.keys()

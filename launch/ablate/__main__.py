@@ -372,10 +372,6 @@ def _trained(args: Trained) -> _Prepared:
                     "--train-options: leave out --out, --seed, --steps and --data.segment-seconds, "
                     "which the study has options for"
                 )
-    if any(config.kernels.products == "amx" for _, config in configs.values()):
-        from magnet_jax.model import amx
-
-        amx.use_synchronous_dispatch()  # (which JAX does not take later on)
     from magnet_jax.checkpoints import run_folder
     from magnet_jax.codec import encodec
     from magnet_jax.train.setup import check_fit

@@ -9,13 +9,13 @@ from pathlib import Path
 from launch.benchmark import report
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
-from magnet_jax.config import ComputeDtype, Products, RunConfig
+from magnet_jax.config import ComputeDtype, RunConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
-from magnet_jax.model import amx, precision, sharding
+from magnet_jax.model import precision, sharding
 from magnet_jax.train import flops, loop, plan, steps, watch
 
 
@@ -32,8 +32,6 @@ class Args:
     seconds: float | None = None
     batch_size: int | None = None
     compute_dtype: ComputeDtype | None = None
-    products: Products = "auto"
-    """Where the layers' products are computed, as --kernels.products of launch.train."""
     steps: int = 24
     """Steps to measure, after as many that compile and warm up."""
     json: Path | None = None
@@ -53,9 +51,8 @@ def _config(args: Args, out: Path) -> RunConfig:
         data = dataclasses.replace(data, batch_size=args.batch_size)
     if args.compute_dtype is not None:
         config = dataclasses.replace(config, compute_dtype=args.compute_dtype)
-    kernels = dataclasses.replace(config.kernels, products=args.products)
     return dataclasses.replace(
-        config, model=model, data=data, kernels=kernels, out=str(out), steps=2 * args.steps,
+        config, model=model, data=data, out=str(out), steps=2 * args.steps,
         log_every=args.steps, eval_every=0, sample_every=0, save_every=10 * args.steps,
     )  # fmt: skip
 
@@ -83,8 +80,6 @@ def measure(args: Args) -> None:
     if args.steps < 1:
         raise UserError("--steps must be at least 1")
     report.check_parent("--json", args.json)
-    if args.products == "amx":
-        amx.use_synchronous_dispatch()
     with tempfile.TemporaryDirectory() as folder:
         config = _config(args, Path(folder) / "run")
         peaks = [jax_peak(precision.compute_dtype(config))]

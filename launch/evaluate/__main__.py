@@ -125,10 +125,6 @@ def run(args: Args, words: Sequence[str]) -> dict[str, Any]:
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
 
     model = None
-    if sampler is not None and sampler.kernels.products == "amx":
-        from magnet_jax.model import amx
-
-        amx.use_synchronous_dispatch()  # (which JAX does not take once an embedder has run)
     heard_real = [
         _listen_to_real(args, network, listening, reference, labelled) for network in networks
     ]

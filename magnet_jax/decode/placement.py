@@ -86,9 +86,9 @@ def on_devices(loaded: Loaded, execution: Execution) -> Loaded:
 def check_execution(model: ModelConfig, execution: Execution) -> None:
     """Raises `UserError` for what a model of kind musicgen or hybrid does not have."""
     mesh = dataclasses.replace(execution.mesh, data=1)
-    asked = (mesh, execution.kernels.of_attention)
+    asked = (mesh, execution.kernels)
     if model.autoregressive and asked != (SamplingMeshConfig(), KernelConfig()):
         raise UserError(
             f"a model of kind {model.kind} has one kernel of attention, and splits a batch alone: "
-            "leave out kernels (but for .products), mesh.guidance and mesh.frames"
+            "leave out kernels, mesh.guidance and mesh.frames"
         )

@@ -43,7 +43,6 @@ class _Reading:
     dtype: jnp.dtype
     kernels: KernelConfig
     platform: str
-    num_devices: int
 
 
 def load(source: Path | str) -> Loaded:
@@ -218,7 +217,6 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
     def read(params, text, *, num_frames, length):
         kernels = attention.choose_kernels(
             reading.kernels, reading.platform, config, num_frames, reading.dtype,
-            num_devices=reading.num_devices,
         )  # fmt: skip
         network = magnet.guided_network(
             config,

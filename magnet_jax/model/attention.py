@@ -25,7 +25,6 @@ import numpy as np
 
 from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig
 from magnet_jax.errors import UserError
-from magnet_jax.model import amx
 
 # Beyond this many frames T x T scores no longer stay in a TPU's vector memory or a CPU's caches.
 DENSE_FRAMES = 768
@@ -45,12 +44,11 @@ def choose_kernels(
     num_frames: int,
     dtype: jnp.dtype,
     *,
-    num_devices: int = 1,
     split: bool = False,
 ) -> KernelConfig:
     """The kernels for this platform ('cpu', 'gpu', 'tpu') and length, those asked for first.
 
-    `num_frames` are on one of `num_devices`; `split` says that others have more of the same clip.
+    `num_frames` are on one device; `split` says that others have more of the same clip.
 
     Raises `UserError` for a kernel that the platform, the model, the precision or a split does not
     have, and for a split so fine that a device's frames see beyond its neighbours.
@@ -89,18 +87,7 @@ def choose_kernels(
             "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)"
         )
     block = asked.local_block or LOCAL_BLOCK[platform]
-    products = asked.products
-    if products == "auto":
-        products = "rows" if platform == "cpu" else "axes"
-    if products == "amx":
-        if platform != "cpu" or num_devices > 1 or jnp.dtype(dtype) != jnp.bfloat16:
-            raise UserError(
-                "kernels.products amx is for one CPU device and bfloat16 (compute_dtype); here are "
-                f"{num_devices} of {platform} and {jnp.dtype(dtype)}"
-            )
-        if (reason := amx.hindrance()) is not None:
-            raise UserError(f"kernels.products amx: {reason}")
-    return KernelConfig(full=full, local=local, local_block=block, products=products)
+    return KernelConfig(full=full, local=local, local_block=block)
 
 
 def self_attention(

@@ -28,15 +28,15 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from magnet_jax.config import ModelConfig, Products, Remat
+from magnet_jax.config import ModelConfig, Remat
 from magnet_jax.io.trees import flatten
-from magnet_jax.model import amx
 from magnet_jax.model.attention import cached_attention, cross_attention, self_attention
 
-ATTENDED = "attended"  # name of what attention gives, for the backward pass to keep
+# Names of what products and attention give, for the backward pass to keep.
+PRODUCT, ATTENDED = "product", "attended"
 # What the backward pass keeps of a layer; everything else is computed again.
 REMAT_POLICIES = {
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -98,23 +98,41 @@ def exact_products(run: Callable) -> Callable:
     return wrapped
 
 
-def product(
-    x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1, *, products: Products
-) -> jax.Array:
-    """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`.
+def product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
+    """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`."""
+    return checkpoint_name(_product(x_BTD, kernel, num_axes), PRODUCT)
 
-    "axes" leaves clips and frames as they are. "rows" multiplies one matrix of all frames: XLA for
-    CPUs then reads it as it lies where the gradient of the kernel sums over clips and frames, and
-    would copy it with two axes. On TPUs joining the axes is itself a copy. "amx" does the same by
-    `amx.matmul`.
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int) -> jax.Array:
+    """`product`, whose gradient of the kernel goes by platform.
+
+    That gradient sums over clips and frames. XLA for CPUs copies both factors of such a sum unless
+    clips and frames are one axis. On TPUs joining the axes is itself a copy.
     """
-    if products == "axes":
-        return jnp.tensordot(x_BTD, kernel, num_axes)
-    b, t = x_BTD.shape[:2]
-    rows = x_BTD.reshape(b * t, -1)
-    multiply = amx.matmul if products == "amx" else jnp.matmul
-    rows = multiply(rows, kernel.reshape(rows.shape[1], -1))
-    return rows.reshape(b, t, *kernel.shape[num_axes:])
+    return jnp.tensordot(x_BTD, kernel, num_axes)
+
+
+def _product_forward(x_BTD, kernel, num_axes):
+    return _product(x_BTD, kernel, num_axes), (x_BTD, kernel)
+
+
+def _product_backward(num_axes, factors, grad_BTF):
+    x_BTD, kernel = factors
+    axes_out = tuple(range(2, grad_BTF.ndim)), tuple(range(num_axes, kernel.ndim))
+
+    def of_rows(x_BTD, grad_BTF):
+        rows = x_BTD.shape[0] * x_BTD.shape[1]
+        return (x_BTD.reshape(rows, -1).T @ grad_BTF.reshape(rows, -1)).reshape(kernel.shape)
+
+    def of_axes(x_BTD, grad_BTF):
+        return jnp.tensordot(x_BTD, grad_BTF, ((0, 1), (0, 1)))
+
+    grad_kernel = jax.lax.platform_dependent(x_BTD, grad_BTF, cpu=of_rows, default=of_axes)
+    return jnp.tensordot(grad_BTF, kernel, axes_out), grad_kernel
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def _gaussian(
@@ -163,7 +181,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array, *, normed: bool):
         d, n, h = config.width, config.num_heads, config.head_size
-        self.biased, self.normed, self.products = config.attention_bias, normed, "axes"
+        self.biased, self.normed = config.attention_bias, normed
         for name in ("query", "key", "value"):
             kernel = _uniform(rngs.params(), (d, n, h), d)
             setattr(self, name, nnx.Param(kernel, out_sharding=("embed", "heads", None)))
@@ -178,7 +196,7 @@ class Attention(nnx.Module):
     def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
         """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
         kernel_DNH = getattr(self, name)[...].astype(x_BTD.dtype)
-        return self.finish(name, product(x_BTD, kernel_DNH, products=self.products))
+        return self.finish(name, product(x_BTD, kernel_DNH))
 
     def finish(self, name: str, x_BTNH: jax.Array) -> jax.Array:
         """Adds to a product what there is of bias and norm."""
@@ -197,14 +215,14 @@ class Attention(nnx.Module):
         return self.finish("key", zeros_11NH), self.finish("value", zeros_11NH)
 
     def merge(self, x_BTNH: jax.Array) -> jax.Array:
-        x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2, products=self.products)
+        x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2)
         return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
 
 
 class Mlp(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array):
         d, f = config.width, config.mlp_ratio * config.width
-        self.biased, self.products = config.mlp_bias, "axes"
+        self.biased = config.mlp_bias
         self.up = _gaussian(rngs.params(), (d, f), d, ("embed", "mlp"), depth)
         self.down = _gaussian(rngs.params(), (f, d), f, ("mlp", "embed"), depth)
         if self.biased:
@@ -212,10 +230,10 @@ class Mlp(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
-        hidden_BTF = product(x_BTD, self.up[...].astype(dtype), products=self.products)
+        hidden_BTF = product(x_BTD, self.up[...].astype(dtype))
         if self.biased:
             hidden_BTF = hidden_BTF + self.up_bias[...][None, None].astype(dtype)
-        x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype), products=self.products)
+        x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype))
         return x_BTD + self.down_bias[...][None, None].astype(dtype) if self.biased else x_BTD
 
 
@@ -334,7 +352,6 @@ class Transformer(nnx.Module):
         past: Cache | None = None,
         remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
-        products: Products = "axes",
         written_out: bool = False,
     ) -> jax.Array:
         """Everything below the heads.
@@ -351,7 +368,6 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
-          products: see `product`.
           written_out: the layers are, eight at a time. The gradient of a loop copies each of its
             activations into a stack and out again, which XLA for CPUs does in passes of their own.
             Not with `remat`: outside of a loop XLA would keep what is to be computed again.
@@ -369,7 +385,6 @@ class Transformer(nnx.Module):
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
-        self.blocks.set_attributes(products=products)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
@@ -410,7 +425,6 @@ class Transformer(nnx.Module):
         cache: Cache,
         first: jax.Array | int,
         apart: list[Any] | None = None,
-        products: Products = "axes",
     ) -> tuple[jax.Array, Cache]:
         """Everything below the heads for T more steps of an autoregressive model.
 
@@ -420,7 +434,6 @@ class Transformer(nnx.Module):
           cache: from `empty_cache`, filled by earlier calls.
           first: number of the first of these steps; may be traced.
           apart: from `layers_apart`: layers are then written out, and not a loop.
-          products: see `product`.
 
         Returns:
           final-norm states [B, T, D], from which the next steps are predicted, and the cache with
@@ -430,7 +443,6 @@ class Transformer(nnx.Module):
         positions_TD = jax.lax.dynamic_slice_in_dim(
             jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
         )
-        self.blocks.set_attributes(products=products)
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):

@@ -60,17 +60,14 @@ def make_settings(
     Raises `UserError` for a mesh that does not fit the model, and kernels that it has not.
     """
     sharding.check_mesh(config.model, mesh)
-    if config.model.kind == "hybrid" and config.kernels.of_attention != KernelConfig():
-        raise UserError(
-            "the hybrid objective has one kernel of attention: leave out kernels, but for .products"
-        )
+    if config.model.kind == "hybrid" and config.kernels != KernelConfig():
+        raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
     kernels = attention.choose_kernels(
         config.kernels,
         mesh.devices.flat[0].platform,
         config.model,
         num_frames,
         dtype,
-        num_devices=mesh.size,
     )
     if "splash" in (kernels.full, kernels.local) and mesh.size > 1:
         raise UserError("attention kernel splash cannot be split over several devices")
@@ -193,7 +190,6 @@ def loss_fn(
     trunk: dict[str, Any] = dict(
         remat=settings.remat,
         sharding=sharding.batch_sharding(settings.mesh),
-        products=settings.kernels.products,
         written_out=settings.mesh.devices.flat[0].platform == "cpu",
     )
     if settings.model.kind == "hybrid":

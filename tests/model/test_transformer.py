@@ -22,15 +22,11 @@ SMALL = ModelConfig(
 )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "local", "remat", "products"))
-def logits(
-    params, states, mask, zeros, codes, stage, *, config, local, remat="none", products="axes"
-):
+@functools.partial(jax.jit, static_argnames=("config", "local", "remat"))
+def logits(params, states, mask, zeros, codes, stage, *, config, local, remat="none"):
     model = transformer.bind(config, params)
     text = model.read_text(states, mask, zeros)
-    x_BTD = model.trunk(
-        codes, text, local=local, remat=remat, products=products, written_out=products != "axes"
-    )
+    x_BTD = model.trunk(codes, text, local=local, remat=remat, written_out=remat == "none")
     return model.head(x_BTD, stage)
 
 
@@ -115,25 +111,21 @@ def test_rows_beyond_the_texts_are_rows_without_text(local):
     assert (fewer[:2] != fewer[2:]).any()
 
 
-@pytest.mark.parametrize(
-    ("policy", "products"),
-    [("products", "axes"), ("attention", "axes"), ("full", "axes"), ("none", "rows"),
-     ("full", "rows")],
-)  # fmt: skip
-def test_neither_remat_nor_the_way_of_products_changes_values_or_gradients(policy, products):
+@pytest.mark.parametrize("policy", ["products", "attention", "full"])
+def test_remat_changes_neither_values_nor_gradients(policy):
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
     codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
 
-    def total(params, remat, products):
+    def total(params, remat):
         out = logits(
             params, states, jnp.ones((2, 3), bool), jnp.zeros(2, jnp.int32), codes, 1,
-            config=SMALL, local=True, remat=remat, products=products,
+            config=SMALL, local=True, remat=remat,
         )  # fmt: skip
         return jnp.square(out).sum()
 
-    both = jax.jit(jax.value_and_grad(total), static_argnums=(1, 2))
-    plain, changed = both(params, "none", "axes"), both(params, policy, products)
+    both = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    plain, changed = both(params, "none"), both(params, policy)
     for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(changed), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
