@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint size clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+size: setup
+	$(BIN)/python -m launch.size
 
 clean:  # (not data/ and runs/, which may hold what took days)
 	rm -rf demo .pytest_cache .ruff_cache

@@ -105,7 +105,6 @@ def test_the_program_ends_in_samples(tiny, tmp_path):
         (["--topology", "h100:0"], "unknown topology"),
         (["--topology", "cpu:1", "--steps", "3", "2"], "one number a codebook: 4, not 2"),
         (["--topology", "cpu:1", "--steps", *"1111", "--preset", "draft"], "either --steps or"),
-        (["--topology", "cpu:1", "--also", "null_text", "--without", "null_text"], "both by"),
         (["--topology", "cpu:1", "--batch", "0"], "be positive"),
         (["--topology", "cpu:1", "--seconds", "nan"], "--seconds must lie between 1 and 600"),
         (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; there are 1"),
