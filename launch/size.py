@@ -1,6 +1,6 @@
 """How large the code is: lines by folder, and the functions that are too long or take too much.
 
-    python -m launch.size
+python -m launch.size
 """
 
 import ast

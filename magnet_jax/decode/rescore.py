@@ -92,7 +92,6 @@ def from_model(
         dtype=precision.compute_dtype(config),
         kernels=execution.kernels,
         platform=jax.default_backend(),
-        num_devices=placement.make_mesh(execution.mesh).size,
     )
     loaded = placement.on_devices(loaded, execution)
     params = {

@@ -375,7 +375,6 @@ def _make_sampler(
         model,
         num_frames // shards,
         dtype,
-        num_devices=mesh.size if mesh else 1,
         split=shards > 1,
     )
     return Sampler(
