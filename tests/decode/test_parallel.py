@@ -5,107 +5,18 @@ That greedy tokens are the reference's is checked in test_golden.py.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-import torch
 
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
-from magnet_jax.decode import choose, magnet, parallel, schedule, spans
+from magnet_jax.decode import magnet, parallel, schedule
 from magnet_jax.decode.canvas import Canvas
-from magnet_jax.decode.spans import Spans
 from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import transformer
-
-
-def test_a_nucleus_of_everything_keeps_everything():
-    logits = 20 * jax.random.normal(jax.random.key(0), (50, 300))
-    probs = jnp.concatenate([jax.nn.softmax(logits), jax.nn.one_hot(jnp.arange(3), 300)])
-    np.testing.assert_allclose(choose.nucleus(probs, 1.0), probs, rtol=1e-5, atol=1e-7)
-
-
-def test_schedule_follows_equation_6_and_anneals():
-    config = DecodeConfig(steps=(5, 1, 2), temperature=3.0, max_guidance=10, min_guidance=1)
-    first, second, third = schedule.make_schedule(config)
-    rates = np.cos(np.pi / 2 * np.arange(5) / 4)
-    np.testing.assert_allclose(first.rate[0], rates, atol=1e-7)
-    np.testing.assert_allclose(first.guidance[0], rates * 10 + (1 - rates), rtol=1e-6)
-    np.testing.assert_allclose(first.temperature, [[2.4, 1.8, 1.2, 0.6, 0.01]], rtol=1e-6)
-    np.testing.assert_array_equal(second.stage, [[1]])
-    np.testing.assert_array_equal(third.stage, [[2, 2]])
-    np.testing.assert_array_equal(third.step, [[0, 1]])
-    np.testing.assert_array_equal(third.number, [[7, 8]])
-
-
-def test_as_many_spans_are_hidden_as_in_audiocraft():
-    """Its formula, in PyTorch, at every step of 1 to 100 and for 1 to 1500 units."""
-    units = torch.arange(1, 1501)
-    for steps in range(1, 101):
-        rate = torch.cos(torch.linspace(0, 1, steps) * math.pi * 0.5)
-        expected = (rate[:, None] * units).int()
-        found = schedule.hidden_rates(steps)
-        np.testing.assert_allclose(found, rate, rtol=0, atol=1e-7)
-        found = (found[:, None] * units.numpy().astype(np.float32)).astype(np.int32)
-        np.testing.assert_array_equal(found, expected, err_msg=f"{steps} steps")
-
-
-@pytest.mark.parametrize(
-    ("arrangement", "span"), [("nonoverlap", 3), ("stride1", 3), ("stride1", 1)]
-)
-def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
-    """A codebook each of 1 to 100 steps: counts, guidance and temperature, whatever is given."""
-    config = DecodeConfig(
-        steps=tuple(range(1, 101)), max_guidance=10, min_guidance=1.5, temperature=3.5,
-        span_arrangement=arrangement,
-    )  # fmt: skip
-    parts = schedule.make_schedule(config)
-    assert len(parts) == 100
-    law = Spans(length=span, arrangement=arrangement)
-    count_spans = jax.jit(functools.partial(spans.count, law))
-    for num_frames, num_given in ((156, 0), (750, 31)):
-        free_1T = np.arange(num_frames)[None] >= num_given
-        _, free_1 = spans.start(law, free_1T, np.ones(num_frames, bool))
-        units = num_frames - num_given
-        if arrangement == "nonoverlap":
-            units = num_frames // span - num_given // span
-        assert free_1 == units
-        for part in parts:
-            steps = part.step.size
-            for step, time in enumerate(torch.linspace(0, 1, steps)):
-                rate = torch.cos(time * math.pi * 0.5)
-                count = max(int((rate * units).item()), 1)
-                if arrangement == "stride1":
-                    count = max(count, span)
-                guidance = float(rate) * 10 + (1 - float(rate)) * 1.5
-                temperature = max(3.5 * ((steps - 1 - step) / steps), 1e-2)
-                assert count_spans(part.rate[0, step], free_1) == count, (steps, step, units)
-                assert part.guidance[0, step] == pytest.approx(guidance, rel=1e-6)
-                assert part.temperature[0, step] == np.float32(temperature)
-
-
-def test_neighbouring_stages_of_as_many_steps_go_together():
-    for steps, shapes in (
-        ((20, 10, 10, 10), [(1, 20), (3, 10)]),
-        ((10, 10, 10), [(1, 10), (2, 10)]),  # the first attends to everything, so it is apart
-        ((4, 3, 2, 2), [(1, 4), (1, 3), (2, 2)]),
-        ((7,), [(1, 7)]),
-    ):
-        parts = schedule.make_schedule(DecodeConfig(steps=steps))
-        assert [part.stage.shape for part in parts] == shapes
-
-
-def test_rows_without_text_are_needed_where_guidance_is():
-    config = DecodeConfig(max_guidance=10, min_guidance=1)
-    assert schedule.guided_steps(config, any_text=True) == "all_but_last"
-    assert schedule.guided_steps(config, any_text=False) == "none"
-    constant = DecodeConfig(max_guidance=3, min_guidance=3)
-    assert schedule.guided_steps(constant, any_text=True) == "all"
-    none = DecodeConfig(max_guidance=1, min_guidance=1)
-    assert schedule.guided_steps(none, any_text=True) == "none"
 
 
 def toy_network(codebook_size):
@@ -170,45 +81,6 @@ def test_a_sample_depends_on_its_number_and_seed_alone(arrangement):
     assert (three != run([0, 1, 2], seed=1).codes_BKT).any()
 
 
-def plain_hide_spans(score_T, num_hidden, span_length):
-    """The reference's search for one row, as its description tells it, step by step."""
-    starts = range(len(score_T) - span_length + 1)
-    spans = [np.float32(score_T[i : i + span_length].sum()) for i in starts]
-    order = np.argsort(-np.asarray(spans), kind="stable")
-
-    def hide(count):
-        mask = np.zeros(len(score_T), bool)
-        for start in order[:count]:
-            mask[start : start + span_length] = True
-        return mask
-
-    low, high = num_hidden // span_length, num_hidden - span_length + 1
-    middle = round((low + high) / 2)
-    mask = hide(middle)
-    while low < middle < high:
-        mask = hide(middle)
-        if mask.sum() > num_hidden:
-            high = middle
-        else:
-            low = middle
-        middle = round((low + high) / 2)
-    return mask
-
-
-@pytest.mark.parametrize(("num_frames", "span_length"), [(30, 1), (31, 3), (64, 4), (100, 5)])
-def test_overlapping_spans_are_chosen_as_a_plain_search_does(num_frames, span_length):
-    rng = np.random.default_rng(num_frames)
-    score_BT = rng.exponential(size=(3, num_frames)).astype(np.float32)
-    score_BT[1, rng.permutation(num_frames)[:20]] = spans.KEPT
-    score_BT[2] = 0  # as at the first step
-    hide = jax.jit(spans.hide_overlapping, static_argnums=2)
-    for num_hidden in range(span_length, num_frames + 1):
-        found = hide(score_BT, np.full(3, num_hidden), span_length)
-        for row, score_T in zip(found, score_BT):
-            expected = plain_hide_spans(score_T, num_hidden, span_length)
-            np.testing.assert_array_equal(row, expected, err_msg=f"{num_hidden} hidden")
-
-
 def test_overlapping_spans_reach_every_frame_of_any_length():
     decoded = run_toy([0, 1], num_frames=31, span_arrangement="stride1")
     assert decoded.codes_BKT.shape[-1] == 31
@@ -227,22 +99,6 @@ def test_progress_is_reported_step_by_step():
     run_toy([0, 1], on_step=on_step)
     jax.effects_barrier()
     assert sorted(seen) == [(i, 15) for i in range(1, 16)]
-
-
-def test_top_k_keeps_the_k_most_probable():
-    probs = jax.nn.softmax(5 * jax.random.normal(jax.random.key(0), (20, 300)))
-    for k in (1, 2, 17, 250, 300, 1000):
-        kept = np.asarray(jax.jit(choose.top_k_tokens)(probs, k))
-        np.testing.assert_array_equal((kept > 0).sum(-1), min(k, 300))
-        for row, kept_row in zip(np.asarray(probs), kept):
-            best = np.argsort(-row)[:k]
-            np.testing.assert_allclose(kept_row[best], row[best] / row[best].sum(), rtol=1e-5)
-
-
-def test_settings_say_how_tokens_are_chosen():
-    assert choose.choice_of(True, 5, 0.5)[0] == "greedy"
-    assert choose.choice_of(False, 5, 0.5) == ("top_k", 5.0)
-    assert choose.choice_of(False, 0, 0.5) == ("top_p", 0.5)
 
 
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
