@@ -33,7 +33,7 @@ from magnet_jax.config import (
     preset_steps,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.io import bucket, memory
+from magnet_jax.io import bucket, machine
 from magnet_jax.io.files import replacing_file
 
 
@@ -181,7 +181,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     from magnet_jax.io import audio
 
     programs.keep_on_disk()
-    memory.keep_freed()
+    machine.keep_freed()
     loaded = pretrained.load(
         args.checkpoint,
         weights=args.weights,
