@@ -34,7 +34,7 @@ from magnet_jax.config import (
 )
 from magnet_jax.decode import placement, tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.io import bucket, memory
+from magnet_jax.io import bucket, machine
 from magnet_jax.io.files import replacing_file
 from magnet_jax.model import precision
 
@@ -178,7 +178,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     from magnet_jax.io import audio
 
     programs.keep_on_disk()
-    memory.keep_freed()
+    machine.keep_freed()
     loaded = pretrained.load(
         args.checkpoint,
         weights=args.weights,

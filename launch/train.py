@@ -13,7 +13,7 @@ import configs
 from configs import ablations
 from magnet_jax import cli, errors
 from magnet_jax.config import RunConfig, with_hybrid_objective
-from magnet_jax.io import memory
+from magnet_jax.io import machine
 
 
 def config_names() -> list[str]:
@@ -113,7 +113,7 @@ def parse(args: list[str]) -> RunConfig:
 
 
 def main(args: list[str]) -> None:
-    memory.keep_freed()
+    machine.keep_freed()
     config = parse(args)
     # After the command line is known to be right: these are slow to load.
     from magnet_jax import programs

@@ -7,12 +7,12 @@ python -m launch.train_codec --audio data/recipe/train --valid data/recipe/valid
 from collections.abc import Sequence
 
 from magnet_jax import cli, errors
-from magnet_jax.io import memory
+from magnet_jax.io import machine
 from tokenization.codec_training import Training, train
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    memory.keep_freed()
+    machine.keep_freed()
     settings = cli.parse(Training, words, prog="python -m launch.train_codec")
     for values in train(settings):
         numbers = (f"{name} {value:.4g}" for name, value in values.items() if name != "step")

@@ -49,7 +49,7 @@ from magnet_jax.errors import (
     reported,
     stop_when_terminated,
 )
-from magnet_jax.io import bucket, machine, memory
+from magnet_jax.io import bucket, machine
 from magnet_jax.io.files import how_to_make_room
 from magnet_jax.io.torch_env import import_torch
 from tokenization import encode as encoding
@@ -748,7 +748,7 @@ _worker: Callable[[Unit], Done] | None = None  # of this process
 def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
     global _worker
     end_with_parent(parent)
-    memory.keep_freed()
+    machine.keep_freed()
     torch = import_torch()
     torch.set_num_threads(max(1, machine.num_cpus() // job.workers))
 
@@ -855,7 +855,7 @@ def _finish(
 
 def main() -> None:
     stop_when_terminated()
-    memory.keep_freed()
+    machine.keep_freed()
     machine.keep_to_quota()
     with reported():
         print(run(cli.parse(Job, prog="python -m tokenization.job")))

@@ -26,7 +26,7 @@ from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
-from magnet_jax.io import bucket, files, memory
+from magnet_jax.io import bucket, files, machine
 from magnet_jax.io.trees import flatten
 
 CONFIG = "recipe_small"
@@ -502,7 +502,7 @@ def _check_summary(out: Path, study: str) -> None:
 
 def main(words: Sequence[str]) -> None:
     """Does what the words ask for."""
-    memory.keep_freed()
+    machine.keep_freed()
     run(cli.parse(Command, words, prog="python -m launch.ablate", description=ablate.__doc__))
 
 

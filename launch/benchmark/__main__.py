@@ -18,7 +18,7 @@ from launch.benchmark import (
     training,
 )
 from magnet_jax import cli, errors
-from magnet_jax.io import memory
+from magnet_jax.io import machine
 
 Command = (
     Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]
@@ -40,7 +40,7 @@ Command = (
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the benchmark that the words (None: of the process) ask for."""
-    memory.keep_freed()  # as training, sampling and tokenization do
+    machine.keep_freed()  # as training, sampling and tokenization do
     args = cli.parse(
         Command, words, prog="python -m launch.benchmark", description=benchmark.__doc__
     )

@@ -1,7 +1,6 @@
 """What a run makes of its averaged parameters between updates: validation losses and samples."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,8 @@ from magnet_jax.train import distributed, steps, watch
 from magnet_jax.train.setup import Setup
 from magnet_jax.train.steps import StepSettings
 
+_network_params = jax.jit(steps.network_params, static_argnames="adapters")
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -36,9 +37,10 @@ class Evaluation:
     def __call__(
         self, step: int, ema: dict, report: watch.Report, *, may_sample: bool
     ) -> float | None:
-        """Validates and samples if it is time; by what the checkpoint of this step is judged.
+        """Validates and samples the parameters `ema` if it is time.
 
-        That is its validation loss, infinity if it has none, and None if none are judged.
+        Returns what the checkpoint of this step is judged by: its validation loss, infinity if it
+        has none, and None if the run does not keep its best checkpoints.
         """
         config, loss = self.config, np.inf
         if self.held_out and step % config.eval_every == 0:
@@ -58,8 +60,7 @@ class Evaluation:
 
     def sample(self, step: int, ema: dict, report: watch.Report) -> None:
         """Writes samples; all processes take part, and one of them writes."""
-        merge = jax.jit(functools.partial(steps.network_params, self.setup.settings.lora))
-        params = whole(merge(ema, self.frozen))
+        params = whole(_network_params(self.setup.settings.lora, ema, self.frozen))
         if self.decoder:
             wavs = write_samples(self.config, self.setup, self.decoder, params, step)
             report.log_audio(step, wavs)

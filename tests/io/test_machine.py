@@ -96,6 +96,50 @@ def test_peak_memory_is_in_bytes(monkeypatch, platform, expected):
     assert machine.peak_bytes(types.SimpleNamespace(ru_maxrss=3 << 10)) == expected
 
 
+# Page faults of the last of three turns that each take and give back 64 MB.
+FAULTS = """
+import ctypes, resource, sys
+import numpy as np
+from magnet_jax.io import machine
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: a fault is a page of 4 KiB
+if sys.argv[1] == "keep":
+    machine.keep_freed()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+@pytest.mark.parametrize("settings", [{}, {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=131072"}])
+def test_what_is_freed_is_kept_but_where_the_environment_says_otherwise(settings):
+    said = ("GLIBC_TUNABLES", "MALLOC_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(said)} | settings
+
+    def faults(how):
+        words = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(words, env=environ, capture_output=True, check=True).stdout)
+
+    usual, kept = faults("plain"), faults("keep")
+    if settings:
+        assert kept > usual / 2
+    else:
+        assert kept < usual / 8
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine.os, "environ", {})
+    monkeypatch.setattr(machine.sys, "platform", "linux")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: asked.append(name))
+    machine.keep_freed()  # (would fail if it called anything)
+    assert asked == [None]
+    monkeypatch.setattr(machine.sys, "platform", "darwin")
+    machine.keep_freed()
+    assert asked == [None]
+
+
 # --- commands started as files ------------------------------------------------------------------
 
 

@@ -51,7 +51,7 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(tmp_path):
     config = dataclasses.replace(finished, out=str(tmp_path / "killed"))
     (tmp_path / "config.json").write_text(to_json(config))
     script = (
-        "import sys; from pathlib import Path; from magnet_jax import train; "
+        "import sys; from pathlib import Path; from magnet_jax.train import loop; "
         "from magnet_jax.config import RunConfig, from_json; "
         "loop.train(from_json(RunConfig, Path(sys.argv[1])))"
     )
