@@ -77,24 +77,24 @@ def retries(seconds: float) -> dict[str, Any]:
     return {"max_retries": attempts, "initial_delay": "1s", "max_delay": "32s"}
 
 
-@functools.cache
+# Of the clients of Orbax.
+_ENVIRONMENT = {
+    # gcsfs would treat each kind of bucket in its own way, and ask for further permissions to know
+    # it; Orbax sees to hierarchical ones by itself. gcsfs reads this as it is imported.
+    "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+    # TensorStore's requests have no limits of their own.
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(REQUEST_SECONDS[0]),
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(REQUEST_SECONDS[1]),
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+
+
 def prepare() -> None:
     """Sets up the clients of Orbax, before it meets a bucket; `UserError` if they are missing."""
     _client()
     import aiohttp
     import fsspec
 
-    settings = {
-        # gcsfs would treat each kind of bucket in its own way, and ask for further permissions to
-        # know it; Orbax sees to hierarchical ones by itself.
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        # TensorStore's requests have no limits of their own.
-        "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": str(REQUEST_SECONDS[0]),
-        "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": str(REQUEST_SECONDS[1]),
-        "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
-    }
-    for name, value in settings.items():
-        os.environ.setdefault(name, value)
     # gcsfs's memory of what is in a folder does not hear of what TensorStore and other hosts write.
     fsspec.config.conf["gcs"] = {
         "use_listings_cache": False,
@@ -105,6 +105,8 @@ def prepare() -> None:
 @functools.cache
 def _client() -> Any:
     """Google's client, which needs no JAX: machines that tokenize load none."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import gcsfs  # noqa: F401
         from google.cloud import storage
