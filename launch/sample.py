@@ -235,6 +235,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             second,
             loaded,
             guidance=rescoring.guidance,
+            weight=rescoring.weight,
             execution=execution,
             name=str(args.rescorer),
         )
@@ -277,7 +278,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     }
     generate = sampling.generate
     if stride is None:
-        generate = functools.partial(generate, rescorer=rescorer, rescorer_weight=rescoring.weight)
+        generate = functools.partial(generate, rescorer=rescorer)
     else:
         generate = functools.partial(sampling.generate_in_windows, stride_seconds=stride)
     stems = names or [_file_name(i, text, args.seed) for i, text in enumerate(texts)]

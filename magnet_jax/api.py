@@ -344,7 +344,6 @@ class MAGNeT(Generator):
 
     kind = "magnet"
     rescorer: sampling.Rescorer | None = None
-    rescorer_weight: float = RescoreConfig.weight
     _rescoring_model: Loaded | None = None
 
     @checked
@@ -459,12 +458,15 @@ class MAGNeT(Generator):
                 model,
                 self.loaded,
                 guidance=settings.guidance,
+                weight=settings.weight,
                 execution=self.execution,
                 name="that was given" if own else str(rescorer),
             )
         elif guidance is not None:
             raise UserError("guidance belongs to a model as rescorer; leave it out")
-        self.rescorer, self.rescorer_weight = rescorer, settings.weight
+        elif rescorer is not None and weight is not None:
+            rescorer = rescorer._replace(weight=settings.weight)
+        self.rescorer = rescorer
         self._rescoring_model = model
 
     def _notes(self, texts: list[str]) -> list[str]:
@@ -475,9 +477,7 @@ class MAGNeT(Generator):
         return notes
 
     def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
-        return super()._clips(
-            texts, rescorer=self.rescorer, rescorer_weight=self.rescorer_weight, **keywords
-        )
+        return super()._clips(texts, rescorer=self.rescorer, **keywords)
 
 
 class HybridMAGNeT(MAGNeT):

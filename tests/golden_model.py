@@ -60,7 +60,9 @@ def load_golden(seconds=USUAL):
     )
 
 
-def clips(loaded, texts=TEXTS, num_frames=100, decoding=DECODING, seed=1, **settings):
+def clips(loaded, texts=TEXTS, num_frames=100, decoding=DECODING, seed=1, weight=None, **settings):
+    if weight is not None:
+        settings["rescorer"] = settings["rescorer"]._replace(weight=weight)
     return sampling.generate(
         loaded, texts, num_frames=num_frames, decoding=decoding, seed=seed, **settings
     )

@@ -126,7 +126,6 @@ class Job:
         repeat: int,
         on_step: Callable | None = None,
         rescorer: sampling.Rescorer | None = None,
-        rescorer_weight: float = RescoreConfig.weight,
     ) -> np.ndarray:
         """From texts to tokens, as users have it, with settings that differ a repeat."""
         # Other numbers, not other shapes: no new program.
@@ -139,7 +138,6 @@ class Job:
             decoding=decoding,
             seed=repeat,
             rescorer=rescorer,
-            rescorer_weight=rescorer_weight,
             on_step=on_step,
         ).codes_BKT
 
@@ -193,9 +191,7 @@ def measure(args: Args) -> None:
             print(report.parts_table(parts, rows[0], facts), flush=True)
         rescored = None
         if rescorer is not None:
-            rescored = rescoring.measure(
-                job, rescorer, args.rescorer_weight, args.batch_sizes[0], args.repeats
-            )
+            rescored = rescoring.measure(job, rescorer, args.batch_sizes[0], args.repeats)
             print(report.rescoring_line(rescored), flush=True)
         if args.vs:
             print(report.vs_line(args.vs, vs_seconds, rows[0]), flush=True)
@@ -240,10 +236,12 @@ def clip_frames(loaded: pretrained.Loaded, seconds: float | None) -> int:
 
 
 def open_rescorer(
-    source: str | Path, loaded: pretrained.Loaded, guidance: float
+    source: str | Path, loaded: pretrained.Loaded, guidance: float, weight: float
 ) -> sampling.Rescorer:
     """The second model; raises `UserError` where there is none that fits."""
-    return rescore.from_model(rescore.load(source), loaded, guidance=guidance, name=str(source))
+    return rescore.from_model(
+        rescore.load(source), loaded, guidance=guidance, weight=weight, name=str(source)
+    )
 
 
 def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
@@ -251,7 +249,7 @@ def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
     if args.rescorer is None:
         return None
     sampling.check_rescored(job.decoding)
-    return open_rescorer(args.rescorer, job.loaded, args.rescorer_guidance)
+    return open_rescorer(args.rescorer, job.loaded, args.rescorer_guidance, args.rescorer_weight)
 
 
 def measure_batches(args: Args, job: Job, facts: report.Facts) -> list[report.Row]:

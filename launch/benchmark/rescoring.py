@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from launch.benchmark.decoding import Job
 
 
-def measure(
-    job: "Job", rescorer: Rescorer, weight: float, batch: int, repeats: int
-) -> report.Rescoring:
+def measure(job: "Job", rescorer: Rescorer, batch: int, repeats: int) -> report.Rescoring:
     """Times a call with the rescorer, one without, and the rescorer alone, in turns."""
     texts = rescorer.tokenize(job.texts(batch), None)
     # A codebook's last step is not rescored: nothing reads its scores.
@@ -41,7 +39,7 @@ def measure(
     )  # fmt: skip
     calls = {
         "without": lambda repeat: job.tokens(batch, repeat),
-        "with": lambda repeat: job.tokens(batch, repeat, rescorer=rescorer, rescorer_weight=weight),
+        "with": lambda repeat: job.tokens(batch, repeat, rescorer=rescorer),
         "alone": lambda repeat: jax.block_until_ready(alone()),
     }
     for call in calls.values():  # compiles

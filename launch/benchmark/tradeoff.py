@@ -209,7 +209,9 @@ def measure(args: Args) -> None:
         loaded = placement.prepare(loaded)
         rescorer = None
         if args.rescorer is not None:
-            rescorer = open_rescorer(args.rescorer, loaded, args.rescorer_guidance)
+            rescorer = open_rescorer(
+                args.rescorer, loaded, args.rescorer_guidance, args.rescorer_weight
+            )
         rows = []
         print(
             f"{name}, {args.batch_size} clip(s) of {clip_seconds:g} s, "
@@ -253,7 +255,6 @@ def latency_of(
             decoding=point.sampling,
             seed=seed,
             rescorer=rescorer if point.rescored else None,
-            rescorer_weight=args.rescorer_weight,
         )
 
     generate(0)

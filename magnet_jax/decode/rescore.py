@@ -66,6 +66,7 @@ def from_model(
     partner: Loaded,
     *,
     guidance: float = RescoreConfig.guidance,
+    weight: float = RescoreConfig.weight,
     execution: placement.Execution = placement.Execution(),
     name: str = "this model",
 ) -> Rescorer:
@@ -75,6 +76,7 @@ def from_model(
       loaded: the model; it computes in the precision of `partner`.
       partner: the MAGNeT that generates.
       guidance: coefficient of the rescorer's own guidance; 1 is none, and half the work.
+      weight: its share of the scores, see `Rescorer`.
       execution: how `partner` runs; a MAGNeT as rescorer has the same kernels.
       name: what messages call the model.
 
@@ -99,7 +101,8 @@ def from_model(
         "text": loaded.t5_params,
         "guidance": np.float32(guidance),
     }
-    return Rescorer(read(reading), params, functools.partial(tokens_of_text.tokenize_texts, loaded))
+    tokenize = functools.partial(tokens_of_text.tokenize_texts, loaded)
+    return Rescorer(read(reading), params, tokenize, weight)
 
 
 def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:

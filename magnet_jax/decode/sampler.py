@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from magnet_jax.codec import decoding
-from magnet_jax.config import KernelConfig, ModelConfig
+from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import autoregressive, hybrid, magnet, parallel
 from magnet_jax.decode.canvas import Canvas
@@ -43,6 +43,8 @@ class Rescorer(NamedTuple):
     tokenize: Callable[[Sequence[str], int | Literal["batch"] | None], Any]
     """(texts, text_pad_len) -> texts as `read` takes them: arrays of a row a clip, in trees. For
     the arguments see `tokenize_texts`."""
+    weight: float = RescoreConfig.weight
+    """Its share of the scores, from 0 (as without it, bit for bit) to 1 (it alone)."""
 
 
 class Inputs(NamedTuple):

@@ -56,7 +56,6 @@ class Rescoring(NamedTuple):
 
     rescorer: Rescorer
     texts: Any
-    weight: np.float32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,6 @@ def generate(
     text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
     rescorer: Rescorer | None = None,
-    rescorer_weight: float = RescoreConfig.weight,
     execution: Execution = Execution(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Generated:
@@ -138,7 +136,6 @@ def generate(
       text_pad_len: see `tokenize_texts`.
       decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
       rescorer: a second model that takes part in scoring spans, of MAGNeT.
-      rescorer_weight: its share of the scores, from 0 (as without it, bit for bit) to 1 (it alone).
       execution: how to run on the hardware.
       on_step: called with (steps done, steps in all) while the program runs; one function object,
         one program.
@@ -152,13 +149,14 @@ def generate(
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if given is None:
         given = canvas.blank(count, model.num_codebooks, num_frames)
-    RescoreConfig(weight=rescorer_weight)  # checks it
-    if rescorer is not None and not model.parallel:
-        raise UserError(f"a model of kind {model.kind} has no spans to score: leave out rescorer")
     rescoring = None
-    if rescorer is not None and rescorer_weight != 0:
-        texts_of_rescorer = rescorer.tokenize(texts, text_pad_len)
-        rescoring = Rescoring(rescorer, texts_of_rescorer, np.float32(rescorer_weight))
+    if rescorer is not None:
+        if not model.parallel:
+            raise UserError(
+                f"a model of kind {model.kind} has no spans to score: leave out rescorer"
+            )
+        if RescoreConfig(weight=rescorer.weight).weight != 0:
+            rescoring = Rescoring(rescorer, rescorer.tokenize(texts, text_pad_len))
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
         sample_B=np.arange(first_sample, first_sample + count),
@@ -316,7 +314,7 @@ def make_program(
         inputs = inputs._replace(
             rescorer=batch.rescoring.rescorer.params,
             rescorer_texts=jax.tree.map(fill, batch.rescoring.texts),
-            rescorer_weight=batch.rescoring.weight,
+            rescorer_weight=np.float32(batch.rescoring.rescorer.weight),
         )
     return inputs, sampler
 

@@ -594,7 +594,7 @@ def test_a_rescorer_has_its_say_in_what_is_completed(run):
         return lambda codes_BKT, hidden_BT, stage, *, local: sure_BT.astype(jnp.float32)
 
     planted = sampler.Rescorer(
-        read, (), lambda texts, text_pad_len: np.array([len(text) for text in texts])
+        read, (), lambda texts, text_pad_len: np.array([len(text) for text in texts]), 1.0
     )
     loaded = pretrained.load(run)
     settings = loaded.config.sampling
@@ -603,7 +603,6 @@ def test_a_rescorer_has_its_say_in_what_is_completed(run):
     )
     found = sampling.generate(
         loaded, ["a", "bb"], num_frames=60, decoding=decoding, seed=0, rescorer=planted,
-        rescorer_weight=1.0,
     )  # fmt: skip
     given = 10 + 3  # frames of the first codebook that one step after another makes
     for hidden_T, length in zip(found.hidden_PBT[1], (1, 2)):
@@ -647,7 +646,7 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
             ["--prompt-seconds", "0", "--autoregressive.top-k", "5"],
             "^--autoregressive has no effect with --prompt-seconds 0: leave it out$",
         ),
-        (["--mesh.frames", "2"], "leave out kernels .*mesh.guidance and mesh.frames"),
+        (["--mesh.frames", "2"], "leave out kernels, mesh.guidance and mesh.frames"),
         (["--kernels.full", "blocks"], "leave out kernels"),
     ):
         with pytest.raises(UserError, match=message):

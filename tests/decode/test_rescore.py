@@ -341,7 +341,7 @@ PLANTED = sampler.Rescorer(
 
 
 def test_any_function_will_do(loaded):
-    found = clips(loaded, rescorer=PLANTED, rescorer_weight=1.0)
+    found = clips(loaded, rescorer=PLANTED, weight=1.0)
     for kept_T, text in zip(~found.hidden_PBT[1], TEXTS):
         kept_S = np.flatnonzero(kept_T[:99].reshape(-1, SPAN).all(-1))
         assert 5 < len(kept_S) <= 11
@@ -353,7 +353,7 @@ def test_a_rescorer_whose_numbers_are_nan_gives_no_clip(loaded):
         return lambda codes_BKT, hidden_BT, stage, *, local: jnp.full(hidden_BT.shape, np.nan)
 
     with pytest.raises(UserError, match="the model or its rescorer computes NaN"):
-        clips(loaded, rescorer=PLANTED._replace(read=read), rescorer_weight=0.5)
+        clips(loaded, rescorer=PLANTED._replace(read=read), weight=0.5)
 
 
 @pytest.mark.parametrize("kind", ["musicgen", "magnet"])
@@ -366,7 +366,7 @@ def test_one_program_serves_all_weights_and_a_clip_does_not_depend_on_its_neighb
             loaded,
             texts,
             rescorer=rescore.from_model(partner, loaded, guidance=guidance),
-            rescorer_weight=weight,
+            weight=weight,
         ).codes_BKT
         for weight, guidance, texts in (
             (0.3, 3.0, TEXTS),
@@ -382,7 +382,7 @@ def test_one_program_serves_all_weights_and_a_clip_does_not_depend_on_its_neighb
 
 def test_weight_0_makes_the_program_without_a_rescorer(loaded):
     without, before = clips(loaded), programs.count()
-    with_it = clips(loaded, rescorer=PLANTED, rescorer_weight=0.0)
+    with_it = clips(loaded, rescorer=PLANTED, weight=0.0)
     np.testing.assert_array_equal(with_it.codes_BKT, without.codes_BKT)
     assert programs.count() == before
 
@@ -397,7 +397,7 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
         clips(
             loaded,
             rescorer=rescore.from_model(partner, loaded, guidance=3.0, execution=execution),
-            rescorer_weight=0.7,
+            weight=0.7,
             execution=execution,
         )
         for execution in (placement.Execution(), execution)
@@ -447,7 +447,7 @@ def test_a_rescorer_whose_tokens_mean_something_else_is_refused(
 def test_weights_are_shares_and_musicgen_is_not_rescored(loaded, musicgen):
     for weight in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="rescorer weight must lie between 0"):
-            clips(loaded, rescorer=PLANTED, rescorer_weight=weight)
+            clips(loaded, rescorer=PLANTED, weight=weight)
     for guidance in (float("inf"), float("nan"), -1.0):
         with pytest.raises(UserError, match="rescorer guidance must"):
             RescoreConfig(guidance=guidance)
