@@ -21,6 +21,7 @@ from launch import train as launch_train
 from launch.evaluate import __main__ as evaluate
 from magnet_jax import cli, errors
 from magnet_jax.config import DecodeConfig, RunConfig
+from magnet_jax.convert import t5_files
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio
@@ -290,7 +291,7 @@ def test_tokens_that_a_config_cannot_take_are_refused_at_once(tmp_path, monkeypa
         raise AssertionError(f"{source} was fetched")
 
     tiny.write_noise(tmp_path / "tokens", {"train": 8})
-    monkeypatch.setattr(loop.t5, "load", fetch)
+    monkeypatch.setattr(t5_files, "load", fetch)
     words = ["--config", name, "--data.path", str(tmp_path / "tokens")]
     with pytest.raises(UserError, match="tokens holds 4 codebooks of .* the model wants 4 of 2048"):
         launch_train.main([*words, "--out", str(tmp_path / "run")])
