@@ -69,7 +69,7 @@ class Trained(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given(Common):
-    run_folder: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """A MAGNeT or a hybrid, as for launch.sample."""
     step: int | None = None
     """Of a run: the checkpoint to use; None is the newest."""
@@ -332,7 +332,7 @@ class _Prepared(NamedTuple):
 
     study: Study
     seconds: float
-    encodec: str
+    codec: str
     """What the tokens are decoded with."""
     models: dict[Any, Run]
     """By name and seed; that of --checkpoint by None."""

@@ -21,7 +21,7 @@ from magnet_jax.train.setup import Setup, check_fit, first_state, frozen_params,
 class Args:
     """Frames a second: the loader alone, and a train step alone on batches in memory."""
 
-    pipeline: Path
+    data: Path
     """A data set of `python -m tokenization.job`."""
     config: str = "demo"
     """Config of the train step."""

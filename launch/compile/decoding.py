@@ -61,7 +61,7 @@ class Decode:
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """The topology's first devices are used, one by default."""
     kernels: KernelConfig = KernelConfig()
-    encodec: bool = True
+    codec: bool = True
     """The program ends in samples; --no-codec: in tokens, for PyTorch to decode."""
     without: tuple[Saving, ...] = ()
     """Savings to do without, to see what they are worth."""
