@@ -22,7 +22,7 @@ import numpy as np
 
 from magnet_jax.config import DecodeConfig, KernelConfig, ModelConfig
 from magnet_jax.model import transformer
-from magnet_jax.model.attention import with_kernels
+from magnet_jax.model.kernels import with_kernels
 
 KEPT = -1e4  # score of a span (stride1: a token) that must not be hidden again
 ABSENT = -1e9  # the same past the end of the clip: behind whatever is kept
@@ -532,7 +532,7 @@ def guided_network(
     Args:
       config, params, text: the model and its texts.
       num_frames: of a whole clip.
-      kernels: from `attention.choose_kernels`.
+      kernels: from `kernels.choose_kernels`.
       length: frames that exist; all by default.
       savings: see `Savings`; of them `null_text` is the network's.
       guidance_axis: mesh axis of two devices, of which the second computes the rows without text.

@@ -29,7 +29,8 @@ from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.decode import parallel, sampling
 from magnet_jax.decode.sampling import Rescorer, Text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, t5, teacher_forcing, transformer
+from magnet_jax.model import patterns, t5, teacher_forcing, transformer
+from magnet_jax.model.kernels import choose_kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
     config = reading.model
 
     def read(params, text, *, num_frames, length):
-        kernels = attention.choose_kernels(
+        kernels = choose_kernels(
             reading.kernels, reading.platform, config, num_frames, reading.dtype,
         )  # fmt: skip
         network = parallel.guided_network(

@@ -38,7 +38,8 @@ from magnet_jax.config import (
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import autoregressive, hybrid, parallel
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, t5
+from magnet_jax.model import t5
+from magnet_jax.model.kernels import choose_kernels
 
 TextPadLen = Literal["batch"] | Annotated[int, Between(0, 2**16)] | None
 SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
@@ -562,7 +563,7 @@ def clip_arguments(
             prompts = beginning.of_codebooks(model.delays, num_decoded)
     dtype = compute_dtype(loaded.config, platform)
     savings = execution.savings or parallel.default_savings(platform)
-    kernels = attention.choose_kernels(
+    kernels = choose_kernels(
         execution.kernels,
         platform,
         model,

@@ -22,7 +22,8 @@ from magnet_jax.config import (
     RunConfig,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, lora, sharding, t5, transformer
+from magnet_jax.model import lora, sharding, t5, transformer
+from magnet_jax.model.kernels import choose_kernels, with_kernels
 from magnet_jax.train import hybrid_objective, objective, optimizer
 
 RATE_BINS = 4  # masking rates by which the validation loss is split: quarters of [0, 1]
@@ -55,7 +56,7 @@ def make_static(
     sharding.check_mesh(config.model, mesh)
     if config.model.kind == "hybrid" and config.kernels != KernelConfig():
         raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
-    kernels = attention.choose_kernels(
+    kernels = choose_kernels(
         config.kernels,
         mesh.devices.flat[0].platform,
         config.model,
@@ -196,7 +197,7 @@ def _sums(
         sums = hybrid_objective.sums
     else:
         near = static.model.context(local) is not None
-        attend = attention.with_kernels(static.kernels, near=near)
+        attend = with_kernels(static.kernels, near=near)
         sums = functools.partial(objective.sums, attend=attend)
     return sums(
         lm,
