@@ -431,7 +431,7 @@ class HybridConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelConfig:
-    """How attention is computed (attention.py); it changes rounding alone."""
+    """How attention is computed (kernels.py); it changes rounding alone."""
 
     full: FullKernel = "auto"
     """Attention over everything; auto goes by platform and length."""

@@ -12,7 +12,7 @@ from magnet_jax.decode.parallel import Network
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import transformer
-from magnet_jax.model.attention import with_kernels
+from magnet_jax.model.kernels import with_kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def guided_network(
     Args:
       config, params, text: the model and its texts.
       num_frames: of a whole clip.
-      kernels: from `attention.choose_kernels`.
+      kernels: from `kernels.choose_kernels`.
       length: frames that exist; all by default.
       savings: see `Savings`; of them `null_text` is the network's.
       guidance_axis: mesh axis of two devices, of which the second computes the rows without text.

@@ -30,7 +30,8 @@ from magnet_jax.decode import magnet, placement, tokens_of_text
 from magnet_jax.decode.sampler import Rescorer
 from magnet_jax.decode.tokens_of_text import Text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, patterns, precision, t5, teacher_forcing, transformer
+from magnet_jax.model import patterns, precision, t5, teacher_forcing, transformer
+from magnet_jax.model.kernels import choose_kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,7 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
     config = reading.model
 
     def read(params, text, *, num_frames, length):
-        kernels = attention.choose_kernels(
+        kernels = choose_kernels(
             reading.kernels, reading.platform, config, num_frames, reading.dtype,
         )  # fmt: skip
         network = magnet.guided_network(

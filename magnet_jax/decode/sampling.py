@@ -41,7 +41,8 @@ from magnet_jax.decode.sampler import sample as sampler_program
 from magnet_jax.decode.spans import Spans
 from magnet_jax.decode.tokens_of_text import Text, TextPadLen, tokenize_texts
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, precision
+from magnet_jax.model import precision
+from magnet_jax.model.kernels import choose_kernels
 
 
 class Generated(NamedTuple):
@@ -367,7 +368,7 @@ def _make_sampler(
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
-    kernels = attention.choose_kernels(
+    kernels = choose_kernels(
         execution.kernels,
         platform,
         model,

@@ -24,7 +24,8 @@ from magnet_jax.config import (
     RunConfig,
 )
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention, lora, sharding, t5, transformer
+from magnet_jax.model import lora, sharding, t5, transformer
+from magnet_jax.model.kernels import choose_kernels, with_kernels
 from magnet_jax.train import hybrid_objective, objective, optimizer
 
 RATE_BINS = 4  # masking rates by which the validation loss is split: quarters of [0, 1]
@@ -62,7 +63,7 @@ def make_settings(
     sharding.check_mesh(config.model, mesh)
     if config.model.kind == "hybrid" and config.kernels != KernelConfig():
         raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
-    kernels = attention.choose_kernels(
+    kernels = choose_kernels(
         config.kernels,
         mesh.devices.flat[0].platform,
         config.model,
@@ -197,7 +198,7 @@ def loss_fn(
     else:
         of_model = objective.loss_fn
         near = settings.model.context(local) is not None
-        trunk["attend"] = attention.with_kernels(settings.kernels, near=near)
+        trunk["attend"] = with_kernels(settings.kernels, near=near)
     return of_model(
         lm,
         states_BSE,

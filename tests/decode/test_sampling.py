@@ -20,7 +20,7 @@ from magnet_jax.config import (
 )
 from magnet_jax.decode import canvas, placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention
+from magnet_jax.model import kernels
 
 
 @pytest.fixture(scope="module")
@@ -182,13 +182,13 @@ def test_presets_name_decoding_steps():
 
 def test_kernels_asked_for_are_used(loaded, monkeypatch):
     used = []
-    self_attention = attention.self_attention
+    self_attention = kernels.self_attention
 
     def spy(*qkv, kernel, context, **settings):
         used.append((context, kernel))
         return self_attention(*qkv, kernel=kernel, context=context, **settings)
 
-    monkeypatch.setattr(attention, "self_attention", spy)
+    monkeypatch.setattr(kernels, "self_attention", spy)
     default = clips(loaded).codes_BKT
     programs.forget()
     jax.clear_caches()  # or what was traced before would be taken

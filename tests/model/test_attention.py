@@ -7,7 +7,7 @@ import pytest
 
 from magnet_jax.config import KernelConfig, ModelConfig
 from magnet_jax.errors import UserError
-from magnet_jax.model import attention
+from magnet_jax.model import attention, kernels
 
 
 def heads(key, batch, length, num_heads=3, size=8):
@@ -38,7 +38,7 @@ def assert_equal_where_frames_exist(found, expected, length, atol=3e-6):
 @pytest.mark.parametrize("context", [None, 1, 5])
 def test_kernels_equal_plain_attention(kernel, num_frames, context):
     qkv = tuple(heads(i, 2, num_frames) for i in range(3))
-    found = attention.self_attention(*qkv, context=context, kernel=kernel, block=16)
+    found = kernels.self_attention(*qkv, context=context, kernel=kernel, block=16)
     expected = plain_attention(*qkv, context, num_frames)
     assert_equal_where_frames_exist(found, expected, num_frames)
 
@@ -47,7 +47,7 @@ def test_kernels_equal_plain_attention(kernel, num_frames, context):
 @pytest.mark.parametrize("length", [500, [500, 341]])
 def test_cudnn_equals_plain_attention(length):
     qkv = tuple(heads(i, 2, 500, 4, 64).astype(jnp.bfloat16) for i in range(3))
-    found = attention.self_attention(*qkv, context=None, kernel="cudnn", length=jnp.asarray(length))
+    found = kernels.self_attention(*qkv, context=None, kernel="cudnn", length=jnp.asarray(length))
     exact = tuple(x.astype(jnp.float32) for x in qkv)
     expected = plain_attention(*exact, None, length)
     assert_equal_where_frames_exist(found.astype(jnp.float32), expected, length, atol=2e-2)
@@ -60,7 +60,7 @@ def test_frames_past_the_end_are_not_attended_to(kernel, context, length):
     """One compiled program for all lengths, a number for all rows or one for each."""
     qkv = tuple(heads(i, 2, 70) for i in range(3))
     run = jax.jit(
-        lambda length: attention.self_attention(
+        lambda length: kernels.self_attention(
             *qkv, context=context, kernel=kernel, length=length, block=16
         )
     )
@@ -74,7 +74,7 @@ def test_frames_past_the_end_are_not_attended_to(kernel, context, length):
 def test_splash_attention_equals_plain_attention(context, length):
     """In interpret mode."""
     qkv = tuple(heads(i, 2, 130, size=64) for i in range(3))
-    found = attention.self_attention(
+    found = kernels.self_attention(
         *qkv, context=context, kernel="splash", length=jnp.asarray(length), interpret=True
     )
     expected = plain_attention(*qkv, context, length)
@@ -90,7 +90,7 @@ def test_frames_split_over_devices_attend_as_on_one(kernel, context):
     split = jax.sharding.PartitionSpec(None, "frames")
     found = jax.jit(
         jax.shard_map(
-            lambda *qkv: attention.self_attention(
+            lambda *qkv: kernels.self_attention(
                 *qkv, context=context, kernel=kernel, axis="frames", length=60, block=16
             ),
             mesh=mesh,
@@ -110,9 +110,7 @@ def test_gradients_of_local_attention_equal_plain_attentions(block):
     def total(attend):
         return jax.grad(lambda *qkv: (weight * attend(*qkv)).sum(), argnums=(0, 1, 2))(*qkv)
 
-    fast = total(
-        lambda *qkv: attention.self_attention(*qkv, context=5, kernel="blocks", block=block)
-    )
+    fast = total(lambda *qkv: kernels.self_attention(*qkv, context=5, kernel="blocks", block=block))
     for one, other in zip(fast, total(lambda *qkv: plain_attention(*qkv, 5, 45))):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
@@ -122,7 +120,7 @@ def test_attention_in_blocks_never_holds_a_square_array(context):
     num_frames = 1500
     shape = jax.ShapeDtypeStruct((1, num_frames, 2, 8), jnp.float32)
     compiled = jax.jit(
-        lambda *qkv: attention.self_attention(*qkv, context=context, kernel="blocks", block=32)
+        lambda *qkv: kernels.self_attention(*qkv, context=context, kernel="blocks", block=32)
     )
     memory = compiled.lower(shape, shape, shape).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_frames * num_frames * 4 / 2
@@ -130,10 +128,10 @@ def test_attention_in_blocks_never_holds_a_square_array(context):
 
 def test_kernels_go_by_platform_length_and_precision():
     def chosen(platform, num_frames, dtype, model=ModelConfig(), split=False, **asked):  # noqa: B008
-        kernels = attention.choose_kernels(
+        found = kernels.choose_kernels(
             KernelConfig(**asked), platform, model, num_frames, dtype, split=split
         )
-        return kernels.full, kernels.local
+        return found.full, found.local
 
     assert chosen("cpu", 500, jnp.float32) == ("dense", "blocks")
     assert chosen("cpu", 1500, jnp.float32) == ("blocks", "blocks")
@@ -209,11 +207,9 @@ def test_a_row_without_text_gives_exact_zeros_and_finite_gradients():
 def test_a_block_below_twice_the_context_is_refused():
     model = ModelConfig()
     with pytest.raises(UserError, match="below twice the 5 frames"):
-        attention.choose_kernels(
-            KernelConfig(local_block=9), "cpu", model, 500, np.dtype("float32")
-        )
+        kernels.choose_kernels(KernelConfig(local_block=9), "cpu", model, 500, np.dtype("float32"))
     assert (
-        attention.choose_kernels(
+        kernels.choose_kernels(
             KernelConfig(local_block=10), "cpu", model, 500, np.dtype("float32")
         ).local_block
         == 10

@@ -1,0 +1,266 @@
+"""Self-attention by kernels that are equal up to rounding, of which `choose_kernels` picks one.
+
+    dense    one score for every pair of frames, far ones masked; the plain statement
+    slices   queries in blocks, written out one after another, each with the keys that it can see:
+             on TPUs slices of frames are free, where a new axis of blocks would be copied
+    blocks   queries in blocks, along an axis of their own with a halo of neighbours' keys; of full
+             attention, in a loop
+    splash   JAX's Pallas kernel for TPUs, scores never leave the chip's vector memory
+    cudnn    NVIDIA's fused kernel, for 16-bit types and full attention
+
+docs/performance.md has the measurements behind the choice.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig
+from magnet_jax.errors import UserError
+from magnet_jax.model.attention import BLOCK, dense, existing, in_blocks, near, slices
+
+# Beyond this many frames T x T scores no longer stay in a TPU's vector memory or a CPU's caches.
+DENSE_FRAMES = 768
+# Queries a block: few where scores cost vector instructions; on GPUs, a block and its halo of 5
+# frames to each side fill tiles of 64 keys.
+LOCAL_BLOCK = {"cpu": 22, "tpu": 128, "gpu": 54}
+
+
+def choose_kernels(
+    asked: KernelConfig,
+    platform: str,
+    model: ModelConfig,
+    num_frames: int,
+    dtype: jnp.dtype,
+    *,
+    split: bool = False,
+) -> KernelConfig:
+    """The kernels for this platform ('cpu', 'gpu', 'tpu') and length, those asked for first.
+
+    `num_frames` are on one device; `split` says that others have more of the same clip.
+
+    Raises `UserError` for a kernel that the platform, the model, the precision or a split does not
+    have, and for a split so fine that a device's frames see beyond its neighbours.
+    """
+    if platform not in LOCAL_BLOCK:
+        raise UserError(f"JAX runs on {platform}, and this on {', '.join(LOCAL_BLOCK)} only")
+    half = jnp.dtype(dtype).itemsize == 2
+    fused = platform == "gpu" and half and model.head_size % 8 == 0 and model.head_size <= 128
+    written_out = "slices" if platform == "tpu" else "blocks"
+    full, local = asked.full, asked.local
+    if full == "auto":
+        full = "cudnn" if fused else "dense" if num_frames <= DENSE_FRAMES else written_out
+    if local == "auto":
+        local = written_out
+    for wrong, message in (
+        (
+            split and num_frames < model.widest_context,
+            f"mesh.frames leaves {num_frames} frames a device, fewer than the "
+            f"{model.widest_context} seen to each side: use fewer devices, or ask for more seconds",
+        ),
+        (
+            0 < asked.local_block < 2 * model.widest_context,
+            f"kernels.local_block {asked.local_block} is below twice the {model.widest_context} "
+            "frames that are seen to each side: give a larger one, or 0",
+        ),
+        (
+            full == "cudnn" and not fused,
+            "attention kernel cudnn needs a GPU, bfloat16 and a head size that is a multiple of 8 "
+            f"up to 128; here are {platform}, {jnp.dtype(dtype)} and {model.head_size}",
+        ),
+        (
+            "splash" in (full, local) and (platform != "tpu" or split),
+            "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)
+    block = asked.local_block or LOCAL_BLOCK[platform]
+    return KernelConfig(full=full, local=local, local_block=block)
+
+
+def with_kernels(kernels: KernelConfig, *, near: bool) -> Callable[..., jax.Array]:
+    """`self_attention` by what `choose_kernels` chose, for a stage that sees near frames or all."""
+    if near:
+        return functools.partial(self_attention, kernel=kernels.local, block=kernels.local_block)
+    return functools.partial(self_attention, kernel=kernels.full)
+
+
+def self_attention(
+    query_BTNH: jax.Array,
+    key_BTNH: jax.Array,
+    value_BTNH: jax.Array,
+    *,
+    kernel: FullKernel | LocalKernel,
+    context: int | None = None,
+    length: jax.Array | int | None = None,
+    axis: str | None = None,
+    block: int = BLOCK,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attention.self_attention`, whose arguments have the same meaning, by a kernel.
+
+    Args:
+      query_BTNH, key_BTNH, value_BTNH: of T frames each.
+      kernel: see the module; not 'auto'.
+      context, length: see `attention.self_attention`.
+      axis: name of the mesh axis over which the frames are split, T of them on each device; then
+        `length`, which must be given, counts the frames of all.
+      block: queries a block, at least twice the context. Splash has its own.
+      interpret: run a Pallas kernel in Python, on any platform.
+    """
+    if axis is not None and (length is None or kernel == "splash"):
+        raise ValueError("frames split over devices need the clip's length, and another kernel")
+    if kernel == "splash":
+        return _splash(query_BTNH, key_BTNH, value_BTNH, context, length, interpret)
+    first, keys = 0, (key_BTNH, value_BTNH)
+    if context is not None:
+        first, *keys = _with_halo(keys, context, axis)
+    elif axis is not None:
+        keys = [jax.lax.all_gather(array, axis, axis=1, tiled=True) for array in keys]
+    if kernel == "cudnn":
+        return _cudnn(query_BTNH, *keys, length)
+    if length is None:
+        length = key_BTNH.shape[1]
+    elif jnp.ndim(length):
+        length = length[:, None, None]
+    if kernel == "dense":
+        block = query_BTNH.shape[1]
+    if kernel != "blocks":
+        return _in_slices(query_BTNH, *keys, context, first, length, block)
+    if context is not None:
+        return _local_in_blocks(query_BTNH, *keys, context, first, length, block)
+    exists_B1S = existing(np.arange(keys[0].shape[1])[None, None], length)
+    return in_blocks(lambda query, _: dense(query, *keys, exists_B1S), query_BTNH, block)
+
+
+def _with_halo(
+    arrays: tuple[jax.Array, ...], context: int, axis: str | None
+) -> tuple[jax.Array | int, ...]:
+    """The number of the first of the T frames, and [B, T, ...] -> [B, context + T + context, ...].
+
+    On one device the halo is zeros; where frames are split over a mesh axis it is the neighbours'
+    frames, and zeros at both ends.
+    """
+    if axis is None:
+        pads = [(0, 0), (context, context), (0, 0), (0, 0)]
+        return 0, *(jnp.pad(array, pads) for array in arrays)
+    size, num_frames = jax.lax.axis_size(axis), arrays[0].shape[1]
+    up, down = ([(i, i + 1) for i in range(size - 1)], [(i + 1, i) for i in range(size - 1)])
+    # Keys and values travel together: two messages a layer.
+    both = jnp.stack(arrays)
+    before = jax.lax.ppermute(both[:, :, num_frames - context :], axis, up)
+    after = jax.lax.ppermute(both[:, :, :context], axis, down)
+    return jax.lax.axis_index(axis) * num_frames, *jnp.concatenate([before, both, after], axis=2)
+
+
+def _in_slices(
+    query_BTNH: jax.Array,
+    key_BSNH: jax.Array,
+    value_BSNH: jax.Array,
+    context: int | None,
+    first: jax.Array | int,
+    length: jax.Array | int,
+    block: int,
+) -> jax.Array:
+    """Attention, `block` queries after another; keys and values as for `_local_in_blocks`."""
+    halo, parts = context or 0, []
+    for start, end in slices(query_BTNH.shape[1], block):
+        seen = slice(None) if context is None else slice(start, end + 2 * halo)
+        query_1T1 = np.arange(start, end)[None, :, None]
+        key_11S = np.arange(key_BSNH.shape[1])[None, None, seen] - halo
+        visible_BTS = near(query_1T1, key_11S, context) & existing(first + key_11S, length)
+        parts.append(
+            dense(query_BTNH[:, start:end], key_BSNH[:, seen], value_BSNH[:, seen], visible_BTS)
+        )
+    return jnp.concatenate(parts, axis=1)
+
+
+def _local_in_blocks(
+    query_BTNH: jax.Array,
+    key_BSNH: jax.Array,
+    value_BSNH: jax.Array,
+    context: int,
+    first: jax.Array | int,
+    length: jax.Array | int,
+    block: int,
+) -> jax.Array:
+    """Local attention in blocks of queries, each with the keys of its own frames and of a halo.
+
+    Keys and values have `context` more frames to both sides. The first of the T frames is frame
+    `first` of a clip of `length`.
+    """
+    batch, num_frames, *heads = query_BTNH.shape
+    block = max(min(block, num_frames), 2 * context)
+    num_blocks = -(-num_frames // block)
+    window = block + 2 * context
+
+    def whole_blocks(array: jax.Array, count: int) -> jax.Array:
+        short = count * block - array.shape[1]
+        return jnp.pad(array, ((0, 0), (0, short), (0, 0), (0, 0)))
+
+    def windows(array_BSNH: jax.Array) -> jax.Array:
+        """[B, S, N, H] -> [B, blocks, window, N, H]: a block and the start of the next."""
+        padded = whole_blocks(array_BSNH, num_blocks + 1)
+        own = padded[:, :-block].reshape(batch, num_blocks, block, *heads)
+        following = padded[:, block:].reshape(batch, num_blocks, block, *heads)
+        return jnp.concatenate([own, following[:, :, : 2 * context]], axis=2)
+
+    query_BCTNH = whole_blocks(query_BTNH, num_blocks).reshape(batch, num_blocks, block, *heads)
+    query_11T1 = np.arange(block)[None, None, :, None]
+    key_111S = np.arange(window)[None, None, None] - context
+    start_1C11 = np.arange(num_blocks)[None, :, None, None] * block
+    length = length[:, None] if jnp.ndim(length) else length
+    exists_BC1S = existing(first + start_1C11 + key_111S, length)
+    visible_BCTS = near(query_11T1, key_111S, context) & exists_BC1S
+    out = dense(query_BCTNH, windows(key_BSNH), windows(value_BSNH), visible_BCTS)
+    return out.reshape(batch, -1, *heads)[:, :num_frames]
+
+
+def _cudnn(query_BTNH, key_BSNH, value_BSNH, length) -> jax.Array:
+    lengths_B = None
+    if length is not None:
+        lengths_B = jnp.broadcast_to(jnp.asarray(length, jnp.int32), (len(query_BTNH),))
+    return jax.nn.dot_product_attention(
+        query_BTNH, key_BSNH, value_BSNH, key_value_seq_lengths=lengths_B, implementation="cudnn"
+    )
+
+
+def _splash(
+    query_BTNH, key_BSNH, value_BSNH, context: int | None, length, interpret: bool
+) -> jax.Array:
+    """Splash attention; frames are padded to whole blocks of 128 and kept apart by segment ids."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    batch, num_frames, num_heads, head_size = query_BTNH.shape
+    padded = -(-num_frames // 128) * 128
+    if context is None:
+        mask = splash.FullMask((padded, padded))
+    else:
+        mask = splash.LocalMask((padded, padded), (context, context), 0)
+    block = math.gcd(padded, 512)
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash.BlockSizes(block_q=block, block_kv=block),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    # Frames past the end are a segment of their own, so that nothing sees them and yet each of them
+    # sees something near. Without a context all queries see what exists.
+    length_B1 = jnp.reshape(num_frames if length is None else length, (-1, 1))
+    past_BS = (jnp.arange(padded)[None] >= length_B1).astype(jnp.int32)
+    past_BS = jnp.broadcast_to(past_BS, (batch, padded))
+    segments = splash.SegmentIds(jnp.zeros_like(past_BS) if context is None else past_BS, past_BS)
+
+    def heads_first(x_BTNH: jax.Array) -> jax.Array:
+        pads = ((0, 0), (0, padded - num_frames), (0, 0), (0, 0))
+        return jnp.swapaxes(jnp.pad(x_BTNH, pads), 1, 2)
+
+    arrays = (heads_first(x) for x in (query_BTNH * head_size**-0.5, key_BSNH, value_BSNH))
+    out_BNTH = jax.vmap(kernel)(*arrays, segments)
+    return jnp.swapaxes(out_BNTH, 1, 2)[:, :num_frames].astype(value_BSNH.dtype)
