@@ -128,7 +128,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
             write_text(path, text)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(records, "write_text", dying)
+            patch.setattr(files, "write_text", dying)
             set_up(config)
     set_up(dataclasses.replace(config, seed=5))
     loop.train(config)
