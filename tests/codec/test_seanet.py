@@ -232,7 +232,7 @@ def test_settings_that_cannot_be_computed_are_refused(change):
 def test_pytorch_is_not_imported():
     """Not by the codec that ships, nor for any transformers folder."""
     code = (
-        "import sys; from magnet_jax import codec, seanet; "
+        "import sys; from magnet_jax.codec import encodec, seanet; "
         "d = encodec.load_decoder('embedded'); import numpy; "
         "seanet.decode(d.params, numpy.zeros((1, 4, 2), int), config=d.config); "
         "print({'torch', 'transformers', 'encodec'} & set(sys.modules))"

@@ -144,12 +144,12 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
 
 
 def folders_of_modules():
-    """Every folder that holds modules: each is the first on the path when one of them is started.
+    """Folders of commands: each is the first on the path when a file of it is started.
 
     The names in it, of modules and of folders that would be imported.
     """
     folders = {}
-    for top in ("configs", "launch", "magnet_jax", "tests", "tokenization"):
+    for top in ("configs", "launch", "tokenization"):
         for path in (FOLDER / top).rglob("*.py"):
             names = folders.setdefault(path.parent.relative_to(FOLDER).as_posix(), set())
             names.add(path.stem)

@@ -402,7 +402,7 @@ def test_a_wrong_out_is_left_as_it_was(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", "somewhere")
 
     # the lock, and job.json
-    for module, name in [(place_module.fcntl, "flock"), (records, "write_text")]:
+    for module, name in [(place_module.fcntl, "flock"), (files, "write_text")]:
         with monkeypatch.context() as patch:
             patch.setattr(module, name, refuse)
             with pytest.raises(UserError, match=r"out: cannot be written \(Permission denied\)"):
