@@ -722,10 +722,10 @@ def from_dict(cls: type, values: dict, where: str) -> Any:
     _require(
         isinstance(values, dict), f"{where}: expected an object with the fields of {cls.__name__}"
     )
-    if (
-        cls is KernelConfig
-    ):  # earlier releases had a choice of products, which changed rounding alone
-        values = {name: value for name, value in values.items() if name != "products"}
+    _require(
+        cls is not KernelConfig or "products" not in values,
+        f"{where}: is of an earlier release, whose export of it can be loaded",
+    )
     fields = dataclasses.fields(cls)
     added = {
         f.name: f.metadata.get("before", f.default)

@@ -102,7 +102,6 @@ def sums(
     dtype: jnp.dtype = jnp.float32,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-    written_out: bool = False,
 ) -> Sums:
     """Each row's share of both losses, from one pass; arguments as of `objective.sums`."""
     num_frames, delays = codes_BKT.shape[-1], jnp.asarray(config.delays)
@@ -122,7 +121,6 @@ def sums(
         ),
         remat=remat,
         sharding=sharding,
-        written_out=written_out,
     )
 
     def at_frames(codebook, behind):

@@ -128,7 +128,6 @@ def sums(
     attend: Callable[..., jax.Array] = self_attention,
     remat: Remat = "none",
     sharding: jax.sharding.Sharding | None = None,
-    written_out: bool = False,
 ) -> Sums:
     """Each row's share of the training loss of one stage (sections 2 and 3.1).
 
@@ -138,7 +137,7 @@ def sums(
       codes_BKT, valid_BT: true tokens, and which frames are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      attend, remat, sharding, written_out: see `Transformer.trunk`.
+      attend, remat, sharding: see `Transformer.trunk`.
     """
     mask_BT = span_mask(noise.starts_BT, noise.rate_B, config.span_length)
     corrupted = hide(codes_BKT, mask_BT, valid_BT, stage, config.mask_id)
@@ -151,6 +150,5 @@ def sums(
         attend=attend,
         remat=remat,
         sharding=sharding,
-        written_out=written_out,
     )
     return score(model.head(states_BTD, stage), corrupted.target_BT, corrupted.mask_BT)

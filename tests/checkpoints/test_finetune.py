@@ -76,10 +76,10 @@ def test_fresh_adapters_change_no_bit():
     adapters = jax.jit(lora.init_adapters, static_argnums=(0, 1))(LORA, TINY, key)
     shapes = {path: leaf.shape for path, leaf in trees.flatten(adapters).items()}
     assert shapes == lora.adapter_shapes(LORA, TINY)
-    assert shapes["blocks/self/query/a"] == (2, 12, 2)
-    assert shapes["blocks/self/query/b"] == (2, 2, 3, 4)
-    assert shapes["blocks/cross/out/a"] == (2, 3, 4, 2)
-    assert shapes["blocks/cross/out/b"] == (2, 2, 12)
+    assert shapes["blocks/attn/query/a"] == (2, 12, 2)
+    assert shapes["blocks/attn/query/b"] == (2, 2, 3, 4)
+    assert shapes["blocks/cross_attn/out/a"] == (2, 3, 4, 2)
+    assert shapes["blocks/cross_attn/out/b"] == (2, 2, 12)
     assert shapes["blocks/mlp/down/a"] == (2, 24, 2)
     assert len(shapes) == 20
     for path, leaf in trees.flatten(adapters).items():
@@ -97,7 +97,7 @@ def test_fresh_adapters_change_no_bit():
         trees.flatten(few["blocks"]), trees.flatten({"mlp": adapters["blocks"]["mlp"]})
     )
     merged = lora.merge_adapters(params, few, some)
-    assert merged["blocks"]["self"]["query"] is params["blocks"]["self"]["query"]
+    assert merged["blocks"]["attn"]["query"] is params["blocks"]["attn"]["query"]
     assert lora.init_adapters(LoraConfig(), TINY, key) == {}
     assert_same_bits(
         trees.flatten(lora.merge_adapters(params, {}, LoraConfig())),
@@ -106,7 +106,7 @@ def test_fresh_adapters_change_no_bit():
 
 
 def test_merging_refuses_what_is_no_adapter():
-    with pytest.raises(ValueError, match="blocks/self/query: an adapter of rank 2, not 4"):
+    with pytest.raises(ValueError, match="blocks/attn/query: an adapter of rank 2, not 4"):
         lora.merge_adapters(small_params(), random_adapters(), LoraConfig(rank=4))
     with pytest.raises(ValueError, match="heads/a"):
         lora.merge_adapters(small_params(), {"heads": {"a": np.ones(2)}}, LORA)
@@ -185,8 +185,8 @@ def test_gradients_are_the_chain_rules():
     adapters = random_adapters()
     found, full = jax.jit(jax.grad(loss, argnums=(0, 1)))(adapters, params)
     for name, spec_a, spec_b in (
-        ("self/query", "LDNH,LrNH->LDr", "LDNH,LDr->LrNH"),
-        ("cross/out", "LNHD,LrD->LNHr", "LNHD,LNHr->LrD"),
+        ("attn/query", "LDNH,LrNH->LDr", "LDNH,LDr->LrNH"),
+        ("cross_attn/out", "LNHD,LrD->LNHr", "LNHD,LNHr->LrD"),
         ("mlp/down", "LFD,LrD->LFr", "LFD,LFr->LrD"),
     ):
         part, weight = name.split("/")
@@ -202,8 +202,8 @@ def test_shardings_follow_the_weights():
     shardings = lora.adapter_shardings(TINY, LORA, mesh)
     specs = {path: s.spec for path, s in trees.flatten(shardings).items()}
     assert specs.keys() == lora.adapter_shapes(LORA, TINY).keys()
-    assert specs["blocks/self/query/a"] == P(None, "fsdp", None)
-    assert specs["blocks/self/query/b"] == P(None, None, "tensor", None)
+    assert specs["blocks/attn/query/a"] == P(None, "fsdp", None)
+    assert specs["blocks/attn/query/b"] == P(None, None, "tensor", None)
     assert specs["blocks/mlp/up/b"] == P(None, None, "tensor")
     assert specs["blocks/mlp/down/a"] == P(None, "tensor", None)
     assert specs["blocks/mlp/down/b"] == P(None, None, "fsdp")
@@ -365,7 +365,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
     folder, adapters = tmp_path / "a", random_adapters()
     with pytest.raises(UserError, match="lora.rank is 0"):
         save(folder, {}, LoraConfig())
-    with pytest.raises(UserError, match="misshapen: blocks/self/query/a \\[2, 12, 2\\], not"):
+    with pytest.raises(UserError, match="misshapen: blocks/attn/query/a \\[2, 12, 2\\], not"):
         save(folder, adapters, LoraConfig(rank=3))
     del (part := random_adapters())["blocks"]["mlp"]
     with pytest.raises(UserError, match="4 missing: blocks/mlp/up/a"):
@@ -436,7 +436,7 @@ def test_partial_matches():
     assert taken == flat.keys() - missing
     assert lines[0] == f"base: {len(taken)} of {len(flat)} parameters matched"
     for line in (
-        "  matched  blocks/self/query [2, 12, 3, 4]",
+        "  matched  blocks/attn/query [2, 12, 3, 4]",
         "  fresh    embed [3, 9, 12] (given as [2, 9, 12])",
         "  fresh    blocks/mlp/up_bias [2, 24] (not given)",
         "  unused   stray [2]",

@@ -48,7 +48,7 @@ def random_params(cfg, seed=0):
     """`init`, with norm scales other than 1 so that leaving one out shows."""
     params = t5.init(cfg, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    for norm in (params["blocks"]["norm_self"], params["blocks"]["norm_mlp"], params["norm_final"]):
+    for norm in (params["blocks"]["norm_attn"], params["blocks"]["norm_mlp"], params["norm_final"]):
         norm["scale"] = jnp.asarray(rng.uniform(0.5, 1.5, norm["scale"].shape), jnp.float32)
     return params
 
@@ -142,7 +142,7 @@ def test_initial_scales_are_t5s():
     theirs = transformers.T5EncoderModel(transformers.T5Config(**dataclasses.asdict(cfg)))
     state = {name: weight.detach().numpy() for name, weight in theirs.state_dict().items()}
     params = t5.init(cfg, jax.random.key(0))
-    for weight in t5._weights(cfg):
+    for weight in t5.weights(cfg):
         leaf = params
         for key in weight.path:
             leaf = leaf[key]
