@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +56,7 @@ class Bundle:
 def write_safetensors(directory: Path, bundle: Bundle, *, half: bool = False) -> None:
     """Writes `model.safetensors`, `config.json`, `generation_config.json` into an existing folder.
 
-    Tensors are named by their path, 'lm/blocks/self/query' or 'text/...'. `text.source` and
+    Tensors are named by their path, 'lm/blocks/attn/query' or 'text/...'. `text.source` and
     `codec.source` may name what lies inside `directory`. `half` writes all of them as float16, as
     is done with the transformer of a model that came so: nothing is lost of numbers that are.
     """
@@ -170,6 +171,15 @@ def read_config(directory: Path) -> Config:
     )
 
 
+def _named(path: str) -> str:
+    """The path of a tensor, of which earlier releases had another: '.../self/query'."""
+    return re.sub(
+        "/(norm_)?(self|cross)/",
+        lambda old: f"/{old[1] or ''}{'attn' if old[2] == 'self' else 'cross_attn'}/",
+        path,
+    )
+
+
 def read_safetensors(directory: Path) -> Bundle:
     """The inverse of `write_safetensors`; see `read_config`.
 
@@ -178,7 +188,7 @@ def read_safetensors(directory: Path) -> Bundle:
     directory = Path(directory)
     path, config = directory / "config.json", read_config(directory)
     weights = directory / "model.safetensors"
-    tensors = files.read_tensors(weights)
+    tensors = {_named(name): array for name, array in files.read_tensors(weights).items()}
     expected = {f"lm/{name}": shape for name, shape in lm_shapes(config.model).items()}
     if config.text.finetune:  # the text encoder's own loader checks its tensors
         expected |= {name: a.shape for name, a in tensors.items() if name.startswith("text/")}

@@ -279,7 +279,8 @@ def restore(manager: ocp.CheckpointManager, step: int, **abstract: Any) -> dict:
         remedy = f"; move that folder away to go on from step {others[-1]}" if others else ""
         raise UserError(
             f"{manager.directory / str(step)}: damaged or of another model "
-            f"({type(error).__name__}){remedy}"
+            f"({type(error).__name__}), or of an earlier release, whose export of it can be loaded"
+            f"{remedy}"
         ) from error
 
 

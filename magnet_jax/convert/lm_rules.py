@@ -116,13 +116,13 @@ LM_RULES: tuple[Rule, ...] = (
     Rule(f"{_TEXT_PROJECTION}.weight", "D E", ("text_proj/kernel",), "E D"),
     Rule(f"{_TEXT_PROJECTION}.bias", "D", ("text_proj/bias",), "D"),
     Rule("emb.{K}.weight", "W D", ("embed",), "W D"),
-    *_attention_rules("self_attn", "self", "query_key_norm"),
+    *_attention_rules("self_attn", "attn", "query_key_norm"),
     *_mlp_rules("linear1", "F D", "up"),
     *_mlp_rules("linear2", "D F", "down"),
-    *_norm_rules("transformer.layers.{L}.norm1", "blocks/norm_self"),
+    *_norm_rules("transformer.layers.{L}.norm1", "blocks/norm_attn"),
     *_norm_rules("transformer.layers.{L}.norm2", "blocks/norm_mlp"),
-    *_attention_rules("cross_attention", "cross", "cross_query_key_norm"),
-    *_norm_rules("transformer.layers.{L}.norm_cross", "blocks/norm_cross"),
+    *_attention_rules("cross_attention", "cross_attn", "cross_query_key_norm"),
+    *_norm_rules("transformer.layers.{L}.norm_cross", "blocks/norm_cross_attn"),
     *_norm_rules("out_norm", "norm_final"),
     Rule("linears.{K}.weight", "V D", ("heads",), "D V"),
     Rule("linears.{K}.bias", "V", ("heads_bias",), "V", "head_bias"),
@@ -169,7 +169,7 @@ def audiocraft_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def lm_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path ('blocks/self/query') and shape of every parameter of our language model."""
+    """Path ('blocks/attn/query') and shape of every parameter of our language model."""
     sizes = _sizes(model)
     return {
         path: tuple(sizes[a] for a in rule.stack + rule.our_axes.replace(" ", ""))

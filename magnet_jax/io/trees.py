@@ -1,11 +1,11 @@
-"""Nested dicts, whose leaves are named by paths such as 'blocks/self/query'."""
+"""Nested dicts, whose leaves are named by paths such as 'blocks/attn/query'."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(tree: Mapping, prefix: str = "", separator: str = "/") -> dict[str, Any]:
-    """A nested dict as {'blocks/self/query': leaf}."""
+    """A nested dict as {'blocks/attn/query': leaf}."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):

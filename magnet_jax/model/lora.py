@@ -4,8 +4,8 @@ An adapter of a weight W is a pair of factors, with axes of W's in between (Hu e
 section 4.1): W + alpha / rank * a b. A tree of adapters has such a pair in place of every adapted
 weight, layers stacked on axis 0:
 
-    blocks/{self, cross}/{query, key, value}/{a [L, D, r], b [L, r, N, H]}
-    blocks/{self, cross}/out/{a [L, N, H, r], b [L, r, D]}
+    blocks/{attn, cross_attn}/{query, key, value}/{a [L, D, r], b [L, r, N, H]}
+    blocks/{attn, cross_attn}/out/{a [L, N, H, r], b [L, r, D]}
     blocks/mlp/up/{a [L, D, r], b [L, r, F]}     blocks/mlp/down/{a [L, F, r], b [L, r, D]}
 """
 
@@ -44,9 +44,9 @@ _ATTENTION = (
 
 
 PROJECTIONS: tuple[Projection, ...] = (
-    *(Projection("self", f"blocks/self/{n}", f"self_attn.{m}", *io) for n, m, *io in _ATTENTION),
+    *(Projection("self", f"blocks/attn/{n}", f"self_attn.{m}", *io) for n, m, *io in _ATTENTION),
     *(
-        Projection("cross", f"blocks/cross/{n}", f"cross_attention.{m}", *io)
+        Projection("cross", f"blocks/cross_attn/{n}", f"cross_attention.{m}", *io)
         for n, m, *io in _ATTENTION
     ),
     Projection("mlp", "blocks/mlp/up", "linear1", "D", "F"),
@@ -59,7 +59,7 @@ def _adapted(config: LoraConfig) -> list[Projection]:
 
 
 def adapter_shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path ('blocks/self/query/a') and shape of every factor; none where the rank is 0."""
+    """Path ('blocks/attn/query/a') and shape of every factor; none where the rank is 0."""
     weights, shapes = transformer.param_shapes(model), {}
     for p in _adapted(config):
         layers, *axes = weights[p.path]

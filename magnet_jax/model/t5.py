@@ -4,7 +4,7 @@ Parameters are a plain dict, layers stacked on axis 0 (E width, N heads, H head 
 L layers):
 
     embed [vocabulary,E]; relative_bias [buckets,N]; norm_final/scale [E];
-    blocks/{norm_self/scale [L,E], self/{query,key,value [L,E,N,H], out [L,N,H,E]},
+    blocks/{norm_attn/scale [L,E], attn/{query,key,value [L,E,N,H], out [L,N,H,E]},
             norm_mlp/scale [L,E], mlp/{up [L,E,F], down [L,F,E]} and, gated, mlp/gate [L,E,F]}
 """
 
@@ -93,7 +93,7 @@ def weights(config: T5Config) -> list[Weight]:
 
     def project(kind: str, std: float) -> Weight:
         name = f"{attention}SelfAttention.{kind[0]}.weight"
-        return Weight(("blocks", "self", kind), name, (e, n, h), (n * h, e), std)
+        return Weight(("blocks", "attn", kind), name, (e, n, h), (n * h, e), std)
 
     def mlp_in(kind: str, file_kind: str) -> Weight:
         name = f"{mlp}DenseReluDense.{file_kind}.weight"
@@ -106,11 +106,11 @@ def weights(config: T5Config) -> list[Weight]:
     return [
         Weight(("embed",), "shared.weight", embed, embed, 1.0),
         Weight(("relative_bias",), bias_name, buckets, buckets, e**-0.5),
-        norm(("blocks", "norm_self", "scale"), f"{attention}layer_norm.weight"),
+        norm(("blocks", "norm_attn", "scale"), f"{attention}layer_norm.weight"),
         project("query", (e * h) ** -0.5),
         project("key", e**-0.5),
         project("value", e**-0.5),
-        Weight(("blocks", "self", "out"), out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
+        Weight(("blocks", "attn", "out"), out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
         norm(("blocks", "norm_mlp", "scale"), f"{mlp}layer_norm.weight"),
         *([mlp_in("gate", "wi_0"), mlp_in("up", "wi_1")] if config.gated else [mlp_in("up", "wi")]),
         Weight(("blocks", "mlp", "down"), down_name, (f, e), (e, f), f**-0.5),
@@ -195,15 +195,15 @@ def encode(
     bias_BNSS = jnp.where(text_mask_BS[:, None, None, :], bias_NSS[None], -1e9)
 
     def block(x_BSE: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        y_BSE = norm(x_BSE, layer["norm_self"]["scale"])
+        y_BSE = norm(x_BSE, layer["norm_attn"]["scale"])
         query, key, value = (
-            product("BSE,ENH->BSNH", y_BSE, layer["self"][k]) for k in ("query", "key", "value")
+            product("BSE,ENH->BSNH", y_BSE, layer["attn"][k]) for k in ("query", "key", "value")
         )
         # T5 does not divide by the root of the head size: the initial scale of query does
         logits_BNSS = product("BQNH,BSNH->BNQS", query, key).astype(jnp.float32) + bias_BNSS
         weights_BNSS = jax.nn.softmax(logits_BNSS, axis=-1)
         heads_BSNH = product("BNQS,BSNH->BQNH", weights_BNSS, value)
-        x_BSE = x_BSE + product("BSNH,NHE->BSE", heads_BSNH, layer["self"]["out"])
+        x_BSE = x_BSE + product("BSNH,NHE->BSE", heads_BSNH, layer["attn"]["out"])
 
         y_BSE = norm(x_BSE, layer["norm_mlp"]["scale"])
         up_BSF = product("BSE,EF->BSF", y_BSE, layer["mlp"]["up"])

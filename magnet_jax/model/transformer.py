@@ -5,15 +5,15 @@ and checkpoints handle them as a plain nested dict, which `init_params` makes an
 into a module. Parameter shapes, layers stacked on axis 0:
 
     embed [K, V+1, D]      text_proj/{kernel [E, D], bias [D]}      heads [K, D, V]
-    blocks/{self, cross}/{query, key, value} [L, D, N, H]           blocks/*/out [L, N, H, D]
+    blocks/{attn, cross_attn}/{query, key, value} [L, D, N, H]      blocks/*/out [L, N, H, D]
     blocks/mlp/{up [L, D, F], down [L, F, D]}
-    blocks/{norm_self, norm_cross, norm_mlp}/{scale, bias} [L, D]   norm_final/{scale, bias} [D]
+    blocks/norm_{attn, cross_attn, mlp}/{scale, bias} [L, D]        norm_final/{scale, bias} [D]
 
 and, where the config says so, biases and norms of queries and keys:
 
-    blocks/{self, cross}/{query_bias, key_bias, value_bias} [L, N, H]   blocks/*/out_bias [L, D]
-    blocks/{self, cross}/{norm_query, norm_key}/{scale, bias} [L, D]
-    blocks/mlp/{up_bias [L, F], down_bias [L, D]}                       heads_bias [K, V]
+    blocks/{attn, cross_attn}/{query, key, value}_bias [L, N, H]    blocks/*/out_bias [L, D]
+    blocks/{attn, cross_attn}/norm_{query, key}/{scale, bias} [L, D]
+    blocks/mlp/{up_bias [L, F], down_bias [L, D]}                   heads_bias [K, V]
 """
 
 import contextlib
@@ -182,41 +182,57 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array, *, normed: bool):
         d, n, h = config.width, config.num_heads, config.head_size
         self.biased, self.normed = config.attention_bias, normed
-        for name in ("query", "key", "value"):
-            kernel = _uniform(rngs.params(), (d, n, h), d)
-            setattr(self, name, nnx.Param(kernel, out_sharding=("embed", "heads", None)))
-            if self.biased:
-                setattr(self, f"{name}_bias", _bias((n, h), ("heads", None)))
+
+        def projection() -> nnx.Param:
+            kernel_DNH = _uniform(rngs.params(), (d, n, h), d)
+            return nnx.Param(kernel_DNH, out_sharding=("embed", "heads", None))
+
+        self.query, self.key, self.value = projection(), projection(), projection()
         self.out = _gaussian(rngs.params(), (n, h, d), d, ("heads", None, "embed"), depth)
         if self.biased:
+            self.query_bias = _bias((n, h), ("heads", None))
+            self.key_bias = _bias((n, h), ("heads", None))
+            self.value_bias = _bias((n, h), ("heads", None))
             self.out_bias = _bias((d,), ("embed",))
         if normed:
             self.norm_query, self.norm_key = LayerNorm(d), LayerNorm(d)
 
-    def heads(self, name: str, x_BTD: jax.Array) -> jax.Array:
-        """Projects to 'query', 'key' or 'value': [B, T, D] -> [B, T, N, H]."""
-        kernel_DNH = getattr(self, name)[...].astype(x_BTD.dtype)
-        return self.finish(name, product(x_BTD, kernel_DNH))
-
-    def finish(self, name: str, x_BTNH: jax.Array) -> jax.Array:
-        """Adds to a product what there is of bias and norm."""
+    def to_query(self, x_BTD: jax.Array) -> jax.Array:
+        """[B, T, D] -> [B, T, N, H]."""
+        query_BTNH = product(x_BTD, self.query[...].astype(x_BTD.dtype))
         if self.biased:
-            x_BTNH = x_BTNH + getattr(self, f"{name}_bias")[...][None, None].astype(x_BTNH.dtype)
-        if self.normed and name != "value":
-            norm, (b, t, n, h) = getattr(self, f"norm_{name}"), x_BTNH.shape
-            x_BTNH = norm(x_BTNH.reshape(b, t, n * h)).reshape(b, t, n, h)
-        return x_BTNH
+            query_BTNH = query_BTNH + self.query_bias[...][None, None].astype(x_BTD.dtype)
+        return _over_heads(self.norm_query, query_BTNH) if self.normed else query_BTNH
 
-    def of_zeros(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
+    def to_key_value(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, S, D] -> two of [B, S, N, H]."""
+        key_BSNH = product(x_BSD, self.key[...].astype(x_BSD.dtype))
+        value_BSNH = product(x_BSD, self.value[...].astype(x_BSD.dtype))
+        return self._with_bias_and_norm(key_BSNH, value_BSNH)
+
+    def key_value_of_zeros(self, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array] | None:
         """Key and value [1, 1, N, H] of a position that is zeros; None where they are zeros too."""
         if not (self.biased or self.normed):
             return None
         zeros_11NH = jnp.zeros((1, 1, *self.key.shape[-2:]), dtype)
-        return self.finish("key", zeros_11NH), self.finish("value", zeros_11NH)
+        return self._with_bias_and_norm(zeros_11NH, zeros_11NH)
 
-    def merge(self, x_BTNH: jax.Array) -> jax.Array:
+    def _with_bias_and_norm(self, key_BSNH, value_BSNH) -> tuple[jax.Array, jax.Array]:
+        if self.biased:
+            key_BSNH = key_BSNH + self.key_bias[...][None, None].astype(key_BSNH.dtype)
+            value_BSNH = value_BSNH + self.value_bias[...][None, None].astype(value_BSNH.dtype)
+        return _over_heads(self.norm_key, key_BSNH) if self.normed else key_BSNH, value_BSNH
+
+    def to_out(self, x_BTNH: jax.Array) -> jax.Array:
+        """[B, T, N, H] -> [B, T, D]."""
         x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2)
         return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
+
+
+def _over_heads(norm: LayerNorm, x_BTNH: jax.Array) -> jax.Array:
+    """A norm over all heads at once."""
+    b, t, n, h = x_BTNH.shape
+    return norm(x_BTNH.reshape(b, t, n * h)).reshape(b, t, n, h)
 
 
 class Mlp(nnx.Module):
@@ -241,11 +257,11 @@ class Block(nnx.Module):
     """One layer; `depth` is its number from 1, which only its first weights depend on."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, depth: jax.Array):
-        self.norm_self = LayerNorm(config.width)
-        self.norm_cross = LayerNorm(config.width)
+        self.norm_attn = LayerNorm(config.width)
+        self.norm_cross_attn = LayerNorm(config.width)
         self.norm_mlp = LayerNorm(config.width)
-        self.self = Attention(config, rngs, depth, normed=config.query_key_norm)
-        self.cross = Attention(config, rngs, depth, normed=config.cross_query_key_norm)
+        self.attn = Attention(config, rngs, depth, normed=config.query_key_norm)
+        self.cross_attn = Attention(config, rngs, depth, normed=config.cross_query_key_norm)
         self.mlp = Mlp(config, rngs, depth)
 
     def __call__(
@@ -253,25 +269,30 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """`text` is this layer's; `attend` takes query, key and value of the frames.
 
-        Rows beyond those of `text` have none, which a model with biases in cross-attention does not
-        take: see `with_null_rows`. What `attend` returns beside the attended values is
-        passed on.
+        What `attend` returns beside the attended values is passed on.
         """
-        h_BTD = self.norm_self(x_BTD)
-        attended, kept = attend(*(self.self.heads(n, h_BTD) for n in ("query", "key", "value")))
-        x_BTD = x_BTD + self.self.merge(checkpoint_name(attended, ATTENDED))
-        # Without text, cross-attention would add exact zeros, unless it has biases.
+        h_BTD = self.norm_attn(x_BTD)
+        attended, kept = attend(self.attn.to_query(h_BTD), *self.attn.to_key_value(h_BTD))
+        x_BTD = x_BTD + self.attn.to_out(checkpoint_name(attended, ATTENDED))
+        x_BTD = self._read(x_BTD, text)
+        return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
+
+    def _read(self, x_BTD: jax.Array, text: TextKeys) -> jax.Array:
+        """Adds cross-attention. Rows beyond those of `text` have none.
+
+        To those it would add exact zeros, unless it has biases: see `with_null_rows`.
+        """
         num_texts = text.mask_BS.shape[0]
         num_without = x_BTD.shape[0] - num_texts
-        if num_without and self.cross.biased:
+        if num_without and self.cross_attn.biased:
             raise ValueError(f"{num_without} rows have no row of text, not even an empty one")
-        if num_texts:
-            query_BTNH = self.cross.heads("query", self.norm_cross(x_BTD[:num_texts]))
-            zero_11NH = self.cross.of_zeros(x_BTD.dtype)
-            attended = cross_attention(query_BTNH, *text, zero_11NH)
-            added_BTD = self.cross.merge(checkpoint_name(attended, ATTENDED))
-            x_BTD = x_BTD + jnp.pad(added_BTD, ((0, num_without), (0, 0), (0, 0)))
-        return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
+        if not num_texts:
+            return x_BTD
+        query_BTNH = self.cross_attn.to_query(self.norm_cross_attn(x_BTD[:num_texts]))
+        zero_11NH = self.cross_attn.key_value_of_zeros(x_BTD.dtype)
+        attended = cross_attention(query_BTNH, *text, zero_11NH)
+        added_BTD = self.cross_attn.to_out(checkpoint_name(attended, ATTENDED))
+        return x_BTD + jnp.pad(added_BTD, ((0, num_without), (0, 0), (0, 0)))
 
 
 class Transformer(nnx.Module):
@@ -328,15 +349,7 @@ class Transformer(nnx.Module):
             states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
             + self.text_proj.bias[...][None, None].astype(dtype)
         ) * text_mask_BS[..., None].astype(dtype)
-        graph, layers = nnx.split(self.blocks.cross)
-
-        def project(name):
-            kernel_LDNH = getattr(self.blocks.cross, name)[...].astype(dtype)
-            x_LBSNH = jnp.einsum("BSD,LDNH->LBSNH", text_BSD, kernel_LDNH)
-            finish = lambda layer, x_BSNH: nnx.merge(graph, layer).finish(name, x_BSNH)  # noqa: E731
-            return jax.vmap(finish)(layers, x_LBSNH)
-
-        key, value = project("key"), project("value")
+        key, value = jax.vmap(lambda attn: attn.to_key_value(text_BSD))(self.blocks.cross_attn)
         if num_zero_keys_B is None:
             num_zero_keys_B = jnp.zeros(states_BSE.shape[0], jnp.int32)
         return TextKeys(key, value, text_mask_BS, num_zero_keys_B)
@@ -352,7 +365,6 @@ class Transformer(nnx.Module):
         past: Cache | None = None,
         remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
-        written_out: bool = False,
     ) -> jax.Array:
         """Everything below the heads.
 
@@ -368,24 +380,18 @@ class Transformer(nnx.Module):
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
-          written_out: the layers are, eight at a time. The gradient of a loop copies each of its
-            activations into a stack and out again, which XLA for CPUs does in passes of their own.
-            Not with `remat`: outside of a loop XLA would keep what is to be computed again.
 
         Returns:
           final-norm states [B, T, D].
         """
         context = self.config.context(local)
-
-        pin = (
-            (lambda x: x)
-            if sharding is None
-            else functools.partial(jax.lax.with_sharding_constraint, shardings=sharding)
-        )
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
-        graph, layers = nnx.split(self.blocks)
+        def pin(x_BTD):
+            if sharding is None:
+                return x_BTD
+            return jax.lax.with_sharding_constraint(x_BTD, sharding)
 
         def layer(x_BTD, inputs):
             block, key_BSNH, value_BSNH, past_BNCH = inputs
@@ -395,16 +401,14 @@ class Transformer(nnx.Module):
                 return attend(*qkv, *given, context=context), None
 
             own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
-            x_BTD, _ = nnx.merge(graph, block)(pin(x_BTD), own, attend_frames)
+            x_BTD, _ = block(pin(x_BTD), own, attend_frames)
             return pin(x_BTD), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
-        inputs = (layers, text.key_LBSNH, text.value_LBSNH, past)
-        x_BTD, _ = jax.lax.scan(
-            layer, x_BTD, inputs, unroll=8 if written_out and remat == "none" else 1
-        )
+        inputs = (self.blocks, text.key_LBSNH, text.value_LBSNH, past)
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs)
         return self.norm_final(x_BTD)
 
     def layers_apart(self, text: TextKeys) -> list[Any]:
@@ -413,8 +417,7 @@ class Transformer(nnx.Module):
         A loop over layers copies a layer's weights out of the stack before it multiplies by them,
         on CPUs. Where a step is a few rows, that is most of the time; this copies them once.
         """
-        _, layers = nnx.split(self.blocks)
-        stacked = (layers, text.key_LBSNH, text.value_LBSNH)
+        stacked = (self.blocks, text.key_LBSNH, text.value_LBSNH)
         apart = [jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(self.config.num_layers)]
         return jax.lax.optimization_barrier(apart)
 
@@ -443,7 +446,6 @@ class Transformer(nnx.Module):
         positions_TD = jax.lax.dynamic_slice_in_dim(
             jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
         )
-        graph, layers = nnx.split(self.blocks)
 
         def layer(x_BTD, inputs):
             block, text_key, text_value, past = inputs
@@ -453,11 +455,11 @@ class Transformer(nnx.Module):
                 return cached_attention(*qkv_BTNH, past, first), new
 
             own = text._replace(key_LBSNH=text_key, value_LBSNH=text_value)
-            return nnx.merge(graph, block)(x_BTD, own, attend)
+            return block(x_BTD, own, attend)
 
         x_BTD = self._embed(codes_BKT, positions_TD[None], text.key_LBSNH.dtype)
         if apart is None:
-            inputs = (layers, text.key_LBSNH, text.value_LBSNH, cache)
+            inputs = (self.blocks, text.key_LBSNH, text.value_LBSNH, cache)
             x_BTD, new = jax.lax.scan(layer, x_BTD, inputs)
         else:
             each = []
@@ -554,7 +556,7 @@ def abstract(config: ModelConfig) -> Transformer:
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path ('blocks/self/query') and shape of every parameter."""
+    """Path ('blocks/attn/query') and shape of every parameter."""
     params = nnx.to_pure_dict(nnx.state(abstract(config), nnx.Param))
     return {path: leaf.shape for path, leaf in flatten(params).items()}
 

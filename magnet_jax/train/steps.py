@@ -191,7 +191,6 @@ def loss_fn(
     trunk: dict[str, Any] = dict(
         remat=settings.remat,
         sharding=sharding.batch_sharding(settings.mesh),
-        written_out=settings.mesh.devices.flat[0].platform == "cpu",
     )
     if settings.model.kind == "hybrid":
         of_model = hybrid_objective.loss_fn

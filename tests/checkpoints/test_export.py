@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -55,10 +56,29 @@ def test_safetensors_round_trip(tmp_path):
     found = bundles.read_safetensors(tmp_path)
     assert dataclasses.replace(found, params={}) == dataclasses.replace(bundle, params={})
     assert_same_bits(trees.flatten(found.params), trees.flatten(bundle.params))
-    assert "lm/blocks/self/query" in trees.flatten(found.params)
+    assert "lm/blocks/attn/query" in trees.flatten(found.params)
     # Folders that travel along are found wherever the model lies.
     (tmp_path / "text_encoder").mkdir()
     assert bundles.read_safetensors(tmp_path).text.source == str(tmp_path / "text_encoder")
+
+
+def test_exports_of_earlier_releases_are_read(tmp_path):
+    """Their tensors have other names."""
+    bundle = make_bundle(params={"lm": random_params(TINY)})
+    bundles.write_safetensors(tmp_path, bundle)
+    tensors = load_file(tmp_path / "model.safetensors")
+
+    def named(path):
+        path = re.sub("/(norm_)?attn/", r"/\1self/", path)
+        return re.sub("/(norm_)?cross_attn/", r"/\1cross/", path)
+
+    before = {named(path): array for path, array in tensors.items()}
+    assert len(before) == len(tensors)
+    assert {"lm/blocks/self/query", "lm/blocks/cross/out"} < before.keys()
+    assert {"lm/blocks/norm_self/scale", "lm/blocks/norm_cross/bias"} < before.keys()
+    save_file(before, tmp_path / "model.safetensors")
+    found = bundles.read_safetensors(tmp_path)
+    assert_same_bits(trees.flatten(found.params), trees.flatten(bundle.params))
 
 
 @pytest.mark.parametrize("kind", ["text", "codec"])

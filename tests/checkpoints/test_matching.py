@@ -47,7 +47,7 @@ def test_partial_matches():
     assert taken == flat.keys() - missing
     assert lines[0] == f"base: {len(taken)} of {len(flat)} parameters matched"
     for line in (
-        "  matched  blocks/self/query [2, 12, 3, 4]",
+        "  matched  blocks/attn/query [2, 12, 3, 4]",
         "  fresh    embed [3, 9, 12] (given as [2, 9, 12])",
         "  fresh    blocks/mlp/up_bias [2, 24] (not given)",
         "  unused   stray [2]",

@@ -102,9 +102,9 @@ def test_all_mismatches_in_one_message():
     assert "out_norm.bias is int64" in message
 
     params = random_params(TINY)
-    params["blocks"]["self"]["query"] = params["blocks"]["self"]["query"][:1]
+    params["blocks"]["attn"]["query"] = params["blocks"]["attn"]["query"][:1]
     del params["heads"]
-    with pytest.raises(UserError, match="2 tensors.*heads .* is missing.*self/query is"):
+    with pytest.raises(UserError, match="2 tensors.*heads .* is missing.*attn/query is"):
         lm_rules.to_audiocraft(params, TINY)
 
 

@@ -138,7 +138,7 @@ def test_tensors_stand_in_audiocrafts_order():
     state = lm_rules.to_audiocraft(params, model)
     self_bias = state[f"{layer}self_attn.in_proj_bias"].reshape(3, model.num_heads, -1)
     for found, name in zip(self_bias, ("query", "key", "value"), strict=True):
-        np.testing.assert_array_equal(found, params["blocks"]["self"][f"{name}_bias"][1])
+        np.testing.assert_array_equal(found, params["blocks"]["attn"][f"{name}_bias"][1])
 
 
 def test_settings_that_are_neither_on_nor_off():
@@ -185,7 +185,7 @@ def test_biases_are_split_as_what_they_are_added_to():
     model = ModelConfig(width=16, num_heads=4, num_layers=2, codebook_size=32, **EVERYTHING)
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = jax.tree.map(lambda s: s.spec, sharding.model_shardings(model, mesh))
-    for name in ("self", "cross"):
+    for name in ("attn", "cross_attn"):
         layer = specs["blocks"][name]
         assert layer["query_bias"] == layer["value_bias"] == P(None, "tensor", None)
         assert layer["out_bias"] == layer["norm_key"]["scale"] == P(None, "fsdp")

@@ -61,10 +61,10 @@ def test_fresh_adapters_change_no_bit():
     adapters = jax.jit(lora.init_adapters, static_argnums=(0, 1))(LORA, TINY, key)
     shapes = {path: leaf.shape for path, leaf in trees.flatten(adapters).items()}
     assert shapes == lora.adapter_shapes(LORA, TINY)
-    assert shapes["blocks/self/query/a"] == (2, 12, 2)
-    assert shapes["blocks/self/query/b"] == (2, 2, 3, 4)
-    assert shapes["blocks/cross/out/a"] == (2, 3, 4, 2)
-    assert shapes["blocks/cross/out/b"] == (2, 2, 12)
+    assert shapes["blocks/attn/query/a"] == (2, 12, 2)
+    assert shapes["blocks/attn/query/b"] == (2, 2, 3, 4)
+    assert shapes["blocks/cross_attn/out/a"] == (2, 3, 4, 2)
+    assert shapes["blocks/cross_attn/out/b"] == (2, 2, 12)
     assert shapes["blocks/mlp/down/a"] == (2, 24, 2)
     assert len(shapes) == 20
     for path, leaf in trees.flatten(adapters).items():
@@ -82,7 +82,7 @@ def test_fresh_adapters_change_no_bit():
         trees.flatten(few["blocks"]), trees.flatten({"mlp": adapters["blocks"]["mlp"]})
     )
     merged = lora.merge_adapters(params, few, some)
-    assert merged["blocks"]["self"]["query"] is params["blocks"]["self"]["query"]
+    assert merged["blocks"]["attn"]["query"] is params["blocks"]["attn"]["query"]
     assert lora.init_adapters(LoraConfig(), TINY, key) == {}
     assert_same_bits(
         trees.flatten(lora.merge_adapters(params, {}, LoraConfig())),
@@ -91,7 +91,7 @@ def test_fresh_adapters_change_no_bit():
 
 
 def test_merging_refuses_what_is_no_adapter():
-    with pytest.raises(ValueError, match="blocks/self/query: an adapter of rank 2, not 4"):
+    with pytest.raises(ValueError, match="blocks/attn/query: an adapter of rank 2, not 4"):
         lora.merge_adapters(small_params(), random_adapters(LORA), LoraConfig(rank=4))
     with pytest.raises(ValueError, match="heads/a"):
         lora.merge_adapters(small_params(), {"heads": {"a": np.ones(2)}}, LORA)
@@ -194,8 +194,8 @@ def test_shardings_follow_the_weights():
     shardings = lora.adapter_shardings(TINY, LORA, mesh)
     specs = {path: s.spec for path, s in trees.flatten(shardings).items()}
     assert specs.keys() == lora.adapter_shapes(LORA, TINY).keys()
-    assert specs["blocks/self/query/a"] == P(None, "fsdp", None)
-    assert specs["blocks/self/query/b"] == P(None, None, "tensor", None)
+    assert specs["blocks/attn/query/a"] == P(None, "fsdp", None)
+    assert specs["blocks/attn/query/b"] == P(None, None, "tensor", None)
     assert specs["blocks/mlp/up/b"] == P(None, None, "tensor")
     assert specs["blocks/mlp/down/a"] == P(None, "tensor", None)
     assert specs["blocks/mlp/down/b"] == P(None, None, "fsdp")

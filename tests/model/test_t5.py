@@ -48,7 +48,7 @@ def random_params(cfg, seed=0):
     """`init`, with norm scales other than 1 so that leaving one out shows."""
     params = t5.init(cfg, jax.random.key(seed))
     rng = np.random.default_rng(seed)
-    for norm in (params["blocks"]["norm_self"], params["blocks"]["norm_mlp"], params["norm_final"]):
+    for norm in (params["blocks"]["norm_attn"], params["blocks"]["norm_mlp"], params["norm_final"]):
         norm["scale"] = jnp.asarray(rng.uniform(0.5, 1.5, norm["scale"].shape), jnp.float32)
     return params
 

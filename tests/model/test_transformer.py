@@ -26,7 +26,7 @@ SMALL = ModelConfig(
 def logits(params, states, mask, zeros, codes, stage, *, config, local, remat="none"):
     model = transformer.bind(config, params)
     text = model.read_text(states, mask, zeros)
-    x_BTD = model.trunk(codes, text, local=local, remat=remat, written_out=remat == "none")
+    x_BTD = model.trunk(codes, text, local=local, remat=remat)
     return model.head(x_BTD, stage)
 
 
@@ -144,7 +144,7 @@ def test_no_biases_but_the_norms_and_the_text_projections():
     biases = {jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
     biases = {name for name in biases if "bias" in name}
     assert biases == {"text_proj/bias", "norm_final/bias"} | {
-        f"blocks/norm_{name}/bias" for name in ("self", "cross", "mlp")
+        f"blocks/norm_{name}/bias" for name in ("attn", "cross_attn", "mlp")
     }
 
 
@@ -213,11 +213,11 @@ def test_shardings_of_the_stacked_layers():
     """A Flax release that changed these would change them silently."""
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     specs = jax.tree.map(lambda s: s.spec, sharding.model_shardings(SMALL, mesh))
-    assert specs["blocks"]["self"]["query"] == P(None, "fsdp", "tensor", None)
-    assert specs["blocks"]["self"]["out"] == P(None, "tensor", None, "fsdp")
+    assert specs["blocks"]["attn"]["query"] == P(None, "fsdp", "tensor", None)
+    assert specs["blocks"]["attn"]["out"] == P(None, "tensor", None, "fsdp")
     assert specs["blocks"]["mlp"]["up"] == P(None, "fsdp", "tensor")
     assert specs["blocks"]["mlp"]["down"] == P(None, "tensor", "fsdp")
-    assert specs["blocks"]["norm_self"]["scale"] == P(None, "fsdp")
+    assert specs["blocks"]["norm_attn"]["scale"] == P(None, "fsdp")
     assert specs["embed"] == P(None, None, "fsdp")
     assert specs["heads"] == P(None, "fsdp", None)
 

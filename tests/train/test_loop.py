@@ -307,10 +307,10 @@ def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
         "blocks/norm_mlp/bias": (None, "fsdp"),
         **{
             f"blocks/{kind}/{name}": (None, "fsdp", "tensor")
-            for kind in ("self", "cross")
+            for kind in ("attn", "cross_attn")
             for name in ("query", "key", "value")
         },
-        **{f"blocks/{kind}/out": (None, "tensor", None, "fsdp") for kind in ("self", "cross")},
+        **{f"blocks/{kind}/out": (None, "tensor", None, "fsdp") for kind in ("attn", "cross_attn")},
     }
     adam = state["opt"][1][0]
     for tree in (state["params"], state["ema"], adam.mu, adam.nu):
@@ -380,6 +380,10 @@ def test_what_a_config_leaves_out_has_its_default_and_unknown_settings_are_named
         (lambda text: text[:50], "not valid JSON"),
         (lambda text: text.replace('"width": 128', '"width": "128"'), "width must be"),
         (lambda text: text.replace('"auto"', '"half"'), "compute_dtype must be one of"),
+        (
+            lambda text: text.replace('"local_block"', '"products": 1, "local_block"'),
+            "is of an earlier release",
+        ),
     ],
 )
 def test_damaged_configs_are_named(tmp_path, change, message):
