@@ -13,7 +13,8 @@ from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.convert import transformers_folder
 from magnet_jax.errors import UserError
 from magnet_jax.io import files, hub
-from magnet_jax.model.t5 import END, PAD, UNKNOWN, Params, T5Config, Weight, nested, weights
+from magnet_jax.io.trees import flatten, unflatten
+from magnet_jax.model.t5 import END, PAD, UNKNOWN, Params, T5Config, Weight, weights
 
 _SAFETENSORS = "model.safetensors"
 
@@ -74,19 +75,16 @@ def load(source: str) -> tuple[T5Config, Params, Tokenizer]:
         raise UserError(
             f"{origin}: does not fit {directory / 'config.json'}: {'; '.join(problems)}"
         )
-    return config, nested(leaves), tokenizer
+    return config, unflatten(leaves), tokenizer
 
 
 def save(directory: Path, config: T5Config, params: Params, tokenizer: Tokenizer) -> None:
     """Writes a folder that `load`, and transformers' T5EncoderModel and AutoTokenizer, read."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    tensors, flat = {}, flatten(params)
     for weight in weights(config):
-        leaf = params
-        for key in weight.path:
-            leaf = leaf[key]
-        layers = np.asarray(leaf, np.float32)
+        layers = np.asarray(flat[weight.path], np.float32)
         for name, layer in zip(
             _file_names(weight, config), layers if weight.stacked else [layers], strict=True
         ):

@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from magnet_jax.errors import UserError
+from magnet_jax.io.trees import unflatten
 
 Params = dict[str, Any]
 
@@ -72,7 +73,7 @@ class T5Config:
 class Weight(NamedTuple):
     """One leaf of the params and what transformers calls it."""
 
-    path: tuple[str, ...]
+    path: str  # 'blocks/attn/query'
     name: str  # with '{}' for the layer if the leaf is stacked
     shape: tuple[int, ...]  # of one layer, here
     file_shape: tuple[int, ...]  # of one layer, in the file; linear maps are [out, in] there
@@ -88,44 +89,34 @@ def weights(config: T5Config) -> list[Weight]:
     e, n, h, f = config.d_model, config.num_heads, config.d_kv, config.d_ff
     attention, mlp = "encoder.block.{}.layer.0.", "encoder.block.{}.layer.1."
 
-    def norm(path: tuple[str, ...], name: str) -> Weight:
+    def norm(path: str, name: str) -> Weight:
         return Weight(path, name, (e,), (e,), None)
 
     def project(kind: str, std: float) -> Weight:
         name = f"{attention}SelfAttention.{kind[0]}.weight"
-        return Weight(("blocks", "attn", kind), name, (e, n, h), (n * h, e), std)
+        return Weight(f"blocks/attn/{kind}", name, (e, n, h), (n * h, e), std)
 
     def mlp_in(kind: str, file_kind: str) -> Weight:
         name = f"{mlp}DenseReluDense.{file_kind}.weight"
-        return Weight(("blocks", "mlp", kind), name, (e, f), (f, e), e**-0.5)
+        return Weight(f"blocks/mlp/{kind}", name, (e, f), (f, e), e**-0.5)
 
     embed, buckets = (config.vocab_size, e), (config.relative_attention_num_buckets, n)
     bias_name = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     out_name = f"{attention}SelfAttention.o.weight"
     down_name = f"{mlp}DenseReluDense.wo.weight"
     return [
-        Weight(("embed",), "shared.weight", embed, embed, 1.0),
-        Weight(("relative_bias",), bias_name, buckets, buckets, e**-0.5),
-        norm(("blocks", "norm_attn", "scale"), f"{attention}layer_norm.weight"),
+        Weight("embed", "shared.weight", embed, embed, 1.0),
+        Weight("relative_bias", bias_name, buckets, buckets, e**-0.5),
+        norm("blocks/norm_attn/scale", f"{attention}layer_norm.weight"),
         project("query", (e * h) ** -0.5),
         project("key", e**-0.5),
         project("value", e**-0.5),
-        Weight(("blocks", "attn", "out"), out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
-        norm(("blocks", "norm_mlp", "scale"), f"{mlp}layer_norm.weight"),
+        Weight("blocks/attn/out", out_name, (n, h, e), (e, n * h), (n * h) ** -0.5),
+        norm("blocks/norm_mlp/scale", f"{mlp}layer_norm.weight"),
         *([mlp_in("gate", "wi_0"), mlp_in("up", "wi_1")] if config.gated else [mlp_in("up", "wi")]),
-        Weight(("blocks", "mlp", "down"), down_name, (f, e), (e, f), f**-0.5),
-        norm(("norm_final", "scale"), "encoder.final_layer_norm.weight"),
+        Weight("blocks/mlp/down", down_name, (f, e), (e, f), f**-0.5),
+        norm("norm_final/scale", "encoder.final_layer_norm.weight"),
     ]
-
-
-def nested(leaves: dict[tuple[str, ...], Any]) -> Params:
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree
 
 
 def init(config: T5Config, key: jax.Array) -> Params:
@@ -138,7 +129,7 @@ def init(config: T5Config, key: jax.Array) -> Params:
             leaves[weight.path] = jnp.ones(shape, jnp.float32)
         else:
             leaves[weight.path] = weight.std * jax.random.normal(key_of_weight, shape, jnp.float32)
-    return nested(leaves)
+    return unflatten(leaves)
 
 
 def _relative_buckets(config: T5Config, length: int) -> np.ndarray:
@@ -177,7 +168,7 @@ def encode(
       text_mask_BS: True where there is a token; a row may be all False (no text).
       dtype: precision of the matrix products; norms, softmax and the residual stay float32.
     """
-    # float32 means float32: accelerators would otherwise round the factors
+    # float32 means float32: accelerators would otherwise round the factors.
     precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     text_mask_BS = jnp.asarray(text_mask_BS, bool)
 
@@ -191,28 +182,29 @@ def encode(
     buckets_SS = _relative_buckets(config, text_ids_BS.shape[1])
     bias_SSN = jnp.take(params["relative_bias"], buckets_SS, axis=0)
     bias_NSS = jnp.transpose(bias_SSN, (2, 0, 1)).astype(jnp.float32)
-    # finite, so that a row without any token gives numbers, not NaN
+    # A finite number, so that a row without any token gives numbers, not NaN.
     bias_BNSS = jnp.where(text_mask_BS[:, None, None, :], bias_NSS[None], -1e9)
 
     def block(x_BSE: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-        y_BSE = norm(x_BSE, layer["norm_attn"]["scale"])
-        query, key, value = (
-            product("BSE,ENH->BSNH", y_BSE, layer["attn"][k]) for k in ("query", "key", "value")
-        )
-        # T5 does not divide by the root of the head size: the initial scale of query does
-        logits_BNSS = product("BQNH,BSNH->BNQS", query, key).astype(jnp.float32) + bias_BNSS
-        weights_BNSS = jax.nn.softmax(logits_BNSS, axis=-1)
-        heads_BSNH = product("BNQS,BSNH->BQNH", weights_BNSS, value)
-        x_BSE = x_BSE + product("BSNH,NHE->BSE", heads_BSNH, layer["attn"]["out"])
+        attn, mlp = layer["attn"], layer["mlp"]
+        h_BSE = norm(x_BSE, layer["norm_attn"]["scale"])
+        query_BSNH = product("BSE,ENH->BSNH", h_BSE, attn["query"])
+        key_BSNH = product("BSE,ENH->BSNH", h_BSE, attn["key"])
+        value_BSNH = product("BSE,ENH->BSNH", h_BSE, attn["value"])
+        # T5 does not divide by the root of the head size: the initial scale of query does.
+        scores_BNSS = product("BQNH,BSNH->BNQS", query_BSNH, key_BSNH).astype(jnp.float32)
+        weights_BNSS = jax.nn.softmax(scores_BNSS + bias_BNSS, axis=-1)
+        attended_BSNH = product("BNQS,BSNH->BQNH", weights_BNSS, value_BSNH)
+        x_BSE = x_BSE + product("BSNH,NHE->BSE", attended_BSNH, attn["out"])
 
-        y_BSE = norm(x_BSE, layer["norm_mlp"]["scale"])
-        up_BSF = product("BSE,EF->BSF", y_BSE, layer["mlp"]["up"])
+        h_BSE = norm(x_BSE, layer["norm_mlp"]["scale"])
+        up_BSF = product("BSE,EF->BSF", h_BSE, mlp["up"])
         if config.gated:
-            gate_BSF = product("BSE,EF->BSF", y_BSE, layer["mlp"]["gate"])
+            gate_BSF = product("BSE,EF->BSF", h_BSE, mlp["gate"])
             hidden_BSF = jax.nn.gelu(gate_BSF, approximate=True) * up_BSF
         else:
             hidden_BSF = jax.nn.relu(up_BSF)
-        return x_BSE + product("BSF,FE->BSE", hidden_BSF, layer["mlp"]["down"]), None
+        return x_BSE + product("BSF,FE->BSE", hidden_BSF, mlp["down"]), None
 
     x_BSE = jnp.take(params["embed"], text_ids_BS, axis=0).astype(jnp.float32)
     x_BSE, _ = jax.lax.scan(block, x_BSE, params["blocks"])
