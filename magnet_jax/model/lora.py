@@ -72,7 +72,7 @@ def adapter_shapes(config: LoraConfig, model: ModelConfig) -> dict[str, tuple[in
 def init_adapters(config: LoraConfig, model: ModelConfig, key: jax.Array) -> dict:
     """Fresh adapters, float32, which change nothing: a is random and b zero. Traceable.
 
-    a is uniform within +-1 / sqrt(fan-in), as in the paper's code and in PEFT: Kaiming's with
+    a is uniform within +-1 / sqrt(fan-in), as in the paper's code: Kaiming's with
     a = sqrt(5). What a weight gets does not depend on which others are adapted.
     """
     shapes, flat = adapter_shapes(config, model), {}

@@ -177,8 +177,8 @@ def test_gradients_are_the_chain_rules():
     adapters = random_adapters(LORA)
     found, full = jax.jit(jax.grad(loss, argnums=(0, 1)))(adapters, params)
     for name, spec_a, spec_b in (
-        ("self/query", "LDNH,LrNH->LDr", "LDNH,LDr->LrNH"),
-        ("cross/out", "LNHD,LrD->LNHr", "LNHD,LNHr->LrD"),
+        ("attn/query", "LDNH,LrNH->LDr", "LDNH,LDr->LrNH"),
+        ("cross_attn/out", "LNHD,LrD->LNHr", "LNHD,LNHr->LrD"),
         ("mlp/down", "LFD,LrD->LFr", "LFD,LFr->LrD"),
     ):
         part, weight = name.split("/")
