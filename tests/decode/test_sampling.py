@@ -188,8 +188,8 @@ def test_kernels_asked_for_are_used(loaded, monkeypatch):
         used.append((context, kernel))
         return self_attention(*qkv, kernel=kernel, context=context, **settings)
 
-    monkeypatch.setattr(kernels, "self_attention", spy)
     default = clips(loaded).codes_BKT
+    monkeypatch.setattr(kernels, "self_attention", spy)
     programs.forget()
     jax.clear_caches()  # or what was traced before would be taken
     execution = placement.Execution(kernels=KernelConfig(full="blocks", local="slices"))
