@@ -648,8 +648,6 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     default, or has a value of another type.
     """
     _require((isinstance(values, dict), f"{where}: expected the fields of {cls.__name__}"))
-    if cls is KernelConfig:  # a setting of earlier releases, which changed rounding alone
-        values = {name: value for name, value in values.items() if name != "products"}
     fields = dataclasses.fields(cls)
     needed = {f.name for f in fields if f.default is dataclasses.MISSING}
     unknown, missing = values.keys() - {f.name for f in fields}, needed - values.keys()

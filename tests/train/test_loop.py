@@ -382,7 +382,7 @@ def test_what_a_config_leaves_out_has_its_default_and_unknown_settings_are_named
         (lambda text: text.replace('"auto"', '"half"'), "compute_dtype must be one of"),
         (
             lambda text: text.replace('"local_block"', '"products": 1, "local_block"'),
-            "is of an earlier release",
+            "kernels: unknown settings: products",
         ),
     ],
 )
