@@ -52,7 +52,7 @@ SHIPPED_GOLDEN = Path(__file__).parent / "golden"
 GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHIPPED_GOLDEN))
 
 # The files that take minutes go first, so that no worker is left alone with one at the end.
-LONGEST = ("loop", "processes", "job", "api", "end_to_end", "bucket", "benchmark")
+LONGEST = ("loop", "processes", "resume", "job", "api", "end_to_end", "bucket", "benchmark")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
