@@ -1,9 +1,10 @@
-"""What a clip begins with: tokens, of which some are given and come out as they went in."""
+"""What is decoded: tokens, of which some are given and come out as they went in."""
 
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from magnet_jax.config import ModelConfig
 from magnet_jax.errors import UserError
 
 
@@ -39,6 +40,31 @@ def beginning_with(prompt_BKP: np.ndarray, num_frames: int) -> Canvas:
     canvas.codes_BKT[..., :given] = prompt_BKP
     canvas.given_BKT[..., :given] = True
     return canvas
+
+
+def check(canvas: Canvas, batch: int, num_frames: int, model: ModelConfig) -> None:
+    """Raises `UserError` for a canvas that does not fit the clips or the model."""
+    codes_BKT, given_BKT = canvas
+    shape = codes_BKT.shape[:2]
+    if codes_BKT.shape != given_BKT.shape or shape != (batch, model.num_codebooks):
+        raise UserError(
+            f"given tokens {list(codes_BKT.shape)} and which of them are given "
+            f"{list(given_BKT.shape)} must be [{batch} clips, {model.num_codebooks} codebooks, "
+            "frames]"
+        )
+    if given_BKT.dtype != bool or not np.issubdtype(codes_BKT.dtype, np.integer):
+        raise UserError(
+            f"given tokens must be whole numbers, not {codes_BKT.dtype}, and which of them are "
+            f"given bool, not {given_BKT.dtype}"
+        )
+    ids = codes_BKT[given_BKT]
+    if ids.size and not 0 <= ids.min() <= ids.max() < model.codebook_size:
+        raise UserError(
+            f"given tokens must lie between 0 and {model.codebook_size - 1}, not {ids.min()} to "
+            f"{ids.max()}"
+        )
+    if given_BKT[..., num_frames:].any():
+        raise UserError(f"tokens are given beyond the clip, which has {num_frames} frames")
 
 
 def resized(canvas: Canvas, num_frames: int) -> Canvas:

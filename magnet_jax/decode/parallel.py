@@ -78,6 +78,7 @@ class Task(NamedTuple):
     keys_B: jax.Array  # from `choose.sample_keys`
     limit: jax.Array | float  # see `choose.choose_token`
     length: jax.Array | int | None = None  # frames that exist, in whole spans; None is all
+    end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise
     rescoring: Rescoring | None = None
 
     @property
@@ -165,7 +166,7 @@ def predict_span(
 ) -> tuple[jax.Array, jax.Array]:
     """`predict` of one span a row at a local stage, from the frames that it can see.
 
-    Elsewhere tokens are 0 and probabilities 1.
+    Elsewhere tokens are mask ids and probabilities 1.
     """
     batch, _, num_frames = codes_BKT.shape
     length = rules.spans.length
@@ -181,7 +182,7 @@ def predict_span(
     states_RMD = jnp.take_along_axis(states_RWD, place_RM[..., None], axis=1, mode="clip")
     token_BM, prob_BM = draw(network, rules, task, states_RMD, frame_BM, row, guided)
     place = (jnp.arange(batch)[:, None], frame_BM)
-    token_BT = jnp.zeros((batch, num_frames), jnp.int32).at[place].set(token_BM, mode="drop")
+    token_BT = jnp.full((batch, num_frames), rules.mask_id).at[place].set(token_BM, mode="drop")
     return token_BT, jnp.ones((batch, num_frames)).at[place].set(prob_BM, mode="drop")
 
 
@@ -234,14 +235,14 @@ def step(
     # Given frames of a span that is hidden stay. What no step has reached yet is predicted too:
     # stride1 may leave some at the first step.
     unknown_BT = (codes_BT == rules.mask_id) & task.exists_T[None]
-    hidden_BT = (spans.frames(rules.spans, hidden_BU) & ~given_BT) | unknown_BT
+    hidden_BT = (spans.frames(rules.spans, hidden_BU) | unknown_BT) & ~given_BT
     codes_BT = jnp.where(hidden_BT, rules.mask_id, codes_BT)
     codes_BKT = with_codebook(state.codes_BKT, codes_BT, row.stage)
 
     guided = rules.guided == "all" or (rules.guided == "all_but_last" and not last)
     alone = last and rules.spans.on_grid and local and rules.last_window
     if alone and rules.reach and rules.spans.length + 2 * rules.reach < codes_BT.shape[-1]:
-        span_B = state.score_BU.argmax(-1)
+        span_B = hidden_BU.argmax(-1)
         token_BT, prob_BT = predict_span(
             network, rules, task, codes_BKT, row, span_B, guided=guided
         )
@@ -289,6 +290,8 @@ def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule,
     def decode_stage(codes_BKT: jax.Array, rows: Schedule, *, local: bool):
         """All steps of one codebook; the last of several is traced apart where it is unlike."""
         free_BT = ~codebook(given_BKT, rows.stage[0])
+        if task.end is not None:  # what is cut off makes no span worth a step
+            free_BT &= (jnp.arange(num_frames) < task.end)[None]
         score_BU, free_B = spans.start(rules.spans, free_BT, task.exists_T)
         num_steps = len(rows.stage)
         unlike = rules.spans.on_grid or rules.guided == "all_but_last" or task.rescoring is not None

@@ -99,7 +99,12 @@ class Sampler:
         states_BSE = t5.encode(inputs.t5, self.t5, text.ids_BS, text.mask_BS, dtype=self.dtype)
         states = TextStates(states_BSE, text.mask_BS, text.num_zero_keys_B)
         task = parallel.Task(
-            inputs.canvas, inputs.keys_B, inputs.limit, inputs.length, self._rescoring(inputs)
+            canvas=inputs.canvas,
+            keys_B=inputs.keys_B,
+            limit=inputs.limit,
+            length=inputs.length,
+            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
+            rescoring=self._rescoring(inputs),
         )
         how = {"config": self.model, "rules": self.rules, "dtype": self.dtype}
         if self.beginning is None:

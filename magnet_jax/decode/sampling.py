@@ -150,6 +150,7 @@ def generate(
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if given is None:
         given = canvas.blank(count, model.num_codebooks, num_frames)
+    canvas.check(given, count, num_frames, model)
     rescoring = None
     if rescorer is not None:
         if not model.parallel:
@@ -303,7 +304,7 @@ def make_program(
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
         text=Text(*map(fill, text)) if mesh is not None else text,
-        canvas=jax.tree.map(fill, canvas.resized(batch.canvas, bucket)),
+        canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
         keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
         schedule=() if whole else schedules.make_schedule(spans),
         limit=np.float32(limit),

@@ -218,3 +218,42 @@ def test_compiled_programs_are_kept_on_disk_where_the_user_says(monkeypatch, tmp
         jax.config.update("jax_compilation_cache_dir", given)
         jax.config.update("jax_compilation_cache_max_size", -1)
         compilation_cache.reset_cache()
+
+
+# --- what is given ------------------------------------------------------------------------------
+
+
+def test_a_hole_has_all_steps_to_itself_where_the_last_span_is_cut(loaded):
+    """100 frames of a clip are decoded as 102; the span of the last ones is otherwise given."""
+    rng = np.random.default_rng(0)
+    given = canvas.Canvas(rng.integers(0, 128, (3, 4, 100)), np.ones((3, 4, 100), bool))
+    given.given_BKT[:, :, 48:51] = False
+    found = clips(loaded, given=given)
+    np.testing.assert_array_equal(
+        found.codes_BKT[given.given_BKT], given.codes_BKT[given.given_BKT]
+    )
+    assert (found.codes_BKT < 128).all()
+    assert found.hidden_PBT[:, :, 48:51].all()  # at every step
+    everything = given._replace(given_BKT=np.ones((3, 4, 100), bool))
+    np.testing.assert_array_equal(clips(loaded, given=everything).codes_BKT, given.codes_BKT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda codes, given: (codes[:, :1], given[:, :1]), "must be .3 clips, 4 codebooks"),
+        (lambda codes, given: (codes[:2], given[:2]), "must be .3 clips, 4 codebooks"),
+        (lambda codes, given: (codes + 128, given), "between 0 and 127, not 128 to 128"),
+        (lambda codes, given: (codes - 1, given), "between 0 and 127, not -1 to -1"),
+        (lambda codes, given: (codes, given.astype(int)), "given bool, not int64"),
+        (lambda codes, given: (codes + 0.5, given), "whole numbers, not float64"),
+        (
+            lambda *both: tuple(np.concatenate([x, x], axis=-1) for x in both),
+            "given beyond the clip, which has 100 frames",
+        ),
+    ],
+)
+def test_what_is_given_must_fit(loaded, change, message):
+    codes_BKT, given_BKT = np.zeros((3, 4, 100), int), np.ones((3, 4, 100), bool)
+    with pytest.raises(UserError, match=message):
+        clips(loaded, given=canvas.Canvas(*change(codes_BKT, given_BKT)))
