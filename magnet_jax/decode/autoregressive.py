@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import ModelConfig
-from magnet_jax.decode.choose import Choice, choose_token
+from magnet_jax.decode.choose import Choice, choose_token, guide
 from magnet_jax.model import patterns, transformer
 
 UNKNOWN = -1  # stands where a code is still to be generated
@@ -107,8 +107,7 @@ def advance(
         states_R1D, cache = model.extend(rows(before_BK1), text, cache, step - 1, layers)
         logits_BKV = model.all_heads(states_R1D)[:, :, 0]
         if guided:
-            logits_BKV, without_BKV = jnp.split(logits_BKV, 2)
-            logits_BKV = without_BKV + sampling.guidance * (logits_BKV - without_BKV)
+            logits_BKV = guide(*jnp.split(logits_BKV, 2), sampling.guidance)
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
         probs_BKV = jax.nn.softmax(logits_BKV / sampling.temperature, axis=-1)
         token_BK = choose_token(keys, probs_BKV, beginning.choice, sampling.limit)

@@ -52,6 +52,13 @@ def choice_of(greedy: bool, top_k: int, top_p: float) -> tuple[Choice, float]:
     return ("top_k", float(top_k)) if top_k else ("top_p", top_p)
 
 
+def guide(
+    logits: jax.Array, without: jax.Array | None, coefficient: jax.Array | float
+) -> jax.Array:
+    """Classifier-free guidance (equation 6): logits with text, away from those without, if any."""
+    return logits if without is None else without + coefficient * (logits - without)
+
+
 def choose_token(
     keys_B: jax.Array, probs_BV: jax.Array, choice: Choice, limit: jax.Array | float
 ) -> jax.Array:

@@ -119,9 +119,7 @@ def draw(
     guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens and their probabilities [B, M] at some frames, from the states there."""
-    logits_BMV, without_BMV = network.head(states_RMD, row.stage, guided=guided)
-    if guided:
-        logits_BMV = without_BMV + row.guidance * (logits_BMV - without_BMV)
+    logits_BMV = choose.guide(*network.head(states_RMD, row.stage, guided=guided), row.guidance)
     probs_BMV = jax.nn.softmax(logits_BMV.astype(jnp.float32) / row.temperature, axis=-1)
     probs_RV = probs_BMV.reshape(-1, probs_BMV.shape[-1])
     keys_R = choose.frame_keys(task.keys_B, row.stage, row.step, frame_BM).reshape(-1)

@@ -27,6 +27,8 @@ from magnet_jax.checkpoints import pretrained
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.decode import magnet, placement, tokens_of_text
+from magnet_jax.decode.choose import guide
+from magnet_jax.decode.parallel import codebook, with_codebook
 from magnet_jax.decode.sampler import Rescorer
 from magnet_jax.decode.tokens_of_text import Text
 from magnet_jax.errors import UserError
@@ -158,16 +160,11 @@ def _read_text(
     return model.read_text(states_BSE, text.mask_BS, text.num_zero_keys_B, dtype=dtype)
 
 
-def _codebook(codes_BKT: jax.Array, stage: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(codes_BKT, stage, axis=1, keepdims=False)
-
-
 def _probabilities(
     logits_BTV: jax.Array, without_BTV: jax.Array | None, guidance: jax.Array, token_BT: jax.Array
 ) -> jax.Array:
     """What logits, guided where there are some without text too, give for tokens; [B, T]."""
-    if without_BTV is not None:
-        logits_BTV = without_BTV + guidance * (logits_BTV - without_BTV)
+    logits_BTV = guide(logits_BTV, without_BTV, guidance)
     # (past the end of a clip stand mask ids, which have no logit, and do not count)
     chosen_BT1 = jnp.take_along_axis(logits_BTV, token_BT[..., None], axis=-1, mode="clip")
     return jnp.exp(chosen_BT1[..., 0] - jax.nn.logsumexp(logits_BTV, axis=-1))
@@ -205,7 +202,7 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
             states_BTD = jax.lax.dynamic_slice_in_dim(states_BSD, delay, num_frames, axis=1)
             logits_BTV = model.head(states_BTD, stage)
             both = jnp.split(logits_BTV, 2) if reading.guided else (logits_BTV, None)
-            return _probabilities(*both, params["guidance"], _codebook(codes_BKT, stage))
+            return _probabilities(*both, params["guidance"], codebook(codes_BKT, stage))
 
         return probabilities
 
@@ -231,9 +228,9 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
         )
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
-            token_BT = _codebook(codes_BKT, stage)
+            token_BT = codebook(codes_BKT, stage)
             given_BT = jnp.where(hidden_BT, config.mask_id, token_BT)
-            codes_BKT = jax.lax.dynamic_update_index_in_dim(codes_BKT, given_BT, stage, axis=1)
+            codes_BKT = with_codebook(codes_BKT, given_BT, stage)
             guided = reading.guided
             states_RTD = network.trunk(
                 codes_BKT, stage=stage, local=local, guided=guided, first_B=None

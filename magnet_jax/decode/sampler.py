@@ -21,7 +21,6 @@ from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import autoregressive, hybrid, magnet, parallel
 from magnet_jax.decode.canvas import Canvas
-from magnet_jax.decode.placement import AXES
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import Text, TextStates
 from magnet_jax.model import t5
@@ -115,7 +114,7 @@ class Sampler:
                 inputs.schedule,
                 kernels=self.kernels,
                 savings=self.savings,
-                guidance_axis="guidance" if self.axis_size("guidance") > 1 else None,
+                guidance_axis="guidance" if self.splits_guidance else None,
                 **how,
             )
         else:
@@ -151,9 +150,10 @@ class Sampler:
         """Whether rows without text need no row of text."""
         return self.savings.null_text and self.model.null_text_adds_nothing
 
-    def axis_size(self, axis: Literal["data", "guidance", "frames"]) -> int:
-        assert axis in AXES
-        return 1 if self.mesh is None else self.mesh.shape[axis]
+    @property
+    def splits_guidance(self) -> bool:
+        """Whether rows without text are on devices of their own."""
+        return self.mesh is not None and self.mesh.shape["guidance"] > 1
 
 
 @functools.partial(jax.jit, static_argnames="sampler")
