@@ -225,13 +225,20 @@ def _example(
     }
 
 
-def not_all_of_stereo(path: str, spec: CodecSpec, num_codebooks: int) -> str:
-    """Why a model of so many codebooks cannot learn interleaved stereo: it takes all of them."""
-    return (
-        f"data set {path}: interleaved stereo of {spec.num_codebooks} codebooks, "
-        f"{spec.num_codebooks // 2} of each side, and the model has {num_codebooks}: set "
-        f"--model.num-codebooks {spec.num_codebooks} (and as many --decode.steps)"
-    )
+def check_codebooks(path: str, spec: CodecSpec, num_codebooks: int) -> None:
+    """Raises `UserError` where a model of so many codebooks cannot learn what a data set holds."""
+    if spec.interleaved and spec.num_codebooks != num_codebooks:  # it takes all of them
+        raise UserError(
+            f"data set {path}: interleaved stereo of {spec.num_codebooks} codebooks, "
+            f"{spec.num_codebooks // 2} of each side, and the model has {num_codebooks}: set "
+            f"--model.num-codebooks {spec.num_codebooks} (and as many --decode.steps)"
+        )
+    if spec.num_codebooks < num_codebooks:
+        raise UserError(
+            f"data set {path}: {spec.num_codebooks} codebooks, and the model has {num_codebooks}: "
+            f"set --model.num-codebooks to at most {spec.num_codebooks}, or tokenize with the "
+            "model's codec"
+        )
 
 
 def _examples(config: DataConfig, split: str) -> grain.MapDataset:
@@ -241,13 +248,7 @@ def _examples(config: DataConfig, split: str) -> grain.MapDataset:
 
 def _layout(config: DataConfig, *, num_codebooks: int, **others: Any) -> Layout:
     spec = records.read_codec_spec(config.path)
-    if spec.interleaved and spec.num_codebooks != num_codebooks:
-        raise UserError(not_all_of_stereo(config.path, spec, num_codebooks))
-    if spec.num_codebooks < num_codebooks:
-        raise UserError(
-            f"data set {config.path}: {spec.num_codebooks} codebooks, and the model has "
-            f"{num_codebooks}: set model.num_codebooks to at most {spec.num_codebooks}"
-        )
+    check_codebooks(config.path, spec, num_codebooks)
     return Layout(num_codebooks=num_codebooks, frame_rate=spec.frame_rate, **others)
 
 

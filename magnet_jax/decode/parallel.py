@@ -59,9 +59,8 @@ class Rules:
     guided: GuidedSteps = "all"
     """From `schedule.guided_steps`."""
     reach: int | None = None
-    """Frames to each side on which a local stage's logits depend; None is all."""
-    last_window: bool = True
-    """Whether a local stage's last step computes the frames that its one span can see alone."""
+    """Frames to each side on which a local stage's logits depend, and which alone are computed at
+    its last step, for the one span that is left; None is all."""
     given_have_say: bool = True
     """Whether given frames count in the score of a span that is given in part, as in AudioCraft.
     With a rescorer, or a network that does not predict them, they do not."""
@@ -158,8 +157,8 @@ def predict_span(
     task: Task,
     codes_BKT: jax.Array,
     row: Schedule,
-    span_B: jax.Array,
     *,
+    span_B: jax.Array,
     guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """`predict` of one span a row at a local stage, from the frames that it can see.
@@ -238,16 +237,12 @@ def step(
     codes_BKT = with_codebook(state.codes_BKT, codes_BT, row.stage)
 
     guided = rules.guided == "all" or (rules.guided == "all_but_last" and not last)
-    alone = last and rules.spans.on_grid and local and rules.last_window
-    if alone and rules.reach and rules.spans.length + 2 * rules.reach < codes_BT.shape[-1]:
-        span_B = hidden_BU.argmax(-1)
-        token_BT, prob_BT = predict_span(
-            network, rules, task, codes_BKT, row, span_B, guided=guided
-        )
+    alone = last and rules.spans.on_grid and local and rules.reach
+    if alone and rules.spans.length + 2 * rules.reach < codes_BT.shape[-1]:
+        drawn = functools.partial(predict_span, span_B=hidden_BU.argmax(-1))
     else:
-        token_BT, prob_BT = predict(
-            network, rules, task, codes_BKT, row, local=local, guided=guided
-        )
+        drawn = functools.partial(predict, local=local)
+    token_BT, prob_BT = drawn(network, rules, task, codes_BKT, row, guided=guided)
     codes_BT = jnp.where(hidden_BT, token_BT, codes_BT)
     codes_BKT = with_codebook(codes_BKT, codes_BT, row.stage)
 

@@ -119,17 +119,10 @@ def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
         (one.codec, one.config.model) for one in (partner, loaded)
     )
     if its_codec.sha256 != codec.sha256:
-        called = its_codec.source, its_codec.sample_rate
-        if called == (codec.source, codec.sample_rate):
-            raise UserError(
-                f"rescorer {name} and the model learnt the tokens of two codecs called "
-                f"{codec.source} ({codec.sample_rate} Hz), whose weights differ: take a rescorer "
-                "of the same codec"
-            )
+        called, its = (f"{one.source} ({one.sample_rate} Hz)" for one in (codec, its_codec))
         raise UserError(
-            f"rescorer {name} learnt the tokens of codec {its_codec.source} "
-            f"({its_codec.sample_rate} Hz), the model those of {codec.source} "
-            f"({codec.sample_rate} Hz): take a rescorer of the same codec"
+            f"rescorer {name} learnt the tokens of codec {its}, the model those of {called}"
+            f"{', whose weights differ' * (its == called)}: take a rescorer of the same codec"
         )
     if its_codec.interleaved != codec.interleaved:
         raise UserError(

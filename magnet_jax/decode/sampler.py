@@ -105,7 +105,8 @@ class Sampler:
             end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
             rescoring=self._rescoring(inputs),
         )
-        how = {"config": self.model, "rules": self.rules, "dtype": self.dtype}
+        how = {"config": self.model, "rules": self.rules, "savings": self.savings}
+        how["dtype"] = self.dtype
         if self.beginning is None:
             decoded = magnet.generate(
                 inputs.lm,
@@ -113,7 +114,6 @@ class Sampler:
                 task,
                 inputs.schedule,
                 kernels=self.kernels,
-                savings=self.savings,
                 guidance_axis="guidance" if self.splits_guidance else None,
                 **how,
             )

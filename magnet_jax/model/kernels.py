@@ -84,13 +84,13 @@ def choose_kernels(
 
 
 def with_kernels(kernels: KernelConfig, *, near: bool) -> Callable[..., jax.Array]:
-    """`self_attention` by what `choose_kernels` chose, for a stage that sees near frames or all."""
+    """`attend` by what `choose_kernels` chose, for a stage that sees near frames or all."""
     if near:
-        return functools.partial(self_attention, kernel=kernels.local, block=kernels.local_block)
-    return functools.partial(self_attention, kernel=kernels.full)
+        return functools.partial(attend, kernel=kernels.local, block=kernels.local_block)
+    return functools.partial(attend, kernel=kernels.full)
 
 
-def self_attention(
+def attend(
     query_BTNH: jax.Array,
     key_BTNH: jax.Array,
     value_BTNH: jax.Array,
