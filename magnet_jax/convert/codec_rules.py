@@ -288,12 +288,8 @@ def _codec_modules(c: Mapping, num_codebooks: int) -> Iterator[tuple[str, str, s
 def codec_layout(settings: Mapping, num_codebooks: int) -> list[tuple[str, str, tuple[int, ...]]]:
     """Every tensor of an EnCodec: transformers' name, AudioCraft's name, shape (equal in both).
 
-    Args:
-      settings: a transformers EncodecModel's config.json.
-      num_codebooks: how many to count.
-
-    Raises:
-      UserError: settings that AudioCraft's EnCodec lacks.
+    `settings` are a transformers EncodecModel's config.json. Raises `UserError` for those that
+    AudioCraft's EnCodec lacks.
     """
     _check_codec_settings(settings)
     return encodec_layout(settings, num_codebooks)

@@ -247,10 +247,7 @@ def segment_seconds(config: RunConfig) -> int:
 def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[str, Any]:
     """The xp.cfg of an exported language model: every setting that AudioCraft's builders read.
 
-    Args:
-      config: of the run.
-      codec: that made the tokens.
-      text_encoder: a name in `PUBLISHED_T5_WIDTHS`, or the folder that holds the encoder.
+    `text_encoder` is a name in `PUBLISHED_T5_WIDTHS`, or the folder that holds the encoder.
     """
     model, k = config.model, config.model.num_codebooks
     magnet = model.kind == "magnet"
@@ -506,8 +503,7 @@ def write_audiocraft(
 
     Args:
       directory: existing folder.
-      lm_params: our parameters.
-      model: their sizes.
+      lm_params, model: our parameters and their sizes.
       xp_cfg: from `make_xp_cfg`; of an imported model, the text that it came with.
       codec: the codec that made the tokens; a folder's weights are converted, a published codec
         is pointed to.

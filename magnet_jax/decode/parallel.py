@@ -215,15 +215,9 @@ def step(
 ) -> tuple[State, jax.Array]:
     """Hides the worst of what is free, predicts it, and scores what was predicted.
 
-    Args:
-      network, rules, task: the model, how, and what.
-      state: from the step before.
-      row: this step's of the schedule.
-      local: whether this is a stage above the first.
-      last, only: whether it is its codebook's last step of several, or the only one.
-
-    Returns:
-      the state, and hidden_BT, True where tokens were predicted.
+    `local` is whether this is a stage above the first; `last` and `only` whether it is its
+    codebook's last step of several, or the only one. Returns the state, and hidden_BT, True where
+    tokens were predicted.
     """
     given_BT = codebook(task.canvas.given_BKT, row.stage)
     codes_BT = codebook(state.codes_BKT, row.stage)
@@ -257,14 +251,7 @@ def step(
 
 
 def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule, ...]) -> Decoded:
-    """Runs the schedule over a canvas.
-
-    Args:
-      network: the model.
-      rules: how, as far as the program depends on it.
-      task: what; T must be a multiple of the span's length where spans do not overlap.
-      schedule: from `make_schedule`.
-    """
+    """Runs the schedule over a canvas; T is a multiple of the spans' length unless they overlap."""
     given_BKT = task.canvas.given_BKT
     num_frames, span_length = given_BKT.shape[-1], rules.spans.length
     if num_frames < span_length or (rules.spans.on_grid and num_frames % span_length):

@@ -105,9 +105,7 @@ def attend(
     """`attention.self_attention`, whose arguments have the same meaning, by a kernel.
 
     Args:
-      query_BTNH, key_BTNH, value_BTNH: of T frames each.
       kernel: see the module; not 'auto'.
-      context, length: see `attention.self_attention`.
       axis: name of the mesh axis over which the frames are split, T of them on each device; then
         `length`, which must be given, counts the frames of all.
       block: queries a block, at least twice the context. Splash has its own.
