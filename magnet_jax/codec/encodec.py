@@ -31,7 +31,7 @@ from magnet_jax.convert.codec_rules import (
     read_codec_folder,
     renamed_from_audiocraft,
 )
-from magnet_jax.errors import UserError
+from magnet_jax.errors import UserError, first_line
 from magnet_jax.io import files, hub
 from magnet_jax.io.torch_env import as_arrays, import_torch, load_tensors
 
@@ -341,7 +341,7 @@ def check_device(source: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if device.startswith("cuda") and not (torch.version.cuda or torch.version.hip):
             reason = (
                 f"this PyTorch, {torch.__version__}, is built without CUDA, and JAX's does not "
@@ -453,8 +453,7 @@ def _download_encodec(name: str) -> dict[str, Any]:
             _ENCODEC_URL + file, map_location="cpu", check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"codec {name}: its weights cannot be fetched ({line}); copy {file} here and pass its "
-            "path instead"
+            f"codec {name}: its weights cannot be fetched ({first_line(error)}); copy {file} here "
+            "and pass its path instead"
         ) from None
