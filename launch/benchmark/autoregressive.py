@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
 from launch.benchmark import models, report
 from launch.benchmark.decoding import TEXTS
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import placement, sampling, tokens_of_text
+from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 
@@ -105,9 +104,7 @@ def _measure(loaded, peer, batch: int, num_frames: int, repeats: int) -> Row:
     ours()  # compiles
     calls = {"ours": lambda: ours().codes_BKT}
     if peer is not None:
-        text = tokens_of_text.tokenize_texts(loaded, texts)
-        lengths_B = text.mask_BS.sum(-1)
-        states_BSE = np.array(tokens_of_text.encode_texts(loaded, text))[:, : lengths_B.max()]
+        states_BSE, lengths_B = models.text_states(loaded, texts)
         calls["peer"] = functools.partial(
             peer.generate, states_BSE, lengths_B, num_frames=num_frames, guidance=decoding.guidance
         )

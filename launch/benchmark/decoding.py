@@ -24,7 +24,7 @@ from magnet_jax.codec import decoding
 from magnet_jax.codec.encodec import Decoder
 from magnet_jax.config import ComputeDtype, DecodeConfig, Preset, RescoreConfig, preset_steps
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import placement, rescore, sampling, tokens_of_text
+from magnet_jax.decode import placement, rescore, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 
@@ -146,10 +146,7 @@ class Job:
 
     def text_states(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         """Text encoder states cut to the longest text, and the texts' lengths."""
-        text = tokens_of_text.tokenize_texts(self.loaded, self.texts(batch))
-        lengths_B = text.mask_BS.sum(-1)
-        states_BSE = tokens_of_text.encode_texts(self.loaded, text)
-        return np.asarray(states_BSE)[:, : lengths_B.max()], lengths_B
+        return models.text_states(self.loaded, self.texts(batch))
 
 
 def measure(args: Args) -> None:

@@ -2,21 +2,37 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from launch import make_random_checkpoint as random_checkpoint
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec.encodec import read_spec
 from magnet_jax.config import DataConfig, ModelConfig, RunConfig, TextConfig
 from magnet_jax.convert.audiocraft import CODEC_FILE
+from magnet_jax.decode import tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.model import transformer
+from magnet_jax.model import precision, t5, transformer
 
 SEED = 0
 SEGMENT_SECONDS = 10.0  # of the model with random weights, as of the published ones
+
+
+_encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
+
+
+def text_states(loaded: pretrained.Loaded, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Text encoder states cut to the longest text, and the texts' lengths."""
+    text = tokens_of_text.tokenize_texts(loaded, texts)
+    lengths_B = text.mask_BS.sum(-1)
+    states_BSE = _encode(
+        loaded.t5_params, loaded.t5_config, text.ids_BS, text.mask_BS,
+        dtype=precision.compute_dtype(loaded.config),
+    )  # fmt: skip
+    return np.array(states_BSE)[:, : lengths_B.max()], lengths_B
 
 
 @contextlib.contextmanager

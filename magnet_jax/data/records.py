@@ -179,21 +179,31 @@ def write_shard(path: Path, num_codebooks: int, examples: Iterable[Mapping[str, 
     """
     types = features(num_codebooks)
     with temporary(path) as writing:
-        return _write_shard(path, writing, types, examples)
+        count, num_bytes, sha256 = _write_records(writing, types, examples)
+        if count == 0:
+            return Shard(path=path, num_examples=0, num_bytes=0, file_bytes=0)
+        sync(writing)
+        reader = ArrayRecordReader(str(writing))
+        whole = reader.ok() and reader.num_records() == count
+        reader.close()
+        if not whole:
+            raise OSError(f"{writing}: cannot be read back as written; is the disk full?")
+        size = writing.stat().st_size
+        writing.replace(path)
+    sync(path.parent)
+    return Shard(path=path, num_examples=count, num_bytes=num_bytes, file_bytes=size, sha256=sha256)
 
 
-def _write_shard(
-    path: Path,
-    writing: Path,
-    types: tfds.features.FeaturesDict,
-    examples: Iterable[Mapping[str, Any]],
-) -> Shard:
+def _write_records(
+    path: Path, types: tfds.features.FeaturesDict, examples: Iterable[Mapping[str, Any]]
+) -> tuple[int, int, str]:
+    """How many there were, their bytes, and the hash of these; without any there is no file."""
     writer, count, num_bytes, content = None, 0, 0, hashlib.sha256()
     try:
         for example in examples:
             if writer is None:
                 with _written():
-                    writer = ArrayRecordWriter(str(writing), "group_size:1,zstd:1")
+                    writer = ArrayRecordWriter(str(path), "group_size:1,zstd:1")
             # (TFDS leaves the order of the fields to chance, which differs between processes)
             record = tf_example_pb2.Example.FromString(types.serialize_example(example))
             record = record.SerializeToString(deterministic=True)
@@ -207,26 +217,10 @@ def _write_shard(
             with contextlib.suppress(RuntimeError):  # (it says again what went wrong)
                 writer.close()
         raise
-    if count == 0:
-        return Shard(path=path, num_examples=0, num_bytes=0, file_bytes=0)
-    with _written():
-        writer.close()
-    sync(writing)
-    reader = ArrayRecordReader(str(writing))
-    whole = reader.ok() and reader.num_records() == count
-    reader.close()
-    if not whole:
-        raise OSError(f"{writing}: cannot be read back as written; is the disk full?")
-    file_bytes = writing.stat().st_size
-    writing.replace(path)
-    sync(path.parent)
-    return Shard(
-        path=path,
-        num_examples=count,
-        num_bytes=num_bytes,
-        file_bytes=file_bytes,
-        sha256=content.hexdigest(),
-    )
+    if writer is not None:
+        with _written():
+            writer.close()
+    return count, num_bytes, content.hexdigest()
 
 
 @contextlib.contextmanager

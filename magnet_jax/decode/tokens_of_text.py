@@ -11,7 +11,7 @@ from magnet_jax import arguments
 from magnet_jax.arguments import Between
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.errors import UserError
-from magnet_jax.model import precision, t5
+from magnet_jax.model import t5
 
 TextPadLen = Literal["batch"] | Annotated[int, Between(0, 2**16)] | None
 SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
@@ -66,17 +66,3 @@ def tokenize_texts(loaded: Loaded, texts: Sequence[str], text_pad_len: TextPadLe
     width = {None: 0, "batch": longest}.get(text_pad_len, text_pad_len)
     zeros_B = np.where(lengths_B > 0, np.maximum(width - lengths_B, 0), 0)
     return Text(ids_BS[:, :bucket], mask_BS[:, :bucket], zeros_B.astype(np.int32))
-
-
-_encode = jax.jit(t5.encode, static_argnames=("config", "dtype"))
-
-
-def encode_texts(loaded: Loaded, text: Text) -> jax.Array:
-    """The text encoder's states, float32 [B, S, E]."""
-    return _encode(
-        loaded.t5_params,
-        config=loaded.t5_config,
-        text_ids_BS=text.ids_BS,
-        text_mask_BS=text.mask_BS,
-        dtype=precision.compute_dtype(loaded.config),
-    )

@@ -257,7 +257,7 @@ def score(
     if named and embedder.embed_texts is not None:
         texts_NE = embedder.embed_texts([captions[name] for name in named])
         similar = [
-            metrics.cosine(_direction(clips.embedded[name]), text_E)
+            metrics.cosine(clips.embedded[name].embeddings_PE.mean(0), text_E)
             for name, text_E in zip(named, texts_NE)
         ]
         put("clap", len(similar), metrics.mean(similar, **drawn))
@@ -344,7 +344,3 @@ def _labels(clips: Clips, name: str) -> np.ndarray:
 
 def _probabilities(row: Embedded) -> np.ndarray:
     return (1 / (1 + np.exp(-row.logits_PL.astype(np.float64)))).mean(0)
-
-
-def _direction(row: Embedded) -> np.ndarray:
-    return row.embeddings_PE.mean(0)

@@ -15,7 +15,7 @@ from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import ASSETS
 from magnet_jax.decode import tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.model import transformer
+from magnet_jax.model import t5, transformer
 
 CLIPS = [
     path
@@ -32,7 +32,7 @@ def loaded():
 def losses(loaded, codes_BKT, captions, stage):
     """Cross-entropies [B] of a codebook that is hidden whole, given those below."""
     text = tokens_of_text.tokenize_texts(loaded, captions)
-    states_BSE = tokens_of_text.encode_texts(loaded, text)
+    states_BSE = t5.encode(loaded.t5_params, loaded.t5_config, text.ids_BS, text.mask_BS)
     network = transformer.bind(loaded.config.model, loaded.params["lm"])
     k = jnp.arange(codes_BKT.shape[1])[:, None]
     hidden_BKT = jnp.where(k >= stage, loaded.config.model.mask_id, codes_BKT)
