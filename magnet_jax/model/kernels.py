@@ -19,8 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig
-from magnet_jax.errors import UserError
+from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig, require
 from magnet_jax.model.attention import BLOCK, dense, existing, in_blocks, near, slices
 
 # Beyond this many frames T x T scores no longer stay in a TPU's vector memory or a CPU's caches.
@@ -46,8 +45,8 @@ def choose_kernels(
     Raises `UserError` for a kernel that the platform, the model, the precision or a split does not
     have, and for a split so fine that a device's frames see beyond its neighbours.
     """
-    if platform not in LOCAL_BLOCK:
-        raise UserError(f"JAX runs on {platform}, and this on {', '.join(LOCAL_BLOCK)} only")
+    known = ", ".join(LOCAL_BLOCK)
+    require((platform in LOCAL_BLOCK, f"JAX runs on {platform}, and this on {known} only"))
     half = jnp.dtype(dtype).itemsize == 2
     fused = platform == "gpu" and half and model.head_size % 8 == 0 and model.head_size <= 128
     written_out = "slices" if platform == "tpu" else "blocks"
@@ -56,29 +55,27 @@ def choose_kernels(
         full = "cudnn" if fused else "dense" if num_frames <= DENSE_FRAMES else written_out
     if local == "auto":
         local = written_out
-    for wrong, message in (
+    require(
         (
-            split and num_frames < model.widest_context,
+            not split or num_frames >= model.widest_context,
             f"mesh.frames leaves {num_frames} frames a device, fewer than the "
             f"{model.widest_context} seen to each side: use fewer devices, or ask for more seconds",
         ),
         (
-            0 < asked.local_block < 2 * model.widest_context,
+            not 0 < asked.local_block < 2 * model.widest_context,
             f"kernels.local_block {asked.local_block} is below twice the {model.widest_context} "
             "frames that are seen to each side: give a larger one, or 0",
         ),
         (
-            full == "cudnn" and not fused,
+            full != "cudnn" or fused,
             "attention kernel cudnn needs a GPU, bfloat16 and a head size that is a multiple of 8 "
             f"up to 128; here are {platform}, {jnp.dtype(dtype)} and {model.head_size}",
         ),
         (
-            "splash" in (full, local) and (platform != "tpu" or split),
+            "splash" not in (full, local) or (platform == "tpu" and not split),
             "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)",
         ),
-    ):
-        if wrong:
-            raise UserError(message)
+    )
     block = asked.local_block or LOCAL_BLOCK[platform]
     return KernelConfig(full=full, local=local, local_block=block)
 
