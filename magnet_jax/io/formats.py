@@ -56,6 +56,11 @@ _ENDED = ("asf", "matroska", "opus in ogg")  # and not how much comes before it
 # Their headers note how many samples there are.
 _COUNTED = ("ape", "flac", "mpc", "mpc8", "ogg", "tta")
 _ASF_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
+_HEAD = 2**16  # bytes that hold the headers of ASF, FLV and Matroska
+_SEGMENT = bytes.fromhex("18538067")
+_SEGMENT_INFO = re.compile(rb"\x15\x49\xa9\x66(?!\x53\xac)")  # and not its name in an index
+_DURATION = re.compile(rb"\x44\x89(?=\x84.{4}|\x88.{8})[\x84\x88](.{4})", re.DOTALL)
+_FLV_SIZE = b"filesize\0"
 _FLAC_ROUNDING = 2e-4  # seconds
 _NAMES = {"flac": "FLAC", "mp3": "MP3"}
 _MPEG = ("mp1", "mp2", "mp3")
@@ -214,8 +219,9 @@ def _open(
         sound = _open_ffmpeg(open_file, stack)
     elif sound.format.startswith("VOC"):  # of its blocks libsndfile knows the first
         sound = replace(_open_ffmpeg(open_file, stack), loss=_voc_loss(file))
-    if sound.format.endswith(" in avi"):
-        sound = replace(sound, loss=_avi_loss(file))
+    if sound.format.endswith((" in avi", " in matroska")):
+        of_parts = _avi_loss if sound.format.endswith("avi") else _matroska_loss
+        sound = replace(sound, loss=of_parts(file))
     return replace(sound, loss=_loss(samples, sound)) if samples else sound
 
 
@@ -770,6 +776,22 @@ def _avi_loss(file: BinaryIO) -> str | None:
     return None
 
 
+def _matroska_loss(file: BinaryIO) -> str | None:
+    """What is missing of a Matroska file by the size of its segment, which holds all the rest."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(_HEAD)
+    at = head.find(_SEGMENT) + len(_SEGMENT)
+    if at < len(_SEGMENT) or not head[at : at + 1].strip(b"\0"):
+        return None
+    width = 9 - head[at].bit_length()  # the first bit that is set tells how long the number is
+    most = 2 ** (7 * width) - 1
+    length = int.from_bytes(head[at : at + width]) & most
+    if length == most or at + width + length <= size:  # the most there is: written to a pipe
+        return None
+    return f"its header promises {at + width + length} bytes, and there are {size}"
+
+
 def _cut_off(file: soundfile.SoundFile) -> str | None:
     """What is missing of an open file by its headers, or None; not all formats can tell."""
     log = file.extra_info
@@ -951,28 +973,57 @@ def _promised_seconds(
         return None if frames is None else frames / rate
     if name not in (*_TIMED, *_COUNTED) or (name, codec) == ("ogg", "flac"):
         return None  # (where FLAC in Ogg begins FFmpeg does not tell)
-    seconds = None
+    # A header that has one time for all of a film, or for several tracks, has that of the longest.
     cover = av.stream.Disposition.attached_pic
+    others = [s for s in container.streams.video if not s.disposition & cover]
+    alone = not others and len(container.streams.audio) == 1
+    seconds = None
     if name == "asf":
-        seconds = _asf_seconds(open_file)
+        seconds = _asf_seconds(open_file, alone)
+    elif name in ("flv", "matroska") and not _is_noted(name, open_file, alone):
+        return None
     elif stream.duration is not None:
         seconds = float(stream.duration * stream.time_base)
-    elif container.duration and all(v.disposition & cover for v in container.streams.video):
-        seconds = container.duration / av.time_base  # with a picture it may be the picture's
+    elif container.duration:
+        seconds = container.duration / av.time_base
     if seconds and (name in _ENDED or f"{codec} in {name}" in _ENDED):
         return seconds - max(0.0, beginning)
     return seconds
 
 
-def _asf_seconds(open_file: Callable[[], BinaryIO]) -> float | None:
-    """When the sound of an ASF file ends; FFmpeg guesses where the file has another size."""
+def _is_noted(name: str, open_file: Callable[[], BinaryIO], alone: bool) -> bool:
+    """Whether a container's time is that of its one sound, and no guess from the bit rate.
+
+    That of several streams counts where the file is shorter than its header says.
+    """
     with open_file() as raw:
-        head = raw.read(2**16)
+        head = raw.read(_HEAD)
+        size = raw.seek(0, os.SEEK_END)
+    if name == "matroska":
+        info = _SEGMENT_INFO.search(head)
+        noted = info and _DURATION.search(head, info.end(), info.end() + 2**12)
+        return bool(alone and noted and noted[1].strip(b"\0"))
+    at = head.find(_FLV_SIZE) + len(_FLV_SIZE)
+    if alone or at < len(_FLV_SIZE) or len(head) < at + 8:
+        return alone
+    return struct.unpack_from(">d", head, at)[0] > size
+
+
+def _asf_seconds(open_file: Callable[[], BinaryIO], alone: bool) -> float | None:
+    """When the sound of an ASF file ends; FFmpeg guesses where the file has another size.
+
+    The time of a film counts where the file is shorter than its header says.
+    """
+    with open_file() as raw:
+        head = raw.read(_HEAD)
+        size = raw.seek(0, os.SEEK_END)
     at = head.find(_ASF_PROPERTIES)
     if at < 0 or len(head) < at + 92:
         return None
-    ticks, _, preroll, flags = struct.unpack_from("<QQQI", head, at + 64)
-    return None if flags & 1 else ticks / 1e7 - preroll / 1e3  # 1: streamed
+    noted_size, _, _, ticks, _, preroll, flags = struct.unpack_from("<QQQQQQI", head, at + 40)
+    if flags & 1 or not (alone or noted_size > size):  # 1: streamed
+        return None
+    return ticks / 1e7 - preroll / 1e3
 
 
 def _xing(open_file: Callable[[], BinaryIO], rate: int) -> tuple[int | None, bool]:

@@ -10,6 +10,7 @@ save and restore together, the first alone writes everything else.
 
 import contextlib
 import functools
+import shlex
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -96,7 +97,7 @@ def train(config: RunConfig) -> None:
         raise SystemExit(128 + (stop.caught or signal.SIGTERM))
     distributed.say_first(
         f"done, saved at step {step}; to hear it: python -m launch.sample --checkpoint "
-        f'{config.out} --prompt "TEXT" --out wavs'
+        f'{shlex.quote(config.out)} --prompt "TEXT" --out wavs'
     )
 
 

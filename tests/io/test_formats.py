@@ -28,6 +28,20 @@ def pitch(wav_N, rate):
     return np.abs(np.fft.rfft(second * np.hanning(len(second)))).argmax()
 
 
+def packets_of(stream, wav):
+    """[n, channels] as the stream's codec has it."""
+    if stream.codec_context.format is None:
+        stream.format = "s16"
+    layout = ("mono", "stereo")[wav.shape[1] - 1]
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wav.T), "fltp", layout)
+    frame.sample_rate, frame.pts = stream.rate, 0
+    stream.bit_rate = 128_000
+    size = stream.codec_context.frame_size or 1024
+    convert = av.AudioResampler(stream.codec_context.format, frame_size=size)
+    parts = (*convert.resample(frame), *convert.resample(None), None)
+    return [packet for part in parts for packet in stream.encode(part)]
+
+
 def encoded(path, codec, rate, channels=1, seconds=3.0, **how):
     wav = steady(seconds, rate, channels)
     if codec in ("FLAC", "VORBIS", "OPUS"):
@@ -35,17 +49,7 @@ def encoded(path, codec, rate, channels=1, seconds=3.0, **how):
         return put(path, wav, rate, None, format=kind, subtype=None if codec == "FLAC" else codec)
     with av.open(str(path), "w", **how) as container:
         stream = container.add_stream(codec, rate=rate, layout=("mono", "stereo")[channels - 1])
-        if stream.codec_context.format is None:
-            stream.format = "s16"
-        frame = av.AudioFrame.from_ndarray(
-            np.ascontiguousarray(wav.T), "fltp", ("mono", "stereo")[channels - 1]
-        )
-        frame.sample_rate, frame.pts = rate, 0
-        stream.bit_rate = 128_000
-        size = stream.codec_context.frame_size or 1024
-        convert = av.AudioResampler(stream.codec_context.format, frame_size=size)
-        for part in (*convert.resample(frame), *convert.resample(None), None):
-            container.mux(stream.encode(part))
+        container.mux(packets_of(stream, wav))
     return path
 
 
@@ -276,15 +280,7 @@ def muxed(path, codec, start, gap, seconds=6.0, rate=48000):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, layout="mono")
         stream.time_base = Fraction(1, rate)
-        wav = steady(seconds, rate)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wav.T), "fltp", "mono")
-        frame.sample_rate, frame.pts = rate, 0
-        stream.bit_rate = 128_000
-        size = stream.codec_context.frame_size or 1024
-        convert = av.AudioResampler(stream.codec_context.format, frame_size=size)
-        packets = []
-        for part in (*convert.resample(frame), *convert.resample(None), None):
-            packets += stream.encode(part)
+        packets = packets_of(stream, steady(seconds, rate))
         for i, packet in enumerate(packets):
             later = start + (gap if i >= len(packets) // 2 else 0)
             shift = round(later / packet.time_base)
@@ -620,3 +616,64 @@ def test_parts_of_long_files_are_where_they_belong(tmp_path):
             for k in shifts
         ]
         assert len(part) == rate and min(errors) < 0.01, suffix
+
+
+# --- times that are of something else -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", ["libmp3lame", "ac3", "pcm_s16le"])
+def test_a_matroska_that_went_through_a_pipe_promises_nothing(tmp_path, codec):
+    """FFmpeg guesses its length from the bit rate, which leaves out what lies between packets."""
+    path, pipe = tmp_path / "a.mka", Pipe()
+    with av.open(pipe, "w", format="matroska") as container:
+        stream = container.add_stream(codec, rate=48000, layout="mono")
+        container.mux(packets_of(stream, steady(60, 48000)))
+    path.write_bytes(pipe.data)
+    (wav_N,), rate = read_whole(str(path))
+    assert len(wav_N) / rate == pytest.approx(60, abs=0.06)
+    assert pitch(wav_N, rate) == pytest.approx(440, abs=1)
+
+
+def film_of(path, codec, seconds, other):
+    """Sound, and beside it a picture or another sound that lasts for nine seconds."""
+    with av.open(str(path), "w") as container:
+        sounds = [(container.add_stream(codec, rate=48000, layout="mono"), seconds)]
+        if other == "sound":
+            sounds.append((container.add_stream(codec, rate=48000, layout="mono"), 9))
+        else:
+            video = container.add_stream(other, rate=25, width=64, height=64)
+            video.pix_fmt = "yuv420p"
+        packets = [
+            p for stream, length in sounds for p in packets_of(stream, steady(length, 48000))
+        ]
+        if other != "sound":
+            pixels = np.random.default_rng(0).integers(0, 255, (9 * 25, 64, 64, 3), np.uint8)
+            for image in pixels:
+                packets += video.encode(av.VideoFrame.from_ndarray(image))
+            packets += video.encode(None)
+        for packet in sorted(packets, key=lambda p: p.dts * p.time_base):
+            container.mux(packet)
+    return path
+
+
+FILMS = [
+    ("mkv", "ac3", "mpeg4"), ("mkv", "libopus", "mpeg4"), ("mka", "ac3", "sound"),
+    ("wmv", "wmav2", "wmv2"), ("wma", "wmav2", "sound"), ("flv", "libmp3lame", "flv"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "codec", "other"), FILMS)
+def test_sound_that_ends_before_its_film_is_whole(tmp_path, suffix, codec, other):
+    path = film_of(tmp_path / f"a.{suffix}", codec, 6, other)
+    (wav_N,), rate = read_whole(str(path))
+    assert len(wav_N) / rate == pytest.approx(6, abs=0.1)
+    assert pitch(wav_N, rate) == pytest.approx(440, abs=1)
+
+
+@pytest.mark.parametrize("seconds", [6, 9])
+@pytest.mark.parametrize(("suffix", "codec", "other"), FILMS)
+def test_a_film_that_was_cut_is_rejected(tmp_path, suffix, codec, other, seconds):
+    path = film_of(tmp_path / f"a.{suffix}", codec, seconds, other)
+    cut_file(path)
+    with pytest.raises(RejectedError, match="cut off"):
+        read_whole(str(path))

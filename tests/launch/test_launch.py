@@ -308,6 +308,15 @@ def test_errors_are_one_line(capsys):
     assert capsys.readouterr().err == "error: two lines\nerror: of today\n"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_disk_that_takes_no_more_is_one_line(capsys, number):
+    """A write through an open file does not say which file it was."""
+    with pytest.raises(SystemExit) as exit_, errors.reported():
+        raise OSError(number, os.strerror(number))
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: {os.strerror(number)}\n"
+
+
 def test_stderr_is_there_after_an_error_with_a_cause(capfd):
     """Whoever calls a command from Python, and catches its end, sees later errors as well."""
     with pytest.raises(SystemExit), errors.reported():

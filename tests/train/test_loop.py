@@ -70,12 +70,12 @@ def finished(tokens, tmp_path_factory):
     return config
 
 
-def test_only_weighted_stages_are_trained(tokens, tmp_path):
-    config = tiny.run_config(tokens, tmp_path / "run", stage_weights=(0.0, 1.0, 0.0, 0.0), steps=6)
+def test_only_weighted_stages_are_trained(tokens, tmp_path, capsys):
+    out = tmp_path / "run [1]"
+    config = tiny.run_config(tokens, out, stage_weights=(0.0, 1.0, 0.0, 0.0), steps=6)
     loop.train(config)
-    losses = {
-        name for line in watch.read_scalars(tmp_path / "run") for name in line if "loss_" in name
-    }
+    assert f"--checkpoint '{out}' --prompt" in capsys.readouterr().out  # can be pasted
+    losses = {name for line in watch.read_scalars(out) for name in line if "loss_" in name}
     assert losses == {"train/loss_1"}
 
 
