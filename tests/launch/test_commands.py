@@ -11,10 +11,11 @@ import pytest
 import launch.__main__ as console
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("jax", "torch", "flax", "matplotlib", "tokenizers")
+HEAVY = ("jax", "torch", "flax", "matplotlib", "tokenizers", "tensorflow_datasets")
 # What is read before a command line is.
 QUICK = ("launch.__main__", "launch.compile.__main__", "launch.demo", "launch.export",
-         "launch.import_audiocraft", "launch.sample", "launch.train")  # fmt: skip
+         "launch.evaluate.__main__", "launch.import_audiocraft", "launch.sample", "launch.train",
+         "tokenization.browse", "tokenization.check", "tokenization.job")  # fmt: skip
 
 
 def test_every_command_is_listed_with_one_line(capsys):
