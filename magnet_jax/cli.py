@@ -175,7 +175,8 @@ def _unknown(cls: Any, word: str, see: str) -> str:
     known = []
     for _, member in _members(cls):
         for option, kind, _ in _options(member):
-            known += [option] + [option.replace("--", "--no-", 1)] * (kind is bool)
+            group, dot, name = option.removeprefix("--").rpartition(".")
+            known += [option] + [f"--{group}{dot}no-{name}"] * (kind is bool)
     return f"unknown setting {word}:{did_you_mean(word, known) or f' {see}'}"
 
 
