@@ -128,7 +128,7 @@ def as_name(value: Any, name: str) -> str | Path:
     """
     path = check(str | Path, value, name)
     encoded = os.fsencode(path)
-    if b"\0" in encoded or any(len(part) > 255 for part in encoded.split(b"/")):
+    if not encoded or b"\0" in encoded or any(len(part) > 255 for part in encoded.split(b"/")):
         raise UserError(f"{name} must be a name that a file can have, not {_shown(value)}")
     return path
 

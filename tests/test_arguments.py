@@ -415,7 +415,7 @@ def test_odd_settings_arrive_as_plain_ones():
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("stem_name", [None, 3, "\ud800", "a\0b", b"x", "x" * 300]),
+        ("stem_name", [None, 3, "", "\ud800", "a\0b", b"x", "x" * 300]),
         ("wav", AUDIO),
         ("sample_rate", [None, 0, -1, 1.5, *NO_NUMBERS, *NOT_FINITE, *ENDLESS]),
         ("format", CHOICE),

@@ -25,6 +25,7 @@ def hidden_rates(steps: int) -> np.ndarray:
 
     This is cos(t * pi * 0.5) over linspace(0, 1, steps) as PyTorch rounds it. Rates times units
     are cut to whole numbers, and at 60 degrees the last bit decides on which side of 1/2 they fall.
+    Up to 100 steps and 1500 units the counts are PyTorch's, all of them; beyond, a few differ by 1.
     """
     if steps == 1:
         return np.ones(1, np.float32)
