@@ -86,12 +86,21 @@ def compiled_quickly(request):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
 
 
+# With thousands of compiled programs a process runs out of memory maps (65,530), and XLA crashes.
+MANY_MAPS = 30_000
+_quick = [None]  # how the programs that are kept were compiled
+
+
 @pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """With thousands of compiled programs a process runs out of memory maps, and XLA crashes."""
-    yield
-    programs.forget()
-    jax.clear_caches()
+def forget_programs(request):
+    """Modules share programs that are compiled alike, as long as there is room for them."""
+    quick = request.module.__name__.removeprefix("test_") not in AS_USERS_RUN
+    maps = Path("/proc/self/maps")
+    many = not maps.exists() or maps.read_bytes().count(b"\n") > MANY_MAPS
+    if many or quick != _quick[0]:
+        programs.forget()
+        jax.clear_caches()
+    _quick[0] = quick
 
 
 @pytest.fixture(scope="module")
