@@ -95,7 +95,6 @@ def parse(
             args=words,
             prog=prog,
             description="",
-            config=(tyro.conf.DisallowNone,),
             registry=registry,
             **({} if default is tyro.MISSING else {"default": default}),
         )
@@ -125,6 +124,8 @@ def _fields(info: StructTypeInfo, *, hides_rare: bool) -> StructConstructorSpec 
         kind: Any = field.type
         if hides_rare and RARE in getattr(kind, "__metadata__", ()):
             kind = tyro.conf.Suppress[kind]
+        if field.default is None:  # and then nobody need say so
+            kind = tyro.conf.DisallowNone[kind]
         if field.default is None or field.default in ("", ()):
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
         text = field.helptext
