@@ -8,6 +8,7 @@ import soundfile
 import soxr
 from random_codecs import RANDOM, SMALL, save_random
 
+from launch.codec.receptive_field import main
 from magnet_jax.codec import receptive_field as field_module
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.codec.receptive_field import (
@@ -24,7 +25,6 @@ from magnet_jax.config import ASSETS
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.errors import UserError
 from magnet_jax.io.torch_env import import_torch
-from tokenization.receptive_field import main
 
 # The published 32 kHz codec of the paper, in what decides its field.
 PAPERS = SeanetConfig(

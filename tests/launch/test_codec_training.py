@@ -12,14 +12,14 @@ import soxr
 from safetensors.numpy import load_file, save_file
 from sounds import RATE, put, tone
 
-from launch import compare_codecs, train_codec
+from launch.codec import compare, training
+from launch.codec.train import main as train_command
+from launch.codec.training import Clips, Training, balance, learning_rate, train
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import find_audio
 from magnet_jax.io.torch_env import import_torch
-from tokenization import codec_training
-from tokenization.codec_training import Clips, Training, balance, learning_rate, train
 
 torch = import_torch()
 
@@ -117,7 +117,7 @@ def test_the_recipes_codec_is_the_nearer_one_on_other_renders():
         codec = load_codec(source)
         made = [codec.decode(codec.encode(np.float32(wav)[None, None])) for wav in clips]
         spectral = [
-            codec_training.spectral_loss(*(torch.from_numpy(np.float32(x)[None]) for x in pair))
+            training.spectral_loss(*(torch.from_numpy(np.float32(x)[None]) for x in pair))
             for pair in zip((m[0, 0, : len(wav)] for m, wav in zip(made, clips)), clips)
         ]
         distances.append(np.mean([float(x) for x in spectral]))
@@ -127,9 +127,9 @@ def test_the_recipes_codec_is_the_nearer_one_on_other_renders():
 def test_what_is_written_is_the_codec_in_training(settings):
     settings = replace(settings, steps=1)
     list(train(settings))
-    run = codec_training.Run(settings)
+    run = training.Run(settings)
     run.restore(torch.load(settings.out / "checkpoint.pt", weights_only=True))
-    ours = codec_training.build_codec(run.config).eval()
+    ours = training.build_codec(run.config).eval()
     ours.load_state_dict(run.averaged)
     loaded = load_codec(str(settings.out / "codec"))
     before = load_codec("embedded")
@@ -158,7 +158,7 @@ def test_training_from_nothing_learns(settings, capsys):
         2,
     ]
     words += ["--learning-rate", 2e-3, "--average", 0.5, "--validate-every", 12]
-    train_codec.main([str(word) for word in words])
+    train_command([str(word) for word in words])
     lines = (settings.out / "metrics.jsonl").read_text().splitlines()
     first, last = map(json.loads, lines)
     assert last["valid_spectral"] < 0.9 * first["valid_spectral"]
@@ -180,7 +180,7 @@ def test_gradients_get_the_shares_of_their_weights():
 
 
 def test_hardly_used_entries_are_revived_and_stay():
-    codec = codec_training.build_codec(codec_training.fresh_settings())
+    codec = training.build_codec(training.fresh_settings())
     codebook = codec["quantizer"].vq.layers[0]._codebook
     codebook.inited.fill_(1)
     codebook.embed.copy_(torch.randn(1024, 64))
@@ -189,7 +189,7 @@ def test_hardly_used_entries_are_revived_and_stay():
     codebook.embed_avg.copy_(codebook.embed * codebook.cluster_size[:, None])
     before = codebook.embed.clone()
     vectors = torch.randn(12, 64) + 5
-    codec_training.revive(codebook, vectors)
+    training.revive(codebook, vectors)
     changed = torch.nonzero((codebook.embed != before).any(1)).flatten()
     assert len(changed) == 12 and int(changed.max()) < 40
     assert {tuple(v) for v in codebook.embed[changed].tolist()} == {
@@ -200,18 +200,18 @@ def test_hardly_used_entries_are_revived_and_stay():
     torch.testing.assert_close(codebook.embed[changed].mean(), vectors.mean(), rtol=0.02, atol=0)
     codebook.cluster_size.fill_(0.2)
     kept = codebook.embed.clone()
-    codec_training.revive(codebook, vectors)
+    training.revive(codebook, vectors)
     assert torch.equal(codebook.embed, kept)
 
 
 def test_the_spectral_loss_is_of_what_is_heard():
     wav = torch.from_numpy(tone(0.5)[None, :, 0])
-    assert float(codec_training.spectral_loss(wav, wav)) == 0
-    near, far = (codec_training.spectral_loss(wav + e * torch.randn_like(wav), wav)
+    assert float(training.spectral_loss(wav, wav)) == 0
+    near, far = (training.spectral_loss(wav + e * torch.randn_like(wav), wav)
                  for e in (1e-3, 1e-1))  # fmt: skip
     assert 0 < float(near) < float(far)
     silence = torch.zeros(1, 4000, requires_grad=True)
-    codec_training.spectral_loss(silence, torch.zeros(1, 4000)).backward()
+    training.spectral_loss(silence, torch.zeros(1, 4000)).backward()
     assert torch.isfinite(silence.grad).all()
 
 
@@ -276,33 +276,33 @@ def test_distances_rank_what_is_worse():
     wav = tone(1.0)[:, 0]
     rng = np.random.default_rng(0)
     noisy = [wav + e * rng.normal(size=len(wav)) for e in (0, 1e-3, 1e-2, 1e-1)]
-    distances = [compare_codecs.spectral_distance(made, wav) for made in noisy]
+    distances = [compare.spectral_distance(made, wav) for made in noisy]
     assert distances[0] == 0 and distances == sorted(distances)
-    assert compare_codecs.snr_db(wav * 1.1, wav) == pytest.approx(20, abs=1e-3)
+    assert compare.snr_db(wav * 1.1, wav) == pytest.approx(20, abs=1e-3)
     # the same for a bin at the floor as for one below it
-    assert compare_codecs.spectral_distance(wav * 2, wav) == pytest.approx(
-        compare_codecs.spectral_distance(wav * 200, wav * 100), rel=1e-3
+    assert compare.spectral_distance(wav * 2, wav) == pytest.approx(
+        compare.spectral_distance(wav * 200, wav * 100), rel=1e-3
     )
 
 
 def test_opus_is_measured_in_place():
     wav = tone(1.5)[:, 0]
-    made, kbps = zip(*(compare_codecs.through_opus(wav, RATE, asked) for asked in (6, 32)))
+    made, kbps = zip(*(compare.through_opus(wav, RATE, asked) for asked in (6, 32)))
     assert all(len(m) == len(wav) for m in made) and 3 < kbps[0] < 12 < kbps[1] < 50
-    ratios = [compare_codecs.snr_db(m, wav) for m in made]
+    ratios = [compare.snr_db(m, wav) for m in made]
     assert ratios[1] > 12 and ratios[1] > ratios[0]
 
 
 @pytest.mark.parametrize("rate", [8_000, 32_000, 44_100])
 def test_opus_takes_any_rate(rate):
     wav = tone(1.5, rate)[:, 0]
-    made, kbps = compare_codecs.through_opus(wav, rate, 32)
-    assert len(made) == len(wav) and 12 < kbps < 50 and compare_codecs.snr_db(made, wav) > 12
+    made, kbps = compare.through_opus(wav, rate, 32)
+    assert len(made) == len(wav) and 12 < kbps < 50 and compare.snr_db(made, wav) > 12
 
 
 def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     out = tmp_path / "compared"
-    compare_codecs.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "2",
+    compare.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "2",
                          "--seconds", "1", "--opus-kbps", "8"])  # fmt: skip
     rows = json.loads((out / "comparison.json").read_text())
     assert [row["version"] for row in rows] == [
@@ -319,7 +319,7 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     assert len(list(out.glob("*/*.wav"))) == 6
     put(settings.audio / "album" / "0.flac", tone(1.0, frequency=700))
     put(settings.audio / "0.WAV", tone(1.0, frequency=900))
-    compare_codecs.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "9",
+    compare.main(["--audio", str(settings.audio), "--out", str(out), "--clips", "9",
                          "--seconds", "1", "--opus-kbps", "8"])  # fmt: skip
     made = {str(path.relative_to(out)): soundfile.read(path)[0] for path in out.rglob("*.wav")}
     names = ["0.WAV", "0.flac", "1", "2", "album/0"]
@@ -328,10 +328,10 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     assert all(np.abs(first - other[: len(first)]).max() > 0.1 for other in others)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--audio .*: no audio in it .*.flac"):
-        compare_codecs.compare(compare_codecs.Comparison(audio=tmp_path / "empty"))
+        compare.compare(compare.Comparison(audio=tmp_path / "empty"))
     for twice in ({"codecs": ("embedded", "embedded")}, {"opus_kbps": (8.0, 8.0)}):
         with pytest.raises(UserError, match="--(codecs|opus-kbps): name each once"):
-            compare_codecs.compare(compare_codecs.Comparison(audio=settings.audio, **twice))
+            compare.compare(compare.Comparison(audio=settings.audio, **twice))
 
 
 @pytest.mark.parametrize(
@@ -349,19 +349,19 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_comparisons_are_refused_before_anything_is_encoded(tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(compare_codecs, "load_codec", None)
+    monkeypatch.setattr(compare, "load_codec", None)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("precious")
     if "out" in change:
         change = {"out": tmp_path / change["out"]}
     with pytest.raises(UserError, match=message):
-        compare_codecs.compare(compare_codecs.Comparison(audio=tmp_path, **change))
+        compare.compare(compare.Comparison(audio=tmp_path, **change))
 
 
 def test_versions_have_folders_of_their_own():
     codecs = ("embedded", "runs/codec/codec", "/runs/codec/codec/", "original", "../..")
-    settings = compare_codecs.Comparison(audio=Path(), codecs=codecs, opus_kbps=(6, 6.5))
-    assert compare_codecs._folders(settings) == [
+    settings = compare.Comparison(audio=Path(), codecs=codecs, opus_kbps=(6, 6.5))
+    assert compare._folders(settings) == [
         "original", "embedded", "runs-codec-codec", "runs-codec-codec-2", "original-2", "codec",
         "opus-6", "opus-6.5",
     ]  # fmt: skip
@@ -374,7 +374,7 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_what_is_saved(
     settings, monkeypatch, name, found
 ):
     settings = replace(settings, adversarial_from=3, validate_every=3)
-    right, calls = getattr(codec_training, name), []
+    right, calls = getattr(training, name), []
 
     def wrong(*args):
         calls.append(1)
@@ -387,8 +387,8 @@ def test_a_step_that_is_not_finite_is_named_and_leaves_what_is_saved(
             args[0].param_groups[0]["params"][0][0] = np.nan
         return None
 
-    monkeypatch.setattr(codec_training, "measure", lambda *_: {})
-    monkeypatch.setattr(codec_training, name, wrong)
+    monkeypatch.setattr(training, "measure", lambda *_: {})
+    monkeypatch.setattr(training, name, wrong)
     with pytest.raises(UserError, match=f"{settings.out}: training diverged at step 2: .*{found}"):
         list(train(settings))
     checkpoint = settings.out / "checkpoint.pt"

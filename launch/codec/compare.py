@@ -1,6 +1,6 @@
 """How near codecs come to held-out audio, beside Opus and the original, as a table.
 
-python -m launch.compare_codecs --audio data/recipe/test --codecs embedded runs/codec/codec
+python -m launch.codec.compare --audio data/recipe/test --codecs embedded runs/codec/codec
 """
 
 import io
@@ -266,7 +266,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    print(table(compare(cli.parse(Comparison, words, prog="python -m launch.compare_codecs"))))
+    print(table(compare(cli.parse(Comparison, words, prog="python -m launch.codec.compare"))))
 
 
 if __name__ == "__main__":

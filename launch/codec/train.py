@@ -1,19 +1,19 @@
 """Trains a small EnCodec on a folder of audio; see docs/recipe.md.
 
-python -m launch.train_codec --audio data/recipe/train --valid data/recipe/valid \
+python -m launch.codec.train --audio data/recipe/train --valid data/recipe/valid \
     --init-from embedded --out runs/codec
 """
 
 from collections.abc import Sequence
 
+from launch.codec.training import Training, train
 from magnet_jax import cli, errors
 from magnet_jax.io import machine
-from tokenization.codec_training import Training, train
 
 
 def main(words: Sequence[str] | None = None) -> None:
     machine.keep_freed()
-    settings = cli.parse(Training, words, prog="python -m launch.train_codec")
+    settings = cli.parse(Training, words, prog="python -m launch.codec.train")
     for values in train(settings):
         numbers = (f"{name} {value:.4g}" for name, value in values.items() if name != "step")
         print(f"step {values['step']}: {', '.join(numbers)}", flush=True)

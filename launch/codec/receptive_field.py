@@ -1,6 +1,6 @@
 """What a token frame hears, as in appendix B of the paper, and the context that follows from it.
 
-python -m tokenization.receptive_field --picture data/receptive_field.png
+python -m launch.codec.receptive_field --picture data/receptive_field.png
 
 An impulse is added to long audio at places spread over one frame, and the latent before
 quantization is compared with and without it: once with the encoder's LSTM, once without, where
@@ -254,7 +254,7 @@ def _percent(share: float) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(Args, argv, prog="python -m tokenization.receptive_field", description=__doc__)
+    args = cli.parse(Args, argv, prog="python -m launch.codec.receptive_field", description=__doc__)
     check_new_file("--json", args.json, [".json"])
     check_new_file("--picture", args.picture, [".png", ".pdf", ".svg"])
     codec = load_codec(args.codec)
