@@ -318,8 +318,7 @@ def _check(args: Common) -> None:
         raise UserError(f"--out {args.out}: is a file, and the studies need a folder")
     if not args.prompts.is_dir():
         raise UserError(
-            f"--prompts {args.prompts}: no such folder; tokenization.recipe makes one, see "
-            "docs/recipe.md"
+            f"--prompts {args.prompts}: no such folder; launch.recipe makes one, see docs/recipe.md"
         )
 
 

@@ -72,7 +72,7 @@ class Training:
     audio: Path
     """Folder of .flac and .wav files at the codec's rate, mono, to train on."""
     valid: Path
-    """The same, to measure on; tokenization.recipe writes both."""
+    """The same, to measure on; launch.recipe writes both."""
     out: Path
     """Folder of the run; the codec is in its folder codec."""
     init_from: str | None = None

@@ -427,7 +427,7 @@ def test_plain_lists(tmp_path, real):
     (real / "README.txt").write_text("about the clips")
     assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
     (real / "README.txt").unlink()
-    folder = tmp_path / "several"  # as tokenization.recipe writes them
+    folder = tmp_path / "several"  # as launch.recipe writes them
     folder.mkdir()
     (folder / "a.json").write_text(json.dumps({"description": ["", "a waltz", "a dance"]}))
     assert [prompt[:2] for prompt in prompts.read(folder)] == [("a", "a waltz")]

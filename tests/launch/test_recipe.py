@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from launch.recipe import cook
+from launch.recipe import tunes as scores
+from launch.recipe.cook import INSTRUMENTS, Recipe
+from launch.recipe.tunes import Collection, Note, Tune
 from magnet_jax.errors import UserError
-from tokenization import recipe, scores
-from tokenization.recipe import INSTRUMENTS, Recipe
-from tokenization.scores import Collection, Note, Tune
 
 SOUNDFONT = Recipe(out=Path()).soundfont
 
@@ -107,20 +108,20 @@ def test_what_a_file_says_about_rights(tmp_path, text, reserved):
 
 
 def test_splits_have_their_shares_and_stay():
-    splits = [recipe.split_of(f"tune {i}", 5, 10) for i in range(4000)]
+    splits = [cook.split_of(f"tune {i}", 5, 10) for i in range(4000)]
     assert 130 < splits.count("valid") < 270 and 320 < splits.count("test") < 480
-    smaller = [recipe.split_of(f"tune {i}", 5, 5) for i in range(4000)]
+    smaller = [cook.split_of(f"tune {i}", 5, 5) for i in range(4000)]
     assert all(b == "test" for a, b in zip(smaller, splits) if a == "test")
 
 
 def test_draws_hang_on_seed_and_number_alone():
-    music = recipe.Repertoire(tunes())
-    one, again, other = (recipe.draw_clip(music, "train", 3, seed, 20.0) for seed in (0, 0, 1))
+    music = cook.Repertoire(tunes())
+    one, again, other = (cook.draw_clip(music, "train", 3, seed, 20.0) for seed in (0, 0, 1))
     assert one == again != other
     settings = Recipe(out=Path(), hours=0.3, valid_percent=20, test_percent=20)
     groups = [t.id for t in tunes()]
-    few, _ = recipe.plan(tunes(), groups, settings)
-    many, members = recipe.plan(tunes(), groups, replace(settings, hours=0.6))
+    few, _ = cook.plan(tunes(), groups, settings)
+    many, members = cook.plan(tunes(), groups, replace(settings, hours=0.6))
     assert {c.name for c in few} < {c.name for c in many}
     assert sum(c.seconds for c in many) / 3600 == pytest.approx(0.6, abs=0.02)
     assert not members["train"] & members["test"] and not members["train"] & members["valid"]
@@ -129,9 +130,9 @@ def test_draws_hang_on_seed_and_number_alone():
 
 
 def test_a_clip_is_what_its_captions_say():
-    music = recipe.Repertoire(tunes())
+    music = cook.Repertoire(tunes())
     count = 3 * len(INSTRUMENTS)
-    clips = [recipe.draw_clip(music, "train", i, 0, 20.0) for i in range(count)]
+    clips = [cook.draw_clip(music, "train", i, 0, 20.0) for i in range(count)]
     for i in range(0, count, len(INSTRUMENTS)):
         assert len({c.instrument.name for c in clips[i : i + len(INSTRUMENTS)]}) == len(INSTRUMENTS)
     for clip in clips:
@@ -143,13 +144,13 @@ def test_a_clip_is_what_its_captions_say():
         assert len(set(captions)) == 3
         words = (*instrument.names, instrument.name)
         assert all(any(word in text.lower() for word in words) for text in captions)
-        low, high = recipe.SPEEDS[about["keywords"][0]]
+        low, high = cook.SPEEDS[about["keywords"][0]]
         starts = sorted(start for start, *_ in clip.parts[0])
         assert 0.9 * low < 1 / np.median(np.diff(starts)) < 1.1 * high
         # all voices move by the same interval, which is what the key moves by
         original = next(t for t in tunes() if t.id == clip.tune)
         pitches = {note.pitch % 12 for part in original.parts for note in part}
-        keys = recipe._MINOR_KEYS if original.minor else recipe._MAJOR_KEYS
+        keys = cook._MINOR_KEYS if original.minor else cook._MAJOR_KEYS
         shift = keys.index(about["key"].rpartition(" ")[0]) - original.tonic
         assert {p % 12 for _, _, p, _ in notes} <= {(p + shift) % 12 for p in pitches}
         assert (len(clip.parts) > 1) <= (instrument.several_voices > 0)
@@ -160,7 +161,7 @@ def test_no_tune_that_suits_is_an_error():
     wide = replace(wide, parts=[[n._replace(pitch=20 + 90 * (i % 2)) for i, n in
                                  enumerate(wide.parts[0])]])  # fmt: skip
     with pytest.raises(UserError, match="no tune of the train split suits the"):
-        recipe.draw_clip(recipe.Repertoire([wide]), "train", 0, 0, 20.0)
+        cook.draw_clip(cook.Repertoire([wide]), "train", 0, 0, 20.0)
 
 
 # A tone of 12 s, whose pitch hangs on the MIDI file; fails after `limit` of them.
@@ -190,7 +191,7 @@ def kitchen(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "COLLECTIONS", (collection,))
     monkeypatch.setattr(scores, "corpus_folder", lambda: tmp_path)
     monkeypatch.setattr(scores, "corpus_files", lambda corpus: {"made.abc": collection})
-    monkeypatch.setattr(recipe, "version", lambda name: "1")
+    monkeypatch.setattr(cook, "version", lambda name: "1")
     (tmp_path / "kept").mkdir()
     kept = {"version": scores.VERSION, "skipped": ["made#9: no music"]}
     kept["tunes"] = [vars(t) for t in tunes()]
@@ -220,20 +221,18 @@ def content(folder):
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(kitchen):
     with pytest.raises(UserError, match="synth_2: failed .fluidsynth: error: out of strings"):
-        recipe.cook(kitchen("one", limit=2))
+        cook.cook(kitchen("one", limit=2))
     half = content(kitchen("one").out)
     assert sum(name.endswith(".flac") for name in half) == 2 and "README.md" not in half
     # what a kill may leave behind
     (kitchen("one").out / "train" / ".000009.flac.tmp").write_bytes(b"half")
-    recipe.cook(kitchen("one"))
-    summary = recipe.cook(kitchen("two"))
+    cook.cook(kitchen("one"))
+    summary = cook.cook(kitchen("two"))
     assert content(kitchen("one").out) == content(kitchen("two").out)
 
     found = content(kitchen("two").out)
     audio = [name for name in found if name.endswith(".flac")]
-    assert f"{len(audio)} clips" in summary and {n.split("/")[0] for n in audio} == set(
-        recipe.SPLITS
-    )
+    assert f"{len(audio)} clips" in summary and {n.split("/")[0] for n in audio} == set(cook.SPLITS)
     for name in audio:
         wav, rate = soundfile.read(kitchen("two").out / name)
         assert rate == 16_000 and wav.ndim == 1 and 6 <= len(wav) / rate <= 12
@@ -249,27 +248,26 @@ def test_a_synthesizer_that_hangs_or_stops_short_is_named(kitchen, tmp_path, mon
     settings, program = kitchen("one"), tmp_path / "hung"
     program.write_text(f"#!{sys.executable}\nimport time\ntime.sleep(60)\n")
     program.chmod(0o755)
-    monkeypatch.setattr(recipe, "_RENDER_SECONDS", 0.5)
+    monkeypatch.setattr(cook, "_RENDER_SECONDS", 0.5)
     with pytest.raises(UserError, match="--synthesizer .*hung: did not end within 0.5 s"):
-        recipe.cook(replace(settings, synthesizer=str(program)))
+        cook.cook(replace(settings, synthesizer=str(program)))
     monkeypatch.undo()
 
 
 def test_the_card_has_the_command_that_makes_the_clips():
     plain = Recipe(out=Path("a"))
-    assert recipe._command(plain) == "python -m tokenization.recipe --hours 20 --seed 0"
+    assert cook._command(plain) == "python -m launch.recipe --hours 20 --seed 0"
     other = replace(plain, hours=0.5, test_percent=7.5, soundfont=Path("my font.sf2"))
-    assert recipe._command(other) == (
-        "python -m tokenization.recipe --hours 0.5 --seed 0 --test-percent 7.5 "
-        "--soundfont 'my font.sf2'"
+    assert cook._command(other) == (
+        "python -m launch.recipe --hours 0.5 --seed 0 --test-percent 7.5 --soundfont 'my font.sf2'"
     )
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_a_run_that_is_killed(how):
     words = (
-        "import time; from magnet_jax import errors; from tokenization import recipe; "
-        "errors.stop_when_terminated(); recipe._each(time.sleep, [(1,), (300,)], 2, 'nap')"
+        "import time; from magnet_jax import errors; from launch.recipe import cook; "
+        "errors.stop_when_terminated(); cook._each(time.sleep, [(1,), (300,)], 2, 'nap')"
     )
     if how == signal.SIGTERM:  # (which lets workers finish what they are at)
         words = words.replace("300", "2")
@@ -307,14 +305,14 @@ def wait_until(true, seconds=60):
 
 
 def test_more_hours_add_clips_and_other_settings_are_refused(kitchen):
-    recipe.cook(kitchen("out"))
+    cook.cook(kitchen("out"))
     before = content(kitchen("out").out)
     with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
-        recipe.cook(replace(kitchen("out"), seed=1))
+        cook.cook(replace(kitchen("out"), seed=1))
     with pytest.raises(UserError, match=r"clips beyond --hours 0.004"):
-        recipe.cook(replace(kitchen("out"), hours=0.004))
+        cook.cook(replace(kitchen("out"), hours=0.004))
     assert content(kitchen("out").out) == before
-    recipe.cook(replace(kitchen("out"), hours=0.015))
+    cook.cook(replace(kitchen("out"), hours=0.015))
     after = content(kitchen("out").out)
     assert all(after[name] == data for name, data in before.items() if name != "README.md")
     assert len(after) > len(before)
@@ -332,7 +330,7 @@ def test_more_hours_add_clips_and_other_settings_are_refused(kitchen):
 )
 def test_mistakes_are_named(kitchen, change, message):
     with pytest.raises(UserError, match=message):
-        recipe.cook(replace(kitchen("out"), **change))
+        cook.cook(replace(kitchen("out"), **change))
     assert not kitchen("out").out.exists()
 
 
@@ -340,7 +338,7 @@ def test_a_folder_of_other_files_is_refused(kitchen):
     kitchen("out").out.mkdir()
     (kitchen("out").out / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match=r"holds other files \(thesis.txt\)"):
-        recipe.cook(kitchen("out"))
+        cook.cook(kitchen("out"))
 
 
 def test_without_music21_a_line_says_how_to_get_it(monkeypatch):
@@ -394,13 +392,13 @@ def test_ties_are_joined(tmp_path):
 def test_fluidsynth_plays_what_is_written(tmp_path):
     needs_midi()
     flute = next(i for i in INSTRUMENTS if i.name == "flute")
-    clip = recipe.Clip(
+    clip = cook.Clip(
         split="train", number=0, tune="made/1", instrument=flute, level=0.1, seconds=3.0,
         parts=[[(0.0, 2.5, 69, 90)]], about={"description": ["An A"]},
     )  # fmt: skip
     made = []
     for name in ("one", "two"):
-        recipe.render(clip, Recipe(out=tmp_path / name))
+        cook.render(clip, Recipe(out=tmp_path / name))
         made.append((tmp_path / name / f"{clip.name}.flac").read_bytes())
     assert made[0] == made[1]
     wav, rate = soundfile.read(tmp_path / "one" / f"{clip.name}.flac")

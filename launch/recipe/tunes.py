@@ -5,7 +5,6 @@ about rights decides whether it is taken at all (`rights_reserved`).
 """
 
 import dataclasses
-import glob
 import importlib.util
 import json
 import os
@@ -171,7 +170,7 @@ def corpus_files(corpus: Path) -> dict[str, Collection]:
     """The files of all collections by name below the corpus."""
     found = {}
     for collection in COLLECTIONS:
-        for name in sorted(glob.glob(collection.files, root_dir=corpus, recursive=True)):
+        for name in sorted(p.relative_to(corpus).as_posix() for p in corpus.glob(collection.files)):
             found[name] = collection
     if not found:
         raise UserError(f"{corpus}: holds no scores; music21 may have come without its corpus")
@@ -211,7 +210,7 @@ def read_file(corpus: Path, name: str, collection: Collection, cache: Path) -> N
             is_opus = isinstance(parsed, music21.stream.Opus)
             rhythms = _rhythms(corpus / name)
             for i, score in enumerate(parsed.scores if is_opus else [parsed]):
-                tune_id = os.path.splitext(name)[0] + (f"#{i}" if is_opus else "")
+                tune_id = name.rpartition(".")[0] + (f"#{i}" if is_opus else "")
                 rhythm = rhythms[i] if i < len(rhythms) else ""
                 try:
                     tunes.append(_tune(score, tune_id, rhythm, collection))
@@ -294,7 +293,7 @@ def _tune(score: Any, tune_id: str, rhythm: str, collection: Collection) -> Tune
     moved = {_moved(float(start), endings) for start in bars} - {None}
     key = score.analyze("key")
     metadata = score.metadata
-    title = (metadata and metadata.title) or os.path.basename(tune_id)
+    title = (metadata and metadata.title) or tune_id.rpartition("/")[2]
     return Tune(
         id=tune_id,
         title=title,

@@ -1,8 +1,8 @@
 """A captioned data set to train on, made from nothing: old scores, played by a synthesizer.
 
-python -m tokenization.recipe --out data/recipe --hours 20 --seed 0
+python -m launch.recipe --out data/recipe --hours 20 --seed 0
 
-Scores of music21's corpus (`scores`) x instruments x tempi become clips of 16 kHz mono FLAC, each
+Scores of music21's corpus (`tunes`) x instruments x tempi become clips of 16 kHz mono FLAC, each
 with a sidecar .json of captions, in three folders: train, valid and test, no tune in two of them.
 Clip number N of a split hangs on the seed and N alone, so more hours add clips and change none. The
 same command goes on where it was stopped. See docs/recipe.md.
@@ -32,12 +32,12 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
+from launch.recipe import tunes
+from launch.recipe.tunes import Note, Tune
 from magnet_jax import cli
-from magnet_jax.errors import UserError, end_with_parent, reported, stop_when_terminated
+from magnet_jax.errors import UserError, end_with_parent
 from magnet_jax.io import audio
 from magnet_jax.io.files import held, not_half_written, read_object, replacing_file
-from tokenization import scores
-from tokenization.scores import Note, Tune
 
 SPLITS = ("train", "valid", "test")
 _RENDER_RATE = 44_100  # the sound font's own; it does not filter when it plays at another
@@ -468,21 +468,21 @@ def _finished(mono: np.ndarray, clip: Clip) -> np.ndarray:
 def cook(recipe: Recipe) -> str:
     """Makes the data set and returns a summary; raises `UserError` for what is in the way."""
     _check(recipe)
-    corpus = scores.corpus_folder()
-    files = scores.corpus_files(corpus)
+    corpus = tunes.corpus_folder()
+    files = tunes.corpus_files(corpus)
     kept = recipe.scores or recipe.out / "scores"
     with _held(recipe.out):
         _begin(recipe)
         jobs = [(corpus, name, collection, kept) for name, collection in files.items()]
-        _each(scores.read_file, jobs, recipe.workers, "scores")
-        tunes, skipped = scores.load(kept, list(files))
-        if len(skipped) > len(tunes):
+        _each(tunes.read_file, jobs, recipe.workers, "scores")
+        music, skipped = tunes.load(kept, list(files))
+        if len(skipped) > len(music):
             raise UserError(
                 f"{corpus}: most scores cannot be read, such as {skipped[0]}; is this the music21 "
                 "that the extra recipe names?"
             )
-        groups = scores.group(tunes)
-        clips, members = plan(tunes, groups, recipe)
+        groups = tunes.group(music)
+        clips, members = plan(music, groups, recipe)
         known = {f"{clip.name}.flac" for clip in clips}
         more = {f"{p.parent.name}/{p.name}" for p in recipe.out.glob("*/*.flac")} - known
         if more:
@@ -491,7 +491,7 @@ def cook(recipe: Recipe) -> str:
                 f"such as {min(more)}; give at least the hours that it was made with"
             )
         _each(render, [(clip, recipe) for clip in clips], recipe.workers, "clips")
-        return _write_card(recipe, clips, members, len(tunes), skipped)
+        return _write_card(recipe, clips, members, len(music), skipped)
 
 
 def _check(recipe: Recipe) -> None:
@@ -527,7 +527,7 @@ def _begin(recipe: Recipe) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
     fixed = ("seed", "max_seconds", "valid_percent", "test_percent")
     begun = {name: getattr(recipe, name) for name in fixed}
-    begun |= {"soundfont": _hash(recipe.soundfont), "notes": scores.VERSION}
+    begun |= {"soundfont": _hash(recipe.soundfont), "notes": tunes.VERSION}
     path = recipe.out / "recipe.json"
     if not path.exists():
         others = [p.name for p in recipe.out.iterdir() if p.name not in (".lock", "scores")]
@@ -624,7 +624,7 @@ estimate for the whole piece, moods follow from speed and mode alone.
 
 def _command(recipe: Recipe) -> str:
     """What was asked for: hours and seed, and what else changes clips, if not its default."""
-    words = ["python", "-m", "tokenization.recipe"]
+    words = ["python", "-m", "launch.recipe"]
     for field in fields(Recipe):
         value = getattr(recipe, field.name)
         always = field.name in ("hours", "seed")
@@ -653,10 +653,10 @@ def _write_card(
         rows.append(f"| {split} | {len(own)} | {hours:.2f} | {used} | {len(members[split])} |")
     played = Counter(clip.instrument.name for clip in clips)
     voices = Counter(clip.instrument.name for clip in clips if len(clip.parts) > 1)
-    files = scores.corpus_files(scores.corpus_folder())
+    files = tunes.corpus_files(tunes.corpus_folder())
     withheld = {line.split(":")[0] for line in skipped if ": rights (" in line}
     collections = []
-    for collection in scores.COLLECTIONS:
+    for collection in tunes.COLLECTIONS:
         names = {name for name, owner in files.items() if owner is collection} - withheld
         stems = {name.rpartition(".")[0] for name in names}
         share = sum(clip.tune.partition("#")[0] in stems for clip in clips)
@@ -693,10 +693,4 @@ def _write_card(
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    print(cook(cli.parse(Recipe, words, prog="python -m tokenization.recipe")))
-
-
-if __name__ == "__main__":
-    stop_when_terminated()
-    with reported():
-        main()
+    print(cook(cli.parse(Recipe, words, prog="python -m launch.recipe")))
