@@ -11,19 +11,12 @@ OTHER_STEPS = (1, 5, 10, 20)
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0)
 
 MAGNET, HYBRID = "magnet-span3-local", "hybrid"
-# Models by the names of their runs, without the seed: what launch.train is asked for.
+# What each model that is trained changes in the config, by the name of its runs, without the seed.
 MODELS = {
-    **{f"magnet-span{n}-local": ("--model.span-length", str(n)) for n in SPANS},
-    **{
-        f"magnet-span{n}-full": ("--model.span-length", str(n), "--model.local-context", "0")
-        for n in SPANS
-    },
+    **{f"magnet-span{n}-local": {"span_length": n} for n in SPANS},
+    **{f"magnet-span{n}-full": {"span_length": n, "local_context": 0} for n in SPANS},
     # As the paper has it; the first codebook of the recipe's models sees near frames alone.
-    **{
-        f"magnet-span{n}-paper": ("--model.span-length", str(n), "--model.first-context", "0")
-        for n in PAPERS_SPANS
-    },
-    HYBRID: ("--objective", "hybrid"),
+    **{f"magnet-span{n}-paper": {"span_length": n, "first_context": 0} for n in PAPERS_SPANS},
 }
 CONTEXTS = ("restricted context", "full context")
 FIRST_FULL = "restricted but in the first codebook"
@@ -42,11 +35,11 @@ class Setting(NamedTuple):
     """Of the folders of its cells, without the seed: what is made alike has one name in all
     studies."""
     model: str | None
-    """Of `MODELS`; None is --checkpoint."""
+    """Of `MODELS`, or `HYBRID`; None is --checkpoint."""
     options: tuple[str, ...] = ()
     """Of launch.sample, without the rescorer's path."""
     rescorer: str | None = None
-    """Of `MODELS`."""
+    """The same, of a second model."""
     paper: Mapping[str, float] = {}
     """Scores in the paper by their names here."""
 

@@ -14,9 +14,8 @@ from tqdm import tqdm
 from launch.benchmark import models
 from launch.benchmark.decoding import TEXTS, clip_frames, open_rescorer
 from launch.benchmark.peaks import seconds_of
-from launch.evaluate import __main__ as evaluate
-from launch.evaluate import prompts
-from magnet_jax import cli
+from launch.evaluate import prompts, stages
+from launch.evaluate import settings as evaluate
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
     DecodeConfig,
@@ -266,13 +265,17 @@ def quality_of(args: Args, point: Point, clip_seconds: float) -> dict[str, float
     name = f"{point.kind}_{point.value}".replace(" ", "_")
     if point.rescored:  # (others are made otherwise, and may lie beside these)
         name += f"_{args.rescorer_weight:g}_guidance_{args.rescorer_guidance:g}"
-    out = args.out / name
-    words = ["--checkpoint", args.checkpoint, "--prompts", args.prompts, "--out", out]
-    words += ["--reference", args.reference, "--seconds", clip_seconds, "--resamples", 0]
-    words += [] if args.limit is None else ["--limit", args.limit]
-    words = [*map(str, words), f"--sample-options={point.options(args)}"]
-    evaluation = cli.parse(evaluate.Args, words, prog="python -m launch.evaluate")
-    scores = evaluate.run(evaluation, words)["scores"]["generated"]["musicnn"]
+    evaluation = evaluate.Args(
+        checkpoint=str(args.checkpoint),
+        prompts=args.prompts,
+        limit=args.limit,
+        reference=args.reference,
+        seconds=clip_seconds,
+        resamples=0,
+        sample_options=point.options(args),
+        out=args.out / name,
+    )
+    scores = stages.run(evaluation)["scores"]["generated"]["musicnn"]
     return {name: score["value"] for name, score in scores.items() if isinstance(score, dict)}
 
 

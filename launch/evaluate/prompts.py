@@ -1,5 +1,7 @@
 """Lists of prompts: ids and captions, of the files that people have them in."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -73,6 +75,11 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
     if not found:
         raise UserError(f"--prompts {path}: no prompt in it")
     return found[:limit]
+
+
+def digest(listed: list[Prompt]) -> str:
+    """Tells one list from another: a hash of all ids and captions."""
+    return hashlib.sha256(json.dumps([prompt[:2] for prompt in listed]).encode()).hexdigest()
 
 
 def sidecar(audio: Path) -> str | None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
-from sounds import cut_file, pitch_embedder, put, put_with_ffmpeg, tone
+from sounds import cut_file, loudness_embedder, pitch_embedder, put, put_with_ffmpeg, tone
 
 from launch import sample
 from launch.evaluate import __main__ as command
-from launch.evaluate import baselines, prompts
+from launch.evaluate import baselines, clips, prompts, settings, stages
+from magnet_jax import cli
 from magnet_jax.codec import encodec as codec_module
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import embedders, scores
@@ -62,9 +63,14 @@ def test_a_folder_against_itself(real, tmp_path, capsys):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(stages, "load", lambda name, weights: loudness_embedder(name))
+
+
+@pytest.fixture
 def probed(tmp_path, monkeypatch):
     """Two clips of each of three instruments, and an embedder that tells them apart by pitch."""
-    monkeypatch.setattr(command, "load", lambda name, weights: pitch_embedder())
+    monkeypatch.setattr(stages, "load", lambda name, weights: pitch_embedder())
     for name, frequency in {"piano": 220, "violin": 440, "choir": 660}.items():
         for shift in (-5, 5):
             path = tmp_path / "probe" / f"{name}{shift}.wav"
@@ -97,13 +103,13 @@ def test_labels_are_in_objects_alone(probed):
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=f"{path.name}: .*{message}") as error:
-            command.labelled_clips(probed, "instrument", {}, captions)
+            clips.labelled(probed, "instrument", {}, captions)
         assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_probe_whose_labels_no_caption_names_is_refused(real, probed, tmp_path, monkeypatch):
     """Whether the captions are beside the clips or listed, and before anything is sampled."""
-    monkeypatch.setattr(command, "_sampler", lambda args, listed: None)
+    monkeypatch.setattr(stages, "make_sampler", lambda args, listed: None)
     for path in probed.glob("*.json"):
         label = json.loads(path.read_text())["instrument"]
         path.write_text(json.dumps({"instrument": f"electric {label}"}))
@@ -123,11 +129,11 @@ def test_too_few_rows_for_a_probe_are_said_before_sampling(real, probed, tmp_pat
         return Embedded(np.array([[wav_N.std()]]), None)
 
     embedder = Embedder("toy", 16000, embed, "", "hash", "all")
-    monkeypatch.setattr(command, "load", lambda name, weights: embedder)
+    monkeypatch.setattr(stages, "load", lambda name, weights: embedder)
     monkeypatch.setattr(
-        command, "_sampler", lambda args, listed: sample.Args(checkpoint="run", out=args.out)
+        stages, "make_sampler", lambda args, listed: sample.Args(checkpoint="run", out=args.out)
     )
-    monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(stages, "generate", lambda *args: pytest.fail("sampled"))
     for path in probed.glob("*-5.*"):
         path.unlink()
     with pytest.raises(UserError, match=r"--probe .*/probe: 3 rows of 3 labels .*: add clips"):
@@ -231,7 +237,7 @@ def test_clips_are_found_and_read_as_in_tokenization(tmp_path, capsys):
             scores.read_mono(path, 16000, Listening())
 
 
-def test_clips_in_subfolders_are_evaluated(real, tmp_path, capsys):
+def test_clips_in_subfolders_are_evaluated(real, tmp_path, quick):
     nested = tmp_path / "real"
     for name in "abcd":
         folder = nested / ("one" if name in "ab" else "two")
@@ -293,14 +299,14 @@ def test_clap_and_pairs_follow_the_ids():
 
 def test_a_baseline_that_was_made_of_something_else_is_not_taken(tmp_path):
     out, notes = tmp_path / "codec", tmp_path / "settings"
-    made = baselines._begin(out, notes, ["a", "b"], {"seed": 1})
+    made = baselines.begin(out, notes, ["a", "b"], {"seed": 1})
     assert made == {"a": out / "a.wav", "b": out / "b.wav"}
     put(made["a"], tone(0.1))
-    assert baselines._begin(out, notes, ["a", "b"], {"seed": 1}) == made
+    assert baselines.begin(out, notes, ["a", "b"], {"seed": 1}) == made
     with pytest.raises(UserError, match="codec: was made with other settings"):
-        baselines._begin(out, notes, ["a", "b"], {"seed": 2})
+        baselines.begin(out, notes, ["a", "b"], {"seed": 2})
     with pytest.raises(UserError, match="codec: was made with other settings"):
-        baselines._begin(out, tmp_path / "elsewhere", ["a"], {"seed": 1})
+        baselines.begin(out, tmp_path / "elsewhere", ["a"], {"seed": 1})
 
 
 def stand_in_codec(num_codebooks=4):
@@ -332,10 +338,8 @@ def write_codes(folder, spec, splits):
 
 
 def draw(codec, data, out, num_frames=50):
-    notes = out.with_name(f"{out.name}-settings")
-    return baselines.unigram_tokens(
-        codec, data, ["a"], num_frames=num_frames, seed=0, out=out, notes=notes
-    )
+    written = {"a": out / "a.wav"}
+    baselines.unigram_tokens(codec, data, written, num_frames=num_frames, seed=0)
 
 
 def test_unigram_tokens_are_as_frequent_as_in_the_data(tmp_path):
@@ -370,11 +374,11 @@ def test_a_model_may_have_fewer_codebooks_than_the_data_of_its_baseline(
     write_codes(tmp_path / "one", dataclasses.replace(whole, num_codebooks=1), {"train": [[[1]]]})
     monkeypatch.setattr("magnet_jax.checkpoints.pretrained.load", lambda *args, **how: None)
     monkeypatch.setattr("magnet_jax.checkpoints.pretrained.load_decoder", lambda *args: codec)
-    monkeypatch.setattr(command, "load", lambda name, weights: pitch_embedder())
+    monkeypatch.setattr(stages, "load", lambda name, weights: pitch_embedder())
     monkeypatch.setattr(
-        command, "_sampler", lambda args, _: sample.Args(checkpoint="run", out=args.out)
+        stages, "make_sampler", lambda args, _: sample.Args(checkpoint="run", out=args.out)
     )
-    monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(stages, "generate", lambda *args: pytest.fail("sampled"))
     words = ("--checkpoint", "run", "--prompts", real, "--reference", real, "--baselines",
              "--seconds", "1.5")  # fmt: skip
     with pytest.raises(UserError, match="one: its codec has num_codebooks 1, but 2 is wanted"):
@@ -618,11 +622,29 @@ def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypa
 
 def test_real_clips_are_heard_as_long_as_generated_ones(real, tmp_path):
     """By default; a folder's clips are heard whole."""
-    asked = {"out": tmp_path / "out", "prompts": real}
-    model = command._checked(command.Args(checkpoint="demo", **asked))
-    assert command._real_clips(model, *command._inputs(model))[0].seconds == model.seconds == 10
-    assert command._checked(command.Args(checkpoint="demo", seconds=3.0, **asked)).seconds == 3
-    assert command._checked(command.Args(generated=real, **asked)).seconds is None
+
+    def heard(**asked):
+        args = settings.Args(out=tmp_path / "out", prompts=real, **asked)
+        return settings.checked(args).listening.seconds
+
+    assert heard(checkpoint="demo") == 10
+    assert heard(checkpoint="demo", seconds=3.0) == 3
+    assert heard(generated=real) is None
+
+
+def test_the_receipt_says_what_was_asked(tmp_path):
+    args = settings.Args(
+        out=tmp_path,
+        generated=tmp_path / "my clips",
+        embedders=("musicnn", "clap"),
+        weights=settings.Weights(clap="mine"),
+        lufs=-14.5,
+        sample_options="--preset draft",
+        baselines=True,
+    )
+    words = settings.words_of(args)
+    assert cli.parse(settings.Args, words, prog="x") == args
+    assert not {"--seed", "--probe-field"} & set(words)
 
 
 def test_what_no_evaluation_wrote_is_left_alone(real, tmp_path):
@@ -631,18 +653,18 @@ def test_what_no_evaluation_wrote_is_left_alone(real, tmp_path):
     for name, content in (("receipt.json", "{}"), ("prompts.jsonl", "mine")):
         (out / name).write_text(content)
         with pytest.raises(UserError, match=f"out/{name}: .*name another --out"):
-            command._checked(command.Args(out=out, checkpoint="demo", prompts=real))
+            settings.checked(settings.Args(out=out, checkpoint="demo", prompts=real))
         assert (out / name).read_text() == content
         (out / name).unlink()
     listed = out / "prompts.jsonl"
     listed.write_text('{"id": "a", "caption": "x"}')
     (out / "settings").mkdir()
-    command._checked(command.Args(out=out, checkpoint="demo", prompts=real, limit=1))
+    settings.checked(settings.Args(out=out, checkpoint="demo", prompts=real, limit=1))
     with pytest.raises(UserError, match="prompts.jsonl: would be replaced"):
-        command._checked(command.Args(out=out, checkpoint="demo", prompts=listed, limit=1))
+        settings.checked(settings.Args(out=out, checkpoint="demo", prompts=listed, limit=1))
 
 
-def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys):
+def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys, quick):
     names = sorted(path.stem for path in real.glob("*.wav"))
     for name in names[:2]:
         put(tmp_path / "made" / f"{name}.wav", tone(1.5))
@@ -689,7 +711,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
     def hear(name, weights):
         raise Heard
 
-    monkeypatch.setattr(command, "load", hear)
+    monkeypatch.setattr(stages, "load", hear)
     with pytest.raises(UserError if message else Heard, match=message):
         evaluated(
             tmp_path / "out", "--checkpoint", "demo", "--prompts", real,
@@ -705,7 +727,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
         (["--generated", "REAL", "--baselines"], "--baselines needs --checkpoint"),
         (["--generated", "REAL", "--data", "x"], "--data is for --baselines"),
         (["--generated", "REAL", "--lufs", "3"], "--lufs must lie"),
-        (["--generated", "REAL", "--seconds", "0"], "--seconds must be positive"),
+        (["--generated", "REAL", "--seconds", "0"], "--seconds must be a positive"),
         (["--generated", "REAL", "--limit", "3"], "goes with --prompts"),
         (["--generated", "REAL", "--embedders", "clap", "clap"], "name each once"),
         (["--generated", "REAL", "--embedders", "vgish"], "--embedders"),
@@ -722,7 +744,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
         (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
     ],
 )
-def test_mistakes_are_one_line(words, message, real, tmp_path):
+def test_mistakes_are_one_line(words, message, real, tmp_path, quick):
     places = {"REAL": real, "LIST": tmp_path / "list.txt"}
     places["LIST"].write_text("a waltz\n")
     for name in ("EMPTY", "TWICE", "BROKEN"):

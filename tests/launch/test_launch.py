@@ -19,6 +19,7 @@ from launch import demo, export, sample
 from launch import make_random_checkpoint as random_checkpoint
 from launch import train as launch_train
 from launch.evaluate import __main__ as evaluate
+from launch.evaluate import stages
 from magnet_jax import cli, errors
 from magnet_jax.config import DecodeConfig, RunConfig
 from magnet_jax.convert import t5_files
@@ -136,7 +137,7 @@ def test_commands_that_make_a_folder_leave_other_files_alone(tmp_path):
 
 
 def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "load", lambda name, weights: loudness_embedder("toy"))
+    monkeypatch.setattr(stages, "load", lambda name, weights: loudness_embedder("toy"))
     real, out, tokens = tmp_path / "real", tmp_path / "out", run.parent / "tokens"
     captions = {"a": "a slow piano", "b": "a fast violin", "c": "a piano"}
     for i, (name, caption) in enumerate(captions.items()):
