@@ -15,7 +15,7 @@ from launch import train as launch_train
 from launch.ablate import report, studies
 from launch.ablate.settings import Common, Given, Guidance, Hybrid, Rescoring, Spans, Trained, check
 from launch.ablate.studies import Setting, Study
-from launch.ablate.work import Piece, check_claim
+from launch.ablate.work import Piece, claim
 from launch.evaluate import clips, prompts, stages
 from launch.evaluate import settings as evaluate
 from magnet_jax import programs
@@ -86,7 +86,8 @@ def plan(args: Common) -> tuple[Study, list[Piece], evaluate.Args]:
             for piece in (*cell.needs, cell):
                 pieces.setdefault(piece.folder, piece)
     for piece in pieces.values():
-        check_claim(piece)
+        if piece.folder.exists() or piece.claim.exists():
+            claim(piece)  # which refuses what was begun with other settings
     return prepared.study, [*pieces.values()], evaluation
 
 

@@ -1,14 +1,12 @@
 """Runs and cells, each made once, by whichever process comes to it first."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from magnet_jax.errors import UserError
-from magnet_jax.io import files
-from magnet_jax.io.trees import flatten
+from magnet_jax.io import files, ledger
 
 
 class Piece(NamedTuple):
@@ -66,8 +64,7 @@ def make(piece: Piece, out: Path, title: str, wait: bool) -> bool:
         if not mine or piece.is_made:
             return False
         print(title, flush=True)
-        piece.folder.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(piece.claim, json.dumps(piece.settings, indent=2) + "\n")
+        claim(piece)
         piece.make()
     return True
 
@@ -79,27 +76,12 @@ def held(out: Path, folder: Path, wait: bool):
     return files.held(path, f"waiting for the process that is at {folder}" if wait else None)
 
 
-def check_claim(piece: Piece) -> None:
-    """Raises `UserError` if a run or a cell was begun with other settings."""
-    if not piece.claim.exists():
-        if piece.folder.exists():
-            raise UserError(f"{piece.folder}: was not made by launch.ablate; name another --out")
-        return
-    before, now = (
-        flatten(values, separator=".")
-        for values in (
-            files.read_object(piece.claim, ""),
-            json.loads(json.dumps(piece.settings)),
-        )
-    )
-    changed = [
-        f"{name} (was {before.get(name)!r:.40}, now {now.get(name)!r:.40})"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-        raise UserError(
-            f"{piece.folder}: was made with other settings: {'; '.join(changed[:3])}{more}; give "
-            f"these, name another --out, or remove it and {piece.claim.name}"
-        )
+def claim(piece: Piece) -> None:
+    """Notes what a piece is begun with.
+
+    Raises `UserError` if it was begun with other settings, or by something else.
+    """
+    if piece.folder.exists() and not piece.claim.exists():
+        raise UserError(f"{piece.folder}: was not made by launch.ablate; name another --out")
+    advice = f"give these, name another --out, or remove it and {piece.claim.name}"
+    ledger.claim(piece.claim, piece.settings, where=str(piece.folder), advice=advice)

@@ -1,7 +1,6 @@
 """What a model's scores are held against: its codec alone, and tokens drawn without a model."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import scores
 from magnet_jax.evaluation.scores import Listening
-from magnet_jax.io import audio, files
+from magnet_jax.io import audio, ledger
 
 
 def about_round_trip(codec: Codec, clips: str, listening: Listening) -> dict[str, Any]:
@@ -41,11 +40,12 @@ def begin(out: Path, notes: Path, names: list[str], about: dict[str, Any]) -> di
       UserError: files are there that were made of something else.
     """
     path = notes / f"{out.name}.json"
-    before = files.read_object(path, "") if path.exists() else None
-    if before != about and out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: was made with other settings; name another --out, or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(path, json.dumps(about, indent=2) + "\n")
+    has_clips = out.exists() and any(out.iterdir())
+    if has_clips and not path.exists():
+        raise UserError(f"{out}: is there, and no evaluation made it; name another --out")
+    if not has_clips:
+        path.unlink(missing_ok=True)
+    ledger.claim(path, about, where=str(out), advice="name another --out, or remove it")
     return {name: out / f"{name}.wav" for name in names}
 
 

@@ -143,9 +143,9 @@ def test_what_is_done_is_not_done_again(place, spans, capsys, few):
 
 def test_other_settings_are_not_mixed_in(place, spans, few):
     words = trained(place, "spans", "--seeds", "0")
-    with pytest.raises(UserError, match=r"local-seed0: was made with .*steps \(was 2, now 3\)"):
+    with pytest.raises(UserError, match=r"local-seed0: begun with .*steps \(was 2, now 3\)"):
         command.main([*words, "--train-steps", "3"])
-    with pytest.raises(UserError, match=r"cells/.*-seed0: .*clips \(was 2, now 3\).*another --out"):
+    with pytest.raises(UserError, match=r"cells/.*clips \(was 2, now 3\).*another --out"):
         command.main([*words, "--clips", "3"])
     captions = place / "test" / "0.json"
     text = captions.read_text()
