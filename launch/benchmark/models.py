@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from launch import make_random_checkpoint as random_checkpoint
+from launch.make import random_checkpoint
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import decoding
 from magnet_jax.codec.encodec import Decoder, read_spec

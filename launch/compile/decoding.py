@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.compile import flops, hlo, report, targets
-from launch.make_random_checkpoint import CODEC_SETTINGS, SIZES
+from launch.make.random_checkpoint import CODEC_SETTINGS, SIZES
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import encodec
 from magnet_jax.config import (

@@ -67,7 +67,7 @@ def load(name: Name, weights: str | None = None) -> Embedder:
 
     Args:
       name: which.
-      weights: a folder (clap: of transformers; musicnn: of `launch.convert_tagger`), a file
+      weights: a folder (clap: of transformers; musicnn: of `launch.make.tagger`), a file
         (vggish, passt), a hub id (clap); None is `DEFAULT_WEIGHTS`.
 
     Raises:

@@ -1,6 +1,6 @@
 """Makes an AudioCraft checkpoint of full size with random weights, text encoder beside it.
 
-python -m launch.make_random_checkpoint --out random
+python -m launch.make.random_checkpoint --out random
 
 It sounds of nothing, but imports, samples and exports like a published one: a way to try an
 installation, its speed and its memory without a download.
@@ -8,16 +8,17 @@ installation, its speed and its memory without a download.
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import numpy as np
 from tokenizers import Tokenizer
 
 from magnet_jax import cli
+from magnet_jax.arguments import Between, Seed, check_fields
 from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
 from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
-from magnet_jax.errors import UserError, reported
+from magnet_jax.errors import reported
 from magnet_jax.io import files
 from magnet_jax.model import t5
 
@@ -62,11 +63,11 @@ class Args:
     size: Literal["small", "medium"] = "small"
     """420 M or 1.8 B parameters."""
     kind: Literal["magnet", "musicgen"] = "magnet"
-    seconds: int = 10
+    seconds: Annotated[int, Between(1, 600)] = 10
     """Length of its clips."""
     dtype: Literal["float16", "float32"] = "float16"
     """Of the language model's tensors; published ones are float16."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 def random_tensors(shapes: dict[str, tuple[int, ...]], seed: int, dtype: str) -> dict:
@@ -100,10 +101,7 @@ def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
 
 
 def make(args: Args) -> None:
-    if not 1 <= args.seconds <= 600:
-        raise UserError("--seconds must lie between 1 and 600")
-    if not 0 <= args.seed < 2**31:
-        raise UserError("--seed must lie between 0 and 2147483647")
+    check_fields(args, "--")
     files.check_new_folder("--out", args.out)
     codec = CodecSpec(
         source="facebook/encodec_32khz",
@@ -131,4 +129,4 @@ def make(args: Args) -> None:
 
 if __name__ == "__main__":
     with reported():
-        make(cli.parse(Args, prog="python -m launch.make_random_checkpoint", description=__doc__))
+        make(cli.parse(Args, prog="python -m launch.make.random_checkpoint", description=__doc__))

@@ -5,7 +5,7 @@ so give them an environment of their own:
 
 python -m venv tf && tf/bin/pip install tensorflow-cpu librosa tyro safetensors
 tf/bin/pip download --no-deps musicnn==0.1.0
-tf/bin/python -m launch.convert_tagger --wheel musicnn-0.1.0-py3-none-any.whl --out tagger
+tf/bin/python -m launch.make.tagger --wheel musicnn-0.1.0-py3-none-any.whl --out tagger
 """
 
 import ast
@@ -122,4 +122,4 @@ def main(args: Args) -> None:
 
 if __name__ == "__main__":
     with errors.reported():
-        main(cli.parse(Args, prog="python -m launch.convert_tagger"))
+        main(cli.parse(Args, prog="python -m launch.make.tagger"))
