@@ -8,11 +8,11 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import av
 import numpy as np
@@ -20,8 +20,10 @@ import soxr
 from tqdm import tqdm
 
 from magnet_jax import cli, errors
+from magnet_jax.arguments import Between, Seed, check_fields
 from magnet_jax.codec.encodec import Codec, load_codec
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation import metrics
 from magnet_jax.evaluation.scores import Listening, audio_below, read_mono
 from magnet_jax.io.audio import write_wav
 from magnet_jax.io.files import replacing_file
@@ -30,8 +32,11 @@ from magnet_jax.io.files import replacing_file
 _RESOLUTIONS = ((512, 128), (1024, 256), (2048, 512))
 _RANGE_DB = 60.0  # below a clip's loudest bin, where the logarithm stops
 _DRAWS = 1000
-_OPUS_KBPS = (0.5, 256.0)  # that FFmpeg hands on to libopus for one channel
+Kbps = Annotated[float, Between(0.5, 256)]  # that FFmpeg hands on to libopus for one channel
 _OPUS_RATES = (8_000, 12_000, 16_000, 24_000, 48_000)  # that libopus takes
+
+# What makes a signal [N] of one, and the kbit/s that it takes.
+Version = Callable[[np.ndarray], tuple[np.ndarray, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +47,13 @@ class Comparison:
     """Folder of audio that no codec was trained on."""
     codecs: tuple[str, ...] = ("embedded",)
     """What tokenization.job takes as --codec; all of one sample rate."""
-    opus_kbps: tuple[float, ...] = (6.0, 8.0, 12.0)
+    opus_kbps: tuple[Kbps, ...] = (6.0, 8.0, 12.0)
     """Bit rates asked of Opus; what it took is measured."""
-    clips: int = 100
+    clips: Annotated[int, Between(1, 10**9)] = 100
     """How many files, spread over the folder."""
-    seconds: float = 10.0
+    seconds: Annotated[float, Between(0.5, 600)] = 10.0
     """From the beginning of each."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the bootstrap."""
     out: Path | None = None
     """Folder, new or of an earlier comparison, for each clip in each version, as VERSION/CLIP.wav
@@ -123,7 +128,7 @@ def _aligned(made: np.ndarray, real: np.ndarray) -> np.ndarray:
     return np.pad(moved, (0, max(0, len(real) - len(moved))))[: len(real)]
 
 
-def _through_codec(codec: Codec) -> Callable[[np.ndarray], tuple[np.ndarray, float]]:
+def _through_codec(codec: Codec) -> Version:
     spec = codec.spec
     kbps = spec.frame_rate * spec.num_codebooks * math.log2(spec.codebook_size) / 1000
 
@@ -143,50 +148,66 @@ def compare(settings: Comparison) -> list[dict[str, Any]]:
         raise UserError("--codecs: must be mono and of one sample rate")
     rate = rates.pop()
     paths = _spread(settings)
-    versions: dict[str, Callable[[np.ndarray], tuple[np.ndarray, float]]] = {
+    versions: dict[str, Version] = {
         "original, 16 bit": lambda wav: (np.round(wav * 2**15) / 2**15, 16 * rate / 1000)
     }
     versions |= {source: _through_codec(codec) for source, codec in codecs.items()}
     for kbps in settings.opus_kbps:
-        versions[f"Opus, {kbps:g} kbit/s asked"] = lambda wav, kbps=kbps: through_opus(
-            wav, rate, kbps
-        )
-    folders = _folders(settings)
+        name = f"Opus, {kbps:g} kbit/s asked"
+        versions[name] = lambda wav, kbps=kbps: through_opus(wav, rate, kbps)
+    folders = dict(zip(versions, _folders(settings), strict=True))
     clips = _clip_ids(paths, settings.audio)
     if settings.out is not None:
         _write_rows(settings.out, [])  # so that what a kill leaves is known as ours
     found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in versions}
     for path in tqdm(paths, unit="clip"):
         wav = read_mono(path, rate, Listening(seconds=settings.seconds))
-        for folder, (name, version) in zip(folders, versions.items(), strict=True):
+        for name, version in versions.items():
             made, kbps = version(wav)
             found[name].append((spectral_distance(made, wav), snr_db(made, wav), kbps))
             if settings.out is not None:
-                write_wav(settings.out / folder / f"{clips[path]}.wav", made[None], rate)
-    draws = np.random.default_rng(settings.seed).integers(len(paths), size=(_DRAWS, len(paths)))
-    first = np.array(found[settings.codecs[0]])[:, 0]
-    rows = []
-    for name, values in found.items():
-        distances, ratios, kbps = np.array(values).T
-        rows.append(
-            {
-                "version": name,
-                "kbps": float(kbps.mean()),
-                "spectral_distance": float(distances.mean()),
-                "spectral_distance_95": _interval(distances[draws]),
-                "minus_first": float((distances - first).mean()),
-                "minus_first_95": _interval((distances - first)[draws]),
-                "snr_db": float(ratios.mean()),
-                "clips": len(paths),
-            }
-        )
+                write_wav(settings.out / folders[name] / f"{clips[path]}.wav", made[None], rate)
+    rows = _rows(found, settings.codecs[0], settings.seed)
     if settings.out is not None:
         _write_rows(settings.out, rows)
     return rows
 
 
+def _rows(
+    found: Mapping[str, list[tuple[float, float, float]]], first: str, seed: int
+) -> list[dict[str, Any]]:
+    """Means over clips, with where 95 % of the means of bootstrap draws lie.
+
+    Args:
+      found: of each version each clip's distance, SNR and kbit/s.
+      first: the version that the others are held against, clip by clip.
+      seed: of the draws.
+    """
+    drawn = {"resamples": _DRAWS, "seed": seed}
+    of_first = np.array(found[first])[:, 0]
+    rows = []
+    for name, values in found.items():
+        distances, ratios, kbps = np.array(values).T
+        distance = metrics.mean(distances, **drawn)
+        difference = metrics.mean(distances - of_first, **drawn)
+        rows.append(
+            {
+                "version": name,
+                "kbps": float(kbps.mean()),
+                "spectral_distance": distance.value,
+                "spectral_distance_95": [distance.low, distance.high],
+                "minus_first": difference.value,
+                "minus_first_95": [difference.low, difference.high],
+                "snr_db": float(ratios.mean()),
+                "clips": len(values),
+            }
+        )
+    return rows
+
+
 def _check(settings: Comparison) -> None:
     """Raises `UserError` for what can be known to fail before anything is encoded."""
+    check_fields(settings, "--")
     if not settings.codecs:
         raise UserError("--codecs: name at least one")
     for option, names in (
@@ -195,12 +216,6 @@ def _check(settings: Comparison) -> None:
     ):
         if len(set(names)) < len(names):
             raise UserError(f"{option}: name each once")
-    if not all(_OPUS_KBPS[0] <= kbps <= _OPUS_KBPS[1] for kbps in settings.opus_kbps):
-        raise UserError(f"--opus-kbps must lie between {_OPUS_KBPS[0]:g} and {_OPUS_KBPS[1]:g}")
-    if settings.clips < 1 or not 0.5 <= settings.seconds <= 600:
-        raise UserError("--clips must be at least 1, --seconds must lie between 0.5 and 600")
-    if not 0 <= settings.seed < 2**31:
-        raise UserError("--seed must lie between 0 and 2147483647")
     if settings.out is None or not settings.out.exists():
         return
     if not settings.out.is_dir():
@@ -234,11 +249,6 @@ def _clip_ids(paths: Sequence[Path], audio: Path) -> dict[Path, Path]:
     return {
         path: (path if shared[stem] > 1 else stem).relative_to(audio) for path, stem in bare.items()
     }
-
-
-def _interval(drawn: np.ndarray) -> list[float]:
-    """Where 95 % of the means of bootstrap draws [draws, clips] lie."""
-    return [float(bound) for bound in np.percentile(drawn.mean(1), [2.5, 97.5])]
 
 
 def _spread(settings: Comparison) -> list[Path]:

@@ -1,12 +1,12 @@
 """Trains a small EnCodec on a folder of audio, with the `encodec` package's own modules.
 
 Défossez et al. 2022 (arXiv 2210.13438): a SEANet encoder and decoder, a residual vector quantizer
-whose codebooks are running means, L1 in time, a multi-resolution spectral loss, the losses of an
-MS-STFT discriminator, weighted by the gradients they give on the audio. What differs: the spectral
-loss is of STFTs, not of mel bands, entries that are hardly used are revived in another way
-(`revive`), and the codec may begin from a trained one.
+whose codebooks are running means, L1 in time and a multi-resolution spectral loss, weighted by the
+gradients they give on the audio. What differs: there is no discriminator, the spectral loss is of
+STFTs, not of mel bands, entries that are hardly used are revived in another way (`revive`), and the
+codec may begin from a trained one.
 
-What a step sees hangs on (seed, step) alone, and a checkpoint holds all that training needs: a
+What a step sees depends on (seed, step) alone, and a checkpoint holds all that training needs: a
 stopped run goes on as if it had not been, bit for bit on the same machine with as many threads.
 """
 
@@ -16,16 +16,16 @@ import hashlib
 import json
 import math
 import time
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from magnet_jax.arguments import Between, Seed, check_fields
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.convert.codec_rules import (
     SeanetConfig,
@@ -38,6 +38,7 @@ from magnet_jax.convert.codec_rules import (
 from magnet_jax.data.records import remove_temporaries
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import describe
+from magnet_jax.io import ledger
 from magnet_jax.io.files import (
     held,
     is_left_over,
@@ -61,6 +62,11 @@ _DEAD = 0.03  # of the mean use of an entry
 _MOST_REVIVED = 16  # entries of a codebook in a step
 _VALIDATION_SECONDS = 5.0
 
+FromOne = Annotated[int, Between(1, 10**9)]
+Share = Annotated[float, Between(0, 1)]
+BelowOne = Annotated[float, Between(0, 1 - 1e-9)]
+Weight = Annotated[float, Between(0, 1e9)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -78,42 +84,31 @@ class Training:
     init_from: str | None = None
     """Transformers EncodecModel folder to begin with, or 'embedded'; its sizes are taken over.
     None: random weights."""
-    steps: int = 60_000
+    steps: FromOne = 60_000
     """Updates of the codec."""
-    batch_size: int = 8
-    segment_seconds: float = 1.0
+    batch_size: FromOne = 8
+    segment_seconds: Annotated[float, Between(0.25, 60)] = 1.0
     """Length of what a step sees of each clip."""
-    learning_rate: float = 3e-4
-    warmup_steps: int = 500
-    decay_from: float = 0.6
+    learning_rate: Annotated[float, Between(0, 1, above=True)] = 3e-4
+    warmup_steps: FromOne = 500
+    decay_from: Share = 0.6
     """Share of the steps after which the learning rate falls, as a cosine, to a hundredth."""
-    time_weight: float = 0.1
-    """Share of the gradient that each loss gets, as are the next three."""
-    spectral_weight: float = 1.0
-    adversarial_weight: float = 0.5
-    feature_weight: float = 0.5
-    commitment_weight: float = 0.25
+    time_weight: Weight = 0.1
+    """Share of the gradient that each loss gets, as is the next."""
+    spectral_weight: Weight = 1.0
+    commitment_weight: Weight = 0.25
     """Of the quantizer's commitment loss, which is not balanced with the others."""
-    adversarial_from: int = 10_000
-    """Step from which the discriminator takes part; from `steps` on: never. Where more steps are
-    given later on, its lead comes first."""
-    discriminator_lead: int = 1000
-    """Steps for which the discriminator learns before the codec is told what it finds: one that
-    knows nothing says nothing, and does not catch up with a codec that moves against it."""
-    discriminator_filters: int = 8
-    discriminator_probability: float = 0.67
-    """How often the discriminator is updated."""
-    gain_db: float = 4.0
+    gain_db: Annotated[float, Between(0, 60)] = 4.0
     """Levels of segments are drawn within so many dB of the clip's."""
-    codebook_decay: float = 0.998
+    codebook_decay: BelowOne = 0.998
     """Of the running means that are the codebooks' entries; small batches need a long memory."""
-    average: float = 0.999
+    average: BelowOne = 0.999
     """Of the weights over steps; the averaged weights are what is measured and written."""
-    validate_every: int = 1000
-    save_every: int = 500
-    threads: int = 2
+    validate_every: FromOne = 1000
+    save_every: FromOne = 500
+    threads: FromOne = 2
     """Of the CPU."""
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Clips:
@@ -265,37 +260,6 @@ def write_codec(folder: Path, settings: Mapping[str, Any], state: Mapping[str, A
         (partial / "config.json").write_text(text)
 
 
-def build_discriminator(filters: int) -> Any:
-    """The package's MS-STFT discriminator."""
-    torch = import_torch()
-    from encodec import msstftd
-
-    class Spectrogram(torch.nn.Module):
-        """As much of torchaudio's as the package uses, see `torch_env`."""
-
-        def __init__(self, *, n_fft, hop_length, win_length, window_fn, **_):
-            super().__init__()
-            self._sizes = {"n_fft": n_fft, "hop_length": hop_length, "win_length": win_length}
-            self.register_buffer("window", window_fn(win_length), persistent=False)
-
-        def forward(self, wav_BCN):
-            flat = wav_BCN.flatten(0, 1)
-            spectrum = torch.stft(
-                flat, **self._sizes, window=self.window, center=False, return_complex=True
-            )
-            spectrum = spectrum / self.window.square().sum().sqrt()
-            return spectrum.unflatten(0, wav_BCN.shape[:2])
-
-    before = msstftd.torchaudio
-    msstftd.torchaudio = types.SimpleNamespace(
-        transforms=types.SimpleNamespace(Spectrogram=Spectrogram)
-    )
-    try:
-        return msstftd.MultiScaleSTFTDiscriminator(filters=filters)
-    finally:
-        msstftd.torchaudio = before
-
-
 def spectral_loss(made_BN: Any, real_BN: Any) -> Any:
     """Mean over window lengths of the L1 distances of magnitudes and of their logarithms."""
     torch = import_torch()
@@ -338,33 +302,6 @@ def balance(
     return total, {**norms, **new}
 
 
-def _adversarial(discriminator: Any, made: Any, real: Any) -> tuple[Any, Any]:
-    """The codec's two losses with the discriminator: hinge, and distance of feature maps."""
-    torch = import_torch()
-    with torch.no_grad():
-        _, real_maps = discriminator(real)
-    logits, maps = discriminator(made)
-    hinge = sum(torch.relu(1 - scale).mean() for scale in logits) / len(logits)
-    distances = [
-        (a - b).abs().mean() / b.abs().mean().clamp_min(1e-5)
-        for made_scale, real_scale in zip(maps, real_maps)
-        for a, b in zip(made_scale, real_scale)
-    ]
-    return hinge, sum(distances) / len(distances)
-
-
-def _discriminate(discriminator: Any, made: Any, real: Any) -> Any:
-    """The discriminator's hinge loss."""
-    torch = import_torch()
-    real_logits, _ = discriminator(real)
-    made_logits, _ = discriminator(made)
-    losses = [
-        torch.relu(1 - r).mean() + torch.relu(1 + m).mean()
-        for r, m in zip(real_logits, made_logits)
-    ]
-    return sum(losses) / len(losses)
-
-
 class Run:
     """A run's state: networks, optimizers, averaged weights, and how far it is."""
 
@@ -383,10 +320,9 @@ class Run:
             )
         if initial is not None:
             self.codec.load_state_dict({k: torch.from_numpy(v) for k, v in initial.items()})
-        self.discriminator = build_discriminator(settings.discriminator_filters)
-        how = {"lr": settings.learning_rate, "betas": (0.5, 0.9)}
-        self.optimizer = torch.optim.Adam(self.codec.parameters(), **how)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), **how)
+        self.optimizer = torch.optim.Adam(
+            self.codec.parameters(), lr=settings.learning_rate, betas=(0.5, 0.9)
+        )
         self.averaged = {k: v.detach().clone() for k, v in self.codec.state_dict().items()}
         self.norms: dict[str, list[float]] = {}
         self.step = 0
@@ -397,16 +333,14 @@ class Run:
             "norms": self.norms,
             "averaged": self.averaged,
             "codec": self.codec.state_dict(),
-            "discriminator": self.discriminator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.step, self.norms = state["step"], state["norms"]
         self.averaged = state["averaged"]
-        for name in ("codec", "discriminator", "optimizer", "discriminator_optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+        self.codec.load_state_dict(state["codec"])
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def advance(self, clips: Clips) -> dict[str, float]:
         """One update of everything; the losses."""
@@ -414,55 +348,28 @@ class Run:
         s = self.settings
         rng = np.random.default_rng([s.seed, self.step])
         torch.manual_seed(int(rng.integers(2**62)))  # for the quantizer
-        length = round(s.segment_seconds * self.config["sampling_rate"])
-        wav = clips.draw(rng, s.batch_size, length)
-        gain = 10 ** (rng.uniform(-s.gain_db, s.gain_db, (s.batch_size, 1)) / 20)
-        peak = np.abs(wav).max(1, keepdims=True)
-        wav = wav * np.minimum(gain, 0.99 / np.maximum(peak, 1e-3)).astype(np.float32)
-        real = torch.from_numpy(wav.astype(np.float32))[:, None]
-
+        real = self._draw(rng, clips)
         self.codec.train()
         self._quantized.clear()
         quantized = self.codec["quantizer"](self.codec["encoder"](real), sample_rate=1)
-        made = self.codec["decoder"](quantized.quantized)[..., :length]
+        made = self.codec["decoder"](quantized.quantized)[..., : real.shape[-1]]
         audio = made.detach().requires_grad_()
         losses = {
             "time": (audio - real).abs().mean(),
             "spectral": spectral_loss(audio[:, 0], real[:, 0]),
         }
-        # A run that went on past what was to be its end has its lead then.
-        led = _updates(self.discriminator_optimizer) >= min(
-            s.discriminator_lead, s.adversarial_from
-        )
-        adversarial = led and self.step >= s.adversarial_from
-        wanted = s.adversarial_from < s.steps  # (or it would learn for nothing)
-        discriminating = wanted and self.step >= s.adversarial_from - s.discriminator_lead
-        if adversarial:
-            self.discriminator.requires_grad_(False)
-            losses["adversarial"], losses["feature"] = _adversarial(self.discriminator, audio, real)
-            self.discriminator.requires_grad_(True)
-        grads = {
-            name: torch.autograd.grad(loss, audio, retain_graph=True)[0]
-            for name, loss in losses.items()
-        }
+        grads = {name: torch.autograd.grad(loss, audio)[0] for name, loss in losses.items()}
         weights = {name: getattr(s, f"{name}_weight") for name in losses}
         grad, self.norms = balance(grads, weights, self.norms)
-        rate = learning_rate(s, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(
             [made, s.commitment_weight * quantized.penalty],
             [grad, torch.ones_like(quantized.penalty)],
         )
-        _update(self.optimizer, rate)
+        _update(self.optimizer, learning_rate(s, self.step))
         for layer, vectors in zip(self.codec["quantizer"].vq.layers, self._quantized):
             revive(layer._codebook, vectors)
-        chance = s.discriminator_probability if adversarial else 1.0
-        if discriminating and rng.random() < chance:
-            self.discriminator_optimizer.zero_grad(set_to_none=True)
-            losses["discriminator"] = _discriminate(self.discriminator, made.detach(), real)
-            losses["discriminator"].backward()
-            _update(self.discriminator_optimizer, rate)
-        # (a short memory at first, so that the average forgets the beginning)
+        # A short memory at first, so that the average forgets the beginning.
         decay = min(s.average, (1 + self.step) / (10 + self.step))
         for name, value in self.codec.state_dict().items():
             self.averaged[name].lerp_(value, 1 - decay)
@@ -472,14 +379,22 @@ class Run:
         self._check_finite(found)
         return found
 
+    def _draw(self, rng: np.random.Generator, clips: Clips) -> Any:
+        """Segments at other levels, [B, 1, N]."""
+        s = self.settings
+        length = round(s.segment_seconds * self.config["sampling_rate"])
+        wav = clips.draw(rng, s.batch_size, length)
+        gain = 10 ** (rng.uniform(-s.gain_db, s.gain_db, (s.batch_size, 1)) / 20)
+        peak = np.abs(wav).max(1, keepdims=True)
+        wav = wav * np.minimum(gain, 0.99 / np.maximum(peak, 1e-3)).astype(np.float32)
+        return import_torch().from_numpy(wav.astype(np.float32))[:, None]
+
     def _check_finite(self, losses: Mapping[str, float]) -> None:
         """Raises `UserError` where this step's losses, or what it made of the weights, are not."""
         bad = [f"{name} loss is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
-        networks = {"codec": self.codec, "discriminator": self.discriminator}
-        for name, network in () if bad else networks.items():
-            for part, tensor in network.state_dict().items():
-                if not math.isfinite(float(tensor.sum())):
-                    bad.append(f"{name}'s {part} is not finite")
+        for part, tensor in self.codec.state_dict().items():
+            if not math.isfinite(float(tensor.sum())):
+                bad.append(f"codec's {part} is not finite")
         if bad:
             raise UserError(
                 f"--out {self.settings.out}: training diverged at step {self.step}: {bad[0]}; what "
@@ -491,11 +406,6 @@ def _update(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-
-
-def _updates(adam: Any) -> int:
-    """How many it has made, by its own count, which checkpoints hold."""
-    return max((int(state["step"]) for state in adam.state.values()), default=0)
 
 
 def measure(config: Mapping[str, Any], state: Mapping[str, Any], clips: Clips) -> dict[str, float]:
@@ -546,7 +456,7 @@ def _train(settings: Training, run: Run, clips: Clips, valid: Clips) -> Iterator
     remove_temporaries(settings.out)
     if checkpoint.exists():
         state = load_tensors(checkpoint)
-        for name in ("averaged", "codec", "discriminator"):
+        for name in ("averaged", "codec"):
             as_arrays(f"{checkpoint}: {name}", state[name])  # raises where there is NaN
         run.restore(state)
         print(f"{settings.out}: goes on at step {run.step}", flush=True)
@@ -575,34 +485,12 @@ def _train(settings: Training, run: Run, clips: Clips, valid: Clips) -> Iterator
 
 
 def _check(settings: Training) -> None:
-    from_one = (
-        "steps", "batch_size", "warmup_steps", "validate_every", "save_every", "threads",
-        "discriminator_filters",
-    )  # fmt: skip
-    for name in (*from_one, "seed", "adversarial_from", "discriminator_lead"):
-        if getattr(settings, name) < (name in from_one):
-            raise UserError(f"--{name.replace('_', '-')} must be at least {int(name in from_one)}")
-    if not 0 < settings.learning_rate <= 1:
-        raise UserError("--learning-rate must be above 0, and at most 1")
-    if not 0 <= settings.gain_db <= 60:
-        raise UserError("--gain-db must lie between 0 and 60")
-    if not 0 <= settings.discriminator_probability <= 1:
-        raise UserError("--discriminator-probability must lie between 0 and 1")
-    if settings.seed >= 2**31:
-        raise UserError("--seed must be at most 2147483647")
-    for name in ("time", "spectral", "adversarial", "feature", "commitment"):
-        if not 0 <= getattr(settings, f"{name}_weight") < math.inf:
-            raise UserError(f"--{name}-weight must be a number of at least 0")
-    if not 0.25 <= settings.segment_seconds <= 60:
-        raise UserError("--segment-seconds must lie between 0.25 and 60")
+    check_fields(settings, "--")
+    if not settings.time_weight + settings.spectral_weight:
+        raise UserError("--time-weight and --spectral-weight are both 0: nothing would be learnt")
     names = {path.name for path in settings.out.glob("*") if not is_left_over(path.name)}
     if names - {".lock"} and "training.json" not in names:
         raise UserError(f"--out {settings.out}: holds other files ({min(names)}); name another")
-    for name in ("average", "codebook_decay"):
-        if not 0 <= getattr(settings, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must lie in [0, 1)")
-    if not 0 <= settings.decay_from <= 1:
-        raise UserError("--decay-from must lie between 0 and 1")
 
 
 def _begin(settings: Training, clips: Clips, *, is_new: bool) -> None:
@@ -612,18 +500,10 @@ def _begin(settings: Training, clips: Clips, *, is_new: bool) -> None:
     begun["clips"] = clips.fingerprint
     path = settings.out / "training.json"
     if is_new:
-        with replacing_file(path) as temporary:
-            temporary.write_text(json.dumps(begun, indent=2) + "\n")
-        return
-    before = read_object(path, "the run's settings")
-    changed = sorted(k for k in before.keys() | begun.keys() if before.get(k) != begun.get(k))
-    if changed == ["clips"]:
+        path.unlink(missing_ok=True)
+    ledger.claim(path, begun, free=["clips"])
+    if read_object(path, "the run's settings")["clips"] != clips.fingerprint:
         print(f"--audio {settings.audio}: changed since the run was begun, which goes on with it")
-    elif changed:
-        raise UserError(
-            f"--out {settings.out}: begun with other settings ({', '.join(changed)}); use the "
-            "same, or name another folder"
-        )
 
 
 def _forget(out: Path, step: int) -> None:

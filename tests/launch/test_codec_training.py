@@ -31,15 +31,14 @@ def settings(tmp_path):
     put(tmp_path / "valid" / "0.wav", tone(1.2, frequency=320))
     return Training(
         audio=tmp_path / "train", valid=tmp_path / "valid", out=tmp_path / "run",
-        init_from="embedded", steps=3, batch_size=2, segment_seconds=0.25, adversarial_from=1,
-        discriminator_filters=2, discriminator_probability=1.0, warmup_steps=2, validate_every=1,
-        save_every=1, threads=1,
+        init_from="embedded", steps=3, batch_size=2, segment_seconds=0.25, warmup_steps=2,
+        validate_every=1, save_every=1, threads=1,
     )  # fmt: skip
 
 
 def test_a_resumed_run_ends_with_the_same_bits(settings, capsys):
     whole = list(train(settings))
-    assert [values["step"] for values in whole] == [0, 1, 2, 3] and "discriminator" in whole[2]
+    assert [values["step"] for values in whole] == [0, 1, 2, 3]
     parts = replace(settings, out=settings.out.with_name("parts"))
     run = train(parts)
     for _ in range(3):
@@ -56,38 +55,11 @@ def test_a_resumed_run_ends_with_the_same_bits(settings, capsys):
         assert (settings.out / "codec" / name).read_bytes() == (
             parts.out / "codec" / name
         ).read_bytes()
-    with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
+    with pytest.raises(UserError, match=r"begun with other settings: seed \(was 0"):
         next(train(replace(parts, seed=1)))
     put(settings.audio / "more.flac", tone(1.0))
     assert [values["step"] for values in train(replace(parts, steps=4))] == [4]
     assert "changed since the run was begun" in capsys.readouterr().out
-
-
-def test_the_discriminator_learns_before_the_codec_hears_of_it(settings):
-    settings = replace(settings, adversarial_from=2, discriminator_lead=1)
-    names = ("discriminator", "adversarial", "feature")
-    found = [[name in values for name in names] for values in train(settings)]
-    assert found[1:] == [[False] * 3, [True, False, False], [True] * 3]
-    never = replace(settings, out=settings.out.with_name("never"), adversarial_from=3)
-    assert not any("discriminator" in values for values in train(never))
-
-
-def test_a_run_that_grows_past_its_end_gives_the_discriminator_its_lead(settings):
-    """Whether it is stopped meanwhile or not."""
-    settings = replace(settings, steps=2, adversarial_from=2, discriminator_lead=2)
-    parts = replace(settings, out=settings.out.with_name("parts"))
-    assert not any("discriminator" in values for values in [*train(settings), *train(parts)])
-    whole = list(train(replace(settings, steps=6)))
-    names = ("discriminator", "adversarial", "feature")
-    found = [[name in values for name in names] for values in whole]
-    assert found == [[True, False, False]] * 2 + [[True] * 3] * 2
-    run = train(replace(parts, steps=6))
-    begun = [next(run), next(run)]
-    run.close()  # after step 4 was measured, before it was saved
-    again = [begun[0], *train(replace(parts, steps=6))]
-    for values in (*whole, *again):
-        del values["seconds_per_step"]
-    assert again == whole
 
 
 def test_a_codec_of_more_codebooks_gives_one_that_says_what_it_has(settings, tmp_path):
@@ -145,19 +117,9 @@ def test_what_is_written_is_the_codec_in_training(settings):
 
 def test_training_from_nothing_learns(settings, capsys):
     words = ["--audio", settings.audio, "--valid", settings.valid, "--out", settings.out]
-    words += [
-        "--steps",
-        12,
-        "--threads",
-        1,
-        "--batch-size",
-        2,
-        "--segment-seconds",
-        0.25,
-        "--warmup-steps",
-        2,
-    ]
+    words += ["--steps", 12, "--threads", 1, "--batch-size", 2, "--segment-seconds", 0.25]
     words += ["--learning-rate", 2e-3, "--average", 0.5, "--validate-every", 12]
+    words += ["--warmup-steps", 2]
     train_command([str(word) for word in words])
     lines = (settings.out / "metrics.jsonl").read_text().splitlines()
     first, last = map(json.loads, lines)
@@ -239,14 +201,14 @@ def test_the_learning_rate_rises_stays_and_falls(settings):
         ({"audio": "nowhere"}, "--audio .*nowhere: no such folder"),
         ({"init_from": "nowhere"}, "--init-from nowhere: no config.json"),
         ({"segment_seconds": 0.1}, "--segment-seconds must lie between"),
-        ({"steps": 0}, "--steps must be at least 1"),
-        ({"learning_rate": math.nan}, "--learning-rate must be above 0"),
-        ({"learning_rate": 0.0}, "--learning-rate must be above 0"),
-        ({"seed": -1}, "--seed must be at least 0"),
-        ({"seed": 2**31}, "--seed must be at most"),
-        ({"discriminator_probability": 1.5}, "--discriminator-probability must lie"),
+        ({"steps": 0}, "--steps must"),
+        ({"learning_rate": math.nan}, "--learning-rate must"),
+        ({"learning_rate": 0.0}, "--learning-rate must"),
+        ({"seed": -1}, "--seed must lie"),
+        ({"seed": 2**31}, "--seed must lie"),
         ({"gain_db": math.inf}, "--gain-db must lie"),
-        ({"time_weight": math.inf}, "--time-weight must be a number"),
+        ({"time_weight": math.inf}, "--time-weight must lie"),
+        ({"time_weight": 0.0, "spectral_weight": 0.0}, "--spectral-weight are both 0"),
         ({"segment_seconds": 9.0}, "no .flac or .wav of 9 s or more"),
     ],
 )
@@ -339,10 +301,10 @@ def test_the_table_has_a_row_for_each_version(settings, tmp_path, capsys):
     [
         ({"seed": -1}, "--seed must lie"),
         ({"seed": 2**31}, "--seed must lie"),
-        *[({"opus_kbps": (6.0, kbps)}, "--opus-kbps must lie between 0.5 and 256")
+        *[({"opus_kbps": (6.0, kbps)}, "--opus-kbps must .* lie between 0.5 and 256")
           for kbps in (0.0, -1.0, 0.1, 257.0, math.nan, math.inf)],
         ({"opus_kbps": (6.0, 6.0000001)}, "--opus-kbps: name each once"),
-        ({"clips": 0}, "--clips must be at least 1"),
+        ({"clips": 0}, "--clips must"),
         ({"seconds": math.nan}, "--seconds must lie"),
         ({"out": "taken"}, "--out .*taken: holds other files"),
         ({"out": "taken/thesis.txt"}, "--out .*thesis.txt: is a file"),
@@ -373,7 +335,7 @@ def test_versions_have_folders_of_their_own():
 def test_a_step_that_is_not_finite_is_named_and_leaves_what_is_saved(
     settings, monkeypatch, name, found
 ):
-    settings = replace(settings, adversarial_from=3, validate_every=3)
+    settings = replace(settings, validate_every=3)
     right, calls = getattr(training, name), []
 
     def wrong(*args):
