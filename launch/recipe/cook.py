@@ -4,8 +4,8 @@ python -m launch.recipe --out data/recipe --hours 20 --seed 0
 
 Scores of music21's corpus (`tunes`) x instruments x tempi become clips of 16 kHz mono FLAC, each
 with a sidecar .json of captions, in three folders: train, valid and test, no tune in two of them.
-Clip number N of a split hangs on the seed and N alone, so more hours add clips and change none. The
-same command goes on where it was stopped. See docs/recipe.md.
+Clip number N of a split depends on the seed and N alone, so more hours add clips and change none.
+The same command goes on where it was stopped. See docs/recipe.md.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from importlib.metadata import version
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import soundfile
@@ -35,9 +35,10 @@ from tqdm import tqdm
 from launch.recipe import tunes
 from launch.recipe.tunes import Note, Tune
 from magnet_jax import cli
+from magnet_jax.arguments import Between, Count, Seed, check_fields
 from magnet_jax.errors import UserError, end_with_parent
-from magnet_jax.io import audio
-from magnet_jax.io.files import held, not_half_written, read_object, replacing_file
+from magnet_jax.io import audio, ledger
+from magnet_jax.io.files import held, not_half_written, replacing_file
 
 SPLITS = ("train", "valid", "test")
 _RENDER_RATE = 44_100  # the sound font's own; it does not filter when it plays at another
@@ -55,6 +56,8 @@ _MAJOR_KEYS = ("C", "D flat", "D", "E flat", "E", "F", "F sharp", "G", "A flat",
 _MINOR_KEYS = ("C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "G sharp", "A", "B flat",
                "B")  # fmt: skip
 
+Percent = Annotated[float, Between(0, 40)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -65,17 +68,17 @@ class Recipe:
 
     out: Path
     """Folder for the clips."""
-    hours: float = 20.0
+    hours: Annotated[float, Between(0, 1000, above=True)] = 20.0
     """Of audio, all splits together."""
-    seed: int = 0
+    seed: Seed = 0
     """Of everything that is drawn."""
-    max_seconds: float = 20.0
+    max_seconds: Annotated[float, Between(2 * _LEAST_SECONDS, 120)] = 20.0
     """Longest clip."""
-    valid_percent: float = 5.0
+    valid_percent: Percent = 5.0
     """Share of the tunes, and of the hours, kept for validation."""
-    test_percent: float = 5.0
+    test_percent: Percent = 5.0
     """Share of the tunes, and of the hours, kept for tests."""
-    workers: int = 2
+    workers: Count = 2
     """Processes that read scores and render."""
     soundfont: Path = Path("/usr/share/sounds/sf2/FluidR3_GM.sf2")
     """General MIDI sound font; Debian's package fluid-soundfont-gm has this one."""
@@ -162,6 +165,7 @@ _VOICES_CAPTIONS = (
     "{speed} {genre} music in {key} with rich harmony, {played}",
 )
 _NUM_CAPTIONS = 3
+_CARD = Path(__file__).with_name("card.md")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -495,15 +499,7 @@ def cook(recipe: Recipe) -> str:
 
 
 def _check(recipe: Recipe) -> None:
-    if not 0 < recipe.hours <= 1000:
-        raise UserError(f"--hours {recipe.hours:g}: must lie between 0 and 1000")
-    if not 2 * _LEAST_SECONDS <= recipe.max_seconds <= 120:
-        raise UserError(f"--max-seconds {recipe.max_seconds:g}: must lie between 12 and 120")
-    for name in ("valid_percent", "test_percent"):
-        if not 0 <= getattr(recipe, name) <= 40:
-            raise UserError(f"--{name.replace('_', '-')}: must lie between 0 and 40")
-    if recipe.seed < 0 or recipe.workers < 1:
-        raise UserError("--seed must be at least 0 and --workers at least 1")
+    check_fields(recipe, "--")
     if shutil.which(recipe.synthesizer) is None:
         raise UserError(f"--synthesizer {recipe.synthesizer}: not found: apt install fluidsynth")
     if not recipe.soundfont.is_file():
@@ -529,20 +525,10 @@ def _begin(recipe: Recipe) -> None:
     begun = {name: getattr(recipe, name) for name in fixed}
     begun |= {"soundfont": _hash(recipe.soundfont), "notes": tunes.VERSION}
     path = recipe.out / "recipe.json"
-    if not path.exists():
-        others = [p.name for p in recipe.out.iterdir() if p.name not in (".lock", "scores")]
-        if others:
-            raise UserError(f"--out {recipe.out}: holds other files ({min(others)}); name another")
-        with replacing_file(path) as temporary:
-            temporary.write_text(json.dumps(begun, indent=2) + "\n")
-    before = read_object(path, "the folder's settings")
-    changed = sorted(k for k in before.keys() | begun.keys() if before.get(k) != begun.get(k))
-    if changed:
-        names = ", ".join(changed)
-        raise UserError(
-            f"--out {recipe.out}: begun with other settings ({names}); use the same, or name "
-            "another folder"
-        )
+    others = [p.name for p in recipe.out.iterdir() if p.name not in (".lock", "scores")]
+    if others and not path.exists():
+        raise UserError(f"--out {recipe.out}: holds other files ({min(others)}); name another")
+    ledger.claim(path, begun)
 
 
 def _hash(path: Path) -> str:
@@ -567,59 +553,6 @@ def _each(do: Callable[..., None], jobs: Sequence[Iterable[Any]], workers: int, 
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-_CARD = """# Public-domain music, rendered
-
-{hours:.2f} hours in {count} clips of 16 kHz mono FLAC (16 bit), {shortest:.1f} to {longest:.1f} s.
-Each has a .json beside it: {captions} captions (`description`), title, genre, instrument, bpm, key,
-time signature, keywords, and the tune it is of. Made by
-
-    {command}
-
-with {versions}, and the sound font {soundfont} (SHA-256 {soundfont_hash}).
-
-| split | clips | hours | tunes used | of groups of tunes |
-| --- | --- | --- | --- | --- |
-{splits}
-
-A group is all that counts as one tune: a quarter of the melody in common, the same title where
-there is no composer and the title has six letters or more, or files called movement... in one
-folder. No group is in two splits. Settings of a tune that have less in common may be, and so may
-pieces of one work, such as chorales with different melodies.
-
-| instrument | clips | several voices |
-| --- | --- | --- |
-{instruments}
-
-Speeds are notes that begin in a second, not beats: {speeds}.
-Levels are {level} RMS, up to {spread:g} dB more or less.
-
-## Music
-
-| collection | files taken | clips |
-| --- | --- | --- |
-{collections}
-
-{tunes} tunes in all. {reserved} files of these collections were left out because they say something
-about rights (copyright, a licence, a publisher), {broken} tunes because music21 cannot make
-sense of them.
-
-## Rights
-
-The composers are long dead, and the collections appeared before 1910: the music is in the public
-domain. The scores come with music21, whose note on its corpus says that encodings may have licences
-of their own; files that state one were left out, and so were collections that do so throughout
-(Palestrina's masses, the Essen folk songs, Josquin) or in part (the trecento). A chorale's notice
-about PDF files is of printed pages, which are not used. {soundfont_rights}
-There is nothing else in the clips.
-
-## Limits
-
-A synthesizer plays, not people: attacks, phrasing and rooms are all of one sort. Most tunes are
-from Scotland, Ireland, England and the United States; most harmony is Bach's. Keys are music21's
-estimate for the whole piece, moods follow from speed and mode alone.
-"""
 
 
 def _command(recipe: Recipe) -> str:
@@ -666,7 +599,7 @@ def _write_card(
     rights = "FluidR3 GM is under the MIT licence."
     if font != _FLUID_R3:
         rights = f"{recipe.soundfont.name} is under whatever licence its makers gave it."
-    card = _CARD.format(
+    card = _CARD.read_text(encoding="utf-8").format(
         hours=total,
         count=len(clips),
         shortest=min(seconds.values()),

@@ -307,7 +307,7 @@ def wait_until(true, seconds=60):
 def test_more_hours_add_clips_and_other_settings_are_refused(kitchen):
     cook.cook(kitchen("out"))
     before = content(kitchen("out").out)
-    with pytest.raises(UserError, match=r"begun with other settings \(seed\)"):
+    with pytest.raises(UserError, match=r"begun with other settings: seed \(was 0"):
         cook.cook(replace(kitchen("out"), seed=1))
     with pytest.raises(UserError, match=r"clips beyond --hours 0.004"):
         cook.cook(replace(kitchen("out"), hours=0.004))
@@ -321,9 +321,9 @@ def test_more_hours_add_clips_and_other_settings_are_refused(kitchen):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hours": 0}, "--hours 0: must lie between"),
-        ({"max_seconds": 5}, "--max-seconds 5: must lie between"),
-        ({"test_percent": 90}, "--test-percent: must lie between"),
+        ({"hours": 0}, "--hours must lie"),
+        ({"max_seconds": 5}, "--max-seconds must lie"),
+        ({"test_percent": 90}, "--test-percent must lie"),
         ({"synthesizer": "no-such-synth"}, "--synthesizer no-such-synth: not found: apt install"),
         ({"soundfont": Path("no.sf2")}, "--soundfont no.sf2: no such file: apt install"),
     ],
