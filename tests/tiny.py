@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -29,8 +30,9 @@ from magnet_jax.data import records
 from magnet_jax.decode import autoregressive, choose, parallel, schedule
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.spans import Spans
-from magnet_jax.io import trees
+from magnet_jax.io import files, trees
 from magnet_jax.model import lora, patterns, sharding, transformer
+from magnet_jax.train import loop
 
 SECONDS = 2.0
 TINY = ModelConfig(
@@ -133,6 +135,22 @@ def run_config(data: Path, out: Path, **changes) -> RunConfig:
         keep_last=2,
     )
     return RunConfig(**(settings | changes))
+
+
+def finished_run(factory: pytest.TempPathFactory) -> Path:
+    """A run of the smallest model, made once for all files and workers; its tokens lie beside it.
+
+    For tests that change nothing in it.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    with files.held(folder.with_suffix(".lock"), f"waiting for {folder}"):
+        if not folder.exists():
+            with files.replacing(folder) as partial, pytest.MonkeyPatch.context() as patch:
+                use_one_device(patch)
+                write_noise(partial / "tokens", {"train": 8})
+                loop.train(run_config(partial / "tokens", partial / "run", steps=2))
+    return folder / "run"
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> dict:

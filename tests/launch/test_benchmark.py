@@ -31,7 +31,6 @@ from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
 from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.convert.audiocraft import read_file
 from magnet_jax.errors import UserError
-from magnet_jax.train import loop
 from magnet_jax.train.flops import training_flops
 
 MAGNET = GOLDEN / "magnet_tiny"
@@ -189,12 +188,7 @@ def test_stages_cost_by_how_often_they_are_trained():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("benchmark")
-    tiny.write_noise(folder / "tokens", {"train": 8})
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.use_one_device(patch)
-        loop.train(tiny.run_config(folder / "tokens", folder / "run", steps=1))
-    return folder / "run"
+    return tiny.finished_run(tmp_path_factory)
 
 
 @pytest.fixture

@@ -31,12 +31,7 @@ from magnet_jax.train import loop
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("launch")
-    tiny.write_noise(folder / "tokens", {"train": 8})
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.use_one_device(patch)
-        loop.train(tiny.run_config(folder / "tokens", folder / "run", steps=2))
-    return folder / "run"
+    return tiny.finished_run(tmp_path_factory)
 
 
 def sample_args(run, out, *more):

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
+from launch.recipe import clips as clips_of
 from launch.recipe import cook
 from launch.recipe import tunes as scores
-from launch.recipe.cook import INSTRUMENTS, Recipe
+from launch.recipe.clips import INSTRUMENTS
+from launch.recipe.cook import Recipe
 from launch.recipe.tunes import Collection, Note, Tune
 from magnet_jax.errors import UserError
 
@@ -108,15 +110,15 @@ def test_what_a_file_says_about_rights(tmp_path, text, reserved):
 
 
 def test_splits_have_their_shares_and_stay():
-    splits = [cook.split_of(f"tune {i}", 5, 10) for i in range(4000)]
+    splits = [clips_of.split_of(f"tune {i}", 5, 10) for i in range(4000)]
     assert 130 < splits.count("valid") < 270 and 320 < splits.count("test") < 480
-    smaller = [cook.split_of(f"tune {i}", 5, 5) for i in range(4000)]
+    smaller = [clips_of.split_of(f"tune {i}", 5, 5) for i in range(4000)]
     assert all(b == "test" for a, b in zip(smaller, splits) if a == "test")
 
 
 def test_draws_hang_on_seed_and_number_alone():
-    music = cook.Repertoire(tunes())
-    one, again, other = (cook.draw_clip(music, "train", 3, seed, 20.0) for seed in (0, 0, 1))
+    music = clips_of.Repertoire(tunes())
+    one, again, other = (clips_of.draw_clip(music, "train", 3, seed, 20.0) for seed in (0, 0, 1))
     assert one == again != other
     settings = Recipe(out=Path(), hours=0.3, valid_percent=20, test_percent=20)
     groups = [t.id for t in tunes()]
@@ -130,9 +132,9 @@ def test_draws_hang_on_seed_and_number_alone():
 
 
 def test_a_clip_is_what_its_captions_say():
-    music = cook.Repertoire(tunes())
+    music = clips_of.Repertoire(tunes())
     count = 3 * len(INSTRUMENTS)
-    clips = [cook.draw_clip(music, "train", i, 0, 20.0) for i in range(count)]
+    clips = [clips_of.draw_clip(music, "train", i, 0, 20.0) for i in range(count)]
     for i in range(0, count, len(INSTRUMENTS)):
         assert len({c.instrument.name for c in clips[i : i + len(INSTRUMENTS)]}) == len(INSTRUMENTS)
     for clip in clips:
@@ -144,13 +146,13 @@ def test_a_clip_is_what_its_captions_say():
         assert len(set(captions)) == 3
         words = (*instrument.names, instrument.name)
         assert all(any(word in text.lower() for word in words) for text in captions)
-        low, high = cook.SPEEDS[about["keywords"][0]]
+        low, high = clips_of.SPEEDS[about["keywords"][0]]
         starts = sorted(start for start, *_ in clip.parts[0])
         assert 0.9 * low < 1 / np.median(np.diff(starts)) < 1.1 * high
         # all voices move by the same interval, which is what the key moves by
         original = next(t for t in tunes() if t.id == clip.tune)
         pitches = {note.pitch % 12 for part in original.parts for note in part}
-        keys = cook._MINOR_KEYS if original.minor else cook._MAJOR_KEYS
+        keys = clips_of._MINOR_KEYS if original.minor else clips_of._MAJOR_KEYS
         shift = keys.index(about["key"].rpartition(" ")[0]) - original.tonic
         assert {p % 12 for _, _, p, _ in notes} <= {(p + shift) % 12 for p in pitches}
         assert (len(clip.parts) > 1) <= (instrument.several_voices > 0)
@@ -161,7 +163,7 @@ def test_no_tune_that_suits_is_an_error():
     wide = replace(wide, parts=[[n._replace(pitch=20 + 90 * (i % 2)) for i, n in
                                  enumerate(wide.parts[0])]])  # fmt: skip
     with pytest.raises(UserError, match="no tune of the train split suits the"):
-        cook.draw_clip(cook.Repertoire([wide]), "train", 0, 0, 20.0)
+        clips_of.draw_clip(clips_of.Repertoire([wide]), "train", 0, 0, 20.0)
 
 
 # A tone of 12 s, whose pitch hangs on the MIDI file; fails after `limit` of them.
@@ -232,7 +234,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(kitchen):
 
     found = content(kitchen("two").out)
     audio = [name for name in found if name.endswith(".flac")]
-    assert f"{len(audio)} clips" in summary and {n.split("/")[0] for n in audio} == set(cook.SPLITS)
+    assert f"{len(audio)} clips" in summary and {n.split("/")[0] for n in audio} == set(
+        clips_of.SPLITS
+    )
     for name in audio:
         wav, rate = soundfile.read(kitchen("two").out / name)
         assert rate == 16_000 and wav.ndim == 1 and 6 <= len(wav) / rate <= 12
@@ -392,7 +396,7 @@ def test_ties_are_joined(tmp_path):
 def test_fluidsynth_plays_what_is_written(tmp_path):
     needs_midi()
     flute = next(i for i in INSTRUMENTS if i.name == "flute")
-    clip = cook.Clip(
+    clip = clips_of.Clip(
         split="train", number=0, tune="made/1", instrument=flute, level=0.1, seconds=3.0,
         parts=[[(0.0, 2.5, 69, 90)]], about={"description": ["An A"]},
     )  # fmt: skip
