@@ -137,7 +137,7 @@ def demo(args: Args) -> None:
     print(job.run(job.Job(audio=clips, out=data, validation_percent=15.0)))
 
     announce(
-        3, "tokens to a model", "launch.train", "--config", "demo", "--data.path", str(data),
+        3, "tokens to a model", "launch.train", "--config", "demo", "--data", str(data),
         "--out", str(run),
     )  # fmt: skip
     config = dataclasses.replace(
@@ -177,7 +177,7 @@ def demo(args: Args) -> None:
         f'  python -m launch.sample --checkpoint {run} --prompt "A slow tune on the flute" '
         "--seconds 5 --seed 1 --out more\n"
         "  python -m tokenization.job --audio YOUR_MUSIC --out my_tokens\n"
-        "  python -m launch.train --config demo --data.path my_tokens --out my_run --steps 5000 "
+        "  python -m launch.train --config demo --data my_tokens --out my_run --steps 5000 "
         "--optimizer.schedule-steps 5000"
     )
 

@@ -1,6 +1,6 @@
 """Brings an AudioCraft checkpoint in: MAGNeT, Audio-MAGNeT, MusicGen, AudioGen or an EnCodec.
 
-python -m launch.import_audiocraft --source facebook/magnet-small-10secs --out DIR
+python -m launch.import_audiocraft --checkpoint facebook/magnet-small-10secs --out DIR
 
 The folder that it writes holds all that sampling needs, the text encoder and the codec included,
 and works without a network: launch.sample, launch.export and the Python API take it. A folder with
@@ -11,6 +11,9 @@ import dataclasses
 import re
 import time
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from magnet_jax import cli
 from magnet_jax.checkpoints import export, pretrained
@@ -25,7 +28,7 @@ from magnet_jax.io import files
 class Args:
     """Imports an AudioCraft checkpoint."""
 
-    source: str
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """Folder with state_dict.bin and compression_state_dict.bin, or with the latter alone; or a
     hub id."""
     out: Path
@@ -89,19 +92,20 @@ def import_codec(path: Path, args: Args) -> None:
 
 def main(args: Args) -> None:
     started = time.perf_counter()
-    if (Path(args.source) / CODEC_FILE).exists() and not (Path(args.source) / LM_FILE).exists():
-        import_codec(Path(args.source) / CODEC_FILE, args)
+    source = Path(args.checkpoint)
+    if (source / CODEC_FILE).exists() and not (source / LM_FILE).exists():
+        import_codec(source / CODEC_FILE, args)
         return
-    export.prepare_out(args.out, Path(args.source), args.overwrite)
-    folder = pretrained.locate(args.source)
+    export.prepare_out(args.out, source, args.overwrite)
+    folder = pretrained.locate(args.checkpoint)
     if not pretrained.is_audiocraft(folder):
         raise UserError(
-            f"{args.source}: not an AudioCraft checkpoint but a model that "
+            f"{args.checkpoint}: not an AudioCraft checkpoint but a model that "
             "needs no import: launch.sample and launch.export take it as it is"
         )
     with files.noting_rounded() as notes:
         loaded = pretrained.read_audiocraft(
-            folder, args.source, text_encoder=args.text_encoder, codec=args.codec
+            folder, args.checkpoint, text_encoder=args.text_encoder, codec=args.codec
         )
     options = export.Options(
         license=args.license or stated_license(folder),
@@ -109,7 +113,7 @@ def main(args: Args) -> None:
         offline=True,
         logits=args.verify,
     )
-    lines = export.export_model(loaded, args.out, options, args.source, rounded=notes)
+    lines = export.export_model(loaded, args.out, options, args.checkpoint, rounded=notes)
     print(f"wrote {args.out} in {time.perf_counter() - started:.1f} s")
     print(*lines, sep="\n")
 

@@ -1,6 +1,6 @@
 """Trains a model, or goes on with a run: the same command does both.
 
-python -m launch.train --config demo --data.path DATA --out RUN
+python -m launch.train --config demo --data DATA --out RUN
 """
 
 import argparse

@@ -17,8 +17,12 @@ from magnet_jax.errors import UserError
 def setting_names(cls: type, prefix: str = "--") -> list[str]:
     """The options of a dataclass and of those within it, as tyro spells them."""
     names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        option = prefix + name.replace("_", "-")
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        notes = getattr(hint, "__metadata__", ())
+        arg = next((note for note in notes if hasattr(note, "prefix_name")), None)
+        option = "--" if arg and arg.prefix_name is False else prefix
+        option += (arg and arg.name or name).replace("_", "-")
+        hint = getattr(hint, "__origin__", hint) if notes else hint
         nested = dataclasses.is_dataclass(hint)
         names += setting_names(hint, option + ".") if nested else [option]
     return names

@@ -11,6 +11,8 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from tyro.conf import arg
+
 from magnet_jax.arguments import Between, Seed, check, check_fields
 from magnet_jax.errors import UserError
 
@@ -209,11 +211,11 @@ class TextConfig:
 class DataConfig:
     """What a training batch is made of."""
 
-    path: str = ""
+    path: Annotated[str, arg(name="data", prefix_name=False, metavar="DIR")] = ""
     """Folder that `python -m tokenization.job --out` wrote; every host may have its own copy."""
     segment_seconds: Positive = 30.0
     """Length of a training crop; shorter records are padded, the padding left out of the loss."""
-    batch_size: Count = 192
+    batch_size: Annotated[Count, arg(prefix_name=False)] = 192
     """Clips in a global batch."""
     merge_text_p: Share = 0.25
     """Probability that a description is merged with the other metadata (genre, key, ...)."""

@@ -34,7 +34,7 @@ CONFIG = "recipe_small"
 LUFS = -14.0  # of every clip, real and generated
 FIELD = "instrument"
 # Options of launch.train that a study sets itself.
-OURS = {"--out", "--seed", "--steps", "--data.segment-seconds", "--data.path", "--text.source",
+OURS = {"--out", "--seed", "--steps", "--data", "--data.segment-seconds", "--text.source",
         "--objective", "--model.kind", "--model.span-length"}  # fmt: skip
 
 
@@ -214,17 +214,19 @@ def _base(args: Trained, seconds: float) -> RunConfig:
         )
     count = args.train_steps
     asked = {
-        "data.path": args.data,
-        "text.source": args.text,
-        "data.segment-seconds": seconds,
-        "steps": count,
         "optimizer.schedule-steps": count,
         "optimizer.warmup-steps": min(100, count // 10),
         "eval-every": count,
         "save-every": max(1, count // 10),
     }
     words = [word for name, value in asked.items() for word in (f"--{name}", str(value))]
-    return launch_train.parse(["--config", CONFIG, *words, *further])
+    config = launch_train.parse(["--config", CONFIG, *words, *further])
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=str(args.data), segment_seconds=seconds),
+        text=dataclasses.replace(config.text, source=args.text),
+        steps=count,
+    )
 
 
 def _changed(config: RunConfig, name: str) -> RunConfig:

@@ -245,7 +245,7 @@ def test_a_model_of_fewer_codebooks_than_the_data_samples(tmp_path):
 
 
 def test_a_command_ends_in_one_line_and_a_status(tmp_path):
-    command = [sys.executable, "-m", "launch.train", "--data.path", "nowhere"]
+    command = [sys.executable, "-m", "launch.train", "--data", "nowhere"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: data set nowhere")
@@ -288,7 +288,7 @@ def test_tokens_that_a_config_cannot_take_are_refused_at_once(tmp_path, monkeypa
 
     tiny.write_noise(tmp_path / "tokens", {"train": 8})
     monkeypatch.setattr(t5_files, "load", fetch)
-    words = ["--config", name, "--data.path", str(tmp_path / "tokens")]
+    words = ["--config", name, "--data", str(tmp_path / "tokens")]
     with pytest.raises(UserError, match="tokens holds 4 codebooks of .* the model wants 4 of 2048"):
         launch_train.main([*words, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
