@@ -94,8 +94,9 @@ class Training:
     decay_from: Share = 0.6
     """Share of the steps after which the learning rate falls, as a cosine, to a hundredth."""
     time_weight: Weight = 0.1
-    """Share of the gradient that each loss gets, as is the next."""
+    """Share of the gradient on the audio that the L1 distance in time gets."""
     spectral_weight: Weight = 1.0
+    """Share of it that the spectral loss gets."""
     commitment_weight: Weight = 0.25
     """Of the quantizer's commitment loss, which is not balanced with the others."""
     gain_db: Annotated[float, Between(0, 60)] = 4.0
