@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenization import audio, decoder
+from tokenization.intake import audio, decoder
 
 
 def decode(track, intake):

@@ -26,8 +26,8 @@ from magnet_jax.io import machine
 from magnet_jax.io.torch_env import import_torch
 from tokenization import job as jobs
 from tokenization.job import Done, Job, Maker, Progress, Unit
-from tokenization.manifest import NAME
 from tokenization.place import place_at
+from tokenization.source.manifest import NAME
 
 logging.disable(logging.WARNING)  # of packages for Google's cloud that are not there
 try:

@@ -23,10 +23,18 @@ from tqdm import tqdm
 from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
 from magnet_jax.io.files import check_new_file, replacing_file
-from tokenization import decoder
-from tokenization.audio import CLIPPED, SILENCE_DBFS, Facts, Intake, Reject, RejectedError, Track
-from tokenization.listing import Source
-from tokenization.sources import Manifest, describe_ignored, scan
+from tokenization.intake import decoder
+from tokenization.intake.audio import (
+    CLIPPED,
+    SILENCE_DBFS,
+    Facts,
+    Intake,
+    Reject,
+    RejectedError,
+    Track,
+)
+from tokenization.source.paths import Source
+from tokenization.source.scan import Manifest, describe_ignored, scan
 
 _MOST = 8  # kinds that a row names
 

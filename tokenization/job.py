@@ -8,7 +8,7 @@ next shard and ends with the same bytes.
 DIR may be gs://BUCKET/FOLDER, see tokenization/place.py. On Apache Beam: tokenization/beam.py.
 
     DIR/job.json        what this folder was begun with; another job there is refused
-    DIR/manifest.jsonl  the tracks of the source, see tokenization/manifest.py
+    DIR/manifest.jsonl  the tracks of the source, see tokenization/source/manifest.py
     DIR/units/          finished shards until the end, then their .json files only
     DIR/rejects.jsonl   one line a file left out: path, reason, detail
     DIR/mix_rejects.jsonl   with --mix-ratio: the same of mixed tracks
@@ -53,9 +53,8 @@ from magnet_jax.io import bucket, machine
 from magnet_jax.io.files import how_to_make_room
 from magnet_jax.io.torch_env import import_torch
 from tokenization import encode as encoding
-from tokenization import manifest as manifests
 from tokenization import mixing
-from tokenization.audio import (
+from tokenization.intake.audio import (
     CLIPPED,
     Facts,
     Intake,
@@ -64,11 +63,12 @@ from tokenization.audio import (
     Track,
     is_outage,
 )
-from tokenization.decoder import Decoder, Unpacker, open_audio
-from tokenization.listing import Source
+from tokenization.intake.decoder import Decoder, Unpacker, open_audio
 from tokenization.mixing import Mix
 from tokenization.place import Place, place_at
-from tokenization.sources import Manifest, describe_ignored, scan
+from tokenization.source import manifest as manifests
+from tokenization.source.paths import Source
+from tokenization.source.scan import Manifest, describe_ignored, scan
 
 MIX_REJECTS = "mix_rejects.jsonl"
 _WHAT_EMBEDDED_IS_FOR = (

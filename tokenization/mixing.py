@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from magnet_jax.errors import UserError
-from tokenization.audio import SILENCE_DBFS, Intake, RejectedError, Track
-from tokenization.decoder import Decoder, read_audio
+from tokenization.intake.audio import SILENCE_DBFS, Intake, RejectedError, Track
+from tokenization.intake.decoder import Decoder, read_audio
 
 MOST_SECONDS = 600.0  # of a track: both are in memory
 LEVELS_DBFS = (-35.0, -15.0)  # AudioCraft's

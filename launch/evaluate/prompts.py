@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from magnet_jax.errors import UserError
 from magnet_jax.io.formats import SUFFIXES, RejectedError
-from tokenization.listing import (
+from tokenization.source.paths import (
     CAPTION_NAMES,
     SIDECARS,
     encoding_of,
@@ -19,8 +19,8 @@ from tokenization.listing import (
     split,
     texts_in,
 )
-from tokenization.rows import Row, read_rows
-from tokenization.tables import METADATA, RECIPES, filled, pattern_fields
+from tokenization.source.rows import Row, read_rows
+from tokenization.source.table import METADATA, RECIPES, filled, pattern_fields
 
 _CAPTIONS = (*CAPTION_NAMES, "caption_1", "prompt")
 _IDS = ("id", "audiocap_id", "ytid", "youtube_id", "name", "path", "file_name", "filename", "file")

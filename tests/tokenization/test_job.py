@@ -22,14 +22,14 @@ from magnet_jax.config import ASSETS
 from magnet_jax.data import records
 from magnet_jax.errors import PassingError, UserError
 from magnet_jax.io import files
-from tokenization import decoder as decoder_module
 from tokenization import job as job_module
 from tokenization import place as place_module
-from tokenization.audio import Intake
-from tokenization.decoder import Decoder, read_audio
+from tokenization.intake import decoder as decoder_module
+from tokenization.intake.audio import Intake
+from tokenization.intake.decoder import Decoder, read_audio
 from tokenization.job import Job, cut, run, split_of
-from tokenization.listing import Source
-from tokenization.sources import scan
+from tokenization.source.paths import Source
+from tokenization.source.scan import scan
 
 pytestmark = pytest.mark.usefixtures("one_codec")
 
@@ -576,8 +576,8 @@ KILLER = """
 import os, signal, sys
 from pathlib import Path
 from tokenization import job
-from tokenization.audio import Intake
-from tokenization.decoder import Decoder, read_audio
+from tokenization.intake.audio import Intake
+from tokenization.intake.decoder import Decoder, read_audio
 from tokenization.job import Job, run
 from magnet_jax.io.torch_env import import_torch
 import_torch().set_num_threads(1)

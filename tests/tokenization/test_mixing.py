@@ -12,11 +12,11 @@ from sounds import RATE, put, tone
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from tokenization import mixing
-from tokenization.audio import Intake, RejectedError
-from tokenization.decoder import Decoder, read_audio
+from tokenization.intake.audio import Intake, RejectedError
+from tokenization.intake.decoder import Decoder, read_audio
 from tokenization.job import Job, cut, run, split_of
-from tokenization.listing import Source
-from tokenization.sources import scan
+from tokenization.source.paths import Source
+from tokenization.source.scan import scan
 
 MONO = Intake(sample_rate=RATE, channels=1)
 

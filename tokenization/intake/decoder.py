@@ -4,7 +4,7 @@
 process that lives until a file kills it, or is killed for it. The file gets a second try with a new
 one: the machine may have been to blame.
 
-python -m tokenization.decoder FD is that process; it talks over the connection FD.
+python -m tokenization.intake.decoder FD is that process; it talks over the connection FD.
 """
 
 import contextlib
@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from magnet_jax.errors import PassingError, UserError
-from tokenization import audio
-from tokenization.audio import Facts, HeldBytes, Intake, RejectedError, RowBytes, Track
+from tokenization.intake import audio
+from tokenization.intake.audio import Facts, HeldBytes, Intake, RejectedError, RowBytes, Track
 
-PROGRAM = ("-m", "tokenization.decoder")
+PROGRAM = ("-m", "tokenization.intake.decoder")
 
 _MEMORY = 8 * 2**30  # bytes of a decoder; a row within Parquet takes two pages, 2 GiB at most each
 _START_SECONDS = 300.0  # for Python and its imports, on a machine that is busy with other things

@@ -15,12 +15,20 @@ from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
 
 from magnet_jax.errors import PassingError, UserError
 from magnet_jax.io import formats
-from tokenization import audio, listing
-from tokenization import decoder as decoder_module
-from tokenization.audio import FileBytes, Intake, RejectedError, Track
-from tokenization.decoder import Decoder, measure, open_audio, read_audio, read_header, readers
-from tokenization.listing import Source
-from tokenization.sources import scan
+from tokenization.intake import audio
+from tokenization.intake import decoder as decoder_module
+from tokenization.intake.audio import FileBytes, Intake, RejectedError, Track
+from tokenization.intake.decoder import (
+    Decoder,
+    measure,
+    open_audio,
+    read_audio,
+    read_header,
+    readers,
+)
+from tokenization.source import paths as listing
+from tokenization.source.paths import Source
+from tokenization.source.scan import scan
 
 
 @pytest.fixture(scope="module")
@@ -494,7 +502,7 @@ def test_a_long_file_takes_little_memory(tmp_path):
 
 @pytest.fixture
 def fragile(monkeypatch):
-    path = str(Path(__file__).parents[1].joinpath("stand_in_decoder.py"))
+    path = str(Path(__file__).parents[2].joinpath("stand_in_decoder.py"))
     monkeypatch.setattr(decoder_module, "PROGRAM", (path,))
     with Decoder(1.5) as process:
         yield process
@@ -583,8 +591,8 @@ def test_readers_share_the_work_and_end_at_once(tmp_path, fragile):
 
 def test_a_decoder_ends_with_its_parent(tmp_path):
     program = (
-        "import time; from tokenization.decoder import Decoder; d = Decoder(60); d._start(); "
-        "print(d._process.pid, flush=True); time.sleep(1000)"
+        "import time; from tokenization.intake.decoder import Decoder; d = Decoder(60); "
+        "d._start(); print(d._process.pid, flush=True); time.sleep(1000)"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     child = int(parent.stdout.readline())

@@ -1,6 +1,6 @@
 """Audio intake: one track as samples, or why not.
 
-`decode` is meant for a process of its own (tokenization/decoder.py): libraries that read other
+`decode` is meant for a process of its own, see `decoder`: libraries that read other
 people's files crash and hang.
 """
 

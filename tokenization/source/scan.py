@@ -22,8 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from magnet_jax.errors import PassingError, UserError
-from tokenization import tables
-from tokenization.audio import (
+from tokenization.intake.audio import (
     SUFFIXES,
     FileBytes,
     Reject,
@@ -34,7 +33,8 @@ from tokenization.audio import (
     open_bytes,
     part_of,
 )
-from tokenization.listing import (
+from tokenization.source import table as tables
+from tokenization.source.paths import (
     CAPTION_NAMES,
     SIDECARS,
     Ends,
@@ -63,7 +63,7 @@ from tokenization.listing import (
     refuse_metadata,
     split,
 )
-from tokenization.rows import read_rows
+from tokenization.source.rows import read_rows
 
 _MANIFESTS = ("data.jsonl", "data.jsonl.gz", "data.jsons", "data.jsons.gz")
 _THREADS = 16  # mostly waiting for the disk or the network

@@ -26,11 +26,11 @@ from magnet_jax.config import DataConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
-from tokenization.audio import Intake, RejectedError
-from tokenization.decoder import Decoder, read_audio, read_header
+from tokenization.intake.audio import Intake, RejectedError
+from tokenization.intake.decoder import Decoder, read_audio, read_header
 from tokenization.job import Job, run
-from tokenization.listing import Columns, Source
-from tokenization.sources import scan
+from tokenization.source.paths import Columns, Source
+from tokenization.source.scan import scan
 
 NAMES = ("a", "b", "c")
 

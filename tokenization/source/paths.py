@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from magnet_jax.errors import UserError
-from tokenization.audio import RejectedError, Track, is_outage
+from tokenization.intake.audio import RejectedError, Track, is_outage
 
 # Where captions and paths are looked for unless the user names the place.
 CAPTION_NAMES = ("description", "caption", "text")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from magnet_jax.errors import UserError
-from tokenization.audio import SUFFIXES, FileBytes, RejectedError, RowBytes, Track
-from tokenization.listing import (
+from tokenization.intake.audio import SUFFIXES, FileBytes, RejectedError, RowBytes, Track
+from tokenization.source.paths import (
     CAPTION_NAMES,
     PATH_NAMES,
     Ends,
@@ -34,7 +34,7 @@ from tokenization.listing import (
     refuse_metadata,
     split,
 )
-from tokenization.rows import Row, check_names, read_rows
+from tokenization.source.rows import Row, check_names, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,12 @@ from test_sources import KINDS
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
 from tokenization import job as jobs
-from tokenization import manifest, sources
-from tokenization.audio import FileBytes, Reject, Track
+from tokenization.intake.audio import FileBytes, Reject, Track
 from tokenization.job import Job, run
-from tokenization.listing import Columns, Source
-from tokenization.sources import Manifest
+from tokenization.source import manifest
+from tokenization.source import scan as sources
+from tokenization.source.paths import Columns, Source
+from tokenization.source.scan import Manifest
 
 pytestmark = pytest.mark.usefixtures("one_codec")
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenization.audio import FileBytes, Reject, RowBytes, Track
-from tokenization.listing import Source
-from tokenization.sources import Manifest
+from tokenization.intake.audio import FileBytes, Reject, RowBytes, Track
+from tokenization.source.paths import Source
+from tokenization.source.scan import Manifest
 
 NAME = "manifest.jsonl"  # below --out
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from magnet_jax.errors import UserError
-from tokenization.audio import SUFFIXES, RejectedError
-from tokenization.listing import (
+from tokenization.intake.audio import SUFFIXES, RejectedError
+from tokenization.source.paths import (
     LARGEST_CAPTION,
     encoding_of,
     load_json,

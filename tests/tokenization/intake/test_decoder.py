@@ -10,11 +10,11 @@ import soundfile
 from sounds import RATE, tone
 
 from tokenization import job as jobs
-from tokenization.audio import FileBytes, HeldBytes, Intake, RejectedError, open_bytes
-from tokenization.decoder import Decoder, Unpacker, read_audio
+from tokenization.intake.audio import FileBytes, HeldBytes, Intake, RejectedError, open_bytes
+from tokenization.intake.decoder import Decoder, Unpacker, read_audio
 from tokenization.job import Job, run
-from tokenization.listing import Source
-from tokenization.sources import scan
+from tokenization.source.paths import Source
+from tokenization.source.scan import scan
 
 INTAKE = Intake(sample_rate=RATE, channels=1)
 

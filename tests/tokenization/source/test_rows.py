@@ -8,8 +8,8 @@ import json
 import pytest
 
 from magnet_jax.errors import UserError
-from tokenization.audio import RejectedError
-from tokenization.rows import read_rows
+from tokenization.intake.audio import RejectedError
+from tokenization.source.rows import read_rows
 
 
 def rows_of(path, content):
