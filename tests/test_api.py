@@ -700,9 +700,9 @@ def test_longer_than_the_window(musicgen):
     musicgen.set_generation_params(
         duration=(tokens.shape[-1] - stride) / musicgen.frame_rate, use_sampling=False
     )
-    again = musicgen._clips(
+    again = musicgen.clips(
         ["a waltz"], num_frames=tokens.shape[-1] - stride, seed=0,
-        prompt_BKP=window[..., stride:], text_pad_len=None, on_step=None,
+        prompt_BKP=window[..., stride:],
     )  # fmt: skip
     np.testing.assert_array_equal(again.codes_BKT, tokens[..., stride:])
 
@@ -713,7 +713,7 @@ def test_the_command_generates_long_clips_in_windows_as_the_api_does(musicgen, i
     musicgen.set_generation_params(duration=seconds, extend_stride=stride)
     (expected,) = musicgen.generate("a waltz", seed=3)
     words = ["--checkpoint", str(imported / "musicgen"), "--prompt", "a waltz", "--seed", "3"]
-    words += ["--out", str(tmp_path), "--lufs", "None", "--seconds"]
+    words += ["--out", str(tmp_path), "--lufs", "off", "--seconds"]
     (path,) = sample.sample(sample.parse([*words, str(seconds), "--extend-stride", str(stride)]))
     found, _ = soundfile.read(path, always_2d=True)
     np.testing.assert_allclose(found.T, expected.clip(-1, 1), atol=1e-4)  # (of 16 bits)
@@ -762,7 +762,7 @@ def test_a_rescorer_takes_part(magnet, musicgen, imported):
         found = tokens(musicgen, 1.0, guidance=3.0)
         assert (found != without).any()
         np.testing.assert_array_equal(tokens(imported / "musicgen", 1.0, guidance=3.0), found)
-        notes = magnet._notes(["a very long waltz " * 100])
+        notes = magnet.notes(["a very long waltz " * 100])
         assert [note.split(" that")[0] for note in notes] == [
             "cut to the 128 tokens",
             "rescorer: cut to the 128 tokens",

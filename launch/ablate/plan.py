@@ -13,7 +13,16 @@ import numpy as np
 
 from launch import train as launch_train
 from launch.ablate import report, studies
-from launch.ablate.settings import Common, Given, Guidance, Hybrid, Rescoring, Spans, Trained, check
+from launch.ablate.settings import (
+    Common,
+    Given,
+    Guidance,
+    Hybrid,
+    Rescoring,
+    Spans,
+    Trained,
+    checked,
+)
 from launch.ablate.studies import Setting, Study
 from launch.ablate.work import Piece, claim
 from launch.evaluate import clips, prompts, stages
@@ -65,7 +74,7 @@ def plan(args: Common) -> tuple[Study, list[Piece], evaluate.Args]:
 
     Raises `UserError` for all that can be known to fail, and for runs and cells of other settings.
     """
-    check(args)
+    args = checked(args)
     listed = prompts.read(args.prompts)
     if args.clips > len(listed):
         raise UserError(

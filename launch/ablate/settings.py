@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,15 +20,15 @@ class Common:
     """Folder of real clips with sidecars: captions to generate from, and the reference."""
     clips: Annotated[int, Between(2, 1_000_000)] = 64
     """Clips a cell: so many prompts, from the beginning of the list."""
-    probe: Path | None = Path("data/recipe/valid")
-    """Folder of further real clips, for launch.evaluate's probes of the instrument; None for
+    probe: Literal["off"] | Path | None = Path("data/recipe/valid")
+    """Folder of further real clips, for launch.evaluate's probes of the instrument; off for
     none."""
     probe_codec: Annotated[str | None, tyro.conf.arg(metavar="CODEC")] = None
-    """What the second probe hears them through; None is the codec of the tokens."""
+    """What the second probe hears them through, by default the codec of the tokens."""
     seeds: tuple[Seed, ...] = (0, 1, 2)
     """Of training and sampling, or of sampling alone; more may be added later."""
     seconds: Seconds | None = None
-    """Length of a clip, where models are trained in training too; None is the model's own."""
+    """Length of a clip, where models are trained in training too; by default the model's own."""
     batch_size: Count = 8
     """Clips generated at once."""
 
@@ -50,7 +50,7 @@ class Given(Common):
     checkpoint: Annotated[str, tyro.conf.arg(metavar="MODEL")]
     """A MAGNeT or a hybrid, as for launch.sample."""
     step: int | None = None
-    """Of a run: the checkpoint to use; None is the newest."""
+    """Of a run: the checkpoint to use, by default the newest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,9 +93,14 @@ Command = (
 )
 
 
-def check(args: Common) -> None:
-    """Raises `UserError` for what does not go together."""
+def checked(args: Common) -> Common:
+    """The arguments, with None for a probe that is off.
+
+    Raises `UserError` for what does not go together.
+    """
     check_fields(args, "--")
+    if args.probe == "off":
+        args = dataclasses.replace(args, probe=None)
     if not args.seeds or len(set(args.seeds)) < len(args.seeds):
         raise UserError("--seeds: give one at least, and each once")
     if args.probe_codec is not None and args.probe is None:
@@ -108,3 +113,4 @@ def check(args: Common) -> None:
         raise UserError(
             f"--prompts {args.prompts}: no such folder; launch.recipe makes one, see docs/recipe.md"
         )
+    return args

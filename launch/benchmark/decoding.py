@@ -39,17 +39,17 @@ class Args:
     model: Literal["small", "medium"] | None = None
     """A model of a published size with random weights, made in memory; or --checkpoint."""
     seconds: Seconds | None = None
-    """Length of a clip, cut down to whole spans; None is what the model was trained on."""
+    """Length of a clip, cut down to whole spans; by default what the model was trained on."""
     batch_sizes: tuple[Count, ...] = (1, 2, 4)
     """Clips at once."""
     repeats: Annotated[int, Between(1, 10_000)] = 3
     """Calls timed a batch size, of which the fastest counts; the first without its compilation."""
     steps: tuple[Count, ...] | None = None
-    """Decoding steps of each codebook; None is the model's own."""
+    """Decoding steps of each codebook, by default the model's own."""
     preset: Preset | None = None
     """Decoding steps by name: paper, paper-30s, balanced or draft."""
     compute_dtype: ComputeDtype | None = None
-    """Precision of the products; None is the model's own."""
+    """Precision of the products, by default the model's own."""
     parts: bool = True
     """Time the parts of a call at the first batch size, which compiles one more program."""
     rescorer: str | Path | None = None

@@ -42,7 +42,7 @@ class Args:
     workers: Count = 1
     """More than 1 also times the job with so many, start-up included, against one."""
     cores_per_worker: Count | None = None
-    """CPU cores that each of these workers may use (Linux); None leaves all to all."""
+    """CPU cores that each of these workers may use (Linux); by default all of them."""
     whole: Path | None = None
     """Folder of audio: also compares its files, end to end, encoded in windows and at once."""
     whole_minutes: Minutes = 10.0

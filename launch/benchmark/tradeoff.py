@@ -32,7 +32,7 @@ class Args:
     model: Literal["small", "medium"] | None = None
     """A hybrid of a published size with random weights, made in memory; or --checkpoint."""
     seconds: Seconds | None = None
-    """Length of a clip, cut down to whole spans; None is what the model was trained on."""
+    """Length of a clip, cut down to whole spans; by default what the model was trained on."""
     batch_size: Count = 1
     """Clips at once."""
     repeats: Annotated[int, Between(1, 10_000)] = 3

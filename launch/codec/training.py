@@ -83,7 +83,7 @@ class Training:
     """Folder of the run; the codec is in its folder codec."""
     init_from: str | None = None
     """Transformers EncodecModel folder to begin with, or 'embedded'; its sizes are taken over.
-    None: random weights."""
+    By default weights are random."""
     steps: FromOne = 60_000
     """Updates of the codec."""
     batch_size: FromOne = 8

@@ -141,7 +141,7 @@ def make_sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:
         "checkpoint": args.checkpoint,
         "out": args.out / "generated",
         "seed": args.seed,
-        "lufs": args.lufs,
+        "lufs": "off" if args.lufs is None else args.lufs,
         "seconds": args.seconds,
     }
     try:

@@ -540,7 +540,7 @@ def test_what_is_begun_with_another_model(run, monkeypatch, words, begun_with, o
 
 def test_the_command_samples_and_exports(run, tmp_path):
     args = ["--checkpoint", str(run), "--prompt", "x", "--out", str(tmp_path / "wavs")]
-    (path,) = sample.sample(sample.parse([*args, "--prompt-seconds", "None"]))
+    (path,) = sample.sample(sample.parse(args))
     settings = json.loads(path.with_suffix(".json").read_text())
     assert settings["decode"]["prompt_seconds"] == 0.2  # the run's own
     assert sample.parse(args).prompt_seconds == 0.2

@@ -345,7 +345,7 @@ def test_what_is_made_alike_has_one_name():
         ("spans", ["--batch-size", "0"], "--batch-size must be a whole number from 1"),
         ("spans", ["--prompts", "nowhere"], "--prompts nowhere: no such folder; launch.recipe"),
         ("spans", ["--probe", "TEST"], "3 of its clips are in --reference as well"),
-        ("spans", ["--probe", "None", "--probe-codec", "embedded"], "goes with --probe"),
+        ("spans", ["--probe", "off", "--probe-codec", "embedded"], "goes with --probe"),
         ("spans", ["--probe-codec", "nowhere"], "nowhere"),
         ("spans", ["--data", "nowhere"], "nowhere"),
         ("spans", ["--text", "nowhere"], "nowhere"),

@@ -61,7 +61,7 @@ def test_a_clip_is_the_same_alone_in_a_batch_and_again(run, tmp_path):
 
 
 def test_unconditional_length_and_loudness(run, tmp_path):
-    more = ("--unconditional", "1", "--seconds", "0.5", "--lufs", "None")
+    more = ("--unconditional", "1", "--seconds", "0.5", "--lufs", "off")
     (path,) = sample.sample(sample_args(run, tmp_path, *more))
     assert path.name == "000-unconditional-seed0.wav"
     assert soundfile.info(path).frames == 8000
@@ -171,11 +171,7 @@ def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch)
     assert receipt["sets"]["unigram tokens"]["seconds"] == pytest.approx([0.6, 0.6])
     listed = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
     assert {line["id"]: line["caption"] for line in listed} == captions
-    # Again, nothing is made anew, and the scores are the same, though an earlier release made it.
-    notes = sorted((out / "settings").glob("*.json"))[0]
-    made = json.loads(notes.read_text())
-    made["kernels"]["products"] = "auto"
-    notes.write_text(json.dumps(made))
+    # Again, nothing is made anew, and the scores are the same.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
     assert evaluated(*words)["scores"]["generated"] == rows["generated"]
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*.wav")}
@@ -198,7 +194,7 @@ def test_a_checkpoint_is_scored_beside_its_baselines(run, tmp_path, monkeypatch)
         (["--prompt", "x", "--step", "1"], "no checkpoint of step 1"),
         (["--prompt", "x", "--decode.top-p", "1.5"], "decode.top_p must lie"),
         (["--prompt", "x", "--promt", "y"], "unknown setting --promt: did you mean --prompt"),
-        (["--prompt", "x", "--seed", "a"], "--seed"),
+        (["--prompt", "x", "--seed", "a"], "--seed must .* whole number, not 'a'"),
         (["--prompt", "x", "--seed", "-1"], "--seed must lie"),
         (["--prompt", "x", "--seed", "1.5"], "--seed"),
         (["--prompt", "x", "--seconds", "inf"], "--seconds must be a positive number"),
@@ -275,7 +271,7 @@ def test_a_missing_option_is_named_without_its_help():
         with pytest.raises(UserError) as error:
             cli.parse(export.Args, words, prog="python -m launch.export")
         assert str(error.value) == message
-    with pytest.raises(UserError, match=r"--lufs: no type matching .* from \['loud'\]\.$"):
+    with pytest.raises(UserError, match="^--lufs must .* or be 'off', not 'loud'$"):
         sample.parse(["--checkpoint", "demo", "--out", "x", "--lufs", "loud"])
 
 
