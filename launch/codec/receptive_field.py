@@ -8,19 +8,19 @@ strides, kernels and dilations say exactly which frames must change.
 """
 
 import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 from tqdm import tqdm
 
 from magnet_jax import cli
+from magnet_jax.arguments import Between, check_fields
 from magnet_jax.codec import receptive_field
 from magnet_jax.codec.encodec import Codec, load_codec
 from magnet_jax.codec.receptive_field import Background, Field, Response, energy_within
 from magnet_jax.config import EMBEDDED
-from magnet_jax.errors import UserError, reported
+from magnet_jax.errors import reported
 from magnet_jax.io.files import check_new_file, replacing_file
 
 _FLOOR = 1e-5  # the picture's lower end, of the response's peak; its square, of the energy
@@ -39,10 +39,8 @@ class Args:
     for its field to be told."""
     impulses: int = 16
     """Places of the impulse within a frame, evenly spread."""
-    share: float = 1e-6
+    share: Annotated[float, Between(0, 1 - 1e-9, above=True, words="lie between 0 and 1")] = 1e-6
     """Share of the response's energy that may be left where the LSTM counts as having forgotten."""
-    json: Path | None = None
-    """File for everything that was measured."""
     picture: Path | None = None
     """PNG, PDF or SVG file: the response against time, and what of its energy lies further out."""
 
@@ -66,8 +64,7 @@ class Findings:
 
 def measure(args: Args, codec: Codec) -> Findings:
     """Raises `UserError` for a codec without receptive field, and for numbers out of range."""
-    if not 0 < args.share < 1:
-        raise UserError(f"--share must lie between 0 and 1, not {args.share:g}")
+    check_fields(args, "--")
     exact = receptive_field.convolution_frames(codec.config)
     response = receptive_field.impulse_response(
         codec,
@@ -137,33 +134,6 @@ def summary(args: Args, codec: Codec, found: Findings) -> str:
         shares = f"{_percent(without[n]):>12}  {_percent(whole[n]):>12}"
         lines.append(f"  {n:6}  {n * milliseconds:6.0f}  {shares}")
     return "\n".join(lines)
-
-
-def as_json(args: Args, codec: Codec, found: Findings) -> dict[str, Any]:
-    """Everything, and the curves of the picture."""
-    without, whole = _magnitudes(found.response)
-    place = _places(found, codec.hop)
-    return {
-        "arguments": dataclasses.asdict(args) | {"json": None, "picture": None},
-        "codec": dataclasses.asdict(codec.spec),
-        "hop": codec.hop,
-        "convolutions": {
-            "samples": found.samples._asdict(),
-            "frames": found.frames._asdict(),
-            "confirmed": found.confirmed,
-        },
-        "lstm": {"frames": {"before": found.lstm_frames, "after": found.frames.after}},
-        "restricted_context": {"frames": found.context, "exact": found.context_exact},
-        "energy_within_frames": {
-            "without_lstm": energy_within(without).tolist(),
-            "with_lstm": energy_within(whole).tolist(),
-        },
-        "response": {
-            "impulse_frames_from_middle": place.tolist(),
-            "without_lstm": _in_order(without).tolist(),
-            "with_lstm": _in_order(whole).tolist(),
-        },
-    }
 
 
 def draw(args: Args, codec: Codec, found: Findings, path: Path) -> None:
@@ -255,14 +225,10 @@ def _percent(share: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(Args, argv, prog="python -m launch.codec.receptive_field", description=__doc__)
-    check_new_file("--json", args.json, [".json"])
     check_new_file("--picture", args.picture, [".png", ".pdf", ".svg"])
     codec = load_codec(args.codec)
     found = measure(args, codec)
     print(summary(args, codec, found))
-    if args.json is not None:
-        with replacing_file(args.json) as temporary:
-            temporary.write_text(json.dumps(as_json(args, codec, found), indent=2) + "\n")
     if args.picture is not None:
         draw(args, codec, found, args.picture)
 
