@@ -1,7 +1,6 @@
 """What an evaluation is asked for, and whether that goes together."""
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,9 +95,9 @@ def checked(args: Args) -> Args:
     Raises `UserError` for those that do not fit or do not go together.
     """
     check_fields(args, "--")
-    for is_wrong, message in _rules(args):
-        if is_wrong:
-            raise UserError(message)
+    for mistake, is_made in _mistakes(args).items():
+        if is_made:
+            raise UserError(mistake)
     _check_places(args)
     if args.seconds is None and args.checkpoint is not None:
         from magnet_jax.checkpoints import pretrained  # JAX is slow to load
@@ -108,46 +107,35 @@ def checked(args: Args) -> Args:
     return args
 
 
-def _rules(args: Args) -> Iterator[tuple[bool, str]]:
-    """Conditions that must not hold, and what to say of each."""
-    yield (
-        (args.generated is None) == (args.checkpoint is None),
-        "give --generated FOLDER, or --checkpoint MODEL and --prompts LIST",
-    )
-    yield (
-        args.checkpoint is not None and args.prompts is None,
-        "--checkpoint generates from a list: give --prompts FILE",
-    )
-    yield (
-        args.baselines and None in (args.checkpoint, args.reference, args.data),
-        "--baselines needs --checkpoint MODEL, --reference FOLDER and --data TOKENS",
-    )
-    without_probe = args.probe is None
-    yield (
-        without_probe and args.probe_codec is not None,
-        "--probe-codec goes with --probe FOLDER",
-    )
-    yield (
-        without_probe and args.probe_field != Args.probe_field,
-        "--probe-field goes with --probe FOLDER",
-    )
-    yield (
-        args.probe_round_trip is not None and args.probe_codec is None,
-        "--probe-round-trip goes with --probe-codec CODEC",
-    )
-    yield args.data is not None and not args.baselines, "--data is for --baselines"
-    yield args.limit is not None and args.prompts is None, "--limit goes with --prompts"
-    yield (
-        args.checkpoint is None and bool(args.sample_options),
-        "--sample-options is for clips that are generated: give --checkpoint MODEL",
-    )
+def _mistakes(args: Args) -> dict[str, bool]:
+    """What does not go together: what to say of it, and whether it is so."""
+    is_given, is_made = args.generated is not None, args.checkpoint is not None
+    needed = (args.checkpoint, args.reference, args.data)
+    codec, named = args.probe_codec is not None, args.embedders
+    found = {
+        "give --generated FOLDER, or --checkpoint MODEL and --prompts LIST": is_given == is_made,
+        "--checkpoint generates from a list: give --prompts FILE": is_made and args.prompts is None,
+        "--baselines needs --checkpoint MODEL, --reference FOLDER and --data TOKENS": (
+            args.baselines and None in needed
+        ),
+        "--probe-codec goes with --probe FOLDER": codec and args.probe is None,
+        "--probe-field goes with --probe FOLDER": (
+            args.probe_field != Args.probe_field and args.probe is None
+        ),
+        "--probe-round-trip goes with --probe-codec CODEC": (
+            args.probe_round_trip is not None and not codec
+        ),
+        "--data is for --baselines": args.data is not None and not args.baselines,
+        "--limit goes with --prompts": args.limit is not None and args.prompts is None,
+        "--sample-options is for clips that are generated: give --checkpoint MODEL": (
+            args.sample_options != "" and not is_made
+        ),
+        "--embedders: name each once, and one at least": not 0 < len(named) == len(set(named)),
+    }
     for name, source in dataclasses.asdict(args.weights).items():
-        is_idle = name not in args.embedders and source != DEFAULT_WEIGHTS[name]
-        yield is_idle, f"--weights.{name} goes with --embedders {name}"
-    yield (
-        not args.embedders or len(set(args.embedders)) < len(args.embedders),
-        "--embedders: name each once, and one at least",
-    )
+        is_idle = name not in named and source != DEFAULT_WEIGHTS[name]
+        found[f"--weights.{name} goes with --embedders {name}"] = is_idle
+    return found
 
 
 def _check_places(args: Args) -> None:
