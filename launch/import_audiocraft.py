@@ -16,7 +16,6 @@ from typing import Annotated
 import tyro
 
 from magnet_jax import cli
-from magnet_jax.checkpoints import export, pretrained
 from magnet_jax.convert import audiocraft
 from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE
 from magnet_jax.convert.codec_rules import codec_folder_from_audiocraft
@@ -29,19 +28,19 @@ class Args:
     """Imports an AudioCraft checkpoint."""
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="MODEL")]
-    """Folder with state_dict.bin and compression_state_dict.bin, or with the latter alone; or a
-    hub id."""
+    """The checkpoint: a folder with state_dict.bin and compression_state_dict.bin, or with the
+    latter alone, or a hub id."""
     out: Path
-    """Folder to write; it appears when everything in it is written and checked."""
+    """Folder to write. It appears when everything in it is written and checked."""
     text_encoder: str | None = None
     """Folder of the T5 that the checkpoint names (config.json, tokenizer.json, model.safetensors),
     where the hub is out of reach."""
     codec: str | None = None
     """Folder of the EnCodec that the checkpoint points to, where the hub is out of reach."""
     license: str | None = None
-    """License of the weights; by default the one in the README.md beside them."""
+    """License of the weights. By default it is the one in the README.md beside them."""
     verify: bool = False
-    """Compare logits in PyTorch, of the checkpoint's tensors, with those in JAX."""
+    """Compare the logits of the checkpoint's tensors in PyTorch with those in JAX."""
     overwrite: bool = False
     """Replace an earlier import."""
 
@@ -91,6 +90,9 @@ def import_codec(path: Path, args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    # JAX is slow to load
+    from magnet_jax.checkpoints import export, pretrained
+
     started = time.perf_counter()
     source = Path(args.checkpoint)
     if (source / CODEC_FILE).exists() and not (source / LM_FILE).exists():

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from magnet_jax import cli, errors
-from magnet_jax.arguments import Between, Count, Index, Seconds, Seed, check_fields
+from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
@@ -95,9 +95,9 @@ class Args:
     """Where the codec is, if it is no longer where the data set was made with it."""
     adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder of low-rank adapters to add, as launch.export --adapter-only writes it."""
-    codec_backend: Annotated[Literal["jax", "torch"], cli.RARE] = "jax"
+    codec_backend: Annotated[Literal["jax", "torch"], RARE] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
-    kernels: Annotated[KernelConfig, cli.RARE] = KernelConfig()
+    kernels: Annotated[KernelConfig, RARE] = KernelConfig()
     """How attention is computed."""
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """How many devices are used."""
@@ -231,6 +231,9 @@ def open_model(args: Args) -> tuple["Generator", dict[str, Any]]:
         if not isinstance(model, api.MAGNeT):
             raise UserError(f"--rescorer: a model of kind {model.kind} has no spans to score")
         model.set_rescorer(args.rescorer, args.rescorer_weight, guidance=args.rescorer_guidance)
+        whole = getattr(model.generation, "prompt_seconds", 0) >= model.duration
+        if args.rescorer_weight:
+            sampling.check_rescored(model.generation, whole=whole)
         rescorer = _about(model.rescoring_model, args.rescorer) | {
             "weight": args.rescorer_weight,
             "guidance": args.rescorer_guidance,

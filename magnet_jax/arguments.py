@@ -43,6 +43,8 @@ Seconds = Annotated[
     float, Between(0, 600, above=True, words="be a positive number, and at most 600")
 ]
 MOST_CLIPS = 1024
+# A note for `Annotated`: an option, or a group of them, that --help-all alone shows.
+RARE = "rarely used"
 Count = Annotated[int, Between(1, MOST_CLIPS)]
 
 

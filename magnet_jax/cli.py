@@ -7,6 +7,7 @@ wrong, which tyro alone would print in boxes, and the rule that makes options of
 import dataclasses
 import difflib
 import functools
+import inspect
 import itertools
 import shutil
 import sys
@@ -21,10 +22,8 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
 from magnet_jax import arguments
+from magnet_jax.arguments import RARE
 from magnet_jax.errors import UserError
-
-# A note for `Annotated`: an option, or a group of them, that --help-all alone shows.
-RARE = "rarely used"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -80,34 +79,40 @@ def parse(
       UserError: an unknown option, with the nearest known one, or a value that does not fit.
     """
     words = list(sys.argv[1:] if args is None else args)
-    everything = "--help-all" in words
+    asked = {"-h", "--help", "--help-all"} & set(words)
+    hides = "--help-all" not in words
     words = ["--help" if word == "--help-all" else word for word in words]
-    hides = not everything and ("--help" in words or "-h" in words)
-    rare = any(rare for _, member in _members(cls) for *_, rare in _options(member))
-    if hides and rare and description is not None:
-        description += "\n\n--help-all shows the options that are rarely needed as well."
+    if asked:
+        # tyro would run the lines together, and leave them as long as they get.
+        within = {name for name, _ in _members(cls) if name} & set(words)
+        text = "" if within else description or inspect.getdoc(cls) or ""
+        _describe(text, hides=hides and _has_rare(cls))
     registry = ConstructorRegistry()
-    registry.struct_rule(functools.partial(_fields, hides_rare=hides))
+    registry.struct_rule(functools.partial(_fields, hides_rare=bool(asked) and hides))
     with events.on_parse_error(functools.partial(_refuse, cls, words)):
         return tyro.cli(
             cls,
             args=words,
             prog=prog,
-            description=None if description is None else _reflowed(description),
+            description="",
             config=(tyro.conf.DisallowNone,),
             registry=registry,
             **({} if default is tyro.MISSING else {"default": default}),
         )
 
 
-def _reflowed(text: str) -> str:
-    """Paragraphs as wide as the terminal; lines that are commands stay lines."""
+def _has_rare(cls: Any) -> bool:
+    return any(rare for _, member in _members(cls) for *_, rare in _options(member))
+
+
+def _describe(text: str, *, hides: bool) -> None:
+    """Prints what a command does, as wide as the terminal; lines that are commands stay lines."""
     width = min(shutil.get_terminal_size().columns, 100)
-    paragraphs = [
-        paragraph if paragraph.lstrip().startswith("python -m") else textwrap.fill(paragraph, width)
-        for paragraph in textwrap.dedent(text).strip().split("\n\n")
-    ]
-    return "\n\n".join(paragraphs)
+    paragraphs = textwrap.dedent(text).strip().split("\n\n")
+    paragraphs += ["--help-all shows the options that are rarely needed as well."] * hides
+    for paragraph in filter(None, paragraphs):
+        is_command = paragraph.lstrip().startswith("python -m")
+        print(paragraph if is_command else textwrap.fill(paragraph, width), end="\n\n")
 
 
 def _fields(info: StructTypeInfo, *, hides_rare: bool) -> StructConstructorSpec | None:

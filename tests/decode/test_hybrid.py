@@ -634,8 +634,7 @@ def test_what_does_not_fit_is_one_line(run, tmp_path):
             "^--prompt-seconds must be at least 0, and at most 1000000, not -1.0$",
         ),
         (
-            ["--prompt-seconds", "9", "--decode.steps", "2", "1", "1", "1"]
-            + ["--rescorer", str(run)],
+            ["--prompt-seconds", "9", "--rescorer", str(run)],
             "nothing is rescored of a clip that is made one step after another to its end",
         ),
         (

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -248,17 +249,43 @@ def test_a_command_ends_in_one_line_and_a_status(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_help_shows_every_setting(capsys):
-    with pytest.raises(SystemExit):
-        launch_train.main(["--help"])
-    shown = capsys.readouterr().out
-    for name in cli.setting_names(RunConfig):
-        assert name in shown
+def test_help_shows_what_is_often_needed_and_all_of_it_where_asked(capsys):
+    shown = {}
+    for word in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            launch_train.main([word])
+        shown[word] = capsys.readouterr().out
+        assert "None" not in shown[word]
+    names = set(cli.setting_names(RunConfig))
+    assert all(re.search(f"{name}[ ,]", shown["--help-all"]) for name in names)
+    left_out = {name for name in names if not re.search(f"{name}[ ,]", shown["--help"])}
+    assert {"--kernels.full", "--model.mlp-bias", "--optimizer.d0"} <= left_out
+    assert not {"--data", "--out", "--batch-size", "--mesh.fsdp", "--decode.steps"} & left_out
+    assert launch_train.parse(["--kernels.full", "dense"]).kernels.full == "dense"
+
+
+def test_help_is_as_wide_as_the_terminal(capsys, monkeypatch):
+    for columns in ("70", "100"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            launch_train.main(["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert max(len(line) for line in lines if "python -m" not in line) == int(columns)
 
 
 def test_unknown_configs_and_settings_are_named():
     with pytest.raises(UserError, match="there are demo, music_.*27 ablations"):
         launch_train.main(["--config", "nothing"])
+    with pytest.raises(UserError, match="did you mean music_medium_30s?"):
+        launch_train.main(["--config", "music_medum_30s"])
+    with pytest.raises(UserError, match="did you mean --no-text.finetune?"):
+        launch_train.main(["--no-text.fintune"])
+    with pytest.raises(UserError, match="--preset must .*did you mean draft?"):
+        sample.parse(["--checkpoint", "demo", "--out", "x", "--preset", "drafty"])
+    with pytest.raises(UserError, match="unknown word stray"):
+        launch_train.main(["stray"])
+    with pytest.raises(UserError, match="--seed: a value is missing"):
+        launch_train.main(["--seed"])
     with pytest.raises(UserError, match="did you mean --optimizer.peak-lr"):
         launch_train.main(["--optimizer.peek-lr", "1"])
 
