@@ -22,7 +22,10 @@ from magnet_jax.evaluation.scores import Listening, read_mono
 from magnet_jax.io import machine
 from magnet_jax.io.files import replacing_file
 from tokenization import encode
-from tokenization import job as tokenization
+from tokenization.maker import Maker
+from tokenization.settings import Job
+from tokenization.source.scan import scan
+from tokenization.units import plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +37,8 @@ class Args:
     tracks: int = 8
     """Files to make and tokenize: FLAC, 44.1 kHz, stereo, noise that swells."""
     track_minutes: float = 3.0
-    batch_size: int = tokenization.Job.batch_size
-    window_seconds: float = tokenization.Job.window_seconds
+    batch_size: int = Job.batch_size
+    window_seconds: float = Job.window_seconds
     workers: int = 1
     """More than 1 also times the job with so many, start-up included, against one."""
     cores_per_worker: int | None = None
@@ -74,7 +77,7 @@ def measure(args: Args) -> None:
         audio.mkdir()
         for i in range(args.tracks):
             _write_track(audio / f"{i:03d}", args.track_minutes * 60, i)
-        settings = tokenization.Job(
+        settings = Job(
             audio=audio,
             out=Path(folder) / "one",
             codec=args.codec,
@@ -85,9 +88,9 @@ def measure(args: Args) -> None:
         )
         seconds = args.tracks * args.track_minutes * 60
         bare = [bare_rate(args)]
-        units = tokenization.plan(settings, tokenization.scan(settings))
+        units = plan(settings, scan(settings))
         (settings.out / "units").mkdir(parents=True)
-        with tokenization.Maker(settings, settings.device) as make:
+        with Maker(settings, settings.device) as make:
             started = time.perf_counter()
             for unit in units:
                 make(unit, lambda files, seconds: None)
@@ -172,9 +175,7 @@ def _write_track(path: Path, seconds: float, seed: int) -> None:
     path.with_suffix(".json").write_text('{"description": "noise that swells"}')
 
 
-def _time_command(
-    settings: tokenization.Job, out: Path, workers: int, cores_per_worker: int | None
-) -> float:
+def _time_command(settings: Job, out: Path, workers: int, cores_per_worker: int | None) -> float:
     confine = None
     if cores_per_worker is not None:
         cores = sorted(os.sched_getaffinity(0))[: workers * cores_per_worker]

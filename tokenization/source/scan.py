@@ -14,7 +14,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,9 @@ from typing import Any
 from tqdm import tqdm
 
 from magnet_jax.errors import PassingError, UserError
-from tokenization.intake.audio import (
-    SUFFIXES,
-    FileBytes,
-    Reject,
-    RejectedError,
-    RowBytes,
-    Track,
-    is_outage,
-    open_bytes,
-    part_of,
-)
+from tokenization.intake.audio import SUFFIXES, RejectedError, is_outage, open_bytes
 from tokenization.source import table as tables
+from tokenization.source.manifest import Manifest
 from tokenization.source.paths import (
     CAPTION_NAMES,
     SIDECARS,
@@ -41,7 +32,6 @@ from tokenization.source.paths import (
     Make,
     Root,
     Sidecars,
-    Source,
     Task,
     Texts,
     TwiceError,
@@ -64,23 +54,12 @@ from tokenization.source.paths import (
     split,
 )
 from tokenization.source.rows import read_rows
+from tokenization.source.settings import Source
+from tokenization.track import FileBytes, Reject, RowBytes, Track, part_of
 
 _MANIFESTS = ("data.jsonl", "data.jsonl.gz", "data.jsons", "data.jsons.gz")
 _THREADS = 16  # mostly waiting for the disk or the network
 _TASKS_AT_ONCE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a source holds, in a fixed order."""
-
-    tracks: tuple[Track, ...]
-    rejects: tuple[Reject, ...]
-    """Tracks that need not be opened to be refused."""
-    ignored: dict[str, int]
-    """Number of files that are no audio, by suffix."""
-    fingerprint: str
-    """Changes with the path, size, first or last bytes of any audio, and with any caption."""
 
 
 class _IgnoredError(Exception):

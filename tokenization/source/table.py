@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from magnet_jax.errors import UserError
-from tokenization.intake.audio import SUFFIXES, FileBytes, RejectedError, RowBytes, Track
+from tokenization.intake.audio import SUFFIXES, RejectedError
 from tokenization.source.paths import (
     CAPTION_NAMES,
     PATH_NAMES,
     Ends,
     Root,
-    Source,
     Task,
     Texts,
     buffer_ends,
@@ -35,6 +34,8 @@ from tokenization.source.paths import (
     split,
 )
 from tokenization.source.rows import Row, check_names, read_rows
+from tokenization.source.settings import Source
+from tokenization.track import FileBytes, RowBytes, Track
 
 
 @dataclass(frozen=True, kw_only=True)
