@@ -113,3 +113,11 @@ def save_data_set(folder, names, captions):
 
 
 KINDS = [a_folder, a_manifest, a_csv, a_parquet, a_webdataset, a_saved_data_set]
+
+
+def write_metadata(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        return write_csv(path, rows)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

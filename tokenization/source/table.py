@@ -15,18 +15,20 @@ from typing import Any
 
 from magnet_jax.errors import UserError
 from tokenization.intake.audio import SUFFIXES, RejectedError
-from tokenization.source.paths import (
+from tokenization.source.captions import (
     CAPTION_NAMES,
+    Texts,
+    captions_and_fields,
+    keywords_in,
+)
+from tokenization.source.paths import (
     PATH_NAMES,
     Ends,
     Root,
     Task,
-    Texts,
     buffer_ends,
-    captions_and_fields,
     file_ends,
     is_hidden,
-    keywords_in,
     printable,
     range_ends,
     refuse,
@@ -39,7 +41,7 @@ from tokenization.track import FileBytes, RowBytes, Track
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class KnownTable:
     """A table whose columns are known, and what its clips are called by those who fetch them."""
 
     names: tuple[str, ...]
@@ -49,16 +51,16 @@ class Recipe:
 
 
 RECIPES = {
-    "musiccaps": Recipe(
+    "musiccaps": KnownTable(
         names=("{ytid}", "[{ytid}]-[{start_s}-{end_s}]", "{ytid}_{start_s}_{end_s}"),
         captions=("caption",),
         keywords="aspect_list",
     ),
-    "audiocaps": Recipe(
+    "audiocaps": KnownTable(
         names=("{youtube_id}", "Y{youtube_id}", "{youtube_id}_{start_time}", "{audiocap_id}"),
         captions=("caption",),
     ),
-    "clotho": Recipe(
+    "clotho": KnownTable(
         names=("{file_name}",), captions=tuple(f"caption_{i}" for i in range(1, 6))
     ),
 }  # fmt: skip

@@ -20,7 +20,7 @@ from tokenization.intake import audio
 from tokenization.intake import decoder as decoder_module
 from tokenization.intake.audio import Intake, RejectedError
 from tokenization.intake.decoder import Decoder, open_audio, readers
-from tokenization.source import paths as listing
+from tokenization.source import captions, paths
 from tokenization.source.scan import scan
 from tokenization.source.settings import Source
 from tokenization.track import FileBytes, Track, rejected
@@ -200,14 +200,14 @@ def test_a_file_out_of_reach_is_no_reject(tmp_path, monkeypatch, number, name, i
     def refuse(*how):
         raise error
 
-    places = [(audio, "open_bytes"), (listing, "range_ends"), (listing, "open_regular")]
+    places = [(audio, "open_bytes"), (paths, "range_ends"), (captions, "open_regular")]
     for module, function in places:
         with monkeypatch.context() as patch:
             patch.setattr(module, function, refuse)
-            if module is listing and is_outage:
+            if module is not audio and is_outage:
                 with pytest.raises(PassingError, match=f"out of reach .{os.strerror(number)}"):
                     scan(Source(audio=tmp_path))
-            elif module is listing:
+            elif module is not audio:
                 (reject,) = scan(Source(audio=tmp_path)).rejects
                 assert reject.reason in ("unreadable", "no caption")
             else:
