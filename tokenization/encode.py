@@ -1,8 +1,8 @@
 """Tracks of any length to tokens: windows of many tracks in a batch, the same as track by track.
 
-What the encoder's convolutions make of a frame hangs on a few frames to each side
+What the encoder's convolutions make of a frame depends on a few frames to each side
 (`receptive_field`), so a window that overlaps its neighbours by those gives the frames between
-exactly. The LSTM behind them hangs on all that came before: its state goes along from window to
+exactly. The LSTM behind them depends on all that came before: its state goes along from window to
 window. Each row of a batch is another track, and when one ends the next takes its row. Of stereo
 whose sides a mono codec encodes, a row has two lanes.
 """

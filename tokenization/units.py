@@ -60,7 +60,7 @@ def _split(job: Job, track: Track) -> str | None:
     """Where a track goes; None if it is left out."""
     if job.split_by_folder:
         return {"train": "train", "valid": "validation"}.get(track.path.split("/")[0])
-    # (parts of one file stay together: validation is of music that training has not heard)
+    # Parts of one file stay together: validation is of music that training has not heard.
     return split_of(os.path.splitext(track.path)[0], job.validation_percent)
 
 

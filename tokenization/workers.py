@@ -115,7 +115,7 @@ def _start_worker(job: Job, parent: int, numbers: Any, events: Any) -> None:
     torch.set_num_threads(max(1, machine.num_cpus() // job.workers))
 
     @functools.cache
-    def maker() -> Maker:  # (made with the first unit: what is raised here says nothing)
+    def maker() -> Maker:  # made with the first unit: what is raised here says nothing
         device = job.device
         if device == "cuda":
             device = f"cuda:{numbers.get() % max(torch.cuda.device_count(), 1)}"

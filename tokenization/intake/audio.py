@@ -109,7 +109,7 @@ def decode(part: Part, intake: Intake) -> Iterator[np.ndarray]:
             clipped += np.count_nonzero(full[:-2] & full[1:-1] & full[2:])
             before = full[-2:]
             count, values = count + len(block), values + block.size
-            if count > intake.max_track_seconds * rate:  # (its header may not have told)
+            if count > intake.max_track_seconds * rate:  # its header may not have told
                 _check_seconds(count / rate, intake)
             block = mix(block, intake.channels)
             total += block.sum(0, dtype=np.float64)

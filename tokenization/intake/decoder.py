@@ -119,7 +119,7 @@ class Decoder:
             self.close()  # a track was left in the middle, or something ended it between two
         if self._process is None:
             self._start()
-        if self._killed:  # (while it started)
+        if self._killed:  # while it started
             self.close()
             raise _LostError(UserError("the process that decodes audio was ended"))
         process, finished, self._busy = self._process, False, True
@@ -160,7 +160,7 @@ class Decoder:
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        # (as multiprocessing does, so that it finds what this process found)
+        # As multiprocessing does, so that it finds what this process found.
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         try:
             self._process = subprocess.Popen(
@@ -168,7 +168,7 @@ class Decoder:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                # (numpy's threads would have nothing to do)
+                # Numpy's threads would have nothing to do.
                 env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is for the parent to see
             )
@@ -355,7 +355,7 @@ def main(decode: Callable = decode) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is noted well enough
     # A damaged header that asks for all memory there is takes down one file, not the machine.
-    # (maps of files do not count)
+    # Maps of files do not count.
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     if most == resource.RLIM_INFINITY or most > _MEMORY:
         with contextlib.suppress(ValueError, OSError):  # macOS may refuse it

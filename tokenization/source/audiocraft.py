@@ -85,7 +85,7 @@ def _read_info(root: Root, info_path: str, open_zip: Callable[[str], zipfile.Zip
             opened = open_regular(root.resolve(info_path))
         with opened as file:
             return read_caption(file, os.path.basename(info_path))
-    # (RuntimeError: encrypted, or compressed in a way that zipfile does not know)
+    # RuntimeError: encrypted, or compressed in a way that zipfile does not know.
     except (OSError, KeyError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         if isinstance(error, OSError) and is_outage(error):
             raise

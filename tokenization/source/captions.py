@@ -37,7 +37,7 @@ def captions_and_fields(captions: Iterable[Any], rest: Mapping[str, Any], where:
         if "captions" in fields:  # under this name records have the other captions
             fields["captions_"] = fields.pop("captions")
         size = len("".join(texts).encode())
-        # (tables may hold times and the like)
+        # Tables may hold times and the like.
         content = json.dumps(fields, sort_keys=True, allow_nan=False, default=str)
         if "\\ud" in content:  # half a character, or an ordinary pair of halves
             json.dumps(fields, ensure_ascii=False, default=str).encode()

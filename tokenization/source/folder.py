@@ -99,7 +99,7 @@ def entries_of(folder: str | Path) -> list[os.DirEntry]:
         with os.scandir(folder) as listed:
             return [entry for entry in listed if not is_hidden(entry.name)]
     except OSError as error:
-        # (its tracks would be missing without a word)
+        # Its tracks would be missing without a word.
         raise UserError(f"{error.filename}: cannot be listed ({error.strerror})") from None
 
 

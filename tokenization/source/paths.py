@@ -155,9 +155,9 @@ def check_name(path: str) -> None:
 
 def file_ends(path: str) -> Ends:
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # (opening a pipe would wait for ever)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
         raise RejectedError("unreadable", "not a regular file")
-    if status.st_size == 0:  # (and a copy of no other)
+    if status.st_size == 0:  # and a copy of no other
         raise RejectedError("empty", "a file of 0 bytes")
     return range_ends(path, 0, status.st_size)
 

@@ -135,7 +135,7 @@ class _Table:
             return value if isinstance(value, str) and value.strip() else ""
         names = [filled(pattern, row) for pattern in self.patterns]
         for name in map(_composed, names):
-            # (a table may say .wav where the clip was kept as .flac)
+            # A table may say .wav where the clip was kept as .flac.
             stem, suffix = split(name)
             for key in (name, stem) if suffix in SUFFIXES else (name,):
                 if key in self.others:
@@ -180,7 +180,7 @@ class _Table:
             if not name or printable(name) != name:
                 raise RejectedError("bad row", f"no {self.source.columns.id}")
             return name
-        # (in full, as parts may differ in a sample)
+        # In full, as parts may differ in a sample.
         if duration is not None:
             return f"{default}@{start!r}+{duration!r}"
         return f"{default}@{start!r}" if self.source.columns.start else default

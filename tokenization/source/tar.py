@@ -44,7 +44,7 @@ def tar_tasks(source: Source, paths: list[Path], ignored: Counter[str]) -> Itera
                     count += len(members)
                     yield from _sample_tasks(source, path, key, members, ignored)
                 _check_end(path, tar.offset)
-        # (of sizes that no file can have the library knows nothing)
+        # Of sizes that no file can have the library knows nothing.
         except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
             detail = f"after {count} whole files: {error}"
             yield printable(path.name), refuse("damaged tar", detail)
@@ -114,7 +114,7 @@ def _tar_track(
 ) -> tuple[Track, Ends]:
     check_name(member.name)
     place = _member_bytes(path, member)
-    if member.size == 0:  # (and a copy of no other)
+    if member.size == 0:  # and a copy of no other
         raise RejectedError("empty", "a file of 0 bytes")
     for suffix, read in ((".json", read_json), (".txt", read_text)):
         if suffix in captions:
