@@ -23,7 +23,10 @@ from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import Listening, read_mono
 from magnet_jax.io import machine
 from tokenization import encode
-from tokenization import job as tokenization
+from tokenization.maker import Maker
+from tokenization.settings import Job
+from tokenization.source.scan import scan
+from tokenization.units import plan
 
 Minutes = Annotated[float, Between(0.1, 600)]
 
@@ -37,8 +40,8 @@ class Args:
     tracks: Count = 8
     """Files to make and tokenize: FLAC, 44.1 kHz, stereo, noise that swells."""
     track_minutes: Minutes = 3.0
-    batch_size: Count = tokenization.Job.batch_size
-    window_seconds: Annotated[float, Between(0.1, 600)] = tokenization.Job.window_seconds
+    batch_size: Count = Job.batch_size
+    window_seconds: Annotated[float, Between(0.1, 600)] = Job.window_seconds
     workers: Count = 1
     """More than 1 also times the job with so many, start-up included, against one."""
     cores_per_worker: Count | None = None
@@ -120,13 +123,13 @@ def check(args: Args) -> None:
         )
 
 
-def make_job(args: Args, folder: Path) -> tokenization.Job:
+def make_job(args: Args, folder: Path) -> Job:
     """The job to measure, and its audio."""
     audio = folder / "audio"
     audio.mkdir()
     for i in range(args.tracks):
         _write_track(audio / f"{i:03d}", args.track_minutes * 60, i)
-    return tokenization.Job(
+    return Job(
         audio=audio,
         out=folder / "one",
         codec=args.codec,
@@ -137,11 +140,11 @@ def make_job(args: Args, folder: Path) -> tokenization.Job:
     )
 
 
-def job_rate(args: Args, settings: tokenization.Job) -> float:
+def job_rate(args: Args, settings: Job) -> float:
     """Seconds of audio a second of the whole job, in this process."""
-    units = tokenization.plan(settings, tokenization.scan(settings))
+    units = plan(settings, scan(settings))
     (settings.out / "units").mkdir(parents=True)
-    with tokenization.Maker(settings, settings.device) as make:
+    with Maker(settings, settings.device) as make:
         started = time.perf_counter()
         for unit in units:
             make(unit, lambda files, seconds: None)
@@ -197,9 +200,7 @@ def _write_track(path: Path, seconds: float, seed: int) -> None:
     path.with_suffix(".json").write_text('{"description": "noise that swells"}')
 
 
-def _time_command(
-    settings: tokenization.Job, out: Path, workers: int, cores_per_worker: int | None
-) -> float:
+def _time_command(settings: Job, out: Path, workers: int, cores_per_worker: int | None) -> float:
     confine = None
     if cores_per_worker is not None:
         cores = sorted(os.sched_getaffinity(0))[: workers * cores_per_worker]

@@ -9,15 +9,17 @@ from typing import NamedTuple
 
 from magnet_jax.errors import UserError
 from magnet_jax.io.formats import SUFFIXES, RejectedError
-from tokenization.source.paths import (
+from tokenization.source.captions import (
     CAPTION_NAMES,
     SIDECARS,
     encoding_of,
-    is_hidden,
     is_json,
     load_json,
-    split,
     texts_in,
+)
+from tokenization.source.paths import (
+    is_hidden,
+    split,
 )
 from tokenization.source.rows import Row, read_rows
 from tokenization.source.table import METADATA, RECIPES, filled, pattern_fields

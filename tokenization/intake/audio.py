@@ -6,14 +6,13 @@ people's files crash and hang.
 
 import functools
 import io
-import json
 import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import soxr
@@ -22,81 +21,11 @@ from magnet_jax.io.formats import MISSING_SECONDS, Sound, check_channels, mix, o
 from magnet_jax.io.formats import SUFFIXES as SUFFIXES
 from magnet_jax.io.formats import RejectedError as RejectedError
 from magnet_jax.io.formats import is_outage as is_outage
+from tokenization.track import FileBytes, HeldBytes, Part, RowBytes
 
 SILENCE_DBFS = -60.0
 LARGEST_PEAK = 8.0  # full scale is 1; samples of +-32768 are no float audio
 CLIPPED = 1e-3  # a track of which a larger share is clipped counts as clipped
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reject:
-    """A track that is left out: its path as the source names it, and why."""
-
-    path: str
-    reason: str
-    """One of a few fixed phrases, to be counted."""
-    detail: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FileBytes:
-    """A file, or a range of its bytes: a member of a tar."""
-
-    path: str
-    offset: int = 0
-    size: int | None = None
-    """None is the whole file."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RowBytes:
-    """Audio within a table: a row of a Parquet file or an Arrow stream."""
-
-    path: str
-    kind: Literal["parquet", "arrow"]
-    column: str
-    """Of bytes, or of structs with 'bytes', as the `datasets` library has them."""
-    row: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class HeldBytes:
-    """Audio that was taken out of a table already."""
-
-    path: str
-    """Of the table, for messages."""
-    data: bytes
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Track:
-    """Captioned audio that has not been opened yet: a file or a part of one."""
-
-    path: str
-    """Below the source's root, for people and records."""
-    track_id: str
-    """Unlike that of any other track of the source; by default the path without suffix."""
-    place: FileBytes | RowBytes | HeldBytes
-    captions: tuple[str, ...]
-    """One at least, and the first is the caption."""
-    fields: str
-    """JSON object of whatever else goes with it, less what is null or not finite."""
-    start: float = 0.0
-    """Seconds into the file."""
-    duration: float | None = None
-    """Seconds; None is up to the end of the file."""
-
-    @property
-    def caption(self) -> str:
-        return self.captions[0]
-
-    @property
-    def info(self) -> str:
-        """The fields, and under 'captions' the others if there are several: what records hold."""
-        if len(self.captions) == 1:
-            return self.fields
-        fields = json.loads(self.fields) | {"captions": self.captions[1:]}
-        return json.dumps(fields, sort_keys=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,15 +55,17 @@ class Facts:
     """Root mean square in dBFS, of the mix, around its mean: a constant offset is no sound."""
     clipped: float | None = None
     """Share of samples at full scale that come after two others at full scale."""
+    both: tuple[float, float] | None = None
+    """Of a mix: the seconds between which both of its parts sound."""
 
 
-def read_header(track: Track, intake: Intake) -> Facts:
+def read_header(part: Part, intake: Intake) -> Facts:
     """What the header says, without reading the sound; raises as `decode` does."""
-    with _opened(track) as opened:
-        seconds, rate = track.duration, opened.sample_rate
-        _check_header(track, opened, intake)
-        if (count := _promised(track, opened)) is not None:
-            _check_length(track, opened, count)
+    with _opened(part) as opened:
+        seconds, rate = part.duration, opened.sample_rate
+        _check_header(part, opened, intake)
+        if (count := _promised(part, opened)) is not None:
+            _check_length(part, opened, count)
             seconds = count / rate
         if seconds is not None:
             _check_seconds(seconds, intake)
@@ -146,16 +77,16 @@ def read_header(track: Track, intake: Intake) -> Facts:
         )
 
 
-def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
+def decode(part: Part, intake: Intake) -> Iterator[np.ndarray]:
     """Yields the samples in blocks [n, C] (float32), mixed and resampled; returns its `Facts`.
 
     However long the track is, a few blocks are in memory. Raises `RejectedError` as soon as the
     track is known not to be fit, which may be after its last block, FileNotFoundError, and OSError
     that `is_outage`.
     """
-    with _opened(track) as opened:
+    with _opened(part) as opened:
         rate = opened.sample_rate
-        _check_header(track, opened, intake)
+        _check_header(part, opened, intake)
         resampler = None
         if intake.sample_rate not in (None, rate):
             resampler = soxr.ResampleStream(
@@ -165,8 +96,8 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
         values = 0  # samples of all channels
         # of the last two frames: whether they are at full scale
         before = np.zeros((2, opened.channels), bool)
-        wanted = None if track.duration is None else round(track.duration * rate)
-        for block in opened.read(round(track.start * rate), wanted):
+        wanted = None if part.duration is None else round(part.duration * rate)
+        for block in opened.read(round(part.start * rate), wanted):
             if not np.isfinite(block).all():
                 raise RejectedError("not finite", "holds NaN or infinite samples")
             size = np.abs(block)
@@ -178,7 +109,7 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
             clipped += np.count_nonzero(full[:-2] & full[1:-1] & full[2:])
             before = full[-2:]
             count, values = count + len(block), values + block.size
-            if count > intake.max_track_seconds * rate:  # (its header may not have told)
+            if count > intake.max_track_seconds * rate:  # its header may not have told
                 _check_seconds(count / rate, intake)
             block = mix(block, intake.channels)
             total += block.sum(0, dtype=np.float64)
@@ -187,7 +118,7 @@ def decode(track: Track, intake: Intake) -> Iterator[np.ndarray]:
                 block = resampler.resample_chunk(block)
             if len(block):
                 yield block
-        _check_length(track, opened, count)
+        _check_length(part, opened, count)
         seconds = count / rate
         _check_seconds(seconds, intake)
         variance = max(0.0, square / (count * intake.channels) - np.mean(np.square(total / count)))
@@ -223,27 +154,18 @@ def open_bytes(place: FileBytes | RowBytes | HeldBytes) -> BinaryIO:
     return view(lambda: open(place.path, "rb"), place.offset, place.offset + place.size)
 
 
-def _opened(track: Track) -> AbstractContextManager[Sound]:
-    place = track.place
+def _opened(part: Part) -> AbstractContextManager[Sound]:
+    place = part.place
     named = isinstance(place, FileBytes) and place.size is None
     return open_sound(place.path, lambda: open_bytes(place), named=named)
 
 
-def part_of(track: Track) -> str:
-    """For the details of rejects: which part of its file a track is; '' for a whole one."""
-    return f" ({track.track_id})" if _is_part(track) else ""
-
-
-def _is_part(track: Track) -> bool:
-    return track.start > 0 or track.duration is not None
-
-
-def _check_header(track: Track, opened: Sound, intake: Intake) -> None:
+def _check_header(part: Part, opened: Sound, intake: Intake) -> None:
     """Raises `RejectedError` for what the header alone decides."""
-    if opened.loss and not _is_part(track):
+    if opened.loss and part.is_whole:
         raise RejectedError("cut off", opened.loss)
     check_channels(opened.channels, intake.channels)
-    count = _promised(track, opened)
+    count = _promised(part, opened)
     if count is not None and count > intake.max_track_seconds * opened.sample_rate:
         _check_seconds(count / opened.sample_rate, intake)
 
@@ -256,25 +178,25 @@ def _check_seconds(seconds: float, intake: Intake) -> None:
         raise RejectedError("too long", detail)
 
 
-def _promised(track: Track, opened: Sound) -> int | None:
+def _promised(part: Part, opened: Sound) -> int | None:
     """Frames that a track has by the header of its file; None if that does not tell."""
     if opened.frames is None:
         return None
-    count = max(0, opened.frames - round(track.start * opened.sample_rate))
-    if track.duration is None:
+    count = max(0, opened.frames - round(part.start * opened.sample_rate))
+    if part.duration is None:
         return count
-    return min(count, round(track.duration * opened.sample_rate))
+    return min(count, round(part.duration * opened.sample_rate))
 
 
-def _check_length(track: Track, opened: Sound, count: int) -> None:
+def _check_length(part: Part, opened: Sound, count: int) -> None:
     """Raises `RejectedError` if there is no sound, or less than was promised."""
     rate = opened.sample_rate
     if count == 0:
-        if _is_part(track):
-            raise RejectedError("outside the file", f"the file ends before {track.start:g} s")
+        if not part.is_whole:
+            raise RejectedError("outside the file", f"the file ends before {part.start:g} s")
         raise RejectedError("empty", "no samples")
-    if track.duration is not None and track.duration - count / rate > MISSING_SECONDS:
-        detail = f"{count / rate:.2f} s from {track.start:g} s on, of {track.duration:g}"
+    if part.duration is not None and part.duration - count / rate > MISSING_SECONDS:
+        detail = f"{count / rate:.2f} s from {part.start:g} s on, of {part.duration:g}"
         raise RejectedError("cut off", detail)
 
 

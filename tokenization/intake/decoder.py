@@ -1,8 +1,8 @@
 """Decoding in a process of its own: a file that crashes or hangs its library is a reject.
 
-`open_audio` gives a track block by block, `read_audio` whole. Each reader has one `Decoder`, a
-process that lives until a file kills it, or is killed for it. The file gets a second try with a new
-one: the machine may have been to blame.
+`open_audio` gives a track block by block. Each reader has one `Decoder`, a process that lives until
+a file kills it, or is killed for it. The file gets a second try with a new one: the machine may
+have been to blame. What it is given is a track's place alone, and none of its captions.
 
 python -m tokenization.intake.decoder FD is that process; it talks over the connection FD.
 """
@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 
 from magnet_jax.errors import PassingError, UserError
-from tokenization.intake import audio
-from tokenization.intake.audio import Facts, HeldBytes, Intake, RejectedError, RowBytes, Track
+from tokenization.intake import audio, mix
+from tokenization.intake.audio import Facts, Intake, RejectedError
+from tokenization.track import HeldBytes, Mix, Part, RowBytes
 
 PROGRAM = ("-m", "tokenization.intake.decoder")
 
@@ -100,7 +101,7 @@ class Decoder:
             process.kill()
 
     def ask(self, kind: str, *arguments: Any) -> Iterator[Any]:
-        """What the process answers: `serve` says what there is to ask."""
+        """What the process answers: `answers` says what there is to ask."""
         given = 0
         for last in (False, True):
             try:
@@ -118,7 +119,7 @@ class Decoder:
             self.close()  # a track was left in the middle, or something ended it between two
         if self._process is None:
             self._start()
-        if self._killed:  # (while it started)
+        if self._killed:  # while it started
             self.close()
             raise _LostError(UserError("the process that decodes audio was ended"))
         process, finished, self._busy = self._process, False, True
@@ -127,19 +128,10 @@ class Decoder:
                 self._connection.send((kind, *arguments))
             while True:
                 what, value = self._answer()
-                if what == "more":
-                    yield value
-                    continue
-                finished = True
-                if what == "done":
-                    yield value
+                finished = what != "more"
+                yield told(what, value)
+                if finished:
                     return
-                if what == "rejected":
-                    raise RejectedError(*value)
-                if what == "gone":
-                    raise UserError(f"{value}: vanished while the job ran; run the job again")
-                if what == "out":
-                    raise PassingError(f"{value}; mend that, the same command goes on from here")
         finally:
             # Whoever stopped reading before the end leaves blocks behind. (Python may tell of it
             # late, when another process reads another track.)
@@ -168,7 +160,7 @@ class Decoder:
 
     def _start(self) -> None:
         ours, theirs = Pipe()
-        # (as multiprocessing does, so that it finds what this process found)
+        # As multiprocessing does, so that it finds what this process found.
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         try:
             self._process = subprocess.Popen(
@@ -176,7 +168,7 @@ class Decoder:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                # (numpy's threads would have nothing to do)
+                # Numpy's threads would have nothing to do.
                 env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is for the parent to see
             )
@@ -197,27 +189,31 @@ class Decoder:
             raise UserError("the process that decodes audio did not start; its message is above")
 
 
-def open_audio(track: Track, intake: Intake, decoder: Decoder) -> Stream:
+def told(what: str, value: Any) -> Any:
+    """The value of an answer, see `answers`; raises what it says went wrong."""
+    if what == "rejected":
+        raise RejectedError(*value)
+    if what == "gone":
+        raise UserError(f"{value}: vanished while the job ran; run the job again")
+    if what == "out":
+        raise PassingError(f"{value}; mend that, the same command goes on from here")
+    return value
+
+
+def open_audio(part: Part | Mix, intake: Intake, decoder: Decoder) -> Stream:
     """A track in blocks, mixed and resampled; a few of them are in memory, however long it is."""
-    return Stream(decoder.ask("decode", track, intake))
+    return Stream(decoder.ask("decode", part, intake))
 
 
-def read_audio(track: Track, intake: Intake, decoder: Decoder) -> tuple[np.ndarray, Facts]:
-    """A whole track, [C, N] (float32), and its facts; raises as `Stream` does."""
-    stream = open_audio(track, intake, decoder)
-    wav_CN = np.ascontiguousarray(np.concatenate(list(stream), axis=1))
-    return wav_CN, stream.facts
-
-
-def measure(track: Track, intake: Intake, decoder: Decoder) -> Facts:
+def measure(part: Part, intake: Intake, decoder: Decoder) -> Facts:
     """The facts of a track that is decoded for them alone; raises as `Stream` does."""
-    *_, facts = decoder.ask("measure", track, intake)
+    *_, facts = decoder.ask("measure", part, intake)
     return facts
 
 
-def read_header(track: Track, intake: Intake, decoder: Decoder) -> Facts:
+def read_header(part: Part, intake: Intake, decoder: Decoder) -> Facts:
     """The facts that a header tells; raises as `Stream` does."""
-    *_, facts = decoder.ask("read_header", track, intake)
+    *_, facts = decoder.ask("read_header", part, intake)
     return facts
 
 
@@ -232,21 +228,22 @@ class Unpacker:
         self._decoder = Decoder(timeout)
         self._thread = ThreadPoolExecutor(1, "unpacker")
 
-    def submit(self, track: Track) -> Future:
-        """The track with its bytes; as it was if it lies elsewhere, or they cannot be had.
+    def submit(self, part: Part | Mix) -> Future:
+        """The part with its bytes; as it was if it lies elsewhere, or they cannot be had.
 
         Whoever decodes it then finds out why.
         """
-        return self._thread.submit(self._unpacked, track)
+        return self._thread.submit(self._unpacked, part)
 
-    def _unpacked(self, track: Track) -> Track:
-        if not isinstance(track.place, RowBytes) or track.place.kind != "parquet":
-            return track
+    def _unpacked(self, part: Part | Mix) -> Part | Mix:
+        place = None if isinstance(part, Mix) else part.place
+        if not isinstance(place, RowBytes) or place.kind != "parquet":
+            return part
         try:
-            (data,) = self._decoder.ask("read_bytes", track)
+            (data,) = self._decoder.ask("read_bytes", part)
         except RejectedError:
-            return track
-        return dataclasses.replace(track, place=HeldBytes(path=track.place.path, data=data))
+            return part
+        return dataclasses.replace(part, place=HeldBytes(path=place.path, data=data))
 
     def close(self) -> None:
         """Ends the process, and what it was given to do."""
@@ -288,54 +285,64 @@ def readers(count: int, timeout: float) -> Iterator[Callable[..., Future]]:
 # --- the process itself -------------------------------------------------------------------------
 
 
-def serve(connection: Connection, decode: Callable = audio.decode) -> None:
-    """Answers until the connection ends.
+def decode(part: Part | Mix, intake: Intake) -> Iterator[np.ndarray | None]:
+    """As `audio.decode` and `mix.decode`."""
+    return mix.decode(part, intake) if isinstance(part, Mix) else audio.decode(part, intake)
 
-    ("decode", track, intake) -> ("more", block) ..., ("done", facts)
-    ("measure", track, intake) -> ("more", None) ..., ("done", facts)
-    ("read_header", track, intake) -> ("done", facts)
-    ("read_bytes", track) -> ("done", the bytes of its file)
+
+def answers(
+    kind: str, part: Part | Mix, *arguments: Any, decode: Callable = decode
+) -> Iterator[tuple[str, Any]]:
+    """What is answered to a question.
+
+    ("decode", part, intake) -> ("more", block, or None where it takes long) ..., ("done", facts)
+    ("measure", part, intake) -> ("more", None) ..., ("done", facts)
+    ("read_header", part, intake) -> ("done", facts)
+    ("read_bytes", part) -> ("done", the bytes of its file)
     or in the end ("rejected", (reason, detail)), ("gone", path) or ("out", what is out of reach).
     """
+    try:
+        if kind == "read_header":
+            yield "done", audio.read_header(part, *arguments)
+        elif kind == "read_bytes":
+            with audio.open_bytes(part.place) as file:
+                yield "done", file.read()
+        else:
+            blocks = decode(part, *arguments)
+            while True:
+                try:
+                    block = next(blocks)
+                except StopIteration as end:
+                    yield "done", end.value
+                    return
+                yield "more", block if kind == "decode" else None
+    except RejectedError as error:
+        yield "rejected", (error.reason, error.detail)
+    except FileNotFoundError as error:
+        yield "gone", error.filename or part.paths[0]
+    except MemoryError:
+        yield "rejected", ("unreadable", "asks for more memory than there is")
+    except Exception as error:
+        if isinstance(error, OSError) and audio.is_outage(error):
+            yield "out", f"{error.filename or part.paths[0]}: {error.strerror}"
+            return
+        # Its last line alone, and without the path, which differs between machines.
+        what = traceback.format_exc().strip().splitlines()[-1]
+        for path in part.paths:
+            what = what.replace(path, os.path.basename(path))
+        yield "rejected", ("decoder failed", what)
+
+
+def serve(connection: Connection, decode: Callable = decode) -> None:
+    """Answers questions until the connection ends."""
     connection.send("ready")
     while True:
         try:
-            kind, track, *arguments = connection.recv()
+            question = connection.recv()
         except EOFError:
             return
-        try:
-            if kind == "read_header":
-                found = audio.read_header(track, *arguments)
-            elif kind == "read_bytes":
-                with audio.open_bytes(track.place) as file:
-                    found = file.read()
-            else:
-                found = _send_blocks(connection, decode(track, *arguments), kind == "decode")
-            answer = ("done", found)
-        except RejectedError as error:
-            answer = ("rejected", (error.reason, error.detail + audio.part_of(track)))
-        except FileNotFoundError:
-            answer = ("gone", track.place.path)
-        except MemoryError:
-            answer = ("rejected", ("unreadable", "asks for more memory than there is"))
-        except Exception as error:
-            if isinstance(error, OSError) and audio.is_outage(error):
-                connection.send(("out", f"{track.place.path}: {error.strerror}"))
-                continue
-            # (its last line alone, and without the path, which differs between machines)
-            what = traceback.format_exc().strip().splitlines()[-1]
-            what = what.replace(track.place.path, os.path.basename(track.place.path))
-            answer = ("rejected", ("decoder failed", what))
-        connection.send(answer)
-
-
-def _send_blocks(connection: Connection, blocks: Iterator[np.ndarray], samples: bool) -> Facts:
-    while True:
-        try:
-            block = next(blocks)
-        except StopIteration as end:
-            return end.value
-        connection.send(("more", block if samples else None))
+        for answer in answers(*question, decode=decode):
+            connection.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -343,12 +350,12 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def main(decode: Callable = audio.decode) -> None:
+def main(decode: Callable = decode) -> None:
     """Serves the connection whose file descriptor is the last argument."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is noted well enough
     # A damaged header that asks for all memory there is takes down one file, not the machine.
-    # (maps of files do not count)
+    # Maps of files do not count.
     _, most = resource.getrlimit(resource.RLIMIT_DATA)
     if most == resource.RLIM_INFINITY or most > _MEMORY:
         with contextlib.suppress(ValueError, OSError):  # macOS may refuse it

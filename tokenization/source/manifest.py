@@ -7,17 +7,16 @@ reject, between one of the source's settings and one that ends it, with a hash o
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenization.intake.audio import FileBytes, Reject, RowBytes, Track
-from tokenization.source.paths import Source
-from tokenization.source.scan import Manifest
+from tokenization.source.settings import Source
+from tokenization.track import FileBytes, Reject, RowBytes, Track
 
 NAME = "manifest.jsonl"  # below --out
 
@@ -25,6 +24,19 @@ _FORMAT = "magnet_jax manifest 1"
 _GONE = (-1, -1)
 _THREADS = 16  # as in a scan, they mostly wait
 _PATHS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a source holds, in a fixed order."""
+
+    tracks: tuple[Track, ...]
+    rejects: tuple[Reject, ...]
+    """Tracks that need not be opened to be refused."""
+    ignored: dict[str, int]
+    """Number of files that are no audio, by suffix."""
+    fingerprint: str
+    """Changes with the path, size, first or last bytes of any audio, and with any caption."""
 
 
 class Written(NamedTuple):
@@ -133,15 +145,12 @@ def _track(values: dict[str, Any], before: Track | None) -> Track:
     )
 
 
-def is_as_it_was(written: Written, tracks: Iterable[Track]) -> bool:
-    """Whether the files of some of its tracks have the size and the time that they had."""
-    wanted = set(map(id, tracks))
-    kept = [i for i, track in enumerate(written.manifest.tracks) if id(track) in wanted]
-    paths = (written.manifest.tracks[i].place.path for i in kept)
-    return all(
-        seen == tuple(before) and seen != _GONE
-        for seen, before in zip(_seen(paths), written.seen[kept].tolist(), strict=True)
-    )
+def is_as_it_was(written: Written, paths: Collection[str]) -> bool:
+    """Whether some of its files have the size and the time that they had."""
+    tracks, seen = written.manifest.tracks, written.seen.tolist()
+    before = {(t.place.path, *s) for t, s in zip(tracks, seen) if t.place.path in paths}
+    now = _seen(path for path, *_ in before)
+    return all(seen == tuple(was) and seen != _GONE for seen, (_, *was) in zip(now, before))
 
 
 def _seen(paths: Iterable[str]) -> Iterator[tuple[int, int]]:

@@ -13,10 +13,12 @@ from typing import Any
 
 from magnet_jax.errors import UserError
 from tokenization.intake.audio import SUFFIXES, RejectedError
-from tokenization.source.paths import (
+from tokenization.source.captions import (
     LARGEST_CAPTION,
     encoding_of,
     load_json,
+)
+from tokenization.source.paths import (
     open_listing,
     printable,
     split,

@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from magnet_jax.errors import UserError
-from tokenization.intake.audio import SUFFIXES, FileBytes, RejectedError, RowBytes, Track
-from tokenization.source.paths import (
+from tokenization.intake.audio import SUFFIXES, RejectedError
+from tokenization.source.captions import (
     CAPTION_NAMES,
+    Texts,
+    captions_and_fields,
+    keywords_in,
+)
+from tokenization.source.paths import (
     PATH_NAMES,
     Ends,
     Root,
-    Source,
     Task,
-    Texts,
     buffer_ends,
-    captions_and_fields,
     file_ends,
     is_hidden,
-    keywords_in,
     printable,
     range_ends,
     refuse,
@@ -35,10 +36,12 @@ from tokenization.source.paths import (
     split,
 )
 from tokenization.source.rows import Row, check_names, read_rows
+from tokenization.source.settings import Source
+from tokenization.track import FileBytes, RowBytes, Track
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class KnownTable:
     """A table whose columns are known, and what its clips are called by those who fetch them."""
 
     names: tuple[str, ...]
@@ -48,16 +51,16 @@ class Recipe:
 
 
 RECIPES = {
-    "musiccaps": Recipe(
+    "musiccaps": KnownTable(
         names=("{ytid}", "[{ytid}]-[{start_s}-{end_s}]", "{ytid}_{start_s}_{end_s}"),
         captions=("caption",),
         keywords="aspect_list",
     ),
-    "audiocaps": Recipe(
+    "audiocaps": KnownTable(
         names=("{youtube_id}", "Y{youtube_id}", "{youtube_id}_{start_time}", "{audiocap_id}"),
         captions=("caption",),
     ),
-    "clotho": Recipe(
+    "clotho": KnownTable(
         names=("{file_name}",), captions=tuple(f"caption_{i}" for i in range(1, 6))
     ),
 }  # fmt: skip
@@ -132,7 +135,7 @@ class _Table:
             return value if isinstance(value, str) and value.strip() else ""
         names = [filled(pattern, row) for pattern in self.patterns]
         for name in map(_composed, names):
-            # (a table may say .wav where the clip was kept as .flac)
+            # A table may say .wav where the clip was kept as .flac.
             stem, suffix = split(name)
             for key in (name, stem) if suffix in SUFFIXES else (name,):
                 if key in self.others:
@@ -177,7 +180,7 @@ class _Table:
             if not name or printable(name) != name:
                 raise RejectedError("bad row", f"no {self.source.columns.id}")
             return name
-        # (in full, as parts may differ in a sample)
+        # In full, as parts may differ in a sample.
         if duration is not None:
             return f"{default}@{start!r}+{duration!r}"
         return f"{default}@{start!r}" if self.source.columns.start else default

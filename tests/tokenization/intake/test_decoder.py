@@ -8,13 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from sounds import RATE, tone
+from tokenizing import read_audio
 
-from tokenization import job as jobs
-from tokenization.intake.audio import FileBytes, HeldBytes, Intake, RejectedError, open_bytes
-from tokenization.intake.decoder import Decoder, Unpacker, read_audio
-from tokenization.job import Job, run
-from tokenization.source.paths import Source
+from tokenization.intake import decoder as decoding
+from tokenization.intake.audio import Intake, RejectedError, open_bytes
+from tokenization.intake.decoder import Decoder, Unpacker
+from tokenization.job import run
+from tokenization.settings import Job
 from tokenization.source.scan import scan
+from tokenization.source.settings import Source
+from tokenization.track import FileBytes, HeldBytes
 
 INTAKE = Intake(sample_rate=RATE, channels=1)
 
@@ -46,13 +49,13 @@ def test_rows_are_unpacked_by_one_process(tmp_path, unpacker, as_struct):
     audio = sounds(12)
     column = [{"bytes": data, "path": "x.wav"} for data in audio] if as_struct else audio
     tracks = scan(table(tmp_path / "t.parquet", column, row_group_size=5)).tracks
-    found = [future.result() for future in [unpacker.submit(track) for track in tracks]]
+    found = [future.result() for future in [unpacker.submit(track.part) for track in tracks]]
     process = unpacker._decoder._process.pid
     assert [one.place for one in found] == [
         HeldBytes(path=str(tmp_path / "t.parquet"), data=data) for data in audio
     ]
-    assert [one.captions for one in found] == [track.captions for track in tracks]
-    assert unpacker.submit(tracks[3]).result() == found[3]  # what was passed over
+    assert all(not hasattr(one, "captions") for one in found)
+    assert unpacker.submit(tracks[3].part).result() == found[3]  # what was passed over
     assert unpacker._decoder._process.pid == process
     with Decoder(60) as decoder:
         for track, one in zip(tracks[:3], found):
@@ -65,8 +68,8 @@ def test_rows_are_unpacked_by_one_process(tmp_path, unpacker, as_struct):
 def test_what_cannot_be_unpacked_is_left_to_its_decoder(tmp_path, unpacker):
     audio = [*sounds(1), None, b"no sound", b""]
     tracks = scan(table(tmp_path / "t.parquet", audio)).tracks
-    found = [unpacker.submit(track).result() for track in tracks]
-    assert found[1] is tracks[1] and isinstance(found[2].place, HeldBytes)
+    found = [unpacker.submit(track.part).result() for track in tracks]
+    assert found[1] == tracks[1].part and isinstance(found[2].place, HeldBytes)
     for i, reason in ((1, "empty"), (2, "unreadable"), (3, "empty")):
         with Decoder(60) as decoder, pytest.raises(RejectedError, match=reason) as caught:
             read_audio(found[i], INTAKE, decoder)
@@ -76,14 +79,15 @@ def test_what_cannot_be_unpacked_is_left_to_its_decoder(tmp_path, unpacker):
         assert file.read() == audio[0]
 
 
-def test_the_job_hands_rows_to_its_decoders(tmp_path, one_codec, monkeypatch):
-    places, open_audio = [], jobs.open_audio
+@pytest.mark.usefixtures("stub")
+def test_the_job_hands_rows_to_its_decoders(tmp_path, monkeypatch):
+    places, open_audio = [], decoding.open_audio
 
-    def opened(track, *how):
-        places.append(track.place)
-        return open_audio(track, *how)
+    def opened(part, *how):
+        places.append(part.place)
+        return open_audio(part, *how)
 
-    monkeypatch.setattr(jobs, "open_audio", opened)
+    monkeypatch.setattr(decoding, "open_audio", opened)
     audio = sounds(6)
     source = table(tmp_path / "audio" / "t.parquet", [*audio, b"no sound"])
     out = tmp_path / "out"

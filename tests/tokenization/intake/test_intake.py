@@ -12,23 +12,18 @@ import numpy as np
 import pytest
 import soundfile
 from sounds import RATE, cut_file, put, put_with_ffmpeg, tone
+from tokenizing import measure, read_audio, read_header
 
 from magnet_jax.errors import PassingError, UserError
 from magnet_jax.io import formats
 from tokenization.intake import audio
 from tokenization.intake import decoder as decoder_module
-from tokenization.intake.audio import FileBytes, Intake, RejectedError, Track
-from tokenization.intake.decoder import (
-    Decoder,
-    measure,
-    open_audio,
-    read_audio,
-    read_header,
-    readers,
-)
-from tokenization.source import paths as listing
-from tokenization.source.paths import Source
+from tokenization.intake.audio import Intake, RejectedError
+from tokenization.intake.decoder import Decoder, open_audio, readers
+from tokenization.source import captions, paths
 from tokenization.source.scan import scan
+from tokenization.source.settings import Source
+from tokenization.track import FileBytes, Track, rejected
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +200,14 @@ def test_a_file_out_of_reach_is_no_reject(tmp_path, monkeypatch, number, name, i
     def refuse(*how):
         raise error
 
-    places = [(audio, "open_bytes"), (listing, "range_ends"), (listing, "open_regular")]
+    places = [(audio, "open_bytes"), (paths, "range_ends"), (captions, "open_regular")]
     for module, function in places:
         with monkeypatch.context() as patch:
             patch.setattr(module, function, refuse)
-            if module is listing and is_outage:
+            if module is not audio and is_outage:
                 with pytest.raises(PassingError, match=f"out of reach .{os.strerror(number)}"):
                     scan(Source(audio=tmp_path))
-            elif module is listing:
+            elif module is not audio:
                 (reject,) = scan(Source(audio=tmp_path)).rejects
                 assert reject.reason in ("unreadable", "no caption")
             else:
@@ -415,12 +410,13 @@ def test_parts_far_beyond_the_file_are_rejects(tmp_path, decoder, suffix, start)
     wav = tone(3, 48000)
     path = tmp_path / f"a.{suffix}"
     put(path, wav, 48000) if suffix == "wav" else put_with_ffmpeg(path, wav, 48000, "aac")
+    track = a_track(path, start=start, duration=1.0)
     # (the header of raw AAC does not say where it ends)
     for read in (measure,) if suffix == "aac" else (measure, read_header):
         with pytest.raises(RejectedError) as caught:
-            read(a_track(path, start=start, duration=1.0), INTAKE, decoder)
+            read(track, INTAKE, decoder)
         assert caught.value.reason in ("unreadable", "outside the file")
-        assert caught.value.detail.endswith("(a)")  # which part
+        assert rejected(track, caught.value).detail.endswith("(a)")  # which part
 
 
 def test_clipping_is_measured_and_rejected_only_where_asked(tmp_path, decoder):

@@ -10,19 +10,24 @@ from pathlib import Path
 
 import pytest
 from sounds import album, content, put, tone
-from test_sources import KINDS
+from sources import KINDS
 
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
 from tokenization import job as jobs
-from tokenization.intake.audio import FileBytes, Reject, Track
-from tokenization.job import Job, run
+from tokenization.job import run
+from tokenization.settings import Job
 from tokenization.source import manifest
-from tokenization.source import scan as sources
-from tokenization.source.paths import Columns, Source
-from tokenization.source.scan import Manifest
+from tokenization.source import scan as scanning
+from tokenization.source.manifest import Manifest
+from tokenization.source.settings import Columns, Source
+from tokenization.track import FileBytes, Reject, Track
 
-pytestmark = pytest.mark.usefixtures("one_codec")
+pytestmark = pytest.mark.usefixtures("stub")
+
+
+def paths_of(written):
+    return {track.place.path for track in written.manifest.tracks}
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def scans(monkeypatch):
 
     def scan(source):
         found.append(source)
-        return sources.scan(source)
+        return scanning.scan(source)
 
     monkeypatch.setattr(jobs, "scan", scan)
     return found
@@ -41,11 +46,11 @@ def scans(monkeypatch):
 @pytest.mark.parametrize("make", KINDS)
 def test_it_is_read_as_it_was_written(make, tmp_path):
     source = make(tmp_path)
-    scanned = sources.scan(source)
+    scanned = scanning.scan(source)
     written = manifest.read(line.encode() for line in manifest.lines(source, scanned))
     assert written.manifest == scanned and scanned.tracks
     assert written.source == manifest.settings(source)
-    assert manifest.is_as_it_was(written, written.manifest.tracks)
+    assert manifest.is_as_it_was(written, paths_of(written))
     places = [track.place.path for track in written.manifest.tracks]
     same = [a is b for a, b in zip(places, places[1:]) if a == b]
     assert all(same)  # one text in memory for all that lie in one file
@@ -65,12 +70,12 @@ def test_odd_names_and_numbers_come_back(tmp_path):
     whole = Manifest(tracks=(track,) * 2, rejects=rejects, ignored={".png": 2}, fingerprint="f")
     written = manifest.read(x.encode() for x in manifest.lines(Source(audio=tmp_path), whole))
     assert written.manifest == whole
-    assert not manifest.is_as_it_was(written, written.manifest.tracks)  # there is no such file
+    assert not manifest.is_as_it_was(written, paths_of(written))  # there is no such file
 
 
 def test_what_is_damaged_is_not_taken(tmp_path):
     source = Source(audio=album(tmp_path / "audio", 3))
-    lines = [line.encode() for line in manifest.lines(source, sources.scan(source))]
+    lines = [line.encode() for line in manifest.lines(source, scanning.scan(source))]
     assert manifest.read(lines)
     for damaged in (
         [], lines[:1], lines[:-1], lines[:2] + lines[3:],
@@ -188,7 +193,8 @@ SHARD = """
 import sys
 from pathlib import Path
 from tokenization import job
-from tokenization.job import Job, run
+from tokenization.job import run
+from tokenization.settings import Job
 
 scan = job.scan
 
