@@ -10,7 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from magnet_jax import cli, errors
+from magnet_jax import errors
 from magnet_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +47,8 @@ def main(words: list[str] | None = None) -> None:
             return
         name = words[0]
         if name not in known:
+            from magnet_jax import cli  # tyro is slower to load than all else here
+
             near = cli.did_you_mean(name, known) or " magnet-jax alone lists them"
             raise UserError(f"unknown command {name}:{near}")
     module = name if name.startswith("tokenization.") else f"launch.{name}"

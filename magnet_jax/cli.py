@@ -95,7 +95,6 @@ def parse(
             args=words,
             prog=prog,
             description="",
-            config=(tyro.conf.DisallowNone,),
             registry=registry,
             **({} if default is tyro.MISSING else {"default": default}),
         )
@@ -125,6 +124,8 @@ def _fields(info: StructTypeInfo, *, hides_rare: bool) -> StructConstructorSpec 
         kind: Any = field.type
         if hides_rare and RARE in getattr(kind, "__metadata__", ()):
             kind = tyro.conf.Suppress[kind]
+        if field.default is None:  # and then nobody need say so
+            kind = tyro.conf.DisallowNone[kind]
         if field.default is None or field.default in ("", ()):
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
         text = field.helptext
@@ -175,7 +176,8 @@ def _unknown(cls: Any, word: str, see: str) -> str:
     known = []
     for _, member in _members(cls):
         for option, kind, _ in _options(member):
-            known += [option] + [option.replace("--", "--no-", 1)] * (kind is bool)
+            group, dot, name = option.removeprefix("--").rpartition(".")
+            known += [option] + [f"--{group}{dot}no-{name}"] * (kind is bool)
     return f"unknown setting {word}:{did_you_mean(word, known) or f' {see}'}"
 
 

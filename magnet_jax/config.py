@@ -407,6 +407,7 @@ class AutoregressiveConfig:
     """How text becomes tokens one step after another; the defaults are MusicGen's."""
 
     temperature: Temperature = 1.0
+    """Temperature of the sampling."""
     top_k: TopK = 250
     """Sample among the k most probable tokens; 0 uses the nucleus."""
     top_p: NucleusMass = 1.0
@@ -581,7 +582,7 @@ class RunConfig:
             ),
             (
                 not (self.lora.rank and self.text.finetune),
-                "lora trains adapters alone: leave text.finetune off (--no-text.finetune)",
+                "lora trains adapters alone: leave text.finetune off (--text.no-finetune)",
             ),
             (
                 not self.lora.rank or ratios == (1, 1),

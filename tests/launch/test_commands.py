@@ -27,12 +27,18 @@ def test_every_command_is_listed_with_one_line(capsys):
         assert f"  {name} " in shown
 
 
-def test_a_command_is_started_as_by_its_module(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["magnet-jax", "sample", "--help"])
-    with pytest.raises(SystemExit) as exit_:
-        console.main()
-    assert not exit_.value.code
-    assert "usage: python -m launch.sample" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("words", "status", "shown"),
+    [
+        (["sample", "--help"], 0, "usage: python -m launch.sample"),
+        (["tokenization.check", "--help"], 0, "usage: python -m tokenization.check"),
+        (["compile", "decod"], 2, "error: unknown command decod: did you mean decode?"),
+    ],
+)
+def test_a_command_is_started_as_by_its_module(words, status, shown):
+    command = [sys.executable, "-m", "launch", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == status and shown in done.stdout + done.stderr
 
 
 def test_a_misspelt_command_is_answered_with_the_nearest(capsys):

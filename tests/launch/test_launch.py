@@ -278,8 +278,8 @@ def test_unknown_configs_and_settings_are_named():
         launch_train.main(["--config", "nothing"])
     with pytest.raises(UserError, match="did you mean music_medium_30s?"):
         launch_train.main(["--config", "music_medum_30s"])
-    with pytest.raises(UserError, match="did you mean --no-text.finetune?"):
-        launch_train.main(["--no-text.fintune"])
+    with pytest.raises(UserError, match="did you mean --text.no-finetune?"):
+        launch_train.main(["--text.no-fintune"])
     with pytest.raises(UserError, match="--preset must .*did you mean draft?"):
         sample.parse(["--checkpoint", "demo", "--out", "x", "--preset", "drafty"])
     with pytest.raises(UserError, match="unknown word stray"):
