@@ -1,4 +1,4 @@
-"""The shipped model: 10 M parameters, 10 s clips of `tokenization.recipe`'s music (docs/recipe.md).
+"""The shipped model: 10 M parameters, 10 s clips of `launch.recipe`'s music (docs/recipe.md).
 
 python -m launch.train --config recipe --data data/tokens --text.source data/text \\
     --out runs/recipe

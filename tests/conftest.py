@@ -103,13 +103,36 @@ def forget_programs(request):
     _quick[0] = quick
 
 
-@pytest.fixture(scope="module")
-def one_codec():
-    """Loads the embedded codec once for all tokenization jobs of a file."""
-    from magnet_jax.codec.encodec import load_codec
-    from tokenization import job
+# --- tokenization ---------------------------------------------------------------------------------
 
-    codec = load_codec("embedded")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "load_codec", lambda source, device, count: codec)
-        yield codec
+
+@pytest.fixture
+def one_codec(monkeypatch):
+    """The embedded codec, loaded once for all tokenization jobs."""
+    from tokenizing import load_once
+
+    from tokenization import maker
+
+    codec = load_once("embedded")
+    monkeypatch.setattr(maker, "load_codec", lambda source, device, count: codec)
+    return codec
+
+
+@pytest.fixture
+def inline_decoder(monkeypatch):
+    """Decodes in the thread that asks: to start processes takes most of a small job's time."""
+    from tokenizing import InlineDecoder
+
+    from tokenization.intake import decoder
+
+    monkeypatch.setattr(decoder, "Decoder", InlineDecoder)
+
+
+@pytest.fixture
+def stub(inline_decoder, monkeypatch):
+    """A codec that costs nothing, for jobs whose tokens are not the subject."""
+    from tokenizing import stub_codec
+
+    from tokenization import maker
+
+    monkeypatch.setattr(maker, "load_codec", stub_codec)

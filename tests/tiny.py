@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -29,8 +30,9 @@ from magnet_jax.data import records
 from magnet_jax.decode import autoregressive, choose, parallel, schedule
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.spans import Spans
-from magnet_jax.io import trees
+from magnet_jax.io import files, trees
 from magnet_jax.model import lora, patterns, sharding, teacher_forcing, transformer
+from magnet_jax.train import loop
 
 SECONDS = 2.0
 TINY = ModelConfig(
@@ -145,6 +147,22 @@ def teacher_forced(params: dict, *text, codes_BKT: jax.Array, config: ModelConfi
     steps_BKS = patterns.to_steps(codes_BKT, config.delays, config.mask_id, num_frames)
     logits_BKSV = teacher_forcing.step_logits(params, *text, steps_BKS, config=config)
     return patterns.to_frames(logits_BKSV, config.delays, num_frames, first=0)
+
+
+def finished_run(factory: pytest.TempPathFactory) -> Path:
+    """A run of the smallest model, made once for all files and workers; its tokens lie beside it.
+
+    For tests that change nothing in it.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    with files.held(folder.with_suffix(".lock"), f"waiting for {folder}"):
+        if not folder.exists():
+            with files.replacing(folder) as partial, pytest.MonkeyPatch.context() as patch:
+                use_one_device(patch)
+                write_noise(partial / "tokens", {"train": 8})
+                loop.train(run_config(partial / "tokens", partial / "run", steps=2))
+    return folder / "run"
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> dict:

@@ -15,28 +15,25 @@ import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from magnet_jax import cli
 from magnet_jax.errors import UserError, reported
-from magnet_jax.io import machine
-from magnet_jax.io.torch_env import import_torch
 from tokenization import job as jobs
-from tokenization.job import Done, Job, Maker, Progress, Unit
-from tokenization.manifest import NAME
+from tokenization.maker import Maker
 from tokenization.place import place_at
+from tokenization.settings import Job
+from tokenization.source.manifest import NAME
+from tokenization.units import Done, Unit, is_whole, plan, read_done
+from tokenization.workers import Progress
 
 logging.disable(logging.WARNING)  # of packages for Google's cloud that are not there
 try:
     import apache_beam as beam
-    from apache_beam.options.pipeline_options import PipelineOptions, WorkerOptions
-    from apache_beam.portability.api import beam_provision_api_pb2
+    from apache_beam.options.pipeline_options import PipelineOptions
     from apache_beam.runners.portability.fn_api_runner import FnApiRunner
-    from apache_beam.runners.portability.fn_api_runner.fn_runner import ExtendedProvisionInfo
-    from apache_beam.runners.portability.portable_runner import JobServiceHandle
 except ImportError as error:
     raise SystemExit(
         f"error: tokenization.beam needs further packages ({error.name}): "
@@ -54,7 +51,7 @@ class BeamJob(Job):
     """
 
     runner: str = "DirectRunner"
-    """Beam's name of what runs it. DirectRunner is this machine, with --workers processes."""
+    """Beam's name of what runs it. DirectRunner is this process, to try a pipeline out."""
 
 
 def run(job: BeamJob, options: Sequence[str] = ()) -> str:
@@ -64,36 +61,51 @@ def run(job: BeamJob, options: Sequence[str] = ()) -> str:
     """
     if job.shard != "0/1":
         raise UserError("--shard: not on Beam, which hands out the shards by itself")
-    if job.workers > 1 and job.runner != "DirectRunner":
-        raise UserError(f"--workers: is of DirectRunner; {job.runner} has options of its own")
-    options = list(options)
     if job.workers > 1:
-        options += ["--direct_running_mode=multi_processing"]
-        options += [f"--direct_num_workers={job.workers}"]
-    flags = PipelineOptions(options)
+        raise UserError("--workers: of tokenization.job; Beam's runners have options of their own")
+    pipeline = _pipeline(job, PipelineOptions(list(options)))
 
     def making(_: Job, units: dict[int, Unit], progress: Progress) -> Iterator[tuple[int, Done]]:
-        return _make(job, flags, units, progress)
+        return _make(job, pipeline, units, progress)
 
     return jobs.run(job, making)
 
 
+def _pipeline(job: BeamJob, options: PipelineOptions) -> beam.Pipeline:
+    """An empty pipeline, of the runner that is asked for."""
+    runner: Any = job.runner
+    if runner == "DirectRunner":
+        known = options.get_all_options()
+        given = options.get_all_options(retain_unknown_options=True)
+        if unknown := given.keys() - known.keys():
+            raise UserError(f"--{min(unknown)}: not an option of Beam's DirectRunner")
+        # What it logs as an error is raised as well. By its name Beam would look for another one.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+        runner = FnApiRunner()
+    try:
+        return beam.Pipeline(runner=runner, options=options)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"--runner {job.runner}: {error}") from None
+
+
 def _make(
-    job: BeamJob, options: PipelineOptions, units: dict[int, Unit], progress: Progress
+    job: BeamJob, pipeline: beam.Pipeline, units: dict[int, Unit], progress: Progress
 ) -> Iterator[tuple[int, Done]]:
     """Units as they are done, while the pipeline runs."""
     if not units:
         return
-    place = place_at(job.out)
-    waiting = dict(units)
-    with _running(job, options, list(units)) as wait:
+    shards = pipeline | "units" >> beam.Create(list(units))
+    shards |= "spread" >> beam.Reshuffle()
+    shards |= "make" >> beam.ParDo(MakeShard(job))
+    place, waiting = place_at(job.out), dict(units)
+    with _running(job, pipeline) as wait:
         going = True
         while going:
             going = wait(place.poll_seconds)
             there = place.sizes()
             noted = {i: unit for i, unit in waiting.items() if unit.note_name in there}
-            for i, done in zip(noted, jobs.read_done(place, list(noted.values()))):
-                if _is_whole(done, there):
+            for i, done in zip(noted, read_done(place, list(noted.values()))):
+                if done and is_whole(done.shard, there):
                     unit = waiting.pop(i)
                     progress.add(len(unit.tracks), done.seconds)
                     yield i, done
@@ -104,32 +116,13 @@ def _make(
         )
 
 
-def _is_whole(done: Done | None, there: dict[str, int]) -> bool:
-    """Whether a unit is noted, and its record file there as noted."""
-    if done is None:
-        return False
-    shard = done.shard
-    return shard.num_examples == 0 or there.get(shard.path.as_posix()) == shard.file_bytes
-
-
 @contextlib.contextmanager
-def _running(
-    job: BeamJob, options: PipelineOptions, numbers: Sequence[int]
-) -> Iterator[Callable[[float], bool]]:
+def _running(job: BeamJob, pipeline: beam.Pipeline) -> Iterator[Callable[[float], bool]]:
     """Runs the pipeline in a thread, which this one may leave behind.
 
     Yields a function that waits so many seconds for the end, and says whether it is still to come;
     it raises `UserError` for what a worker raised as such.
     """
-    local = job.runner == "DirectRunner"
-    runner = _direct_runner(options) if local else job.runner
-    try:
-        pipeline = beam.Pipeline(runner=runner, options=options)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"--runner {job.runner}: {error}") from None
-    shards = pipeline | "units" >> beam.Create(numbers)
-    shards |= "spread" >> beam.Reshuffle()
-    shards |= "make" >> beam.ParDo(MakeShard(job, os.getpid() if local else None))
     results: list[Any] = []
     failures: list[BaseException] = []
 
@@ -148,45 +141,15 @@ def _running(
             raise _explained(failures[0])
         return thread.is_alive()
 
-    def hear(args: Any) -> None:
-        # DirectRunner waits for ever for the answer of a process that is no more.
-        if "Worker subprocess exited" in str(args.exc_value):
-            failures.append(
-                UserError(
-                    "a worker ended by itself: out of memory? Fewer --workers, a smaller "
-                    "--batch-size or --window-seconds take less; the same command goes on from here"
-                )
-            )
-
     thread = threading.Thread(target=run_, daemon=True)
-    hook, threading.excepthook = threading.excepthook, hear
+    thread.start()
     try:
-        thread.start()
         yield wait
     finally:
-        threading.excepthook = hook
         if thread.is_alive():
             for result in results:
                 with contextlib.suppress(Exception):  # not every runner can
                     result.cancel()
-
-
-def _direct_runner(options: PipelineOptions) -> FnApiRunner:
-    """Beam's runner on this machine.
-
-    By the name DirectRunner Beam would first look for another one in the network.
-    """
-    # What is logged as an error is raised as well. (The processes of this runner would take their
-    # level from options that it does not hand on by itself.)
-    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
-    options.view_as(WorkerOptions).default_sdk_harness_log_level = "CRITICAL"
-    known = options.get_all_options()
-    unknown = options.get_all_options(retain_unknown_options=True).keys() - known.keys()
-    if unknown:
-        raise UserError(f"--{min(unknown)}: not an option of Beam's DirectRunner")
-    encoded = JobServiceHandle.encode_pipeline_options(known)
-    info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=encoded)
-    return FnApiRunner(provision_info=ExtendedProvisionInfo(info))
 
 
 def _explained(error: BaseException) -> BaseException:
@@ -198,80 +161,43 @@ def _explained(error: BaseException) -> BaseException:
     return UserError(told[-1]) if told else error
 
 
-# --- workers ------------------------------------------------------------------------------------
-
-
 class MakeShard(beam.DoFn):
-    """Makes the shards of units, given by their numbers; those that are done are left alone.
-
-    launcher: the process that a worker of the same machine ends with.
-    """
+    """Makes the shards of units, given by their numbers; those that are done are left alone."""
 
     # A runner may call several of these at once in one process, which shares one codec.
     _lock = threading.Lock()
     _maker: Maker | None = None
     _units: Sequence[Unit] = ()
     _users = 0
-    _silenced = contextlib.ExitStack()
 
-    def __init__(self, job: BeamJob, launcher: int | None):
+    def __init__(self, job: BeamJob):
         self._job = job
-        self._launcher = launcher
 
     def setup(self) -> None:
         job, shared = self._job, MakeShard
         with shared._lock:
             shared._users += 1
             if shared._maker is None:
-                if self._launcher not in (None, os.getpid()):
-                    threading.Thread(target=_end_with, args=(self._launcher,), daemon=True).start()
-                    # (what goes wrong in here the launcher says, and in one line)
-                    shared._silenced.enter_context(_stderr_silenced())
-                    threads = max(1, machine.num_cpus() // job.workers)
-                    import_torch().set_num_threads(threads)
                 written = jobs.read_manifest(place_at(job.out))
                 if written is None:
                     raise UserError(f"--out {job.out}: no whole {NAME} there, as seen by a worker")
-                shared._units = jobs.plan(job, written.manifest)
+                shared._units = plan(job, written.manifest)
                 shared._maker = Maker(job, job.device)
 
     def teardown(self) -> None:
         shared = MakeShard
         with shared._lock:
             shared._users -= 1
-            if shared._users == 0:
+            if shared._users == 0 and shared._maker is not None:
                 shared._maker.close()
                 shared._maker = None
-                shared._silenced.close()
 
     def process(self, element: int) -> None:
         unit, place = MakeShard._units[element], place_at(self._job.out)
         with MakeShard._lock, jobs.writing(place):
-            (done,) = jobs.read_done(place, [unit])
-            if not _is_whole(done, place.sizes()):  # a bundle that failed is given out again
+            (done,) = read_done(place, [unit])
+            if not (done and is_whole(done.shard, place.sizes())):  # a bundle may come again
                 MakeShard._maker(unit, lambda files, seconds: None)
-
-
-@contextlib.contextmanager
-def _stderr_silenced() -> Iterator[None]:
-    """Sends what this process and its libraries write to stderr nowhere, until the end."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _end_with(launcher: int) -> None:
-    """Ends this process with the one that began the pipeline: --out is another's then."""
-    with contextlib.suppress(ProcessLookupError):
-        while True:
-            os.kill(launcher, 0)  # asks whether it is there
-            time.sleep(0.2)
-    os._exit(1)
 
 
 def main() -> None:

@@ -98,7 +98,7 @@ def _listed(args: Args, totals: records.Totals) -> tuple[list[dict[str, Any]], b
 def _lines(dataset: Path, splits: list[str]) -> Iterator[dict[str, Any]]:
     for split in splits:
         source = records.open_split(dataset, split)
-        # (delay: a short list needs no bar)
+        # A short list needs no bar.
         for index in tqdm(range(len(source)), desc=split, unit="record", leave=False, delay=1):
             yield _line(split, index, records.decode_example(source[index]))
 
@@ -175,7 +175,7 @@ def _decoded(args: Args, spec: CodecSpec, totals: records.Totals) -> dict[str, A
     except ValueError as error:
         raise UserError(f"{args.dataset}: record {args.record} of {split}: {error}") from None
     wav_CN = codec.decode(codes_BKT)[0]
-    # (the last frame may be longer than the track)
+    # The last frame may be longer than the track.
     wav_CN = wav_CN[:, : round(record["duration"] * spec.sample_rate)]
     wav = args.out / f"{split}_{args.record}.wav"
     picture = wav.with_suffix(".png")
@@ -225,7 +225,7 @@ def _draw(
     where = f"from {record['start']:.2f} s, {record['duration']:.2f} s long"
     track = record["track_id"]
     track = track if len(track) <= 80 else f"...{track[-77:]}"
-    # (parse_math: dollar signs are prices here, no formulas)
+    # Dollar signs are prices here, no formulas.
     figure.suptitle(f"{title}: {track}, {where}\n{caption}", fontsize="medium", parse_math=False)
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

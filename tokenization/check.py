@@ -15,46 +15,47 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
 from magnet_jax import cli
+from magnet_jax.arguments import Between, check_fields
 from magnet_jax.errors import UserError, reported
 from magnet_jax.io.files import check_new_file, replacing_file
-from tokenization import decoder
-from tokenization.audio import CLIPPED, SILENCE_DBFS, Facts, Intake, Reject, RejectedError, Track
-from tokenization.listing import Source
-from tokenization.sources import Manifest, describe_ignored, scan
+from tokenization.intake import decoder
+from tokenization.intake.audio import (
+    CLIPPED,
+    SILENCE_DBFS,
+    Facts,
+    RejectedError,
+)
+from tokenization.settings import IntakeLimits
+from tokenization.source.manifest import Manifest
+from tokenization.source.scan import describe_ignored, scan
+from tokenization.source.settings import Source
+from tokenization.track import Reject, Track, rejected
 
 _MOST = 8  # kinds that a row names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check(Source):
+class Check(IntakeLimits, Source):
     """Tells what a source of audio holds, and what tokenization would reject."""
 
     audio: tyro.conf.Positional[Path]
     """Folder, manifest, table, tar or saved data set: what tokenization.job takes as --audio."""
     fast: bool = False
     """Read headers only: no levels, and less is found to be wrong."""
-    workers: int = 2
+    workers: Annotated[int, Between(1, 256)] = 2
     """Processes that read."""
     json: Path | None = None
     """File for all numbers, with every reject."""
     picture: Path | None = None
     """File for the distributions of duration and level, .png, .pdf or .svg."""
-    channels: int = 1
+    channels: Annotated[int, Between(1, 8)] = 1
     """Of the codec that tokenization.job is to use; most have 1, encodec_48khz has 2."""
-    min_seconds: float = 1.0
-    """Shorter tracks count as rejected."""
-    max_track_seconds: float = 6 * 3600.0
-    """Longer tracks count as rejected."""
-    max_clipped: float = 1.0
-    """Tracks of which a larger share is clipped count as rejected."""
-    decode_timeout: float = 60.0
-    """Seconds without progress after which a file counts as rejected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,17 +73,7 @@ class Found:
 
 def check(settings: Check) -> Found:
     """Reads a source; raises `UserError` if it cannot be listed."""
-    limits = {
-        "workers": (1, 256),
-        "channels": (1, 8),
-        "max_track_seconds": (1, 10**6),
-        "max_clipped": (0, 1),
-        "decode_timeout": (1, 10**5),
-    }
-    for name, (low, high) in limits.items():
-        if not low <= getattr(settings, name) <= high:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option} must lie between {low} and {high}")
+    check_fields(settings, "--")
     check_new_file("--json", settings.json, [".json"])
     check_new_file("--picture", settings.picture, [".png", ".pdf", ".svg"])
     for option, path in (("--json", settings.json), ("--picture", settings.picture)):
@@ -97,8 +88,7 @@ def check(settings: Check) -> Found:
         try:
             facts = future.result()
         except RejectedError as error:
-            reject = Reject(path=track.path, reason=error.reason, detail=error.detail)
-            found.rejects.append(reject)
+            found.rejects.append(rejected(track, error))
         else:
             found.facts.append(facts)
             found.words.append(len(track.caption.split()))
@@ -107,13 +97,7 @@ def check(settings: Check) -> Found:
 
 def _read(settings: Check, manifest: Manifest) -> Iterator[tuple[Track, "Future[Facts]"]]:
     """Each track with what becomes its facts, in order, with a progress bar."""
-    intake = Intake(
-        sample_rate=None,
-        channels=settings.channels,
-        min_seconds=settings.min_seconds,
-        max_track_seconds=settings.max_track_seconds,
-        max_clipped=settings.max_clipped,
-    )
+    intake = settings.intake(None, settings.channels)
     waiting: deque = deque()
     with (
         decoder.readers(settings.workers, settings.decode_timeout) as submit,
@@ -121,7 +105,7 @@ def _read(settings: Check, manifest: Manifest) -> Iterator[tuple[Track, "Future[
     ):
         for track in manifest.tracks:
             read = decoder.read_header if settings.fast else decoder.measure
-            waiting.append((track, submit(read, track, intake)))
+            waiting.append((track, submit(read, track.part, intake)))
             if len(waiting) > 4 * settings.workers:
                 yield waiting.popleft()
                 bar.update()

@@ -1,8 +1,8 @@
 """Tracks of any length to tokens: windows of many tracks in a batch, the same as track by track.
 
-What the encoder's convolutions make of a frame hangs on a few frames to each side
+What the encoder's convolutions make of a frame depends on a few frames to each side
 (`receptive_field`), so a window that overlaps its neighbours by those gives the frames between
-exactly. The LSTM behind them hangs on all that came before: its state goes along from window to
+exactly. The LSTM behind them depends on all that came before: its state goes along from window to
 window. Each row of a batch is another track, and when one ends the next takes its row. Of stereo
 whose sides a mono codec encodes, a row has two lanes.
 """
@@ -70,59 +70,10 @@ def encode(
       ValueError: windows that are nearly all overlap.
     """
     encoder = _Encoder(codec, window_frames, precision, sides)
-    unfinished: deque[_Track] = deque()
-    short: dict[int, list[_Track]] = {}  # by frames: all of a batch are of one length
-    following = iter(sources)
-    begun: deque[_Track] = deque()
-    rows: list[_Track | None] = [None] * batch_size
-
     with ThreadPoolExecutor(num_open(batch_size), "reader") as readers:
-
-        def next_track() -> _Track | None:
-            while len(begun) <= batch_size and (source := next(following, None)) is not None:
-                track = _Track(source, encoder, rejected)
-                track.reading = readers.submit(track.read)
-                unfinished.append(track)
-                begun.append(track)
-            return begun.popleft() if begun else None
-
-        def collect(track: _Track) -> None:
-            """A track without a window of its own: encoded when there are enough of its length."""
-            group = short.setdefault(track.whole_frames, [])
-            group.append(track)
-            if len(group) == batch_size:
-                encoder.encode_whole(short.pop(track.whole_frames))
-            elif sum(map(len, short.values())) > MOST_SHORT:
-                most = max(short, key=lambda frames: len(short[frames]))
-                encoder.encode_whole(short.pop(most))
-
-        def finished() -> Iterator[Encoded]:
-            while unfinished and unfinished[0].done:
-                yield unfinished.popleft().encoded()
-
-        while True:
-            for row in range(batch_size):
-                track = rows[row] or next_track()
-                while track is not None:
-                    track.reading.result()
-                    if not (track.done or track.is_short):
-                        break
-                    if not track.done:
-                        collect(track)
-                    yield from finished()
-                    track = next_track()
-                rows[row] = track
-            tracks = [track for track in rows if track is not None]
-            if not tracks:
-                break
-            windows = [track.next_window() for track in tracks]
-            for track in tracks:
-                track.reading = readers.submit(track.read)
-            encoder.encode_windows(tracks, windows)
-            yield from finished()
-        for frames in sorted(short):
-            encoder.encode_whole(short[frames])
-        yield from finished()
+        batcher = _Batcher(encoder, sources, readers, batch_size, rejected)
+        while batcher.step():
+            yield from batcher.ready()
 
 
 def num_open(batch_size: int) -> int:
@@ -259,6 +210,79 @@ class _Track:
             return Encoded(self.key, None, self.samples, self.error)
         codes_SKT = np.stack([np.concatenate(lane.codes, axis=1) for lane in self.lanes])
         return Encoded(self.key, join_sides(codes_SKT, len(codes_SKT))[0], self.samples, None)
+
+
+class _Batcher:
+    """Which tracks are encoded together. A track goes this way:
+
+    sources -> begun, its first window is being read -> a row, window after window -> ready
+                                                     -> short, until some are of its length -> ready
+    """
+
+    def __init__(
+        self,
+        encoder: "_Encoder",
+        sources: Iterable[Source],
+        readers: ThreadPoolExecutor,
+        batch_size: int,
+        rejected: type[Exception],
+    ):
+        self._encoder, self._sources, self._readers = encoder, iter(sources), readers
+        self._batch_size, self._rejected = batch_size, rejected
+        self._unfinished: deque[_Track] = deque()  # in the order of the sources
+        self._begun: deque[_Track] = deque()
+        self._rows: list[_Track | None] = [None] * batch_size
+        self._short: dict[int, list[_Track]] = {}  # by frames: all of a batch are of one length
+
+    def ready(self) -> Iterator[Encoded]:
+        """What has become of the first tracks, as far as it is known."""
+        while self._unfinished and self._unfinished[0].done:
+            yield self._unfinished.popleft().encoded()
+
+    def step(self) -> bool:
+        """Takes a track out of a row or encodes a batch; False when all are encoded."""
+        for row, track in enumerate(self._rows):
+            track = track or self._next_track()
+            if track is None:
+                continue
+            track.reading.result()
+            if track.done or track.is_short:
+                self._rows[row] = None
+                if not track.done:
+                    self._collect(track)
+                return True
+            self._rows[row] = track
+        if tracks := [track for track in self._rows if track is not None]:
+            windows = [track.next_window() for track in tracks]
+            for track in tracks:
+                track.reading = self._readers.submit(track.read)
+            self._encoder.encode_windows(tracks, windows)
+            return True
+        if self._short:
+            self._encoder.encode_whole(self._short.pop(min(self._short)))
+            return True
+        return False
+
+    def _next_track(self) -> _Track | None:
+        while len(self._begun) <= self._batch_size:
+            source = next(self._sources, None)
+            if source is None:
+                break
+            track = _Track(source, self._encoder, self._rejected)
+            track.reading = self._readers.submit(track.read)
+            self._unfinished.append(track)
+            self._begun.append(track)
+        return self._begun.popleft() if self._begun else None
+
+    def _collect(self, track: _Track) -> None:
+        """Of a track without a window of its own: encodes it when enough are of its length."""
+        group = self._short.setdefault(track.whole_frames, [])
+        group.append(track)
+        if len(group) == self._batch_size:
+            self._encoder.encode_whole(self._short.pop(track.whole_frames))
+        elif sum(map(len, self._short.values())) > MOST_SHORT:
+            most = max(self._short, key=lambda frames: len(self._short[frames]))
+            self._encoder.encode_whole(self._short.pop(most))
 
 
 class _Encoder:

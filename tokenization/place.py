@@ -21,7 +21,7 @@ from magnet_jax.io import bucket, files
 
 Example = Mapping[str, Any]
 
-# (the last two are one number on Linux, and two on macOS)
+# The last two are one number on Linux, and two on macOS.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 
 
@@ -142,7 +142,7 @@ class Folder:
         names = [".lock"] if whole else [".lock", f".lock-{shard.replace('/', '-')}"]
         with contextlib.ExitStack() as stack:
             for name in names:
-                # (NFS locks for reading only what is open for reading, and for writing likewise)
+                # NFS locks for reading only what is open for reading, and for writing likewise.
                 file = stack.enter_context((self._path / name).open("a+"))
                 kind = fcntl.LOCK_SH if name == ".lock" and not whole else fcntl.LOCK_EX
                 try:
@@ -199,7 +199,7 @@ class Bucket:
         return records.COMPLETE in bucket.names(self._url)
 
     def read(self, names: Iterable[str]) -> dict[str, bytes]:
-        # (most are not there at first, and a list is cheaper than to ask for each)
+        # Most are not there at first, and a list is cheaper than to ask for each.
         there = self.sizes()
         return bucket.read(self._url, [name for name in names if name in there])
 

@@ -3,12 +3,12 @@
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.ablate.studies import Setting, Study
-from launch.evaluate.__main__ import COLUMNS
+from launch.evaluate.receipt import COLUMNS
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import read_object, replacing_file
 
@@ -27,6 +27,17 @@ def cell_folder(out: Path, setting: Setting, seed: int) -> Path:
 def run_folder(out: Path, model: str, seed: int) -> Path:
     """Where a model of `studies.MODELS` is trained with a seed."""
     return out / "runs" / f"{model}-seed{seed}"
+
+
+def check_own(out: Path, study: str) -> None:
+    """Raises `UserError` for files of a study's name that no study wrote."""
+    first, *others = (out / f"{study}.{suffix}" for suffix in ("json", "md", "png"))
+    if first.exists():
+        theirs = [first] if read_object(first, "").get("study") != study else []
+    else:  # which is written first
+        theirs = [path for path in others if path.exists()]
+    if theirs:
+        raise UserError(f"{theirs[0]}: was not made by launch.ablate; name another --out")
 
 
 def gather(out: Path, study: Study, seeds: Sequence[int]) -> dict[str, Any]:
@@ -126,53 +137,48 @@ def write(out: Path, found: Mapping[str, Any]) -> str:
 # --- the table ------------------------------------------------------------------------------------
 
 
-def _measured(found: Mapping[str, Any]) -> list[str]:
-    return [name for name in TITLES if any(name in row["mean"] for row in found["rows"])]
-
-
-def _papers(found: Mapping[str, Any]) -> list[str]:
-    return [name for name in TITLES if any(name in row["paper"] for row in found["rows"])]
+def _named(found: Mapping[str, Any], kind: str) -> list[str]:
+    """Scores that any row has: 'mean' for ours, 'paper' for the paper's."""
+    return [name for name in TITLES if any(name in row[kind] for row in found["rows"])]
 
 
 def table(found: Mapping[str, Any]) -> str:
     """What `gather` found, in Markdown."""
-    names, papers = _measured(found), _papers(found)
-    header = [found["axis"], "seeds", *(TITLES[name] for name in names)]
-    header += [f"paper's {TITLES[name]}" for name in papers]
-    lines = []
+    names, papers = _named(found, "mean"), _named(found, "paper")
+    lines = [
+        [found["axis"], "seeds", *(TITLES[name] for name in names)]
+        + [f"paper's {TITLES[name]}" for name in papers]
+    ]
     for row in (*found["rows"], {"setting": "real audio", "paper": {}, **found["reference"]}):
         cells = [row["setting"], str(len(row["scores"]))]
         cells += [_cell(name, row["mean"].get(name), row["sd"].get(name)) for name in names]
         cells += [f"{row['paper'][name]:g}" if name in row["paper"] else "" for name in papers]
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(header, *lines)]
-    rule = ["-" * width for width in widths]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
     rows = [
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |"
-        for row in (header, rule, *lines)
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths))} |" for row in lines
     ]
-    deviation = (
-        "mean ± standard deviation over the seeds" if len(found["seeds"]) > 1 else "one seed"
-    )
+    many = len(found["seeds"]) > 1
     notes = [
-        f"Seeds {' '.join(map(str, found['seeds']))}; {deviation}. Less is better of FAD, KL and "
-        "the validation loss, more of all else. Real audio: FAD of one half to the other, KL of "
-        "each clip to another one.",
-        f"The paper's: {found['paper']}"
-        + (
+        f"Seeds {' '.join(map(str, found['seeds']))}; "
+        f"{'mean ± standard deviation over the seeds' if many else 'one seed'}. Less is better of "
+        "FAD, KL and the validation loss, more of all else. Real audio: FAD of one half to the "
+        "other, KL of each clip to another one.",
+        f"The paper's: {found['paper']}",
+    ]
+    if papers:
+        notes[1] += (
             " Other data, another size and other listeners (VGGish, PaSST and CLAP), so that only "
             "the order compares."
-            if papers
-            else ""
-        ),
-    ]
+        )
     return "\n\n".join([f"# {found['title']}", "\n".join(rows), *notes]) + "\n"
 
 
 def _cell(name: str, mean: float | None, sd: float | None) -> str:
     if mean is None:
         return "-"
-    shown = f"{mean:.{4 if name == 'validation' else 3}g}"  # (losses differ by hundredths)
+    shown = f"{mean:.{4 if name == 'validation' else 3}g}"  # losses differ by hundredths
     return shown if sd is None else f"{shown} ± {sd:.2g}"
 
 
@@ -183,10 +189,11 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
     """A panel a score, against what is varied, and beside them the paper's; a PNG."""
     from matplotlib.figure import Figure
 
-    panels = [("mean", name) for name in _measured(found)]
-    if len(_lines(found["rows"])) == 1:  # (of models that differ in kind, losses do not compare)
+    panels = [("mean", name) for name in _named(found, "mean")]
+    if len({row["line"] for row in found["rows"]}) == 1:
+        # Of models that differ in kind, losses do not compare.
         panels = [panel for panel in panels if panel[1] != "validation"]
-    panels += [("paper", name) for name in _papers(found)]
+    panels += [("paper", name) for name in _named(found, "paper")]
     columns = min(4, max(1, len(panels)))
     count = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(4 * columns, 3.3 * count), layout="constrained")
@@ -195,7 +202,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
         axes.set_visible(False)
     for (kind, name), axes in zip(panels, grid.flat):
         _panel(axes, found, kind, name)
-    if any(row["line"] for row in found["rows"]) and panels:
+    if panels and any(row["line"] for row in found["rows"]):
         grid.flat[0].legend(fontsize="small")
     figure.suptitle(found["title"])
     figure.savefig(path, dpi=110, format="png")
@@ -205,25 +212,23 @@ def _panel(axes: Any, found: Mapping[str, Any], kind: str, name: str) -> None:
     rows = found["rows"]
     labels = [row["place"] for row in rows if isinstance(row["place"], str)]
     places = [labels.index(row["place"]) if labels else row["place"] for row in rows]
-    for number, line in enumerate(_lines(rows)):
+    style = "o" if labels else "o-"
+    for number, line in enumerate(dict.fromkeys(row["line"] for row in rows)):
         own = [
-            (place, row) for place, row in zip(places, rows)
+            (place, row)
+            for place, row in zip(places, rows)
             if row["line"] == line and name in row[kind]
-        ]  # fmt: skip
+        ]
         if not own:
             continue
-        color = f"C{number}"
-        x = [place for place, _ in own]
-        y = [row[kind][name] for _, row in own]
-        style = "o" if labels else "o-"
+        how = {"fmt": style, "color": f"C{number}", "label": line, "capsize": 3}
         if kind == "paper":
-            axes.plot(x, y, style, color=color, mfc="white", label=line)
-            continue
-        axes.errorbar(x, y, [row["sd"].get(name, 0) for _, row in own], fmt=style, color=color,
-                      capsize=3, label=line)  # fmt: skip
-        for place, row in own:
+            how["mfc"] = "white"
+        bars = [row["sd"].get(name, 0) if kind == "mean" else 0 for _, row in own]
+        axes.errorbar([place for place, _ in own], [row[kind][name] for _, row in own], bars, **how)
+        for place, row in own if kind == "mean" else ():
             seeds = [scores[name] for scores in row["scores"].values() if name in scores]
-            axes.plot([place] * len(seeds), seeds, ".", color=color, alpha=0.35, ms=5)
+            axes.plot([place] * len(seeds), seeds, ".", color=f"C{number}", alpha=0.35, ms=5)
     title = TITLES[name]
     if kind == "paper":
         title = f"{title} in the paper\n(other data, size and listeners)"
@@ -237,12 +242,8 @@ def _panel(axes: Any, found: Mapping[str, Any], kind: str, name: str) -> None:
     if labels:
         axes.set_xticks(range(len(labels)), labels, fontsize="small")
         axes.margins(x=0.15)
-    else:
-        if 0 < 20 * min(places) < max(places):
-            axes.set_xscale("log")
-        axes.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
-        axes.set_xticks([], minor=True)
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["line"] for row in rows))
+        return
+    if 0 < 20 * min(places) < max(places):
+        axes.set_xscale("log")
+    axes.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
+    axes.set_xticks([], minor=True)

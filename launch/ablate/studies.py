@@ -1,7 +1,7 @@
 """What each study varies and what the paper found: the rows of its table."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SPANS = (1, 3, 5)
 PAPERS_SPANS = (3,)
@@ -11,19 +11,12 @@ OTHER_STEPS = (1, 5, 10, 20)
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0)
 
 MAGNET, HYBRID = "magnet-span3-local", "hybrid"
-# Models by the names of their runs, without the seed: what launch.train is asked for.
+# What each model that is trained changes in the config, by the name of its runs, without the seed.
 MODELS = {
-    **{f"magnet-span{n}-local": ("--model.span-length", str(n)) for n in SPANS},
-    **{
-        f"magnet-span{n}-full": ("--model.span-length", str(n), "--model.local-context", "0")
-        for n in SPANS
-    },
+    **{f"magnet-span{n}-local": {"span_length": n} for n in SPANS},
+    **{f"magnet-span{n}-full": {"span_length": n, "local_context": 0} for n in SPANS},
     # As the paper has it; the first codebook of the recipe's models sees near frames alone.
-    **{
-        f"magnet-span{n}-paper": ("--model.span-length", str(n), "--model.first-context", "0")
-        for n in PAPERS_SPANS
-    },
-    HYBRID: ("--objective", "hybrid"),
+    **{f"magnet-span{n}-paper": {"span_length": n, "first_context": 0} for n in PAPERS_SPANS},
 }
 CONTEXTS = ("restricted context", "full context")
 FIRST_FULL = "restricted but in the first codebook"
@@ -34,19 +27,19 @@ class Setting(NamedTuple):
 
     label: str
     """In the table."""
-    line: str
-    """Of the picture: rows of one line are joined; '' where nothing lies between them."""
     place: float | str
     """On the picture's horizontal axis."""
     cell: str
     """Of the folders of its cells, without the seed: what is made alike has one name in all
     studies."""
     model: str | None
-    """Of `MODELS`; None is --checkpoint."""
+    """Of `MODELS`, or `HYBRID`; None is --checkpoint."""
     options: tuple[str, ...] = ()
     """Of launch.sample, without the rescorer's path."""
+    line: str = ""
+    """Of the picture: rows of one line are joined; '' where nothing lies between them."""
     rescorer: str | None = None
-    """Of `MODELS`."""
+    """A second model, as `model`."""
     paper: Mapping[str, float] = {}
     """Scores in the paper by their names here."""
 
@@ -77,10 +70,10 @@ def spans() -> Study:
         for context, words, fad in zip(("local", "full"), CONTEXTS, paper[span]):
             name = f"magnet-span{span}-{context}"
             label = f"span {span}, {words}"
-            rows.append(Setting(label, words, span, name, name, paper={"fad": fad}))
+            rows.append(Setting(label, span, name, name, line=words, paper={"fad": fad}))
     for span in PAPERS_SPANS:
         name = f"magnet-span{span}-paper"
-        rows.append(Setting(f"span {span}, {FIRST_FULL}", FIRST_FULL, span, name, name))
+        rows.append(Setting(f"span {span}, {FIRST_FULL}", span, name, name, line=FIRST_FULL))
     return Study(
         "spans",
         "Span length and restricted context (Table 2)",
@@ -102,9 +95,7 @@ def guidance(own_steps: Sequence[int]) -> Study:
     for first, last in GUIDANCES:
         label = f"{first:g} to {last:g}"
         scores = dict(zip(("fad", "kl", "clap"), paper[first, last]))
-        options = _decoding(own_steps, (first, last))
-        rows.append(Setting(label, "", label, _cell(own_steps, (first, last)), None, options,
-                            paper=scores))  # fmt: skip
+        rows.append(_sampled(label, label, own_steps, (first, last), paper=scores))
     return Study(
         "guidance",
         "Guidance (Table 6)",
@@ -123,10 +114,7 @@ def steps(num_codebooks: int, own_guidance: tuple[float, float]) -> Study:
     for (line, count), schedule in schedules.items():
         label = f"{line}: {count} ({', '.join(map(str, schedule))})"
         scores = {"fad": paper[schedule]} if schedule in paper else {}
-        options = _decoding(schedule, own_guidance)
-        rows.append(
-            Setting(label, line, count, _cell(schedule, own_guidance), None, options, paper=scores)
-        )
+        rows.append(_sampled(label, count, schedule, own_guidance, line=line, paper=scores))
     return Study(
         "steps",
         "Decoding steps (Fig. 7)",
@@ -139,61 +127,63 @@ def steps(num_codebooks: int, own_guidance: tuple[float, float]) -> Study:
 
 def rescoring(weight: float) -> Study:
     """Table 3, and the autoregressive model alone."""
-    rescored = Setting(
-        "MAGNeT, rescored", "", "rescored", f"{MAGNET}-rescored{weight:g}", MAGNET,
-        ("--rescorer-weight", str(weight)), HYBRID, {"fad": 3.3, "kl": 1.12, "clap": 0.31},
-    )  # fmt: skip
-    alone = {"fad": 3.7, "kl": 1.18, "clap": 0.30}
+    papers = ((3.7, 1.18, 0.30), (3.3, 1.12, 0.31), (3.1, 1.29, 0.31))
+    magnet, rescored, alone = (dict(zip(("fad", "kl", "clap"), row)) for row in papers)
+    rows = (
+        Setting("MAGNeT", "MAGNeT", MAGNET, MAGNET, paper=magnet),
+        Setting(
+            "MAGNeT, rescored",
+            "rescored",
+            f"{MAGNET}-rescored{weight:g}",
+            MAGNET,
+            ("--rescorer-weight", str(weight)),
+            rescorer=HYBRID,
+            paper=rescored,
+        ),
+        _begun("autoregressive", "autoregressive", None)._replace(paper=alone),
+    )
     return Study(
         "rescoring",
         "Rescoring (Table 3)",
         "model",
-        (
-            Setting("MAGNeT", "", "MAGNeT", MAGNET, MAGNET, paper=alone),
-            rescored,
-            Setting("autoregressive", "", "autoregressive", _prompted(None), HYBRID,
-                    _prompt_words(None), paper={"fad": 3.1, "kl": 1.29, "clap": 0.31}),
-        ),
+        rows,
         "Table 3, MAGNeT small, and Table 1, MusicGen small, which is the rescorer: 300 M "
         "parameters each, clips of 30 s.",
-    )  # fmt: skip
+    )
 
 
 def hybrid(prompt_seconds: Sequence[float], clip_seconds: float) -> Study:
     """Fig. 2c; the whole clip as prompt comes last."""
-    rows = []
-    for seconds in (*sorted(prompt_seconds), None):
-        place = clip_seconds if seconds is None else seconds
-        whole = " (the whole clip)" if seconds is None else ""
-        rows.append(Setting(f"{place:g} s{whole}", "hybrid", place, _prompted(seconds), HYBRID,
-                            _prompt_words(seconds)))  # fmt: skip
+    rows = [_begun(f"{s:g} s", s, s) for s in sorted(prompt_seconds)]
+    rows.append(_begun(f"{clip_seconds:g} s (the whole clip)", clip_seconds, None))
     return Study(
         "hybrid",
         "Prompts of a hybrid (Fig. 2c)",
         "seconds generated one step after another",
-        tuple(rows),
+        tuple(row._replace(line="hybrid") for row in rows),
         "Fig. 2c prints no numbers. In it FAD falls as the prompt grows, and from a prompt of 1 s "
         "on, of clips of 30 s, it is below the autoregressive model's.",
     )
 
 
-def _decoding(steps: Sequence[int], guidance: tuple[float, float]) -> tuple[str, ...]:
+def _sampled(
+    label: str,
+    place: float | str,
+    steps: Sequence[int],
+    guidance: tuple[float, float],
+    **more: Any,
+) -> Setting:
+    """A given model with these decoding steps and this guidance."""
     first, last = guidance
-    return (
-        "--decode.steps", *map(str, steps),
-        "--decode.max-guidance", str(first), "--decode.min-guidance", str(last),
-    )  # fmt: skip
+    cell = f"given-steps{'-'.join(map(str, steps))}-guidance{first:g}to{last:g}"
+    options = ("--decode.steps", *map(str, steps), "--decode.max-guidance", str(first),
+               "--decode.min-guidance", str(last))  # fmt: skip
+    return Setting(label, place, cell, None, options, **more)
 
 
-def _cell(steps: Sequence[int], guidance: tuple[float, float]) -> str:
-    first, last = guidance
-    return f"given-steps{'-'.join(map(str, steps))}-guidance{first:g}to{last:g}"
-
-
-def _prompted(seconds: float | None) -> str:
-    return f"{HYBRID}-whole" if seconds is None else f"{HYBRID}-prompt{seconds:g}"
-
-
-def _prompt_words(seconds: float | None) -> tuple[str, ...]:
-    # (launch.sample takes more than the clip's length for all of it)
-    return ("--prompt-seconds", "600" if seconds is None else f"{seconds:g}")
+def _begun(label: str, place: float | str, seconds: float | None) -> Setting:
+    """A hybrid that makes so much of a clip one step after another; None is all of it."""
+    cell = f"{HYBRID}-whole" if seconds is None else f"{HYBRID}-prompt{seconds:g}"
+    # launch.sample takes more than the clip's length for all of it.
+    options = ("--prompt-seconds", "600" if seconds is None else f"{seconds:g}")
+    return Setting(label, place, cell, HYBRID, options)

@@ -2,11 +2,9 @@
 
 python -m launch.benchmark tokenize               the tokenization job against the bare codec
 python -m launch.benchmark loader --data DATA     frames/s of the loader against the train step's
+python -m launch.benchmark train --data DATA      a run's share of the machine's peak
 python -m launch.benchmark decode --checkpoint RUN     time, FLOPs and programs of making clips
 python -m launch.benchmark decode --model small --peer     the same at full size, against PyTorch
 python -m launch.benchmark autoregressive --model small     a MusicGen against transformers'
-python -m launch.benchmark compile                time to compile, from nothing and from the cache
-python -m launch.benchmark savings                each exact saving of decoding, left out
 python -m launch.benchmark tradeoff --model small     latency by prompt, steps and rescoring
-python -m launch.benchmark import                 time and memory of importing a 420 M checkpoint
 """

@@ -6,17 +6,7 @@ from typing import Annotated
 import tyro
 
 from launch import benchmark
-from launch.benchmark import (
-    autoregressive,
-    compiling,
-    decoding,
-    importing,
-    loading,
-    savings,
-    tokenizing,
-    tradeoff,
-    training,
-)
+from launch.benchmark import autoregressive, decoding, loading, tokenizing, tradeoff, training
 from magnet_jax import cli, errors
 from magnet_jax.io import machine
 
@@ -28,13 +18,10 @@ Command = (
         tyro.conf.subcommand("autoregressive", description=autoregressive.Args.__doc__),
     ]
     | Annotated[training.Args, tyro.conf.subcommand("train", description=training.Args.__doc__)]
-    | Annotated[compiling.Args, tyro.conf.subcommand("compile", description=compiling.Args.__doc__)]
     | Annotated[
         tokenizing.Args, tyro.conf.subcommand("tokenize", description=tokenizing.Args.__doc__)
     ]
-    | Annotated[savings.Args, tyro.conf.subcommand("savings", description=savings.Args.__doc__)]
     | Annotated[tradeoff.Args, tyro.conf.subcommand("tradeoff", description=tradeoff.Args.__doc__)]
-    | Annotated[importing.Args, tyro.conf.subcommand("import", description=importing.Args.__doc__)]
 )
 
 
@@ -44,18 +31,8 @@ def main(words: Sequence[str] | None = None) -> None:
     args = cli.parse(
         Command, words, prog="python -m launch.benchmark", description=benchmark.__doc__
     )
-    measure = {
-        loading.Args: loading.measure,
-        decoding.Args: decoding.measure,
-        autoregressive.Args: autoregressive.measure,
-        training.Args: training.measure,
-        compiling.Args: compiling.measure,
-        tokenizing.Args: tokenizing.measure,
-        savings.Args: savings.measure,
-        tradeoff.Args: tradeoff.measure,
-        importing.Args: importing.measure,
-    }
-    measure[type(args)](args)
+    modules = (loading, decoding, autoregressive, training, tokenizing, tradeoff)
+    next(module.measure for module in modules if isinstance(args, module.Args))(args)
 
 
 if __name__ == "__main__":

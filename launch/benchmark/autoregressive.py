@@ -2,20 +2,18 @@
 
 import dataclasses
 import functools
-import json
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 from tqdm import tqdm
 
 from launch.benchmark import models, report
-from launch.benchmark.decoding import TEXTS
+from magnet_jax.arguments import Between, Count, check_fields
 from magnet_jax.convert import lm_rules
 from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
-from magnet_jax.io.files import replacing_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,11 +24,11 @@ class Args:
     """Folder of a MusicGen; or --model."""
     model: Literal["small", "medium"] | None = None
     """A model of a published size with random weights, made in memory; or --checkpoint."""
-    seconds: float = 2.0
+    seconds: Annotated[float, Between(0, 30, above=True)] = 2.0
     """Length of a clip."""
-    batch_sizes: tuple[int, ...] = (1,)
+    batch_sizes: tuple[Count, ...] = (1,)
     """Clips at once."""
-    repeats: int = 3
+    repeats: Annotated[int, Between(1, 10_000)] = 3
     """Calls timed a batch size, of which the fastest counts."""
     peer: bool = True
     """Time transformers' MusicGen as well, in turns with ours."""
@@ -38,12 +36,9 @@ class Args:
     """File for all figures."""
 
     def __post_init__(self):
-        if not self.batch_sizes or min(self.batch_sizes) < 1:
-            raise UserError("--batch-sizes must be numbers of at least 1")
-        if self.repeats < 1:
-            raise UserError("--repeats must be at least 1")
-        if not 0 < self.seconds <= 30:
-            raise UserError("--seconds must be positive, and at most 30")
+        check_fields(self, "--")
+        if not self.batch_sizes:
+            raise UserError("--batch-sizes: give one at least")
         report.check_parent("--json", self.json)
 
 
@@ -87,16 +82,13 @@ def measure(args: Args) -> None:
         for batch in args.batch_sizes:
             rows.append(_measure(loaded, peer, batch, num_frames, args.repeats))
             print(_line(rows[-1], num_frames + max(model.delays)), flush=True)
-    if args.json:
-        found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
-        text = json.dumps({"num_frames": num_frames, "rows": found}, indent=2) + "\n"
-        with replacing_file(args.json) as temporary:
-            temporary.write_text(text)
+    found = [dataclasses.asdict(row) | {"ratio": row.ratio} for row in rows]
+    report.write_json(args.json, {"num_frames": num_frames, "rows": found})
 
 
 def _measure(loaded, peer, batch: int, num_frames: int, repeats: int) -> Row:
     """Ours and the peer take turns, so that a busy moment hits both."""
-    texts = [TEXTS[i % len(TEXTS)] for i in range(batch)]
+    texts = models.texts(batch)
     decoding = dataclasses.replace(loaded.config.autoregressive, greedy=True)
     ours = functools.partial(
         sampling.generate, loaded, texts, num_frames=num_frames, decoding=decoding, seed=0

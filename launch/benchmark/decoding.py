@@ -7,9 +7,8 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import numpy as np
@@ -19,24 +18,16 @@ from launch.benchmark import models, peaks, report, rescoring
 from launch.benchmark.peaks import seconds_of
 from launch.compile import flops
 from magnet_jax import programs
+from magnet_jax.arguments import Between, Count, Seconds, check_fields
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.codec import decoding
-from magnet_jax.codec.encodec import Decoder
-from magnet_jax.config import ComputeDtype, DecodeConfig, Preset, RescoreConfig, preset_steps
+from magnet_jax.config import ComputeDtype, Preset, RescoreConfig, preset_steps
 from magnet_jax.convert import lm_rules
-from magnet_jax.decode import placement, rescore, sampling
+from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 
 if TYPE_CHECKING:
     from launch.benchmark import torch_peer
-
-TEXTS = (
-    "A lively fiddle tune with acoustic guitar and upright bass, recorded live at a dance",
-    "Slow ambient pads with a soft piano melody and distant rain",
-    "An energetic rock song with distorted guitars and a driving drum beat",
-    "A string quartet plays a sad and thoughtful piece in a minor key",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,18 +38,18 @@ class Args:
     """Folder of a training run, an export or an AudioCraft checkpoint; or --model."""
     model: Literal["small", "medium"] | None = None
     """A model of a published size with random weights, made in memory; or --checkpoint."""
-    seconds: float | None = None
-    """Length of a clip, cut down to whole spans; None is what the model was trained on."""
-    batch_sizes: tuple[int, ...] = (1, 2, 4)
+    seconds: Seconds | None = None
+    """Length of a clip, cut down to whole spans; by default what the model was trained on."""
+    batch_sizes: tuple[Count, ...] = (1, 2, 4)
     """Clips at once."""
-    repeats: int = 3
+    repeats: Annotated[int, Between(1, 10_000)] = 3
     """Calls timed a batch size, of which the fastest counts; the first without its compilation."""
-    steps: tuple[int, ...] | None = None
-    """Decoding steps of each codebook; None is the model's own."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default the model's own."""
     preset: Preset | None = None
     """Decoding steps by name: paper, paper-30s, balanced or draft."""
     compute_dtype: ComputeDtype | None = None
-    """Precision of the products; None is the model's own."""
+    """Precision of the products, by default the model's own."""
     parts: bool = True
     """Time the parts of a call at the first batch size, which compiles one more program."""
     rescorer: str | Path | None = None
@@ -73,26 +64,19 @@ class Args:
     """PyTorch device of the peer."""
     peer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the peer."""
-    peer_steps: int | None = None
+    peer_steps: Count | None = None
     """Cut the schedule to so many steps a codebook, for both alike."""
     vs: str | None = None
     """Another command to time: its wall seconds, or the "seconds" of a line of JSON it prints."""
     json: Path | None = None
     """File for all figures."""
-    picture: Path | None = None
-    """PNG, PDF or SVG file for latency and throughput against the batch size."""
 
     def __post_init__(self):
-        for name in ("batch_sizes", "steps"):
-            numbers = getattr(self, name)
-            if numbers is not None and (not numbers or min(numbers) < 1):
-                raise UserError(f"{report.option(name)} must be numbers of at least 1")
+        check_fields(self, "--")
+        if not self.batch_sizes:
+            raise UserError("--batch-sizes: give one at least")
         if self.steps and self.preset:
             raise UserError("give --steps or --preset, not both")
-        if self.repeats < 1:
-            raise UserError("--repeats must be at least 1")
-        if self.seconds is not None and not 0 < self.seconds <= 600:
-            raise UserError("--seconds must be positive, and at most 600")
         if not self.peer and (self.peer_device, self.peer_dtype) != ("cpu", "float32"):
             raise UserError("--peer-device and --peer-dtype need --peer")
         rescoring = RescoreConfig(weight=self.rescorer_weight, guidance=self.rescorer_guidance)
@@ -100,53 +84,9 @@ class Args:
             raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer")
         if self.rescorer_weight == 0:
             raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to time")
-        if self.peer_steps is not None and (self.peer_steps < 1 or not self.peer):
-            raise UserError("--peer-steps must be at least 1, and needs --peer")
-        if self.picture and self.picture.suffix not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--picture {self.picture}: must end in .png, .pdf or .svg")
-        for name in ("json", "picture"):
-            report.check_parent(report.option(name), getattr(self, name))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What every call of a measurement shares."""
-
-    loaded: pretrained.Loaded
-    decoder: Decoder
-    num_frames: int
-    decoding: DecodeConfig
-
-    def texts(self, batch: int) -> list[str]:
-        return [TEXTS[i % len(TEXTS)] for i in range(batch)]
-
-    def tokens(
-        self,
-        batch: int,
-        repeat: int,
-        on_step: Callable | None = None,
-        rescorer: sampling.Rescorer | None = None,
-    ) -> np.ndarray:
-        """From texts to tokens, as users have it, with settings that differ a repeat."""
-        # Other numbers, not other shapes: no new program.
-        temperature = self.decoding.temperature * (1 + repeat / 64)
-        decoding = dataclasses.replace(self.decoding, temperature=temperature)
-        return sampling.generate(
-            self.loaded,
-            self.texts(batch),
-            num_frames=self.num_frames,
-            decoding=decoding,
-            seed=repeat,
-            rescorer=rescorer,
-            on_step=on_step,
-        ).codes_BKT
-
-    def audio(self, codes_BKT: np.ndarray) -> np.ndarray:
-        return decoding.decode_audio(self.decoder, codes_BKT)
-
-    def text_states(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Text encoder states cut to the longest text, and the texts' lengths."""
-        return models.text_states(self.loaded, self.texts(batch))
+        if self.peer_steps is not None and not self.peer:
+            raise UserError("--peer-steps needs --peer")
+        report.check_parent("--json", self.json)
 
 
 def measure(args: Args) -> None:
@@ -155,47 +95,53 @@ def measure(args: Args) -> None:
         if args.compute_dtype is not None:
             config = dataclasses.replace(loaded.config, compute_dtype=args.compute_dtype)
             loaded = loaded._replace(config=config)
-        if args.peer:  # (its module imports torch)
+        if args.peer:  # whose module imports torch
             from launch.benchmark.torch_peer import check_device
 
             check_device(args.peer_device)
         job = make_job(args, loaded)
         rescorer = make_rescorer(args, job)
-        dtype = precision.compute_dtype(loaded.config)
-        facts = report.Facts(
-            model=name,
-            parameters=int(sum(leaf.size for leaf in jax.tree.leaves(loaded.params["lm"]))),
-            device=jax.devices()[0].device_kind,
-            dtype=dtype.name,
-            num_frames=job.num_frames,
-            clip_seconds=job.num_frames / loaded.codec.frame_rate,
-            steps=job.decoding.steps,
-            steps_cut_from=own_steps(args, loaded) if args.peer_steps else None,
-            peak=peaks.jax_peak(dtype),
-            peer_dtype=args.peer_dtype if args.peer else None,
-            peer_device=args.peer_device if args.peer else None,
-            peer_peak=peaks.torch_peak(args.peer_dtype, args.peer_device) if args.peer else None,
-        )
+        facts = facts_of(args, name, job)
         print(report.heading(facts), flush=True)
-        vs_seconds = None
-        if args.vs:  # (first, as it may fail)
-            vs_seconds = min(time_command(args.vs) for _ in range(args.repeats))
+        found = {"facts": dataclasses.asdict(facts), "vs_seconds": None}
+        if args.vs:  # first, as it may fail
+            found["vs_seconds"] = min(time_command(args.vs) for _ in range(args.repeats))
         rows = measure_batches(args, job, facts)
-        num_programs = programs.count()
-        print(f"{num_programs} programs for {len(rows)} shapes", flush=True)
-        parts = measure_parts(job, args.batch_sizes[0]) if args.parts else None
+        found |= {"rows": [row.figures() for row in rows], "programs": programs.count()}
+        print(f"{found['programs']} programs for {len(rows)} shapes", flush=True)
+        first = args.batch_sizes[0]
+        parts = measure_parts(job, first) if args.parts else None
         if parts:
             print(report.parts_table(parts, rows[0], facts), flush=True)
         rescored = None
         if rescorer is not None:
-            rescored = rescoring.measure(job, rescorer, args.batch_sizes[0], args.repeats)
-            print(report.rescoring_line(rescored), flush=True)
+            rescored = rescoring.measure(job, rescorer, first, args.repeats)
+            print(rescored.line(), flush=True)
         if args.vs:
-            print(report.vs_line(args.vs, vs_seconds, rows[0]), flush=True)
-    if args.json:
-        report.write_json(args.json, facts, rows, num_programs, parts, rescored, vs_seconds)
-    if args.picture:
-        report.draw(args.picture, facts, rows)
+            print(report.vs_line(args.vs, found["vs_seconds"], rows[0]), flush=True)
+    found["parts"] = parts and dataclasses.asdict(parts)
+    found["rescoring"] = rescored and rescored.figures()
+    report.write_json(args.json, found)
+
+
+def facts_of(args: Args, name: str, job: models.Job) -> report.Facts:
+    """What all rows of the report share."""
+    loaded, peer = job.loaded, args.peer
+    dtype = precision.compute_dtype(loaded.config)
+    return report.Facts(
+        model=name,
+        parameters=int(sum(leaf.size for leaf in jax.tree.leaves(loaded.params["lm"]))),
+        device=jax.devices()[0].device_kind,
+        dtype=dtype.name,
+        num_frames=job.num_frames,
+        clip_seconds=job.num_frames / loaded.codec.frame_rate,
+        steps=job.decoding.steps,
+        steps_cut_from=own_steps(args, loaded) if args.peer_steps else None,
+        peak=peaks.jax_peak(dtype),
+        peer_dtype=args.peer_dtype if peer else None,
+        peer_device=args.peer_device if peer else None,
+        peer_peak=peaks.torch_peak(args.peer_dtype, args.peer_device) if peer else None,
+    )
 
 
 def own_steps(args: Args, loaded: pretrained.Loaded) -> tuple[int, ...]:
@@ -204,7 +150,7 @@ def own_steps(args: Args, loaded: pretrained.Loaded) -> tuple[int, ...]:
     return args.steps or loaded.config.decode.steps
 
 
-def make_job(args: Args, loaded: pretrained.Loaded) -> Job:
+def make_job(args: Args, loaded: pretrained.Loaded) -> models.Job:
     """The work to time; raises `UserError` where the options do not fit the model."""
     model = loaded.config.model
     if model.kind != "magnet":
@@ -212,8 +158,8 @@ def make_job(args: Args, loaded: pretrained.Loaded) -> Job:
     steps = own_steps(args, loaded)
     if args.peer_steps:
         steps = tuple(min(count, args.peer_steps) for count in steps)
-    num_frames = clip_frames(loaded, args.seconds)
-    return Job(
+    num_frames = models.clip_frames(loaded, args.seconds)
+    return models.Job(
         loaded=placement.prepare(loaded),
         decoder=pretrained.load_decoder(loaded, str(args.checkpoint)),
         num_frames=num_frames,
@@ -221,35 +167,17 @@ def make_job(args: Args, loaded: pretrained.Loaded) -> Job:
     )
 
 
-def clip_frames(loaded: pretrained.Loaded, seconds: float | None) -> int:
-    """Frames of a clip (None: of training), cut to whole spans; `UserError` below one of them."""
-    frames = sampling.segment_frames(loaded.config, loaded.codec)
-    if seconds is not None:
-        frames = round(seconds * loaded.codec.frame_rate)
-    span = loaded.config.decode.span_length or loaded.config.model.span_length
-    if frames < span:
-        raise UserError(f"--seconds {seconds}: shorter than one span of {span} frames")
-    return frames // span * span
-
-
-def open_rescorer(
-    source: str | Path, loaded: pretrained.Loaded, guidance: float, weight: float
-) -> sampling.Rescorer:
-    """The second model; raises `UserError` where there is none that fits."""
-    return rescore.from_model(
-        rescore.load(source), loaded, guidance=guidance, weight=weight, name=str(source)
-    )
-
-
-def make_rescorer(args: Args, job: Job) -> sampling.Rescorer | None:
+def make_rescorer(args: Args, job: models.Job) -> sampling.Rescorer | None:
     """The second model, if one is asked for; raises `UserError` where there is none that fits."""
     if args.rescorer is None:
         return None
     sampling.check_rescored(job.decoding)
-    return open_rescorer(args.rescorer, job.loaded, args.rescorer_guidance, args.rescorer_weight)
+    return models.open_rescorer(
+        args.rescorer, job.loaded, args.rescorer_guidance, args.rescorer_weight
+    )
 
 
-def measure_batches(args: Args, job: Job, facts: report.Facts) -> list[report.Row]:
+def measure_batches(args: Args, job: models.Job, facts: report.Facts) -> list[report.Row]:
     """A row a batch size. Ours and the peer take turns, so that a busy moment hits both."""
     peer = make_peer(args, job) if args.peer else None
     programs.forget()
@@ -283,13 +211,13 @@ def measure_batches(args: Args, job: Job, facts: report.Facts) -> list[report.Ro
     return rows
 
 
-def our_flops(job: Job, text_tokens: int) -> float:
+def our_flops(job: models.Job, text_tokens: int) -> float:
     """What a clip must cost here."""
     model, steps = job.loaded.config.model, job.decoding.steps
     return flops.floor_flops(model, job.num_frames, text_tokens, steps)
 
 
-def measure_parts(job: Job, batch: int) -> report.Parts:
+def measure_parts(job: models.Job, batch: int) -> report.Parts:
     """Seconds of each part of a call, from the clock at every step."""
     stamps = {}
 
@@ -318,7 +246,7 @@ def measure_parts(job: Job, batch: int) -> report.Parts:
 # --- what ours is held against -------------------------------------------------------------------
 
 
-def make_peer(args: Args, job: Job) -> "torch_peer.Peer":
+def make_peer(args: Args, job: models.Job) -> "torch_peer.Peer":
     """The PyTorch peer with the same weights, warmed up."""
     from launch.benchmark import torch_peer
 
@@ -334,7 +262,11 @@ def make_peer(args: Args, job: Job) -> "torch_peer.Peer":
 
 
 def peer_stages(
-    peer: "torch_peer.Peer", job: Job, states_BSE: np.ndarray, lengths_B: np.ndarray, seed: int
+    peer: "torch_peer.Peer",
+    job: models.Job,
+    states_BSE: np.ndarray,
+    lengths_B: np.ndarray,
+    seed: int,
 ) -> tuple[float, ...]:
     """Seconds of each stage of the peer's generation, from text states to tokens."""
     seconds = [0.0] * len(job.decoding.steps)
@@ -357,7 +289,7 @@ def peer_stages(
     return tuple(seconds)
 
 
-def peer_flops(job: Job, text_tokens: int) -> float:
+def peer_flops(job: models.Job, text_tokens: int) -> float:
     """What a clip costs by the reference's law, which is the peer's."""
     model, steps = job.loaded.config.model, job.decoding.steps
     return flops.reference_flops(model, job.num_frames, text_tokens, steps)

@@ -3,15 +3,16 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
 
 from launch.train import load_config
+from magnet_jax.arguments import Between, check_fields
 from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
-from magnet_jax.errors import UserError
 from magnet_jax.model import precision, sharding
 from magnet_jax.train import steps
 from magnet_jax.train.setup import Setup, check_fit, first_state, frozen_params, to_devices
@@ -25,15 +26,14 @@ class Args:
     """A data set of `python -m tokenization.job`."""
     config: str = "demo"
     """Config of the train step."""
-    batches: int = 200
+    batches: Annotated[int, Between(1, 1_000_000)] = 200
     """Batches to load."""
-    steps: int = 20
+    steps: Annotated[int, Between(1, 1_000_000)] = 20
     """Steps to run, after those that compile."""
 
 
 def measure(args: Args) -> None:
-    if args.batches < 1 or args.steps < 1:
-        raise UserError("--batches and --steps must be at least 1")
+    check_fields(args, "--")
     config = load_config(args.config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))
     spec = records.read_codec_spec(args.data)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
@@ -49,6 +50,11 @@ class Row:
         """FLOP/s of the transformer."""
         return self.batch_size * self.flops / self.tokens
 
+    def figures(self) -> dict[str, Any]:
+        """All that was measured, and what follows from it."""
+        derived = ("latency", "rate", "peer_tokens", "peer_rate", "speedup")
+        return dataclasses.asdict(self) | {name: getattr(self, name) for name in derived}
+
     @property
     def peer_tokens(self) -> float | None:
         return sum(self.peer_stages) if self.peer_stages else None
@@ -72,31 +78,6 @@ class Parts:
     stages: tuple[float, ...]
     rest: float  # between the last step and the tokens
     codec: float
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rescoring:
-    """What a second model costs; times in seconds a call."""
-
-    batch_size: int
-    passes: int  # of the rescorer
-    without: float  # from texts to tokens
-    rescored: float  # the same with the rescorer
-    alone: float  # the rescorer's passes and its text encoder, in a program of their own
-
-    @property
-    def extra(self) -> float:
-        return self.rescored - self.without
-
-    @property
-    def ratio(self) -> float:
-        """The extra time over the rescorer's own."""
-        return self.extra / self.alone
-
-
-def option(name: str) -> str:
-    """A field as the command line spells it."""
-    return "--" + name.replace("_", "-")
 
 
 def check_parent(option: str, path: Path | None) -> None:
@@ -130,14 +111,10 @@ def heading(facts: Facts) -> str:
         )
     lines.append(
         "tokens are from text to tokens, latency that and the codec, timed apart, the fastest call "
-        "counts; "
-        "FLOPs of ours are the least that the tokens cost"
-        + (
-            "; those of the peer the reference's, its time from text states"
-            if facts.peer_peak
-            else ""
-        )
+        "counts; FLOPs of ours are the least that the tokens cost"
     )
+    if facts.peer_peak:
+        lines[-1] += "; those of the peer the reference's, its time from text states"
     return "\n".join(lines)
 
 
@@ -208,14 +185,6 @@ def peer_whole(row: Row, facts: Facts) -> float:
     return sum(seconds / count * whole for seconds, count, whole in parts)
 
 
-def rescoring_line(found: Rescoring) -> str:
-    return (
-        f"rescoring, batch {found.batch_size}: {found.rescored:.3f} s to tokens, "
-        f"{found.extra:.3f} s more than without; the rescorer's {found.passes} passes alone take "
-        f"{found.alone:.3f} s: {found.ratio:.2f} of them"
-    )
-
-
 def vs_line(command: str, seconds: float, row: Row) -> str:
     return (
         f"{command}: {seconds:.3f} s, {seconds / row.latency:.2f} times ours from text to audio at "
@@ -223,61 +192,8 @@ def vs_line(command: str, seconds: float, row: Row) -> str:
     )
 
 
-def write_json(
-    path: Path,
-    facts: Facts,
-    rows: Sequence[Row],
-    programs: int,
-    parts: Parts | None,
-    rescored: Rescoring | None,
-    vs_seconds: float | None,
-) -> None:
-    """Everything that was measured, and what follows from it."""
-    derived = ("latency", "rate", "peer_tokens", "peer_rate", "speedup")
-    content = {
-        "facts": dataclasses.asdict(facts),
-        "rows": [
-            dataclasses.asdict(row) | {name: getattr(row, name) for name in derived} for row in rows
-        ],
-        "programs": programs,
-        "parts": parts and dataclasses.asdict(parts),
-        "rescoring": rescored
-        and dataclasses.asdict(rescored) | {"extra": rescored.extra, "ratio": rescored.ratio},
-        "vs_seconds": vs_seconds,
-    }
-    with replacing_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def draw(path: Path, facts: Facts, rows: Sequence[Row]) -> None:
-    """Latency and throughput against the batch size, as in the paper's Figure 2.
-
-    Both are from text to tokens, which is what the peer does too.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    latency, throughput = figure.subplots(1, 2)
-    series = [("this package", "o-", [row.tokens for row in rows])]
-    if facts.peer_peak:
-        series.append(("PyTorch, the reference's way", "s--", [row.peer_tokens for row in rows]))
-    sizes = [row.batch_size for row in rows]
-    for label, style, seconds in series:
-        latency.plot(sizes, seconds, style, label=label)
-        throughput.plot(sizes, [b / s for b, s in zip(sizes, seconds)], style, label=label)
-    latency.set_ylabel("latency (s)")
-    throughput.set_ylabel("throughput (clips/s)")
-    for axes in (latency, throughput):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, labels=map(str, sizes))
-        axes.minorticks_off()
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("batch size (clips)")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(
-        f"{facts.clip_seconds:.1f} s clips, steps {_numbers(facts.steps)}, {facts.device}",
-        fontsize="medium",
-    )
-    with replacing_file(path) as temporary:
-        figure.savefig(temporary, dpi=150, format=path.suffix[1:])
+def write_json(path: Path | None, content: Any) -> None:
+    """Writes figures, where a file for them is asked for."""
+    if path is not None:
+        with replacing_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")

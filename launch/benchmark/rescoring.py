@@ -3,25 +3,53 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from launch.benchmark import report
+from launch.benchmark import models
 from launch.benchmark.peaks import seconds_of
 from magnet_jax.decode import sampling
 from magnet_jax.decode.sampling import Rescorer
 
-if TYPE_CHECKING:
-    from launch.benchmark.decoding import Job
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rescoring:
+    """What a second model costs; times in seconds a call."""
+
+    batch_size: int
+    passes: int  # of the rescorer
+    without: float  # from texts to tokens
+    rescored: float  # the same with the rescorer
+    alone: float  # the rescorer's passes and its text encoder, in a program of their own
+
+    @property
+    def extra(self) -> float:
+        return self.rescored - self.without
+
+    @property
+    def ratio(self) -> float:
+        """The extra time over the rescorer's own."""
+        return self.extra / self.alone
+
+    def figures(self) -> dict[str, float]:
+        """All that was measured, and what follows from it."""
+        return dataclasses.asdict(self) | {"extra": self.extra, "ratio": self.ratio}
+
+    def line(self) -> str:
+        return (
+            f"rescoring, batch {self.batch_size}: {self.rescored:.3f} s to tokens, "
+            f"{self.extra:.3f} s more than without; the rescorer's {self.passes} passes alone take "
+            f"{self.alone:.3f} s: {self.ratio:.2f} of them"
+        )
 
 
-def measure(job: "Job", rescorer: Rescorer, batch: int, repeats: int) -> report.Rescoring:
+def measure(job: models.Job, rescorer: Rescorer, batch: int, repeats: int) -> Rescoring:
     """Times a call with the rescorer, one without, and the rescorer alone, in turns."""
-    texts = rescorer.tokenize(job.texts(batch), None)
+    texts = rescorer.tokenize(models.texts(batch), None)
     # A codebook's last step is not rescored: nothing reads its scores.
     stages = [np.full(steps - 1, stage, np.int32) for stage, steps in enumerate(job.decoding.steps)]
     codes_BKT = job.tokens(batch, 0)
@@ -48,7 +76,7 @@ def measure(job: "Job", rescorer: Rescorer, batch: int, repeats: int) -> report.
     for repeat in tqdm(range(repeats), "rescoring", leave=False):
         for name, call in calls.items():
             seconds[name].append(seconds_of(functools.partial(call, repeat)))
-    return report.Rescoring(
+    return Rescoring(
         batch_size=batch,
         passes=sum(map(len, stages)),
         without=min(seconds["without"]),

@@ -2,27 +2,33 @@
 
 import dataclasses
 import functools
-import json
 import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import soundfile
 
 from launch.benchmark import report
+from magnet_jax.arguments import Between, Count, check_fields
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import Listening, read_mono
 from magnet_jax.io import machine
-from magnet_jax.io.files import replacing_file
 from tokenization import encode
-from tokenization import job as tokenization
+from tokenization.maker import Maker
+from tokenization.settings import Job
+from tokenization.source.scan import scan
+from tokenization.units import plan
+
+Minutes = Annotated[float, Between(0.1, 600)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,67 +37,30 @@ class Args:
 
     codec: str = EMBEDDED
     """As in tokenization.job."""
-    tracks: int = 8
+    tracks: Count = 8
     """Files to make and tokenize: FLAC, 44.1 kHz, stereo, noise that swells."""
-    track_minutes: float = 3.0
-    batch_size: int = tokenization.Job.batch_size
-    window_seconds: float = tokenization.Job.window_seconds
-    workers: int = 1
+    track_minutes: Minutes = 3.0
+    batch_size: Count = Job.batch_size
+    window_seconds: Annotated[float, Between(0.1, 600)] = Job.window_seconds
+    workers: Count = 1
     """More than 1 also times the job with so many, start-up included, against one."""
-    cores_per_worker: int | None = None
-    """CPU cores that each of these workers may use (Linux); None leaves all to all."""
+    cores_per_worker: Count | None = None
+    """CPU cores that each of these workers may use (Linux); by default all of them."""
     whole: Path | None = None
     """Folder of audio: also compares its files, end to end, encoded in windows and at once."""
-    whole_minutes: float = 10.0
+    whole_minutes: Minutes = 10.0
     """Of that audio, from its start again where it is shorter."""
     json: Path | None = None
     """File for the figures."""
 
 
 def measure(args: Args) -> None:
-    if args.tracks < 1 or not 0.1 <= args.track_minutes <= 600 or args.workers < 1:
-        raise UserError("--tracks and --workers must be positive, --track-minutes 0.1 to 600")
-    if args.batch_size < 1 or not 0.1 <= args.window_seconds <= 600:
-        raise UserError("--batch-size must be positive, --window-seconds 0.1 to 600")
-    if not 0.1 <= args.whole_minutes <= 600:
-        raise UserError("--whole-minutes must lie between 0.1 and 600")
-    if args.whole is None and args.whole_minutes != Args.whole_minutes:
-        raise UserError("--whole-minutes goes with --whole FOLDER")
-    if args.cores_per_worker is not None and args.workers == 1:
-        raise UserError("--cores-per-worker goes with --workers of 2 or more")
-    report.check_parent("--json", args.json)
-    if args.cores_per_worker is not None:
-        if not hasattr(os, "sched_setaffinity"):
-            raise UserError("--cores-per-worker: for Linux alone; leave it out")
-        here = len(os.sched_getaffinity(0))
-        if not 1 <= args.cores_per_worker <= here // args.workers:
-            raise UserError(
-                f"--cores-per-worker {args.cores_per_worker}: {args.workers} workers share "
-                f"{here} cores here"
-            )
+    """Measures, prints, and writes what `args` asks for."""
+    check(args)
     with tempfile.TemporaryDirectory() as folder:
-        audio = Path(folder) / "audio"
-        audio.mkdir()
-        for i in range(args.tracks):
-            _write_track(audio / f"{i:03d}", args.track_minutes * 60, i)
-        settings = tokenization.Job(
-            audio=audio,
-            out=Path(folder) / "one",
-            codec=args.codec,
-            batch_size=args.batch_size,
-            window_seconds=args.window_seconds,
-            tracks_per_shard=max(args.tracks // (2 * args.workers), 1),
-            validation_percent=0,
-        )
-        seconds = args.tracks * args.track_minutes * 60
+        settings = make_job(args, Path(folder))
         bare = [bare_rate(args)]
-        units = tokenization.plan(settings, tokenization.scan(settings))
-        (settings.out / "units").mkdir(parents=True)
-        with tokenization.Maker(settings, settings.device) as make:
-            started = time.perf_counter()
-            for unit in units:
-                make(unit, lambda files, seconds: None)
-            job = seconds / (time.perf_counter() - started)
+        job = job_rate(args, settings)
         bare.append(bare_rate(args))  # before and after: the machine may have others on it
         found = {
             "codec_seconds_a_second": max(bare),
@@ -108,20 +77,79 @@ def measure(args: Args) -> None:
             found["workers_speedup"] = one / several
         if args.whole is not None:
             found["equal_tokens"] = equal_tokens(args, args.whole)
-    print(f"codec alone  {max(bare):8.1f} s of audio a second, {args.batch_size} rows of "
-          f"{args.window_seconds:g} s")  # fmt: skip
-    print(f"job          {job:8.1f} s of audio a second, files read and written")
-    print(f"share        {found['share']:8.1%}")
-    print(f"memory       {found['peak_bytes'] / 2**30:8.2f} GiB at most, a decoder "
-          f"{found['decoder_peak_bytes'] / 2**30:.2f}")  # fmt: skip
-    if args.workers > 1:
-        print(f"{args.workers} workers    {found['workers_speedup']:8.2f} times as fast as one")
-    if args.whole is not None:
+    print(lines(args, found))
+    report.write_json(args.json, found)
+
+
+def lines(args: Args, found: Mapping[str, Any]) -> str:
+    """What was measured, for people."""
+    memory, decoder = (found[name] / 2**30 for name in ("peak_bytes", "decoder_peak_bytes"))
+    shown = [
+        f"codec alone  {found['codec_seconds_a_second']:8.1f} s of audio a second, "
+        f"{args.batch_size} rows of {args.window_seconds:g} s",
+        f"job          {found['job_seconds_a_second']:8.1f} s of audio a second, files read and "
+        "written",
+        f"share        {found['share']:8.1%}",
+        f"memory       {memory:8.2f} GiB at most, a decoder {decoder:.2f}",
+    ]
+    if "workers_speedup" in found:
+        speedup = found["workers_speedup"]
+        shown.append(f"{args.workers} workers    {speedup:8.2f} times as fast as one")
+    if "equal_tokens" in found:
         shares = ", ".join(f"{share:.2%}" for share in found["equal_tokens"])
-        print(f"windows      {shares} of the tokens, by codebook, are those of the whole track")
-    if args.json is not None:
-        with replacing_file(args.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+        shown.append(
+            f"windows      {shares} of the tokens, by codebook, are those of the whole track"
+        )
+    return "\n".join(shown)
+
+
+def check(args: Args) -> None:
+    """Raises `UserError` for what does not fit, before anything is made."""
+    check_fields(args, "--")
+    if args.whole is None and args.whole_minutes != Args.whole_minutes:
+        raise UserError("--whole-minutes goes with --whole FOLDER")
+    report.check_parent("--json", args.json)
+    if args.cores_per_worker is None:
+        return
+    if args.workers == 1:
+        raise UserError("--cores-per-worker goes with --workers of 2 or more")
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("--cores-per-worker: for Linux alone; leave it out")
+    here = len(os.sched_getaffinity(0))
+    if args.cores_per_worker > here // args.workers:
+        raise UserError(
+            f"--cores-per-worker {args.cores_per_worker}: {args.workers} workers share "
+            f"{here} cores here"
+        )
+
+
+def make_job(args: Args, folder: Path) -> Job:
+    """The job to measure, and its audio."""
+    audio = folder / "audio"
+    audio.mkdir()
+    for i in range(args.tracks):
+        _write_track(audio / f"{i:03d}", args.track_minutes * 60, i)
+    return Job(
+        audio=audio,
+        out=folder / "one",
+        codec=args.codec,
+        batch_size=args.batch_size,
+        window_seconds=args.window_seconds,
+        tracks_per_shard=max(args.tracks // (2 * args.workers), 1),
+        validation_percent=0,
+    )
+
+
+def job_rate(args: Args, settings: Job) -> float:
+    """Seconds of audio a second of the whole job, in this process."""
+    units = plan(settings, scan(settings))
+    (settings.out / "units").mkdir(parents=True)
+    with Maker(settings, settings.device) as make:
+        started = time.perf_counter()
+        for unit in units:
+            make(unit, lambda files, seconds: None)
+        took = time.perf_counter() - started
+    return args.tracks * args.track_minutes * 60 / took
 
 
 def bare_rate(args: Args) -> float:
@@ -172,9 +200,7 @@ def _write_track(path: Path, seconds: float, seed: int) -> None:
     path.with_suffix(".json").write_text('{"description": "noise that swells"}')
 
 
-def _time_command(
-    settings: tokenization.Job, out: Path, workers: int, cores_per_worker: int | None
-) -> float:
+def _time_command(settings: Job, out: Path, workers: int, cores_per_worker: int | None) -> float:
     confine = None
     if cores_per_worker is not None:
         cores = sorted(os.sched_getaffinity(0))[: workers * cores_per_worker]

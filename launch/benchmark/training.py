@@ -1,20 +1,19 @@
 """How near training comes to the machine's peak, with the loader and everything else of a run."""
 
 import dataclasses
-import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Annotated
 
 from launch.benchmark import report
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
+from magnet_jax.arguments import Between, check_fields
 from magnet_jax.config import ComputeDtype, RunConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.decode import sampling
-from magnet_jax.errors import UserError
-from magnet_jax.io.files import replacing_file
 from magnet_jax.model import precision, sharding
 from magnet_jax.train import flops, loop, plan, steps, watch
 
@@ -32,7 +31,7 @@ class Args:
     seconds: float | None = None
     batch_size: int | None = None
     compute_dtype: ComputeDtype | None = None
-    steps: int = 24
+    steps: Annotated[int, Between(1, 1_000_000)] = 24
     """Steps to measure, after as many that compile and warm up."""
     json: Path | None = None
     """File for the figures."""
@@ -77,8 +76,7 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
 
 
 def measure(args: Args) -> None:
-    if args.steps < 1:
-        raise UserError("--steps must be at least 1")
+    check_fields(args, "--")
     report.check_parent("--json", args.json)
     with tempfile.TemporaryDirectory() as folder:
         config = _config(args, Path(folder) / "run")
@@ -103,9 +101,7 @@ def measure(args: Args) -> None:
         "wait_for_data_share": line["speed/wait_for_data_share"],
         "compile_seconds": compiled,
     }
-    if args.json is not None:
-        with replacing_file(args.json) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+    report.write_json(args.json, found)
     print(f"training     {rate / 1e9:8.1f} GFLOP/s of the model, loader included")
     print(f"matmul peak  {max(peaks) / 1e9:8.1f} GFLOP/s")
     waited = found["wait_for_data_share"]

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from launch.compile import flops, hlo, report, targets
 from launch.compile.options import FRAME_RATE, Decode
-from launch.make_random_checkpoint import CODEC_SETTINGS, SIZES
+from launch.make.random_checkpoint import CODEC_SETTINGS, SIZES
 from magnet_jax import arguments
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import encodec

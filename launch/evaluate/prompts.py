@@ -1,5 +1,7 @@
 """Lists of prompts: ids and captions, of the files that people have them in."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,18 +9,20 @@ from typing import NamedTuple
 
 from magnet_jax.errors import UserError
 from magnet_jax.io.formats import SUFFIXES, RejectedError
-from tokenization.listing import (
+from tokenization.source.captions import (
     CAPTION_NAMES,
     SIDECARS,
     encoding_of,
-    is_hidden,
     is_json,
     load_json,
-    split,
     texts_in,
 )
-from tokenization.rows import Row, read_rows
-from tokenization.tables import METADATA, RECIPES, filled, pattern_fields
+from tokenization.source.paths import (
+    is_hidden,
+    split,
+)
+from tokenization.source.rows import Row, read_rows
+from tokenization.source.table import METADATA, RECIPES, filled, pattern_fields
 
 _CAPTIONS = (*CAPTION_NAMES, "caption_1", "prompt")
 _IDS = ("id", "audiocap_id", "ytid", "youtube_id", "name", "path", "file_name", "filename", "file")
@@ -73,6 +77,11 @@ def read(path: Path, limit: int | None = None) -> list[Prompt]:
     if not found:
         raise UserError(f"--prompts {path}: no prompt in it")
     return found[:limit]
+
+
+def digest(listed: list[Prompt]) -> str:
+    """Tells one list from another: a hash of all ids and captions."""
+    return hashlib.sha256(json.dumps([prompt[:2] for prompt in listed]).encode()).hexdigest()
 
 
 def sidecar(audio: Path) -> str | None:

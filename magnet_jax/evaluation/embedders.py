@@ -65,7 +65,7 @@ class Embedder(NamedTuple):
 def load(name: Name, weights: str | None = None) -> Embedder:
     """Loads an embedder.
 
-    `weights` are a folder (clap: of transformers; musicnn: of `launch.convert_tagger`), a file
+    `weights` are a folder (clap: of transformers; musicnn: of `launch.make.tagger`), a file
     (vggish, passt) or a hub id (clap); None is `DEFAULT_WEIGHTS`.
 
     Raises `UserError` for an unknown name, and for a package or weights that are not there.

@@ -137,7 +137,11 @@ def read_mono(path: Path, sample_rate: int, listening: Listening) -> np.ndarray:
 
 def digest(files: Mapping[str, Path]) -> str:
     """Tells one set of clips from another: a hash of all ids and contents."""
-    found = hashes(files)
+    return digest_of(hashes(files))
+
+
+def digest_of(found: Mapping[str, str]) -> str:
+    """The same, of what `hashes` gave."""
     text = "".join(f"{name}\n{found[name]}\n" for name in sorted(found))
     return hashlib.sha256(text.encode()).hexdigest()
 

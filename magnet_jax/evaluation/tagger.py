@@ -2,7 +2,7 @@
 
 Pons and Serra, "musicnn: pre-trained convolutional neural networks for music audio tagging" (ISMIR
 2019, late-breaking demo), trained on MagnaTagATune. The weights ship with this package
-(`launch.convert_tagger` made them), so that music can be judged without a download. Of the
+(`launch.make.tagger` made them), so that music can be judged without a download. Of the
 original this keeps log-mel spectrogram and network; it stays in float32 where musicnn's own code
 rounds powers to float16, which overflows on loud audio.
 
@@ -57,7 +57,7 @@ class Tagged(NamedTuple):
 
 
 def load(folder: Path = ASSETS / "tagger") -> Tagger:
-    """The tagger that ships, or one that `launch.convert_tagger` wrote.
+    """The tagger that ships, or one that `launch.make.tagger` wrote.
 
     Raises `UserError` where a file is missing or damaged, or is another model's.
     """
@@ -77,7 +77,7 @@ def load(folder: Path = ASSETS / "tagger") -> Tagger:
     if not fits or not all(isinstance(name, str) for name in tags):
         raise UserError(
             f"{folder}: holds another model than the tagger; name a folder that "
-            "launch.convert_tagger wrote"
+            "launch.make.tagger wrote"
         )
     return Tagger(params, tuple(tags), hashlib.sha256(path.read_bytes()).hexdigest())
 

@@ -15,7 +15,7 @@ import soxr
 from conftest import SHIPPED_GOLDEN
 from safetensors.numpy import save_file
 
-from launch import convert_tagger
+from launch.make import tagger as convert_tagger
 from magnet_jax.config import ASSETS
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation import metrics, tagger

@@ -1,5 +1,6 @@
 """The ablations as a command: what they make, that they go on, their tables and their errors."""
 
+import contextlib
 import json
 import types
 
@@ -8,8 +9,9 @@ import tiny
 from sounds import loudness_embedder, put, tone
 
 from launch.ablate import __main__ as command
-from launch.ablate import report, studies
-from launch.evaluate import __main__ as evaluate
+from launch.ablate import plan, report, studies, work
+from launch.evaluate import stages
+from magnet_jax import cli
 from magnet_jax.codec import encodec
 from magnet_jax.errors import UserError
 
@@ -32,7 +34,7 @@ def place(tmp_path_factory):
             path.with_suffix(".json").write_text(json.dumps(fields))
     with pytest.MonkeyPatch.context() as patch:
         tiny.use_one_device(patch)
-        patch.setattr(evaluate, "load", lambda name, weights: loudness_embedder("musicnn"))
+        patch.setattr(stages, "load", lambda name, weights: loudness_embedder("musicnn"))
         # (for the second probe alone, for which PyTorch would be loaded)
         same = types.SimpleNamespace(
             spec=encodec.read_spec("embedded"), encode=lambda wav: wav, decode=lambda codes: codes
@@ -78,7 +80,15 @@ def spans(place):
 
 
 def planned(words):
-    return command.plan(command.cli.parse(command.Command, words, prog="test"))[1]
+    """The runs and the cells."""
+    pieces = plan.plan(cli.parse(command.Command, words, prog="test"))[1]
+    cells = [piece for piece in pieces if piece.end == "receipt.json"]
+    return [piece for piece in pieces if piece not in cells], cells
+
+
+def sampling_of(cell):
+    """Options of launch.sample."""
+    return cell.make.args[0].sample_options
 
 
 def times(folder, *patterns):
@@ -102,7 +112,7 @@ def test_a_study_trains_generates_and_scores(spans):
     config = json.loads((spans / "runs" / name / "config.json").read_text())
     assert config["model"]["span_length"] == 3 and config["model"]["width"] == 16
     assert config["optimizer"]["schedule_steps"] == config["steps"] == 2
-    assert (spans / "spans.png").read_bytes().startswith(b"\x89PNG")
+    assert (spans / "spans.png").exists()
     assert "| span 3, restricted" in (spans / "spans.md").read_text()
     assert len(list((spans / "probe-round-trip").glob("*/*.wav"))) == 3
 
@@ -112,7 +122,7 @@ def test_what_is_done_is_not_done_again(place, spans, capsys, few):
     command.main(trained(place, "spans", "--seeds", "0"))
     assert before == times(spans, "*.wav", "receipt.json", "metrics.jsonl")
     shown = capsys.readouterr().out
-    assert "launch.train" not in shown and "launch.evaluate" not in shown
+    assert "training:" not in shown and "launch.evaluate" not in shown
     assert "| span 3, restricted context" in shown
     # A receipt that is gone is made again of the same clips, and is the same.
     path = spans / "cells" / "magnet-span3-local-seed0" / "receipt.json"
@@ -133,9 +143,9 @@ def test_what_is_done_is_not_done_again(place, spans, capsys, few):
 
 def test_other_settings_are_not_mixed_in(place, spans, few):
     words = trained(place, "spans", "--seeds", "0")
-    with pytest.raises(UserError, match=r"local-seed0: was made with .*steps \(was 2, now 3\)"):
+    with pytest.raises(UserError, match=r"local-seed0: begun with .*steps \(was 2, now 3\)"):
         command.main([*words, "--train-steps", "3"])
-    with pytest.raises(UserError, match=r"cells/.*-seed0: .*clips \(was 2, now 3\).*another --out"):
+    with pytest.raises(UserError, match=r"cells/.*clips \(was 2, now 3\).*another --out"):
         command.main([*words, "--clips", "3"])
     captions = place / "test" / "0.json"
     text = captions.read_text()
@@ -146,14 +156,39 @@ def test_other_settings_are_not_mixed_in(place, spans, few):
 
 
 def test_another_process_is_left_alone(place, spans, few):
-    (cell,) = planned(trained(place, "spans", "--seeds", "2"))
-    assert not cell.receipt.exists()
-    for folder in (cell.folder, cell.runs[0].folder):
-        with command._held(spans, folder, wait=False):
-            assert not command.make(cell, spans, pytest.fail, wait=False)
-    assert not cell.folder.exists()
-    (done,) = planned(trained(place, "spans", "--seeds", "0"))
-    assert command.make(done, spans, pytest.fail, wait=False)
+    (run,), (cell,) = planned(trained(place, "spans", "--seeds", "2"))
+    for piece in (run, cell):
+        with work.held(spans, piece.folder, wait=False):
+            assert not work.make(piece._replace(make=pytest.fail), spans, "", wait=False)
+        assert not piece.folder.exists()
+    _, (done,) = planned(trained(place, "spans", "--seeds", "0"))
+    assert not work.make(done._replace(make=pytest.fail), spans, "", wait=False)
+
+
+def test_what_others_are_at_is_waited_for_last(tmp_path, monkeypatch):
+    """Two runs with a cell each; another process is at the first run, and ends once it is waited
+    for."""
+    made = []
+
+    def piece(name, *needs):
+        def make():
+            made.append(name)
+            (tmp_path / "x" / name).mkdir(parents=True)
+
+        return work.Piece(name, tmp_path / "x" / name, "", {}, needs, make)
+
+    first, second = piece("first"), piece("second")
+    pieces = [first, piece("a", first), second, piece("b", second)]
+
+    @contextlib.contextmanager
+    def held(out, folder, wait):
+        if folder == first.folder and wait and not first.is_made:
+            first.make()
+        yield wait or folder != first.folder
+
+    monkeypatch.setattr(work, "held", held)
+    work.make_all(pieces, tmp_path, lambda: None)
+    assert made == ["second", "b", "first", "a"]
 
 
 def test_a_study_of_a_given_model(place, spans, few):
@@ -189,16 +224,18 @@ def test_studies_share_what_they_have_in_common(place, tmp_path):
             ("hybrid", ("--prompt-seconds", "0", "0.2")),
         )
     }  # fmt: skip
-    magnet, rescored, whole = cells["rescoring"]
-    # (labels may differ, and what the paper has)
-    assert magnet[1:] == cells["spans"][2][1:] and whole[1:] == cells["hybrid"][-1][1:]
-    assert rescored.runs == [*magnet.runs, *whole.runs]
-    assert whole.runs[0].config.model.kind == "hybrid"
-    assert f"--rescorer-weight 0.7 --rescorer {whole.runs[0].folder}" in rescored.words[-9]
-    assert [cell.words[-9] for cell in cells["hybrid"]] == [
-        f"--sample-options=--prompt-seconds {seconds} --batch-size 8"
-        for seconds in ("0", "0.2", "600")
+    (magnet_run, hybrid_run), (magnet, rescored, whole) = cells["rescoring"]
+    spans_runs, spans_cells = cells["spans"]
+    # Labels may differ, and what is called to make it.
+    assert magnet[1:4] == spans_cells[2][1:4] and magnet_run[1:4] == spans_runs[2][1:4]
+    assert whole[1:4] == cells["hybrid"][1][-1][1:4]
+    assert rescored.needs == (magnet_run, hybrid_run)
+    assert hybrid_run.settings["model.kind"] == "hybrid"
+    assert f"--rescorer-weight 0.7 --rescorer {hybrid_run.folder}" in sampling_of(rescored)
+    assert [sampling_of(cell) for cell in cells["hybrid"][1]] == [
+        f"--prompt-seconds {seconds} --batch-size 8" for seconds in ("0", "0.2", "600")
     ]
+    assert [run.settings["model.local_context"] for run in spans_runs[:2]] == [5, 0]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,8 +288,12 @@ def test_means_and_deviations(tmp_path):
         report.gather(tmp_path, study, (0,))
 
 
-def test_pictures_of_any_study(tmp_path):
+def test_pictures_of_any_study(tmp_path, monkeypatch):
     """As far as they are there: nothing of the first, a row of others, all of the last."""
+    drawn = []
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, *_, **__: drawn.append(self)
+    )
     for count, study in (
         (0, studies.spans()),
         (1, studies.guidance((20, 10, 10, 10))),
@@ -265,7 +306,18 @@ def test_pictures_of_any_study(tmp_path):
                 put_receipt(tmp_path / study.name, row, seed, fad=10.0 + seed, kl=1.0, probe=0.5)
         found = report.gather(tmp_path / study.name, study, (0, 1))
         report.draw(tmp_path / f"{study.name}.png", found)
-        assert (tmp_path / f"{study.name}.png").read_bytes().startswith(b"\x89PNG")
+        shown = {
+            axes.get_title().partition("\n")[0]: axes
+            for axes in drawn[-1].axes
+            if axes.get_visible()
+        }
+        papers = {f"{report.TITLES[name]} in the paper" for row in study.settings
+                  for name in row.paper}  # fmt: skip
+        assert shown.keys() == papers | ({"FAD", "KL", "probe"} if count else set())
+        if count:
+            means = [line for line in shown["FAD"].lines if line.get_linestyle() != "None"]
+            dots = [line for line in shown["FAD"].lines if list(line.get_ydata()) == [10.0, 11.0]]
+            assert len(dots) == count and all(10.5 in line.get_ydata() for line in means)
 
 
 def test_what_is_made_alike_has_one_name():
@@ -286,20 +338,20 @@ def test_what_is_made_alike_has_one_name():
     ("study", "words", "message"),
     [
         ("spans", ["--seeds", "0", "0"], "--seeds: give one at least, and each once"),
-        ("spans", ["--seeds", "-1"], "--seeds must lie between 0 and"),
+        ("spans", ["--seeds", "-1"], "--seeds must .* lie between 0 and"),
         ("spans", ["--clips", "4"], "--clips 4: must lie between 2 and 3, the prompts in"),
-        ("spans", ["--seconds", "0"], "--seconds must be positive"),
-        ("spans", ["--train-steps", "0"], "--train-steps must be at least 1"),
-        ("spans", ["--batch-size", "0"], "--batch-size must be at least 1"),
-        ("spans", ["--prompts", "nowhere"], "--prompts nowhere: no such folder; tokenization"),
+        ("spans", ["--seconds", "0"], "--seconds must be a positive"),
+        ("spans", ["--train-steps", "0"], "--train-steps must be a whole number from 1"),
+        ("spans", ["--batch-size", "0"], "--batch-size must be a whole number from 1"),
+        ("spans", ["--prompts", "nowhere"], "--prompts nowhere: no such folder; launch.recipe"),
         ("spans", ["--probe", "TEST"], "3 of its clips are in --reference as well"),
-        ("spans", ["--probe", "None", "--probe-codec", "embedded"], "goes with --probe"),
+        ("spans", ["--probe", "off", "--probe-codec", "embedded"], "goes with --probe"),
         ("spans", ["--probe-codec", "nowhere"], "nowhere"),
         ("spans", ["--data", "nowhere"], "nowhere"),
         ("spans", ["--text", "nowhere"], "nowhere"),
         ("spans", ["--out", "FILE"], "is a file, and the studies need a folder"),
         ("spans", ["--out", "gs://bucket/x"], "needs a folder on disk"),
-        ("spans", ["--train-options=--seed 3"], "--train-options: leave out --out, --seed"),
+        ("spans", ["--train-options=--seed 3"], "--train-options: leave out --seed,"),
         ("spans", ["--train-options=--model.widht 3"], "did you mean --model.width"),
         ("spans", ["--train-options=--model.text-width 64"], "set --model.text-width 128"),
         ("spans", ["--checkpoint", "x"], "unknown setting --checkpoint"),
@@ -326,12 +378,12 @@ def test_mistakes_are_one_line(study, words, message, place, tmp_path):
 
 
 def test_a_summary_that_no_study_wrote_is_left_alone(tmp_path):
-    command._check_summary(tmp_path, "spans")
+    report.check_own(tmp_path, "spans")
     (tmp_path / "spans.md").write_text("mine")
     with pytest.raises(UserError, match="spans.md: was not made by launch.ablate"):
-        command._check_summary(tmp_path, "spans")
+        report.check_own(tmp_path, "spans")
     (tmp_path / "spans.json").write_text('{"study": "spans"}')
-    command._check_summary(tmp_path, "spans")
+    report.check_own(tmp_path, "spans")
     (tmp_path / "spans.json").write_text('{"study": "mine"}')
     with pytest.raises(UserError, match="spans.json: was not made by launch.ablate"):
-        command._check_summary(tmp_path, "spans")
+        report.check_own(tmp_path, "spans")

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from launch.compile import __main__ as launch_compile
 from launch.compile import flops, hlo, targets
-from launch.make_random_checkpoint import SIZES
+from launch.make.random_checkpoint import SIZES
 from magnet_jax.config import ModelConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError

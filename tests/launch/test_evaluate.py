@@ -1,27 +1,24 @@
-"""The evaluation as a command: its receipt, its lists of prompts, its embedders and its errors."""
+"""The evaluation as a command: its receipt, its baselines and its errors."""
 
-import csv
 import dataclasses
 import json
 import shutil
-import sys
 import types
 
 import numpy as np
 import pytest
 import soundfile
 import tiny
-from sounds import cut_file, pitch_embedder, put, put_with_ffmpeg, tone
+from sounds import loudness_embedder, pitch_embedder, put, tone
 
 from launch import sample
 from launch.evaluate import __main__ as command
-from launch.evaluate import baselines, prompts
+from launch.evaluate import baselines, clips, settings, stages
+from magnet_jax import cli
 from magnet_jax.codec import encodec as codec_module
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation import embedders, scores
+from magnet_jax.evaluation import embedders
 from magnet_jax.evaluation.embedders import Embedded, Embedder
-from magnet_jax.evaluation.scores import Clips, Listening
-from magnet_jax.io.torch_env import import_torch
 
 CAPTIONS = {"a": "a slow piano", "b": "a fast violin", "c": "a choir", "d": "a piano"}
 
@@ -62,9 +59,14 @@ def test_a_folder_against_itself(real, tmp_path, capsys):
 
 
 @pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(stages, "load", lambda name, weights: loudness_embedder(name))
+
+
+@pytest.fixture
 def probed(tmp_path, monkeypatch):
     """Two clips of each of three instruments, and an embedder that tells them apart by pitch."""
-    monkeypatch.setattr(command, "load", lambda name, weights: pitch_embedder())
+    monkeypatch.setattr(stages, "load", lambda name, weights: pitch_embedder())
     for name, frequency in {"piano": 220, "violin": 440, "choir": 660}.items():
         for shift in (-5, 5):
             path = tmp_path / "probe" / f"{name}{shift}.wav"
@@ -97,13 +99,13 @@ def test_labels_are_in_objects_alone(probed):
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=f"{path.name}: .*{message}") as error:
-            command.labelled_clips(probed, "instrument", {}, captions)
+            clips.labelled(probed, "instrument", {}, captions)
         assert len(str(error.value).splitlines()) == 1
 
 
 def test_a_probe_whose_labels_no_caption_names_is_refused(real, probed, tmp_path, monkeypatch):
     """Whether the captions are beside the clips or listed, and before anything is sampled."""
-    monkeypatch.setattr(command, "_sampler", lambda args, listed: None)
+    monkeypatch.setattr(stages, "make_sampler", lambda args, listed: None)
     for path in probed.glob("*.json"):
         label = json.loads(path.read_text())["instrument"]
         path.write_text(json.dumps({"instrument": f"electric {label}"}))
@@ -123,11 +125,11 @@ def test_too_few_rows_for_a_probe_are_said_before_sampling(real, probed, tmp_pat
         return Embedded(np.array([[wav_N.std()]]), None)
 
     embedder = Embedder("toy", 16000, embed, "", "hash", "all")
-    monkeypatch.setattr(command, "load", lambda name, weights: embedder)
+    monkeypatch.setattr(stages, "load", lambda name, weights: embedder)
     monkeypatch.setattr(
-        command, "_sampler", lambda args, listed: sample.Args(checkpoint="run", out=args.out)
+        stages, "make_sampler", lambda args, listed: sample.Args(checkpoint="run", out=args.out)
     )
-    monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(stages, "generate", lambda *args: pytest.fail("sampled"))
     for path in probed.glob("*-5.*"):
         path.unlink()
     with pytest.raises(UserError, match=r"--probe .*/probe: 3 rows of 3 labels .*: add clips"):
@@ -171,67 +173,7 @@ def test_a_second_probe_knows_how_a_codec_sounds(real, probed, tmp_path, monkeyp
     assert times == {path: path.stat().st_mtime_ns for path in first.iterdir()}
 
 
-def test_what_the_reference_gives_is_kept_under_the_hash_of_its_content(real, tmp_path):
-    calls = []
-
-    def embed(wav_N):
-        calls.append(len(wav_N))
-        return Embedded(np.array([[wav_N.std(), wav_N.mean()], [1, len(wav_N)]]), None)
-
-    embedder = Embedder("counting", 8000, embed, "", "hash", "all")
-    files = scores.find_audio(shutil.copytree(real, tmp_path / "copy"))
-    cache = tmp_path / "cache"
-    first = scores.embed(embedder, files, cache=cache)
-    assert len(calls) == 4 and calls[0] == pytest.approx(1.5 * 8000, abs=1)
-    again = scores.embed(embedder, files, cache=cache)
-    assert len(calls) == 4
-    for name, row in first.embedded.items():
-        np.testing.assert_array_equal(row.embeddings_PE, again.embedded[name].embeddings_PE)
-        assert again.embedded[name].logits_PL is None
-    scores.embed(embedder, files, Listening(seconds=1.0), cache=cache)
-    scores.embed(embedder._replace(sha256="other"), files, cache=cache)
-    put(files["a"], tone(2.0))
-    scores.embed(embedder, files, cache=cache)
-    assert len(calls) == 16 and len(list(cache.iterdir())) == 4
-    assert calls[4] == 8000
-    for path in cache.iterdir():
-        cut_file(path)
-    with pytest.raises(UserError, match=r"\.npz: damaged \(.*\); remove it"):
-        scores.embed(embedder, files, cache=cache)
-
-
-def test_clips_are_found_and_read_as_in_tokenization(tmp_path, capsys):
-    wav = tone(2.0)
-    kept = [
-        put(tmp_path / "a.wav", wav, caption=None),
-        put(tmp_path / "b" / "a.FLAC", wav, caption=None, format="FLAC"),
-        put(tmp_path / "b" / "c" / "d.au", wav, caption=None, format="AU"),
-        put_with_ffmpeg(tmp_path / "e.m4a", wav, 16000, "aac", caption=None),
-        put_with_ffmpeg(tmp_path / "b" / "e.wma", wav, 16000, "wmav2", caption=None),
-    ]
-    streamed = bytearray(kept[1].read_bytes())
-    streamed[21:26] = bytes([streamed[21] & 0xF0, 0, 0, 0, 0])  # of unknown length
-    kept[1].write_bytes(streamed)
-    put(tmp_path / ".hidden" / "f.wav", wav)
-    put(tmp_path / "b" / "._g.wav", wav)
-    (tmp_path / "cover.jpg").touch()
-    (tmp_path / "b" / "h.xyz").touch()
-    files = scores.find_audio(tmp_path)
-    assert files == dict(zip(["a", "b/a", "b/c/d", "b/e", "e"], sorted(kept), strict=True))
-    assert "left out what is no audio: 1 .jpg, 1 .xyz" in capsys.readouterr().out
-    for path in kept:
-        wav_N = scores.read_mono(path, 16000, Listening())
-        assert len(wav_N) == pytest.approx(2 * 16000, abs=2500)
-        assert scores.describe(path)[:2] == (16000, 1)
-        assert scores.describe(path)[2] == pytest.approx(2, abs=0.1)
-    np.testing.assert_allclose(scores.read_mono(kept[1], 16000, Listening()), wav[:, 0], atol=1e-4)
-    for path in (kept[0], kept[1]):
-        cut_file(path)
-        with pytest.raises(UserError, match=f"{path.name}: cannot be read .cut off"):
-            scores.read_mono(path, 16000, Listening())
-
-
-def test_clips_in_subfolders_are_evaluated(real, tmp_path, capsys):
+def test_clips_in_subfolders_are_evaluated(real, tmp_path, quick):
     nested = tmp_path / "real"
     for name in "abcd":
         folder = nested / ("one" if name in "ab" else "two")
@@ -253,54 +195,17 @@ def test_clips_in_subfolders_are_evaluated(real, tmp_path, capsys):
     assert receipt["scores"]["generated"]["musicnn"]["kl"]["value"] == pytest.approx(0, abs=1e-3)
 
 
-def test_loudness_is_levelled_if_asked(tmp_path):
-    quiet, loud = (put(tmp_path / f"{g}.wav", g * tone(2.0), subtype="FLOAT") for g in (0.01, 1))
-    level = Listening(lufs=-23)
-    np.testing.assert_allclose(
-        scores.read_mono(quiet, 16000, level), scores.read_mono(loud, 16000, level), atol=1e-4
-    )
-    assert scores.read_mono(quiet, 16000, Listening()).max() < 0.01
-
-
-def test_clap_and_pairs_follow_the_ids():
-    """Of a space with an axis a word: agreement is whatever the captions and clips say."""
-    axes = {"low": [1.0, 0], "high": [0, 1.0]}
-    embedder = Embedder(
-        "toy", 8000, None, "", "", "all",
-        embed_texts=lambda texts: np.array([axes[text] for text in texts]),
-    )  # fmt: skip
-    certain_PL = 20 * np.eye(2)[None]
-    rows = {name: Embedded(np.array([axes[name]] * 3), certain_PL[:, i]) for i, name in
-            enumerate(axes)}  # fmt: skip
-    clips = Clips({}, {"x": rows["low"], "y": rows["high"]})
-    reference = Clips({}, {"x": rows["low"], "y2": rows["high"]})
-
-    def found(captions, pairs):
-        return scores.score(
-            embedder, clips, captions=captions, reference=reference, pairs=pairs,
-            settings=scores.Settings(resamples=0),
-        )  # fmt: skip
-
-    right = found({"x": "low", "y": "high"}, {"x": "x", "y": "y2"})
-    assert right["clap"]["value"] == pytest.approx(1) and right["clap"]["clips"] == 2
-    assert right["kl"]["value"] == pytest.approx(0, abs=1e-5) and right["kl"]["clips"] == 2
-    wrong = found({"x": "high", "y": "low"}, {"x": "y2", "y": "x"})
-    assert wrong["clap"]["value"] == pytest.approx(0) and wrong["kl"]["value"] > 5
-    half = found({"x": "low"}, {"y": "x"})
-    assert half["clap"]["clips"] == 1 and half["kl"]["value"] > 5
-    assert right["fad"]["value"] == wrong["fad"]["value"] == pytest.approx(0, abs=1e-9)
-
-
 def test_a_baseline_that_was_made_of_something_else_is_not_taken(tmp_path):
     out, notes = tmp_path / "codec", tmp_path / "settings"
-    made = baselines._begin(out, notes, ["a", "b"], {"seed": 1})
+    baselines.begin(out, notes, ["a", "b"], {"seed": 0})  # and was killed before the first clip
+    made = baselines.begin(out, notes, ["a", "b"], {"seed": 1})
     assert made == {"a": out / "a.wav", "b": out / "b.wav"}
     put(made["a"], tone(0.1))
-    assert baselines._begin(out, notes, ["a", "b"], {"seed": 1}) == made
-    with pytest.raises(UserError, match="codec: was made with other settings"):
-        baselines._begin(out, notes, ["a", "b"], {"seed": 2})
-    with pytest.raises(UserError, match="codec: was made with other settings"):
-        baselines._begin(out, tmp_path / "elsewhere", ["a"], {"seed": 1})
+    assert baselines.begin(out, notes, ["a", "b"], {"seed": 1}) == made
+    with pytest.raises(UserError, match=r"codec: begun with other .*seed \(was 1, now 2\)"):
+        baselines.begin(out, notes, ["a", "b"], {"seed": 2})
+    with pytest.raises(UserError, match="codec: is there, and no evaluation made it"):
+        baselines.begin(out, tmp_path / "elsewhere", ["a"], {"seed": 1})
 
 
 def stand_in_codec(num_codebooks=4):
@@ -332,10 +237,8 @@ def write_codes(folder, spec, splits):
 
 
 def draw(codec, data, out, num_frames=50):
-    notes = out.with_name(f"{out.name}-settings")
-    return baselines.unigram_tokens(
-        codec, data, ["a"], num_frames=num_frames, seed=0, out=out, notes=notes
-    )
+    written = {"a": out / "a.wav"}
+    baselines.unigram_tokens(codec, data, written, num_frames=num_frames, seed=0)
 
 
 def test_unigram_tokens_are_as_frequent_as_in_the_data(tmp_path):
@@ -370,11 +273,11 @@ def test_a_model_may_have_fewer_codebooks_than_the_data_of_its_baseline(
     write_codes(tmp_path / "one", dataclasses.replace(whole, num_codebooks=1), {"train": [[[1]]]})
     monkeypatch.setattr("magnet_jax.checkpoints.pretrained.load", lambda *args, **how: None)
     monkeypatch.setattr("magnet_jax.checkpoints.pretrained.load_decoder", lambda *args: codec)
-    monkeypatch.setattr(command, "load", lambda name, weights: pitch_embedder())
+    monkeypatch.setattr(stages, "load", lambda name, weights: pitch_embedder())
     monkeypatch.setattr(
-        command, "_sampler", lambda args, _: sample.Args(checkpoint="run", out=args.out)
+        stages, "make_sampler", lambda args, _: sample.Args(checkpoint="run", out=args.out)
     )
-    monkeypatch.setattr(command, "_generate", lambda *args: pytest.fail("sampled"))
+    monkeypatch.setattr(stages, "generate", lambda *args: pytest.fail("sampled"))
     words = ("--checkpoint", "run", "--prompts", real, "--reference", real, "--baselines",
              "--seconds", "1.5")  # fmt: skip
     with pytest.raises(UserError, match="one: its codec has num_codebooks 1, but 2 is wanted"):
@@ -383,246 +286,31 @@ def test_a_model_may_have_fewer_codebooks_than_the_data_of_its_baseline(
         evaluated(tmp_path / "out", *words, "--data", tmp_path / "data", "--limit", "1")
 
 
-# --- lists of prompts -----------------------------------------------------------------------------
-
-
-def table(path, *rows):
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
-def test_musiccaps(tmp_path):
-    row = {
-        "ytid": "-0Gj8-vB1q4", "start_s": "30", "end_s": "40", "aspect_list": "['low quality']",
-        "caption": "The low quality recording features a ballad.",
-    }  # fmt: skip
-    (prompt,) = prompts.read(table(tmp_path / "musiccaps.csv", row))
-    assert prompt.id == "-0Gj8-vB1q4" and prompt.text == row["caption"]
-    assert "[-0Gj8-vB1q4]-[30-40]" in prompt.names
-
-
-def test_audiocaps_has_several_captions_a_clip(tmp_path):
-    rows = [
-        {"audiocap_id": i, "youtube_id": "XJba7pTbpD0", "start_time": 30, "caption": f"text {i}"}
-        for i in (97151, 97152)
-    ]
-    found = prompts.read(table(tmp_path / "audiocaps.csv", *rows))
-    assert [prompt.id for prompt in found] == ["97151", "97152"]
-    assert all({"XJba7pTbpD0", "YXJba7pTbpD0"} <= set(prompt.names) for prompt in found)
-    assert len(prompts.read(tmp_path / "audiocaps.csv", limit=1)) == 1
-
-
-def test_plain_lists(tmp_path, real):
-    (tmp_path / "list.txt").write_text("a waltz\n\na march\n")
-    found = prompts.read(tmp_path / "list.txt")
-    assert [prompt[:2] for prompt in found] == [("00000", "a waltz"), ("00001", "a march")]
-    lines = [{"id": "x", "caption": "a waltz"}, {"path": "clips/y.wav", "prompt": "a march"}]
-    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    found = prompts.read(tmp_path / "list.jsonl")
-    assert [prompt[:2] for prompt in found] == [("x", "a waltz"), ("y", "a march")]
-    assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
-    (real / "README.txt").write_text("about the clips")
-    assert {prompt.id: prompt.text for prompt in prompts.read(real)} == CAPTIONS
-    (real / "README.txt").unlink()
-    folder = tmp_path / "several"  # as tokenization.recipe writes them
-    folder.mkdir()
-    (folder / "a.json").write_text(json.dumps({"description": ["", "a waltz", "a dance"]}))
-    assert [prompt[:2] for prompt in prompts.read(folder)] == [("a", "a waltz")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.csv", "id,caption\nx,one\nx,two\n", "x is there twice"),
-        ("a.csv", "title,caption\nx,one\n", "line 2: nothing under id, .*it has title, caption"),
-        ("a.csv", "id,caption\nx,\n", "line 2: nothing under .*caption"),
-        ("a.csv", "id,caption\nx,slow, sad\n", "line 2: .* a caption with commas .*double quotes"),
-        ("a.csv", "id,caption\n,slow, sad\n", "line 2: 2 columns, but more cells"),
-        ("a.csv", "id,caption\n,slow,\n", "line 2: nothing under id, .*it has id, caption"),
-        ("a.tsv", "id\tcaption\nx\ta\tb\n", "a.tsv, line 2: .* caption with tabs"),
-        ("a.csv", "id,caption\n", "no prompt in it"),
-        ("a.csv", "id,caption\n../x,one\n", "cannot be the name of a file"),
-        ("a.csv", f"id,caption\n{'x' * 251},one\n", "cannot be the name of a file"),
-        ("a.jsonl", "{\n", "line 1: not valid JSON"),
-        ("a.jsonl", "[1]\n", "line 1: expected a JSON object"),
-        ("a.doc", "", "must be a folder, or end in .csv"),
-        ("a.csv", 'id,caption\nx,"slow\n', "a.csv, line 2: a quote that nothing closes"),
-        ("a.csv", "id,caption,caption\nx,a,b\n", "a.csv: 2 columns are called 'caption'"),
-        ("a.csv", "", "a.csv: is empty; its first line should name the columns"),
-        ("a.tsv", "id\tcaption\nx\tcaf\xe9\n", "a.tsv: is not UTF-8"),
-        ("a.jsonl", '{"id": 1, "id": 2}\n', "line 1: not valid JSON .'id' is there twice"),
-        ("a.txt", "\n", "no prompt in it"),
-        ("a.txt", "caf\xe9\n", "a.txt: is not UTF-8"),
-    ],
-)
-def test_lists_that_are_none(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=message):
-        prompts.read(tmp_path / name)
-
-
-def test_tables_are_read_as_for_tokenization(tmp_path):
-    """Long cells, quotes that are text, lists as text, every suffix of audio, other systems."""
-    long = "o" * 200_000
-    rows = [
-        ("a.m4a", long),
-        ("clips/b.WAV", '"slow'),
-        ("clips\\c.opus", 'the 12" mix'),
-        ("v1.0", "['one', 'two']"),
-    ]
-    lines = ["file_name\ttext", *map("\t".join, rows)]
-    (tmp_path / "a.tsv").write_text("\n".join(lines), encoding="utf-16")
-    wanted = [("a", long), ("b", '"slow'), ("c", 'the 12" mix'), ("v1.0", "one")]
-    assert [prompt[:2] for prompt in prompts.read(tmp_path / "a.tsv")] == wanted
-    objects = [json.dumps({"file_name": name, "text": f"\u2028{text}"}, ensure_ascii=False)
-               for name, text in rows[:3]]  # fmt: skip
-    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(objects))
-    assert [prompt[:2] for prompt in prompts.read(tmp_path / "a.jsonl")] == wanted[:3]
-    (tmp_path / "a.txt").write_bytes("\ufeffa\x85 waltz\r\n\r\na march".encode())
-    assert [prompt.text for prompt in prompts.read(tmp_path / "a.txt")] == [
-        "a\x85 waltz",
-        "a march",
-    ]
-
-
-def test_a_folder_of_prompts_with_metadata(tmp_path):
-    (tmp_path / "a.TXT").write_text("\ufeffbeside it")
-    (tmp_path / "._a.json").write_bytes(b"\0\5")
-    names = ("a.wav", "sub/b.flac")
-    table(tmp_path / "metadata.csv", *({"file_name": name, "text": "listed"} for name in names))
-    found = prompts.read(tmp_path)
-    assert [prompt[:2] for prompt in found] == [("a", "beside it"), ("b", "listed")]
-    assert prompts.sidecar(tmp_path / "a.wav") == "beside it"
-
-
-def test_sidecars_are_utf8(tmp_path):
-    (tmp_path / "a.txt").write_text("caf\xe9", encoding="latin-1")
-    with pytest.raises(UserError, match="a.txt: is not UTF-8"):
-        prompts.read(tmp_path)
-
-
-# --- embedders ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clap_folder(tmp_path_factory):
-    import_torch()
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("clap")
-    words = ["<s>", "<pad>", "</s>", "<unk>", "slow", "piano"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>"
-    ).save_pretrained(folder)
-    text = dict(
-        vocab_size=16, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-        intermediate_size=16, max_position_embeddings=90,
-    )  # fmt: skip
-    sound = dict(
-        hidden_size=16, patch_embeds_hidden_size=8, depths=[1, 1], num_attention_heads=[1, 1],
-        num_hidden_layers=2, enable_fusion=False,
-    )  # fmt: skip
-    config = ClapConfig(text_config=text, audio_config=sound, projection_dim=8)
-    ClapModel(config).save_pretrained(folder)
-    ClapFeatureExtractor(truncation="rand_trunc").save_pretrained(folder)
-    return folder
-
-
-def test_clap_of_transformers(clap_folder):
-    embedder = embedders.load("clap", str(clap_folder))
-    wav_N = np.random.default_rng(0).normal(0, 0.1, 48_000 * 12).astype(np.float32)
-    found = embedder.embed(wav_N)
-    assert found.embeddings_PE.shape == (2, 8) and found.logits_PL is None
-    # Nothing is drawn at random, and a piece is what it would be alone.
-    np.testing.assert_array_equal(embedder.embed(wav_N).embeddings_PE, found.embeddings_PE)
-    alone = embedder.embed(wav_N[: 48_000 * 10]).embeddings_PE[0]
-    np.testing.assert_allclose(alone, found.embeddings_PE[0], atol=1e-5)
-    texts_NE = embedder.embed_texts(["slow piano", "slow"])
-    np.testing.assert_allclose(texts_NE[1], embedder.embed_texts(["slow"])[0], atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(texts_NE, axis=1), 1, atol=1e-5)
-    config = json.loads((clap_folder / "config.json").read_text())
-    config["audio_config"]["enable_fusion"] = True
-    broken = shutil.copytree(clap_folder, clap_folder.parent / "fused")
-    (broken / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="with fusion draws parts of a clip at random"):
-        embedders.load("clap", str(broken))
-
-
-def test_vggish_is_taken_before_its_last_relu(tmp_path, monkeypatch):
-    torch = import_torch()
-
-    class VGG(torch.nn.Module):
-        def __init__(self, features, postprocess):
-            super().__init__()
-            self.embeddings = torch.nn.Sequential(torch.nn.Linear(1, 128), torch.nn.ReLU())
-
-        def forward(self, x):
-            return self.embeddings(x)
-
-    def waveform_to_examples(wav_N, rate):
-        assert rate == 16_000 and len(wav_N) >= 15_600
-        return torch.from_numpy(wav_N[:3, None])
-
-    package = types.SimpleNamespace(
-        VGG=VGG, make_layers=lambda: None, waveform_to_examples=waveform_to_examples
-    )
-    monkeypatch.setitem(sys.modules, "torchvggish", package)
-    torch.save(VGG(None, False).state_dict(), tmp_path / "vggish.pth")
-    embedder = embedders.load("vggish", str(tmp_path / "vggish.pth"))
-    found = embedder.embed(np.ones(100, np.float32))
-    assert found.embeddings_PE.shape == (3, 128) and (found.embeddings_PE < 0).any()
-    torch.save({"other": torch.zeros(1)}, tmp_path / "vggish.pth")
-    with pytest.raises(UserError, match="other weights than the network's"):
-        embedders.load("vggish", str(tmp_path / "vggish.pth"))
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "message"),
-    [
-        ("vggish", None, "torchvggish: pip install --no-deps -r requirements-eval.txt"),
-        ("passt", None, "needs the package hear21passt"),
-        ("clap", None, "offline, name a folder with .*tokenizer.json: --weights.clap DIR"),
-        ("clap", "owner/none", "not to be had from the Hugging Face hub"),
-        ("clap", "no/such/folder", "no such folder, and not a hub id"),
-        ("musicnn", "nowhere", "nowhere/model.safetensors: no such file"),
-    ],
-)
-def test_what_an_embedder_lacks_is_one_line(name, weights, message, monkeypatch):
-    for package in ("torchvggish", "hear21passt", "hear21passt.base"):
-        monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=message):
-        embedders.load(name, weights)
-
-
-def test_weights_that_cannot_be_fetched_say_where_to_put_them(tmp_path, monkeypatch):
-    torch = import_torch()
-    monkeypatch.setitem(sys.modules, "torchvggish", types.SimpleNamespace())
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-
-    def fail(url, path, progress):
-        raise OSError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with pytest.raises(UserError, match=f"put vggish-10086976.pth, .* in {tmp_path}/checkpoints"):
-        embedders.load("vggish")
-
-
 def test_real_clips_are_heard_as_long_as_generated_ones(real, tmp_path):
     """By default; a folder's clips are heard whole."""
-    asked = {"out": tmp_path / "out", "prompts": real}
-    model = command._checked(command.Args(checkpoint="demo", **asked))
-    assert command._real_clips(model, *command._inputs(model))[0].seconds == model.seconds == 10
-    assert command._checked(command.Args(checkpoint="demo", seconds=3.0, **asked)).seconds == 3
-    assert command._checked(command.Args(generated=real, **asked)).seconds is None
+
+    def heard(**asked):
+        args = settings.Args(out=tmp_path / "out", prompts=real, **asked)
+        return settings.checked(args).listening.seconds
+
+    assert heard(checkpoint="demo") == 10
+    assert heard(checkpoint="demo", seconds=3.0) == 3
+    assert heard(generated=real) is None
+
+
+def test_the_receipt_says_what_was_asked(tmp_path):
+    args = settings.Args(
+        out=tmp_path,
+        generated=tmp_path / "my clips",
+        embedders=("musicnn", "clap"),
+        weights=settings.Weights(clap="mine"),
+        lufs=-14.5,
+        sample_options="--preset draft",
+        baselines=True,
+    )
+    words = settings.words_of(args)
+    assert cli.parse(settings.Args, words, prog="x") == args
+    assert not {"--seed", "--probe-field"} & set(words)
 
 
 def test_what_no_evaluation_wrote_is_left_alone(real, tmp_path):
@@ -631,24 +319,24 @@ def test_what_no_evaluation_wrote_is_left_alone(real, tmp_path):
     for name, content in (("receipt.json", "{}"), ("prompts.jsonl", "mine")):
         (out / name).write_text(content)
         with pytest.raises(UserError, match=f"out/{name}: .*name another --out"):
-            command._checked(command.Args(out=out, checkpoint="demo", prompts=real))
+            settings.checked(settings.Args(out=out, checkpoint="demo", prompts=real))
         assert (out / name).read_text() == content
         (out / name).unlink()
     listed = out / "prompts.jsonl"
     listed.write_text('{"id": "a", "caption": "x"}')
     (out / "settings").mkdir()
-    command._checked(command.Args(out=out, checkpoint="demo", prompts=real, limit=1))
+    settings.checked(settings.Args(out=out, checkpoint="demo", prompts=real, limit=1))
     with pytest.raises(UserError, match="prompts.jsonl: would be replaced"):
-        command._checked(command.Args(out=out, checkpoint="demo", prompts=listed, limit=1))
+        settings.checked(settings.Args(out=out, checkpoint="demo", prompts=listed, limit=1))
 
 
-def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys):
+def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys, quick):
     names = sorted(path.stem for path in real.glob("*.wav"))
     for name in names[:2]:
         put(tmp_path / "made" / f"{name}.wav", tone(1.5))
     put(tmp_path / "made" / "new.wav", tone(1.5))
-    rows = [{"id": name, "caption": "a piano"} for name in (*names, "new")]
-    listed = table(tmp_path / "list.csv", *rows)
+    listed = tmp_path / "list.csv"
+    listed.write_text("id,caption\n" + "".join(f"{name},a piano\n" for name in (*names, "new")))
     evaluated(tmp_path / "out", "--generated", tmp_path / "made", "--reference", real,
               "--prompts", listed)  # fmt: skip
     shown = capsys.readouterr().out
@@ -689,7 +377,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
     def hear(name, weights):
         raise Heard
 
-    monkeypatch.setattr(command, "load", hear)
+    monkeypatch.setattr(stages, "load", hear)
     with pytest.raises(UserError if message else Heard, match=message):
         evaluated(
             tmp_path / "out", "--checkpoint", "demo", "--prompts", real,
@@ -705,7 +393,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
         (["--generated", "REAL", "--baselines"], "--baselines needs --checkpoint"),
         (["--generated", "REAL", "--data", "x"], "--data is for --baselines"),
         (["--generated", "REAL", "--lufs", "3"], "--lufs must lie"),
-        (["--generated", "REAL", "--seconds", "0"], "--seconds must be positive"),
+        (["--generated", "REAL", "--seconds", "0"], "--seconds must be a positive"),
         (["--generated", "REAL", "--limit", "3"], "goes with --prompts"),
         (["--generated", "REAL", "--embedders", "clap", "clap"], "name each once"),
         (["--generated", "REAL", "--embedders", "vgish"], "--embedders"),
@@ -722,7 +410,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
         (["--generated", "REAL", "--prompts", "LIST"], "none of its clips is called"),
     ],
 )
-def test_mistakes_are_one_line(words, message, real, tmp_path):
+def test_mistakes_are_one_line(words, message, real, tmp_path, quick):
     places = {"REAL": real, "LIST": tmp_path / "list.txt"}
     places["LIST"].write_text("a waltz\n")
     for name in ("EMPTY", "TWICE", "BROKEN"):

@@ -16,7 +16,6 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from tiny import EMBEDDED_CODEC, TINY, assert_same_bits, random_params
 
-from launch.benchmark.torch_peer import Peer
 from magnet_jax.checkpoints import run_folder, verify
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.config import (
@@ -159,12 +158,6 @@ def test_models_of_before_have_none_of_it():
     assert from_dict(ModelConfig, before, "x") == from_dict(ModelConfig, values, "x") == TINY
     with pytest.raises(UserError, match="x: mlp_bias"):
         from_dict(ModelConfig, values | {"mlp_bias": 1}, "x")
-
-
-def test_the_pytorch_peer_refuses():
-    model, params = make({"mlp_bias": True, "query_key_norm": True})
-    with pytest.raises(UserError, match="lacks this model's mlp_bias, query_key_norm"):
-        Peer(lm_rules.to_audiocraft(params, model), model)
 
 
 # --- the network --------------------------------------------------------------------------------

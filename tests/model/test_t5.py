@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from launch import make_text_encoder
+from launch.make import text_encoder as make_text_encoder
 from magnet_jax import config
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError

@@ -15,7 +15,7 @@ from magnet_jax.config import ASSETS
 from magnet_jax.convert.audiocraft import CODEC_FILE
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
-from tokenization import browse, job
+from tokenization import browse, job, maker
 from tokenization.browse import main
 
 CLIPS = ("00_oneills1850", "01_palestrina", "02_bach")  # the second falls to validation
@@ -31,7 +31,7 @@ def one_codec(codec):
     """Loads the embedded codec once for this file."""
     load = browse.load_codec
     with pytest.MonkeyPatch.context() as patch:
-        for module in (job, browse):
+        for module in (maker, browse):
             patch.setattr(
                 module,
                 "load_codec",

@@ -4,24 +4,30 @@ import dataclasses
 import itertools
 import json
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from sounds import RATE, put, tone
+from tokenizing import read_audio
 
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
 from tokenization import mixing
-from tokenization.audio import Intake, RejectedError
-from tokenization.decoder import Decoder, read_audio
-from tokenization.job import Job, cut, run, split_of
-from tokenization.listing import Source
-from tokenization.sources import scan
+from tokenization.intake import decoder as decoding
+from tokenization.intake import mix as mixer
+from tokenization.intake.audio import Intake, RejectedError
+from tokenization.job import run
+from tokenization.maker import cut
+from tokenization.settings import Job
+from tokenization.source.scan import scan
+from tokenization.source.settings import Source
+from tokenization.units import split_of
 
 MONO = Intake(sample_rate=RATE, channels=1)
 
 
-pytestmark = pytest.mark.usefixtures("one_codec")
+pytestmark = pytest.mark.usefixtures("inline_decoder")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,24 @@ def read_out(out, split="train"):
     ]
 
 
+class Made(NamedTuple):
+    wav_CN: np.ndarray
+    begin: int
+    end: int
+
+
+def made_of(track, intake=MONO):
+    """A mixed track as a decoder makes it, and between which samples both parts sound."""
+    with decoding.Decoder(60) as decoder:
+        wav_CN, facts = read_audio(track, intake, decoder)
+    return Made(wav_CN, *(round(seconds * RATE) for seconds in facts.both))
+
+
+def parts_of(track):
+    with decoding.Decoder(60) as decoder:
+        return [read_audio(part, MONO, decoder)[0][0] for part in track.place.parts]
+
+
 def fitted(mixed, wavs):
     """The gains that both parts have in a mix, and what is left that is neither."""
     short, long = sorted((0, 1), key=lambda i: len(wavs[i]))
@@ -56,19 +80,16 @@ def fitted(mixed, wavs):
 def test_a_mix_is_both_tracks_at_the_drawn_levels(folder):
     tracks = scan(Source(audio=folder)).tracks
     level = {}
-    with Decoder(60) as decoder:
-        for mix in mixing.draw(tracks, ratio=1, seed=5, snr=(-5, 5)):
-            wavs = [read_audio(part, MONO, decoder)[0][0] for part in mix.parts]
-            mixed = mixing.read(mix, MONO, decoder)
-            gains, left = fitted(mixed, wavs)
-            assert left < 1e-5 and min(gains) > 0
-            levels = [20 * np.log10(g * wav.std()) for g, wav in zip(gains, wavs)]
-            assert levels[0] - levels[1] == pytest.approx(mix.snr, abs=0.01)
-            assert np.abs(mixed.wav_CN).max() < 0.9901
-            assert mixed.wav_CN.shape == (1, max(map(len, wavs)))
-            assert mixed.end - mixed.begin == min(map(len, wavs))
-            level[mix.number] = max(levels) - mix.level
-            np.testing.assert_array_equal(np.concatenate(mixing.blocks(mixed), 1), mixed.wav_CN)
+    for track in mixing.draw(tracks, ratio=1, seed=5, snr=(-5, 5)):
+        wavs, mixed, mix = parts_of(track), made_of(track), track.place
+        gains, left = fitted(mixed, wavs)
+        assert left < 1e-5 and min(gains) > 0
+        levels = [20 * np.log10(g * wav.std()) for g, wav in zip(gains, wavs)]
+        assert levels[0] - levels[1] == pytest.approx(mix.snr, abs=0.01)
+        assert np.abs(mixed.wav_CN).max() < 0.9901
+        assert mixed.wav_CN.shape == (1, max(map(len, wavs)))
+        assert mixed.end - mixed.begin == min(map(len, wavs))
+        level[track.track_id] = max(levels) - mix.level
     assert max(map(abs, level.values())) < 0.01  # nothing was near full scale
 
 
@@ -77,13 +98,11 @@ def test_peaks_turn_the_whole_mix_down(tmp_path):
         wav = tone(1.2, frequency=300 + i) * 0.01
         wav[at] = 0.9  # at the drawn level far beyond full scale
         put(tmp_path / f"{i}.wav", wav, subtype="FLOAT")
-    (mix,) = mixing.draw(scan(Source(audio=tmp_path)).tracks, ratio=0.5, seed=1, snr=(3, 3))
-    mix = dataclasses.replace(mix, level=-15.0)
-    with Decoder(60) as decoder:
-        wavs = [read_audio(part, MONO, decoder)[0][0] for part in mix.parts]
-        mixed = mixing.read(mix, MONO, decoder)
+    (track,) = mixing.draw(scan(Source(audio=tmp_path)).tracks, ratio=0.5, seed=1, snr=(3, 3))
+    track = dataclasses.replace(track, place=dataclasses.replace(track.place, level=-15.0))
+    wavs, mixed = parts_of(track), made_of(track)
     gains, left = fitted(mixed, wavs)
-    assert np.abs(mixed.wav_CN).max() == pytest.approx(mixing.PEAK, abs=1e-4) and left < 1e-5
+    assert np.abs(mixed.wav_CN).max() == pytest.approx(mixer.PEAK, abs=1e-4) and left < 1e-5
     snr = 20 * np.log10(gains[0] * wavs[0].std() / (gains[1] * wavs[1].std()))
     assert snr == pytest.approx(3, abs=0.01)
 
@@ -93,11 +112,11 @@ def test_what_is_drawn(folder):
     mixes = mixing.draw(tracks, ratio=20, seed=3, snr=(-5, 5))
     assert len(mixes) == 240 and mixes == mixing.draw(tracks, ratio=20, seed=3, snr=(-5, 5))
     assert mixes != mixing.draw(tracks, ratio=20, seed=4, snr=(-5, 5))
-    pairs = {tuple(part.track_id for part in mix.parts) for mix in mixes}
+    pairs = {mix.place.names for mix in mixes}
     assert all(a != b for a, b in pairs) and len(pairs) > 90  # of 132
     assert len({mix.track_id for mix in mixes}) == 240
     for name, low, high in (("snr", -5, 5), ("shift", 0, 1), ("level", -35, -15)):
-        values = [getattr(mix, name) for mix in mixes]
+        values = [getattr(mix.place, name) for mix in mixes]
         assert low <= min(values) and max(values) <= high
         assert abs(np.mean(values) - (low + high) / 2) < (high - low) / 10
     assert mixing.draw(tracks, ratio=0, seed=3, snr=(-5, 5)) == []
@@ -106,17 +125,17 @@ def test_what_is_drawn(folder):
 
 
 def test_captions_are_those_of_both(folder):
-    (mix,) = mixing.draw(scan(Source(audio=folder)).tracks, ratio=1 / 12, seed=0, snr=(2, 2))
-    a, b = mix.parts
+    a, b = scan(Source(audio=folder)).tracks[:2]
 
     def made(first, second):
-        track = mixing.as_track(dataclasses.replace(mix, parts=(first, second)), 0.25)
+        track = mixing.mixed(0, first, second, snr=2.0, shift=0.5, level=-20.0)
+        track = mixing.with_offset(track, 0.25)
         return track.caption, json.loads(track.info)
 
-    made_of = {"tracks": [a.track_id, b.track_id], "snr": 2.0, "offset": 0.25}
-    assert made(a, b) == (f"{a.caption} {b.caption}", {"mixed": made_of})
+    about = {"tracks": [a.track_id, b.track_id], "snr": 2.0, "offset": 0.25}
+    assert made(a, b) == (f"{a.caption} {b.caption}", {"mixed": about})
     alike = dataclasses.replace(b, captions=a.captions)
-    assert made(a, alike) == (a.caption, {"mixed": made_of})
+    assert made(a, alike) == (a.caption, {"mixed": about})
     several = dataclasses.replace(a, captions=("A dog.", "A bark."), fields='{"bpm": 3}')
     other = dataclasses.replace(b, captions=("Rain.", "It rains."))
     caption, info = made(several, other)
@@ -159,36 +178,38 @@ def test_the_job_adds_mixes_to_the_training_split(folder, tmp_path, one_codec):
     assert (job.out / "mix_rejects.jsonl").read_text() == ""
     assert not (plain.out / "mix_rejects.jsonl").exists()
     assert records.read_totals(job.out).about["mixes"] == len(mixes)
-    with Decoder(60) as decoder:
-        for mix in mixes:
-            made, (a, b) = mixing.read(mix, MONO, decoder), mix.parts
-            seconds = made.wav_CN.shape[1] / RATE
-            both = made.begin / RATE, made.end / RATE
-            pieces = [(i / 50, min(j / 50, seconds)) for i, j in cut(-int(-50 * seconds // 1), 62)]
-            kept = [piece for piece in pieces if mixing.is_heard(both, piece)]
-            found = [record for record in mixed if record["track_id"] == mix.track_id]
-            assert [r["start"] for r in found] == [pytest.approx(start) for start, _ in kept]
-            for record in found:
-                made_of = {"tracks": [a.track_id, b.track_id], "snr": round(mix.snr, 3)}
-                made_of["offset"] = round(both[0], 3)
-                assert record["caption"] == f"{a.caption} {b.caption}"
-                assert record["info"] == {"mixed": made_of}
-            if mix.number % 2:
-                continue  # (encoding takes long)
-            filled_CN = np.pad(made.wav_CN, ((0, 0), (0, -made.wav_CN.shape[1] % one_codec.hop)))
-            whole_KT = one_codec.encode(filled_CN[None])[0]
-            for record in found:
-                first = round(record["start"] * 50)
-                part_KT = whole_KT[:, first : first + record["codes_KT"].shape[1]]
-                assert (record["codes_KT"] != part_KT).mean() < 0.01
+    of = {track.track_id: track for track in tracks}
+    for number, mix in enumerate(mixes):
+        made, mixed_of = made_of(mix), json.loads(mix.fields)["mixed"]
+        a, b = (of[name] for name in mixed_of["tracks"])
+        seconds = made.wav_CN.shape[1] / RATE
+        both = made.begin / RATE, made.end / RATE
+        pieces = [(i / 50, min(j / 50, seconds)) for i, j in cut(-int(-50 * seconds // 1), 62)]
+        kept = [piece for piece in pieces if mixing.is_heard(both, piece)]
+        found = [record for record in mixed if record["track_id"] == mix.track_id]
+        assert [r["start"] for r in found] == [pytest.approx(start) for start, _ in kept]
+        for record in found:
+            about = mixed_of | {"offset": round(both[0], 3), "snr": round(mix.place.snr, 3)}
+            assert record["caption"] == f"{a.caption} {b.caption}"
+            assert record["info"] == {"mixed": about}
+        if number % 2:
+            continue  # encoding takes long
+        filled_CN = np.pad(made.wav_CN, ((0, 0), (0, -made.wav_CN.shape[1] % one_codec.hop)))
+        whole_KT = one_codec.encode(filled_CN[None])[0]
+        for record in found:
+            first = round(record["start"] * 50)
+            part_KT = whole_KT[:, first : first + record["codes_KT"].shape[1]]
+            assert (record["codes_KT"] != part_KT).mean() < 0.01
     for change in ({"mix_seed": 9}, {"mix_snr": (0.0, 4.0)}, {"mix_ratio": 0.0}):
-        with pytest.raises(UserError, match="begun with other settings .--mix-"):
+        with pytest.raises(UserError, match="begun with other settings: --mix-"):
             run(dataclasses.replace(job, **change))
     assert run(job) == summary
 
 
-def test_a_reject_of_a_part_rejects_the_mix_and_counts_as_one_file(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(mixing, "MOST_SECONDS", 1.75)
+def test_a_reject_of_a_part_rejects_the_mix_and_counts_as_one_file(
+    folder, tmp_path, monkeypatch, stub
+):
+    monkeypatch.setattr(mixer, "MOST_SECONDS", 1.75)
     (tmp_path / "audio").mkdir()
     for i in (0, 1, 2, 9):
         for suffix in (".wav", ".json"):
@@ -203,7 +224,7 @@ def test_a_reject_of_a_part_rejects_the_mix_and_counts_as_one_file(folder, tmp_p
     assert len((job.out / "rejects.jsonl").read_text().splitlines()) == 1
     rejects = [json.loads(x) for x in (job.out / "mix_rejects.jsonl").read_text().splitlines()]
     mixes = mixing.draw(scan(job).tracks, ratio=2, seed=0, snr=(-5, 5))
-    unfit = [m for m in mixes if {p.track_id for p in m.parts} & {"short", "9"}]
+    unfit = [m for m in mixes if set(m.place.names) & {"short.wav", "9.wav"}]
     assert sorted(r["path"] for r in rejects) == sorted(m.path for m in unfit)
     assert {r["reason"] for r in rejects} == {"too short", "too long"}
     assert all(r["detail"].startswith(("short.wav: ", "9.wav: ")) for r in rejects)
@@ -214,17 +235,17 @@ def test_a_reject_of_a_part_rejects_the_mix_and_counts_as_one_file(folder, tmp_p
 def test_a_track_too_long_for_the_job_is_in_no_mix(folder):
     (mix,) = mixing.draw(scan(Source(audio=folder)).tracks[:2], ratio=0.5, seed=0, snr=(0, 0))
     intake = dataclasses.replace(MONO, max_track_seconds=1.05)  # of 1.0 and 1.1 s
-    with Decoder(60) as decoder, pytest.raises(RejectedError, match="too long"):
-        mixing.read(mix, intake, decoder)
+    with pytest.raises(RejectedError, match="too long"):
+        made_of(mix, intake)
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"mix_ratio": -0.1}, "--mix-ratio must lie between"),
-        ({"mix_seed": -1}, "--mix-seed must lie between"),
+        ({"mix_ratio": -0.1}, "--mix-ratio must"),
+        ({"mix_seed": -1}, "--mix-seed must"),
         ({"mix_snr": (5.0, -5.0)}, "--mix-snr 5 -5: give the lower first"),
-        ({"mix_snr": (float("nan"), 5.0)}, "--mix-snr nan 5: give the lower first"),
+        ({"mix_snr": (float("nan"), 5.0)}, "--mix-snr must"),
     ],
 )
 def test_bad_settings_of_mixes_give_one_line(folder, tmp_path, change, match):
