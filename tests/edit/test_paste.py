@@ -20,7 +20,7 @@ SECONDS, FADE = 4, 0.03
 # beginning, end, somewhere, two that are 3 frames apart, one of one frame, and all of it
 REGIONS = {
     "begin": [(0.0, 0.8)],
-    "end": [(3.2, 4.0)],
+    "end": [(3.2, None)],
     "two": [(1.2, 1.7), (1.76, 2.3)],
     "short": [(2.0, 2.02)],
     "odd": [(0.533, 1.207), (2.5, 3.0)],
@@ -88,6 +88,7 @@ def assert_exact(path, edited, changed, regions, rate, before, after):
     for first, end in changed:
         is_changed_N[first:end] = True
     for first, end in regions:
+        end = SECONDS if end is None else end
         may_N[max(0, round((first - before) * rate)) : round((end + after) * rate)] = True
     assert not differ_N[~is_changed_N].any()
     assert not (is_changed_N & ~may_N).any()
@@ -242,7 +243,7 @@ def test_an_upload(tmp_path, decoder, clips, subtype, rate, channels, kind, edge
         tmp_path / "a.wav", tmp_path / "b.wav", changed, regions, rate, around, around
     )
     for first, end in regions:
-        assert is_changed_N[round(first * rate) : round(end * rate)].all()
+        assert is_changed_N[round(first * rate) : end and round(end * rate)].all()
     assert max(jumps(source, source._replace(samples_NC=samples_NC), changed), default=0) <= 3
 
 
@@ -432,6 +433,10 @@ def test_regions_as_frames():
     assert frames_at((0.0, None), "inside") == (0, 200)  # a clip's ends border on nothing
     assert frames_at((0.0, 0.2), "inside") == (0, 3)
     assert frames_at((1.0, 2.0), "inside", guard=2) == (55, 96)
+    # A clip that ends within its last frame.
+    assert frames_at((1.0, 3.99), "inside", seconds=3.99) == (55, 200)
+    assert frames_at((1.0, 3.988), "inside", seconds=3.99) == (55, 192)
+    assert frames_at((1.0, 3.99), "inside") == (55, 192)
 
 
 @pytest.mark.parametrize(

@@ -285,11 +285,15 @@ def test_places_follow_what_comes_before(tmp_path, order):
         assert after[name] == before[name]
 
 
-def test_a_longer_rf64(tmp_path):
-    source = exact.read(put(tmp_path / "a.wav", format="RF64"))
+@pytest.mark.parametrize("kind", [b"RF64", b"BW64"])
+def test_a_longer_rf64(tmp_path, kind):
+    path = put(tmp_path / "a.wav", format="RF64")
+    path.write_bytes(kind + path.read_bytes()[4:])
+    source = exact.read(path)
+    assert not source.lossy
     new_NC = np.concatenate([source.samples_NC, source.samples_NC])
     exact.write(tmp_path / "b.wav", source, new_NC)
-    np.testing.assert_array_equal(raw(tmp_path / "b.wav"), new_NC)
+    np.testing.assert_array_equal(exact.read(tmp_path / "b.wav").samples_NC, new_NC)
     size = (tmp_path / "b.wav").stat().st_size
     sizes = struct.unpack("<3Q", dict(chunks(tmp_path / "b.wav"))[b"ds64"][:24])
     assert sizes == (size - 8, 4 * len(new_NC), len(new_NC))
