@@ -174,6 +174,29 @@ def test_a_clip_of_another_loudness(tmp_path, decoder, clips, lufs):
     assert max(jumps(source, source._replace(samples_NC=samples_NC), changed)) <= 1.5
 
 
+@pytest.mark.parametrize("guard", [0, splice.GUARD])
+def test_where_the_original_goes_on_there_is_no_bend(decoder, clips, guard):
+    """None sharper than both clips have there themselves, unlike where one is cut to the other."""
+    hop, around = decoder.config.hop, splice.reach_of(decoder.config).after
+    at = (100 + guard) * hop
+    near = slice(at - around * hop, at + around * hop)
+
+    def bend(wav_CN):
+        return np.abs(np.diff(wav_CN[0, near], 2)).max()
+
+    found, cut = [], []
+    for clip, other in itertools.pairwise(clips):
+        edited_KT = clip.codes_KT.copy()
+        edited_KT[:, 50:100] = other.codes_KT[:, 50:100]
+        pieces = splice.spliced(decoder, clip.codes_KT, edited_KT, [(50, 100)], guard)
+        whole_CN = decoding.decode_audio(decoder, edited_KT[None])[0]
+        usual = max(bend(clip.decoded_CN), bend(whole_CN))
+        found.append(bend(splice.put(clip.decoded_CN, pieces)) / usual)
+        cut.append(bend(np.c_[whole_CN[:, :at], clip.decoded_CN[:, at:]]) / usual)
+    assert max(found) <= 1.05
+    assert guard or max(cut) > 1.5
+
+
 def test_a_clip_that_is_not_the_tokens_sound_is_refused(clips):
     source = made_of(clips[1])
     for wav_CN in (
