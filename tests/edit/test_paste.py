@@ -270,6 +270,33 @@ def test_an_upload(tmp_path, decoder, clips, subtype, rate, channels, kind, edge
     assert max(jumps(source, source._replace(samples_NC=samples_NC), changed), default=0) <= 3
 
 
+def test_any_upload_is_exact():
+    """Silence, a few samples, fades longer than the clip, any rates and channels."""
+    rng = np.random.default_rng(0)
+    rates = (8_000, 16_000, 22_050, 32_001, 96_000)
+    for _ in range(200):
+        rate, channels, sides = int(rng.choice(rates)), *rng.integers(1, 3, 2)
+        count, subtype = int(rng.choice([50, 3000, 9000])), str(rng.choice([*exact.BITS, "FLOAT"]))
+        wav_NC = rng.normal(size=(count, channels)) * rng.choice([0, 1e-4, 0.1, 0.9])
+        source = exact.Source("a.wav", exact.as_written(wav_NC.clip(-1, 1), subtype), rate, subtype)
+        frames = -(-count * 50 // rate)
+        decoded_CN = rng.normal(size=(sides, frames * 320)) * rng.choice([0, 0.1])
+        start = int(rng.integers(frames))
+        end = int(rng.integers(start + 1, frames + 1))
+        first, last = max(0, start - 5) * 320, min(frames, end + 7) * 320
+        piece = splice.Piece(first, rng.normal(size=(sides, last - first)) / 10)
+        edge, side = str(rng.choice(["outside", "inside"])), str(rng.choice(["fade", "keep"]))
+        samples_NC, changed = paste.pasted(
+            source, decoded_CN, [piece], [(start / 50, end / 50)], codec_rate=16_000,
+            edge=edge, side=side, fade=float(rng.choice([0, 0.03, 0.5])),
+        )  # fmt: skip
+        same_N = np.ones(count, bool)
+        for part in changed:
+            same_N[slice(*part)] = False
+        np.testing.assert_array_equal(samples_NC[same_N], source.samples_NC[same_N])
+        assert samples_NC.dtype == source.samples_NC.dtype and np.isfinite(samples_NC).all()
+
+
 def test_the_edit_is_heard_within_and_where_it_belongs(decoder, clips):
     """At another rate too, the region is the edited decoding, to a sample."""
     source = upload_of(clips[0], 48_000)
