@@ -234,7 +234,8 @@ def pasted(
     rates = _Rates(source.sample_rate, codec_rate)
     lead = round(before * codec_rate / rates.file)
     ends = [piece.first_sample + piece.wav_CN.shape[1] for piece in pieces]
-    edited_CN = np.zeros((len(decoded_CN), max(lead + decoded_CN.shape[1], *ends, 0)))
+    length = max(lead + decoded_CN.shape[1], *ends, 0)
+    edited_CN = np.zeros((len(decoded_CN), length), np.float32)
     edited_CN[:, lead : lead + decoded_CN.shape[1]] = decoded_CN
     edited_CN = put(edited_CN, pieces)
     old = slice(before, before + len(source.samples_NC))
