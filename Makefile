@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint size clean
+.PHONY: setup demo test lint size docs-check clean
 
 setup: $(STAMP)
 
@@ -25,6 +25,9 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs-check: setup
+	$(BIN)/python -m launch.make.docs_check
 
 size: setup
 	$(BIN)/python -m launch.size

@@ -1,4 +1,4 @@
-"""Folders import downwards only, in the order that the README's Layout gives."""
+"""Folders import downwards only, in the order that docs/architecture.md gives."""
 
 import ast
 import functools
@@ -31,9 +31,9 @@ def imported(path):
 
 
 def stated_order():
-    """The folders of the library in the README's Layout, and the API; the lowest first."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Layout")[2]
-    library = text.partition("magnet_jax/")[2].partition("tokenization/")[0]
+    """The folders of the library as the page lists them, and the API; the lowest first."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    library = text.partition("\nmagnet_jax/ ")[2].partition("\ntokenization/ ")[0]
     return re.findall(r"(?m)^  (\w+)(?:/|\.py) ", library)
 
 
@@ -43,7 +43,7 @@ def folder(module):
     return "base" if name in BASE else name
 
 
-def test_the_readme_lists_every_folder_of_the_library():
+def test_the_page_lists_every_folder_of_the_library():
     library = {folder(name) for name in MODULES if name.startswith("magnet_jax.")}
     assert {"base", *stated_order()} == library
 
