@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 # Not the user's cache of compiled programs; gone with the test session.
 _CACHE = tempfile.TemporaryDirectory(prefix="magnet_jax_tests_")
@@ -13,6 +14,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = f"{_CACHE.name}/python"
     sys.dont_write_bytecode = False
+# What tests start imports this checkout, and not the folders of tests that have the same names.
+_ROOT = str(Path(__file__).resolve().parents[1])
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA ends the process when a device is late for a collective; on a busy machine fake ones may be.
 XLA_FLAGS = (
@@ -25,8 +29,6 @@ os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {EIGHT}"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where the code itself asks for more
 os.environ["HF_HUB_OFFLINE"] = "1"
-
-from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

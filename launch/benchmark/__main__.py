@@ -1,27 +1,31 @@
 """The command line of the benchmarks; see the package."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
 from launch import benchmark
-from launch.benchmark import autoregressive, decoding, loading, tokenizing, tradeoff, training
+from launch.benchmark.options import Autoregressive, Decode, Loader, Tokenize, Tradeoff, Train
 from magnet_jax import cli, errors
 from magnet_jax.io import machine
 
+MODULES = {
+    Loader: "loading",
+    Decode: "decoding",
+    Autoregressive: "autoregressive",
+    Train: "training",
+    Tokenize: "tokenizing",
+    Tradeoff: "tradeoff",
+}
 Command = (
-    Annotated[loading.Args, tyro.conf.subcommand("loader", description=loading.Args.__doc__)]
-    | Annotated[decoding.Args, tyro.conf.subcommand("decode", description=decoding.Args.__doc__)]
-    | Annotated[
-        autoregressive.Args,
-        tyro.conf.subcommand("autoregressive", description=autoregressive.Args.__doc__),
-    ]
-    | Annotated[training.Args, tyro.conf.subcommand("train", description=training.Args.__doc__)]
-    | Annotated[
-        tokenizing.Args, tyro.conf.subcommand("tokenize", description=tokenizing.Args.__doc__)
-    ]
-    | Annotated[tradeoff.Args, tyro.conf.subcommand("tradeoff", description=tradeoff.Args.__doc__)]
+    Annotated[Loader, tyro.conf.subcommand("loader")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Autoregressive, tyro.conf.subcommand("autoregressive")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
+    | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
 )
 
 
@@ -31,8 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
     args = cli.parse(
         Command, words, prog="python -m launch.benchmark", description=benchmark.__doc__
     )
-    modules = (loading, decoding, autoregressive, training, tokenizing, tradeoff)
-    next(module.measure for module in modules if isinstance(args, module.Args))(args)
+    importlib.import_module(f"launch.benchmark.{MODULES[type(args)]}").measure(args)
 
 
 if __name__ == "__main__":

@@ -3,43 +3,15 @@
 import dataclasses
 import functools
 import time
-from pathlib import Path
-from typing import Annotated, Literal
 
 import jax
 from tqdm import tqdm
 
 from launch.benchmark import models, report
-from magnet_jax.arguments import Between, Count, check_fields
+from launch.benchmark.options import Autoregressive
 from magnet_jax.convert import lm_rules
 from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Seconds from texts to tokens of a MusicGen, greedy and guided, beside transformers' own."""
-
-    checkpoint: str | Path | None = None
-    """Folder of a MusicGen; or --model."""
-    model: Literal["small", "medium"] | None = None
-    """A model of a published size with random weights, made in memory; or --checkpoint."""
-    seconds: Annotated[float, Between(0, 30, above=True)] = 2.0
-    """Length of a clip."""
-    batch_sizes: tuple[Count, ...] = (1,)
-    """Clips at once."""
-    repeats: Annotated[int, Between(1, 10_000)] = 3
-    """Calls timed a batch size, of which the fastest counts."""
-    peer: bool = True
-    """Time transformers' MusicGen as well, in turns with ours."""
-    json: Path | None = None
-    """File for all figures."""
-
-    def __post_init__(self):
-        check_fields(self, "--")
-        if not self.batch_sizes:
-            raise UserError("--batch-sizes: give one at least")
-        report.check_parent("--json", self.json)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +29,7 @@ class Row:
         return self.peer and self.ours / self.peer
 
 
-def measure(args: Args) -> None:
+def measure(args: Autoregressive) -> None:
     """Measures, prints, and writes what `args` asks for."""
     with models.opened(args.checkpoint, args.model, "musicgen") as (name, loaded):
         model = loaded.config.model

@@ -7,20 +7,19 @@ import json
 import math
 import subprocess
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from launch.benchmark import models, peaks, report, rescoring
+from launch.benchmark.options import Decode
 from launch.benchmark.peaks import seconds_of
 from launch.compile import flops
 from magnet_jax import programs
-from magnet_jax.arguments import Between, Count, Seconds, check_fields
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.config import ComputeDtype, Preset, RescoreConfig, preset_steps
+from magnet_jax.config import preset_steps
 from magnet_jax.convert import lm_rules
 from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
@@ -30,66 +29,7 @@ if TYPE_CHECKING:
     from launch.benchmark import torch_peer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Seconds and FLOPs a clip for several batch sizes, by part, and the programs compiled."""
-
-    checkpoint: str | Path | None = None
-    """Folder of a training run, an export or an AudioCraft checkpoint; or --model."""
-    model: Literal["small", "medium"] | None = None
-    """A model of a published size with random weights, made in memory; or --checkpoint."""
-    seconds: Seconds | None = None
-    """Length of a clip, cut down to whole spans; by default what the model was trained on."""
-    batch_sizes: tuple[Count, ...] = (1, 2, 4)
-    """Clips at once."""
-    repeats: Annotated[int, Between(1, 10_000)] = 3
-    """Calls timed a batch size, of which the fastest counts; the first without its compilation."""
-    steps: tuple[Count, ...] | None = None
-    """Decoding steps of each codebook, by default the model's own."""
-    preset: Preset | None = None
-    """Decoding steps by name: paper, paper-30s, balanced or draft."""
-    compute_dtype: ComputeDtype | None = None
-    """Precision of the products, by default the model's own."""
-    parts: bool = True
-    """Time the parts of a call at the first batch size, which compiles one more program."""
-    rescorer: str | Path | None = None
-    """Also time rescoring by this model at the first batch size, against its own passes alone."""
-    rescorer_weight: float = RescoreConfig.weight
-    """The rescorer's share of the scores, as for launch.sample; above 0, it changes no cost."""
-    rescorer_guidance: float = RescoreConfig.guidance
-    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
-    peer: bool = False
-    """Also time the PyTorch peer, on the same weights, text states and schedule."""
-    peer_device: str = "cpu"
-    """PyTorch device of the peer."""
-    peer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the peer."""
-    peer_steps: Count | None = None
-    """Cut the schedule to so many steps a codebook, for both alike."""
-    vs: str | None = None
-    """Another command to time: its wall seconds, or the "seconds" of a line of JSON it prints."""
-    json: Path | None = None
-    """File for all figures."""
-
-    def __post_init__(self):
-        check_fields(self, "--")
-        if not self.batch_sizes:
-            raise UserError("--batch-sizes: give one at least")
-        if self.steps and self.preset:
-            raise UserError("give --steps or --preset, not both")
-        if not self.peer and (self.peer_device, self.peer_dtype) != ("cpu", "float32"):
-            raise UserError("--peer-device and --peer-dtype need --peer")
-        rescoring = RescoreConfig(weight=self.rescorer_weight, guidance=self.rescorer_guidance)
-        if self.rescorer is None and rescoring != RescoreConfig():
-            raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer")
-        if self.rescorer_weight == 0:
-            raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to time")
-        if self.peer_steps is not None and not self.peer:
-            raise UserError("--peer-steps needs --peer")
-        report.check_parent("--json", self.json)
-
-
-def measure(args: Args) -> None:
+def measure(args: Decode) -> None:
     """Measures, prints, and writes what `args` asks for."""
     with models.opened(args.checkpoint, args.model) as (name, loaded):
         if args.compute_dtype is not None:
@@ -124,7 +64,7 @@ def measure(args: Args) -> None:
     report.write_json(args.json, found)
 
 
-def facts_of(args: Args, name: str, job: models.Job) -> report.Facts:
+def facts_of(args: Decode, name: str, job: models.Job) -> report.Facts:
     """What all rows of the report share."""
     loaded, peer = job.loaded, args.peer
     dtype = precision.compute_dtype(loaded.config)
@@ -144,13 +84,13 @@ def facts_of(args: Args, name: str, job: models.Job) -> report.Facts:
     )
 
 
-def own_steps(args: Args, loaded: pretrained.Loaded) -> tuple[int, ...]:
+def own_steps(args: Decode, loaded: pretrained.Loaded) -> tuple[int, ...]:
     if args.preset:
         return preset_steps(args.preset, loaded.config.model.num_codebooks)
     return args.steps or loaded.config.decode.steps
 
 
-def make_job(args: Args, loaded: pretrained.Loaded) -> models.Job:
+def make_job(args: Decode, loaded: pretrained.Loaded) -> models.Job:
     """The work to time; raises `UserError` where the options do not fit the model."""
     model = loaded.config.model
     if model.kind != "magnet":
@@ -167,7 +107,7 @@ def make_job(args: Args, loaded: pretrained.Loaded) -> models.Job:
     )
 
 
-def make_rescorer(args: Args, job: models.Job) -> sampling.Rescorer | None:
+def make_rescorer(args: Decode, job: models.Job) -> sampling.Rescorer | None:
     """The second model, if one is asked for; raises `UserError` where there is none that fits."""
     if args.rescorer is None:
         return None
@@ -177,7 +117,7 @@ def make_rescorer(args: Args, job: models.Job) -> sampling.Rescorer | None:
     )
 
 
-def measure_batches(args: Args, job: models.Job, facts: report.Facts) -> list[report.Row]:
+def measure_batches(args: Decode, job: models.Job, facts: report.Facts) -> list[report.Row]:
     """A row a batch size. Ours and the peer take turns, so that a busy moment hits both."""
     peer = make_peer(args, job) if args.peer else None
     programs.forget()
@@ -246,7 +186,7 @@ def measure_parts(job: models.Job, batch: int) -> report.Parts:
 # --- what ours is held against -------------------------------------------------------------------
 
 
-def make_peer(args: Args, job: models.Job) -> "torch_peer.Peer":
+def make_peer(args: Decode, job: models.Job) -> "torch_peer.Peer":
     """The PyTorch peer with the same weights, warmed up."""
     from launch.benchmark import torch_peer
 

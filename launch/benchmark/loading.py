@@ -2,14 +2,13 @@
 
 import dataclasses
 import time
-from pathlib import Path
-from typing import Annotated
 
 import jax
 import numpy as np
 
+from launch.benchmark.options import Loader
 from launch.train import load_config
-from magnet_jax.arguments import Between, check_fields
+from magnet_jax.arguments import check_fields
 from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
@@ -18,21 +17,7 @@ from magnet_jax.train import steps
 from magnet_jax.train.setup import Setup, check_fit, first_state, frozen_params, to_devices
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Frames a second: the loader alone, and a train step alone on batches in memory."""
-
-    data: Path
-    """A data set of `python -m tokenization.job`."""
-    config: str = "demo"
-    """Config of the train step."""
-    batches: Annotated[int, Between(1, 1_000_000)] = 200
-    """Batches to load."""
-    steps: Annotated[int, Between(1, 1_000_000)] = 20
-    """Steps to run, after those that compile."""
-
-
-def measure(args: Args) -> None:
+def measure(args: Loader) -> None:
     check_fields(args, "--")
     config = load_config(args.config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(args.data)))

@@ -1,6 +1,5 @@
 """The tokenization job against the bare codec, and against itself with several workers."""
 
-import dataclasses
 import functools
 import os
 import resource
@@ -16,9 +15,9 @@ import numpy as np
 import soundfile
 
 from launch.benchmark import report
-from magnet_jax.arguments import Between, Count, check_fields
+from launch.benchmark.options import Tokenize
+from magnet_jax.arguments import Between, check_fields
 from magnet_jax.codec.encodec import load_codec
-from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import UserError
 from magnet_jax.evaluation.scores import Listening, read_mono
 from magnet_jax.io import machine
@@ -31,30 +30,7 @@ from tokenization.units import plan
 Minutes = Annotated[float, Between(0.1, 600)]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Seconds of audio a second: the codec alone on full batches, and the whole job on files."""
-
-    codec: str = EMBEDDED
-    """As in tokenization.job."""
-    tracks: Count = 8
-    """Files to make and tokenize: FLAC, 44.1 kHz, stereo, noise that swells."""
-    track_minutes: Minutes = 3.0
-    batch_size: Count = Job.batch_size
-    window_seconds: Annotated[float, Between(0.1, 600)] = Job.window_seconds
-    workers: Count = 1
-    """More than 1 also times the job with so many, start-up included, against one."""
-    cores_per_worker: Count | None = None
-    """CPU cores that each of these workers may use (Linux); by default all of them."""
-    whole: Path | None = None
-    """Folder of audio: also compares its files, end to end, encoded in windows and at once."""
-    whole_minutes: Minutes = 10.0
-    """Of that audio, from its start again where it is shorter."""
-    json: Path | None = None
-    """File for the figures."""
-
-
-def measure(args: Args) -> None:
+def measure(args: Tokenize) -> None:
     """Measures, prints, and writes what `args` asks for."""
     check(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +57,7 @@ def measure(args: Args) -> None:
     report.write_json(args.json, found)
 
 
-def lines(args: Args, found: Mapping[str, Any]) -> str:
+def lines(args: Tokenize, found: Mapping[str, Any]) -> str:
     """What was measured, for people."""
     memory, decoder = (found[name] / 2**30 for name in ("peak_bytes", "decoder_peak_bytes"))
     shown = [
@@ -103,10 +79,10 @@ def lines(args: Args, found: Mapping[str, Any]) -> str:
     return "\n".join(shown)
 
 
-def check(args: Args) -> None:
+def check(args: Tokenize) -> None:
     """Raises `UserError` for what does not fit, before anything is made."""
     check_fields(args, "--")
-    if args.whole is None and args.whole_minutes != Args.whole_minutes:
+    if args.whole is None and args.whole_minutes != Tokenize.whole_minutes:
         raise UserError("--whole-minutes goes with --whole FOLDER")
     report.check_parent("--json", args.json)
     if args.cores_per_worker is None:
@@ -123,7 +99,7 @@ def check(args: Args) -> None:
         )
 
 
-def make_job(args: Args, folder: Path) -> Job:
+def make_job(args: Tokenize, folder: Path) -> Job:
     """The job to measure, and its audio."""
     audio = folder / "audio"
     audio.mkdir()
@@ -140,7 +116,7 @@ def make_job(args: Args, folder: Path) -> Job:
     )
 
 
-def job_rate(args: Args, settings: Job) -> float:
+def job_rate(args: Tokenize, settings: Job) -> float:
     """Seconds of audio a second of the whole job, in this process."""
     units = plan(settings, scan(settings))
     (settings.out / "units").mkdir(parents=True)
@@ -152,7 +128,7 @@ def job_rate(args: Args, settings: Job) -> float:
     return args.tracks * args.track_minutes * 60 / took
 
 
-def bare_rate(args: Args) -> float:
+def bare_rate(args: Tokenize) -> float:
     """Seconds of audio a second of the codec's own `encode`."""
     codec = load_codec(args.codec)
     shape = (
@@ -170,7 +146,7 @@ def bare_rate(args: Args) -> float:
     return args.batch_size * args.window_seconds / min(times)
 
 
-def equal_tokens(args: Args, folder: Path) -> list[float]:
+def equal_tokens(args: Tokenize, folder: Path) -> list[float]:
     """Share of the tokens of one long track that windows give as the whole does, a codebook."""
     codec = load_codec(args.codec)
     rate, samples = codec.spec.sample_rate, int(args.whole_minutes * 60 * codec.spec.sample_rate)

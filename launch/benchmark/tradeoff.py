@@ -4,63 +4,21 @@ import dataclasses
 import functools
 import math
 import shlex
-from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 from tqdm import tqdm
 
 from launch.benchmark import models, report
+from launch.benchmark.options import Tradeoff
 from launch.benchmark.peaks import seconds_of
-from magnet_jax.arguments import Between, Count, Seconds, check_fields
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.config import DecodeConfig, HybridConfig, RescoreConfig, SamplingConfig
+from magnet_jax.config import DecodeConfig, HybridConfig, SamplingConfig
 from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 
 PROMPT_SECONDS = (0.0, 0.5, 1.0, 2.0, 5.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """Latency against prompt length, steps a codebook, and rescoring: the paper's Table 3, Fig. 2c
-    and Fig. 7."""
-
-    checkpoint: str | Path | None = None
-    """A MAGNeT, or a hybrid for the prompts as well, as for launch.sample; or --model."""
-    model: Literal["small", "medium"] | None = None
-    """A hybrid of a published size with random weights, made in memory; or --checkpoint."""
-    seconds: Seconds | None = None
-    """Length of a clip, cut down to whole spans; by default what the model was trained on."""
-    batch_size: Count = 1
-    """Clips at once."""
-    repeats: Annotated[int, Between(1, 10_000)] = 3
-    """Calls timed for each point, of which the fastest counts; the first compiles beforehand."""
-    prompt_seconds: tuple[Annotated[float, Between(0, 600)], ...] | None = None
-    """Of a hybrid: lengths of its autoregressive beginning, by default 0, 0.5, 1, 2 and 5; the
-    whole clip comes in addition."""
-    first_steps: tuple[Count, ...] = (5, 10, 20, 40)
-    """Steps of the first codebook; the others have theirs from the model."""
-    other_steps: tuple[Count, ...] = (1, 2, 5, 10)
-    """Steps of each of the other codebooks; the first has its from the model."""
-    rescorer: str | Path | None = None
-    """A second model, as for launch.sample: also with and without it."""
-    rescorer_weight: float = RescoreConfig.weight
-    """The rescorer's share of the scores, as for launch.sample."""
-    rescorer_guidance: float = RescoreConfig.guidance
-    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
-    json: Path | None = None
-    """File for the figures, each with the options of launch.sample that do the same."""
-
-    def __post_init__(self):
-        check_fields(self, "--")
-        rescoring = RescoreConfig(weight=self.rescorer_weight, guidance=self.rescorer_guidance)
-        if self.rescorer is None and rescoring != RescoreConfig():
-            raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer")
-        if self.rescorer_weight == 0:
-            raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to compare")
-        report.check_parent("--json", self.json)
 
 
 class Point(NamedTuple):
@@ -71,7 +29,7 @@ class Point(NamedTuple):
     sampling: SamplingConfig
     rescored: bool
 
-    def options(self, args: Args) -> str:
+    def options(self, args: Tradeoff) -> str:
         """What makes `launch.sample` do it."""
         hybrid = isinstance(self.sampling, HybridConfig)
         steps = (self.sampling.decode if hybrid else self.sampling).steps
@@ -84,7 +42,7 @@ class Point(NamedTuple):
         return shlex.join(words)
 
 
-def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
+def points(args: Tradeoff, own: SamplingConfig, clip_seconds: float) -> list[Point]:
     """All that is to be measured; what is not varied is the model's `own`, without any prompt."""
     hybrid = isinstance(own, HybridConfig)
     decode: DecodeConfig = own.decode if hybrid else own
@@ -112,7 +70,7 @@ def points(args: Args, own: SamplingConfig, clip_seconds: float) -> list[Point]:
     return found
 
 
-def check(args: Args) -> None:
+def check(args: Tradeoff) -> None:
     """Raises `UserError` for what can be known to fail before anything is loaded."""
     if args.checkpoint is None or args.model is not None:
         return
@@ -130,7 +88,7 @@ def check(args: Args) -> None:
         sampling.check_rescored(own)
 
 
-def measure(args: Args) -> None:
+def measure(args: Tradeoff) -> None:
     """Measures, prints, and writes what `args` asks for."""
     check(args)
     with models.opened(args.checkpoint, args.model, "hybrid") as (name, loaded):
@@ -166,7 +124,7 @@ def latency_of(
     point: Point,
     rescorer: sampling.Rescorer | None,
     num_frames: int,
-    args: Args,
+    args: Tradeoff,
 ) -> float:
     """Seconds from texts to tokens."""
 

@@ -4,13 +4,13 @@ import dataclasses
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
 
 from launch.benchmark import report
+from launch.benchmark.options import Train
 from launch.benchmark.peaks import jax_peak
 from launch.train import load_config
-from magnet_jax.arguments import Between, check_fields
-from magnet_jax.config import ComputeDtype, RunConfig
+from magnet_jax.arguments import check_fields
+from magnet_jax.config import RunConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.decode import sampling
@@ -18,26 +18,7 @@ from magnet_jax.model import precision, sharding
 from magnet_jax.train import flops, loop, plan, steps, watch
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args:
-    """A run's share of the fastest matrix product, and the compile time of a step by depth."""
-
-    data: Path
-    """A data set of `python -m tokenization.job`."""
-    config: str = "demo"
-    """Config of the run; its sizes, clip length, batch and precision can be changed below."""
-    width: int | None = None
-    layers: int | None = None
-    seconds: float | None = None
-    batch_size: int | None = None
-    compute_dtype: ComputeDtype | None = None
-    steps: Annotated[int, Between(1, 1_000_000)] = 24
-    """Steps to measure, after as many that compile and warm up."""
-    json: Path | None = None
-    """File for the figures."""
-
-
-def _config(args: Args, out: Path) -> RunConfig:
+def _config(args: Train, out: Path) -> RunConfig:
     config = load_config(args.config)
     model, data = config.model, dataclasses.replace(config.data, path=str(args.data))
     if args.width is not None:
@@ -75,7 +56,7 @@ def compile_seconds(config: RunConfig, depth: int) -> float:
     return seconds
 
 
-def measure(args: Args) -> None:
+def measure(args: Train) -> None:
     check_fields(args, "--")
     report.check_parent("--json", args.json)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,6 +17,7 @@ from launch.benchmark import (
     decoding,
     loading,
     models,
+    options,
     peaks,
     tokenizing,
     tradeoff,
@@ -228,7 +229,7 @@ def small(monkeypatch):
 def test_a_model_with_random_weights(small, capsys, no_peaks):
     command.main(
         ["decode", "--model", "small", "--seconds", "0.2", "--batch-sizes", "1", "--repeats", "1",
-         "--steps", "1", "1", "1", "1", "--no-parts"]
+         "--decode.steps", "1", "1", "1", "1", "--no-parts"]
     )  # fmt: skip
     assert "random weights" in capsys.readouterr().out
 
@@ -252,7 +253,7 @@ def test_rescoring_is_measured_against_the_rescorers_own_passes(small, tmp_path,
     file = tmp_path / "figures.json"
     command.main(
         ["decode", "--model", "small", "--seconds", "0.2", "--batch-sizes", "1", "--repeats", "1",
-         "--steps", "1", "2", "2", "2", "--no-parts", "--rescorer", str(tmp_path / "second"),
+         "--decode.steps", "1", "2", "2", "2", "--no-parts", "--rescorer", str(tmp_path / "second"),
          "--json", str(file)]
     )  # fmt: skip
     found = json.loads(file.read_text())["rescoring"]
@@ -270,7 +271,7 @@ def test_rescoring_is_measured_against_the_rescorers_own_passes(small, tmp_path,
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),
         (["--model", "small", "--batch-sizes", "1", "-2"], "--batch-sizes must be"),
         (["--model", "small", "--batch-sizes", "0"], "--batch-sizes must be"),
-        (["--model", "small", "--steps", "0"], "--steps must be"),
+        (["--model", "small", "--decode.steps", "0"], "steps must be"),
         (["--model", "small", "--repeats", "0"], "--repeats must be"),
         (["--model", "small", "--seconds", "nan"], "--seconds must be a positive"),
         (["--model", "small", "--peer-steps", "1"], "needs --peer"),
@@ -306,7 +307,7 @@ def test_mistakes_are_said_before_anything_is_measured(words, message):
 
 def test_options_that_do_not_fit_the_model(run, no_peaks):
     with pytest.raises(UserError, match="decode.steps has 2 numbers"):
-        command.main(["decode", "--checkpoint", str(run), "--steps", "1", "1"])
+        command.main(["decode", "--checkpoint", str(run), "--decode.steps", "1", "1"])
     with pytest.raises(UserError, match="shorter than one span"):
         command.main(["decode", "--checkpoint", str(run), "--seconds", "0.01"])
     with pytest.raises(UserError, match="--peer-device abacus"):
@@ -416,7 +417,7 @@ def test_the_loader_is_measured(run, capsys, monkeypatch):
         "load_config",
         lambda name: dataclasses.replace(tiny.run_config("", ""), decode=DecodeConfig()),
     )
-    loading.measure(loading.Args(data=run.parent / "tokens", batches=3, steps=2))
+    loading.measure(options.Loader(data=run.parent / "tokens", batches=3, steps=2))
     assert "ratio" in capsys.readouterr().out
 
 
@@ -425,7 +426,7 @@ def test_training_is_measured(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(training, "load_config", lambda name: tiny.run_config("", ""))
     monkeypatch.setattr(training, "jax_peak", lambda dtype: 1e9)
     file = tmp_path / "found.json"
-    training.measure(training.Args(data=run.parent / "tokens", steps=2, json=file))
+    training.measure(options.Train(data=run.parent / "tokens", steps=2, json=file))
     found = json.loads(file.read_text())
     assert found["share_of_peak"] > 0
     assert set(found["compile_seconds"]) == {"2", "8"}
@@ -434,7 +435,7 @@ def test_training_is_measured(run, capsys, monkeypatch, tmp_path):
 
 def test_tokenizing_is_measured(capsys, tmp_path, monkeypatch):
     file = tmp_path / "found.json"
-    args = tokenizing.Args(
+    args = options.Tokenize(
         tracks=1, track_minutes=0.1, batch_size=1, window_seconds=2, json=file,
         whole=ASSETS / "clips", whole_minutes=0.1,
     )  # fmt: skip
