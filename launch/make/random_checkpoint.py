@@ -10,17 +10,14 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import numpy as np
-from tokenizers import Tokenizer
 
 from magnet_jax import cli
 from magnet_jax.arguments import Between, Seed, check_fields
 from magnet_jax.config import CodecSpec, DataConfig, ModelConfig, RunConfig
-from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
+from magnet_jax.convert import audiocraft, codec_rules, lm_rules
 from magnet_jax.errors import reported
 from magnet_jax.io import files
-from magnet_jax.model import t5
 
 # The published models' sizes (section 4 and Appendix A of the paper).
 SIZES = {
@@ -93,8 +90,16 @@ def write_codec(folder: Path, seed: int) -> None:
     )
 
 
-def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
-    """A random encoder as large as t5-base, but for the vocabulary: the shipped tokenizer's."""
+def make_text_encoder(seed: int) -> tuple:
+    """Config, parameters and tokenizer of a random encoder as large as t5-base.
+
+    But for the vocabulary, which is the shipped tokenizer's.
+    """
+    import jax  # which is slow to load
+
+    from magnet_jax.convert import t5_files
+    from magnet_jax.model import t5
+
     shipped, _, tokenizer = t5_files.load("embedded")
     config = dataclasses.replace(t5_files.PUBLISHED["t5-base"], vocab_size=shipped.vocab_size)
     return config, t5.init(config, jax.random.key(seed)), tokenizer
@@ -103,6 +108,8 @@ def make_text_encoder(seed: int) -> tuple[t5.T5Config, t5.Params, Tokenizer]:
 def make(args: Args) -> None:
     check_fields(args, "--")
     files.check_new_folder("--out", args.out)
+    from magnet_jax.convert import t5_files
+
     codec = CodecSpec(
         source="facebook/encodec_32khz",
         sha256="",

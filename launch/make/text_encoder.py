@@ -11,19 +11,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import jax
-from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import Unigram
+from typing import TYPE_CHECKING, Annotated
 
 from magnet_jax import cli, errors
 from magnet_jax.arguments import Between, Seed, check_fields
-from magnet_jax.convert import t5_files
-from magnet_jax.data import pipeline
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
-from magnet_jax.model import t5
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _SPACE = "▁"
 _LONGEST_PIECE = 16
@@ -58,6 +54,8 @@ class Args:
 
 def read_texts(directory: Path) -> list[str]:
     """Descriptions and metadata of all sidecar .json files, as the data pipeline writes them."""
+    from magnet_jax.data import pipeline
+
     if not directory.is_dir():
         raise UserError(f"--captions {directory}: no such folder")
     texts = []
@@ -75,11 +73,16 @@ def read_texts(directory: Path) -> list[str]:
     return texts
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: list[str], vocab_size: int) -> "Tokenizer":
     """A unigram tokenizer laid out as T5's, which ignores case and accents.
 
     The vocabulary is at most `vocab_size`; fewer if the texts yield no more pieces.
     """
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import Unigram
+
+    from magnet_jax.model import t5
+
     special = [t5.PAD, t5.END, t5.UNKNOWN]
     room = vocab_size - len(special)
     if room < 1 + len(_ALPHABET):
@@ -194,6 +197,11 @@ def make(args: Args) -> None:
     """Writes the encoder's folder; raises `UserError` for a folder or sizes that do not fit."""
     check_fields(args, "--")
     files.check_new_folder("--out", args.out)
+    import jax  # which is slow to load
+
+    from magnet_jax.convert import t5_files
+    from magnet_jax.model import t5
+
     texts = read_texts(args.captions)
     tokenizer = train_tokenizer(texts, args.vocab_size)
     config = t5.T5Config(

@@ -13,9 +13,13 @@ import launch.__main__ as console
 ROOT = Path(__file__).parents[2]
 HEAVY = ("jax", "torch", "flax", "matplotlib", "tokenizers", "tensorflow_datasets")
 # What is read before a command line is.
-QUICK = ("launch.__main__", "launch.compile.__main__", "launch.demo", "launch.export",
-         "launch.evaluate.__main__", "launch.import_audiocraft", "launch.sample", "launch.train",
-         "tokenization.browse", "tokenization.check", "tokenization.job")  # fmt: skip
+QUICK = [*(
+    f"launch.{name}"
+    for name in ("__main__", "ablate.__main__", "benchmark.__main__", "codec.compare", "codec.receptive_field",
+                 "codec.train", "compile.__main__", "demo", "evaluate.__main__", "export",
+                 "import_audiocraft", "make.random_checkpoint", "make.tagger", "make.text_encoder",
+                 "recipe.__main__", "sample", "train")
+), "tokenization.browse", "tokenization.check", "tokenization.job"]  # fmt: skip
 
 
 def test_every_command_is_listed_with_one_line(capsys):
