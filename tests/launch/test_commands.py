@@ -15,7 +15,8 @@ HEAVY = ("jax", "torch", "flax", "matplotlib", "tokenizers", "tensorflow_dataset
 # What is read before a command line is.
 QUICK = [*(
     f"launch.{name}"
-    for name in ("__main__", "ablate.__main__", "benchmark.__main__", "codec.compare", "codec.receptive_field",
+    for name in ("__main__", "ablate.__main__", "benchmark.__main__", "codec.compare",
+                 "codec.receptive_field",
                  "codec.train", "compile.__main__", "demo", "evaluate.__main__", "export",
                  "import_audiocraft", "make.random_checkpoint", "make.tagger", "make.text_encoder",
                  "recipe.__main__", "sample", "train")
