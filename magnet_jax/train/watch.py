@@ -143,8 +143,9 @@ class Window:
         seconds = time.perf_counter() - self.started
         clips = sum(map(len, self.losses.values())) * batch_size
         values = {f"train/loss_{codebook}": mean for codebook, mean in means.items()}
-        values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
         values["train/loss"] = np.mean(list(means.values()))
+        # Of a hybrid, `loss` is of both halves.
+        values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
         values["speed/frames_per_second"] = clips * frames / seconds
         values["speed/wait_for_data_share"] = self.waited / seconds
         device = settings.mesh.devices.flat[0]
