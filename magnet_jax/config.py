@@ -351,10 +351,30 @@ class DecodeConfig:
     """Frames in a span; 0 is what the model was trained with."""
     whole_spans: bool = False
     """Cut a clip's end down to whole spans as AudioCraft does; stride1 has no grid to cut to."""
+    order: Literal["confidence", "random", "halton"] = "confidence"
+    """Keep the spans first that the model is surest of, as in the paper, or in a random order, or
+    always the span that lies farthest from those that are kept already."""
 
     def __post_init__(self):
         check_fields(self, "decode.")
         _require((self.steps, "decode.steps needs one number a codebook, and has none"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """How a part of a clip is decoded, given the rest of it."""
+
+    above: Literal["hidden", "shown"] = "hidden"
+    """Hide the codebooks above the one that is predicted everywhere, as in training, or show what
+    is given there, as AudioCraft does when it goes on from a prompt."""
+    anneal: Literal["rate", "count"] = "rate"
+    """Take guidance and temperature from the share of the whole clip that is hidden, or begin with
+    those of a blank clip however little is hidden."""
+    steps: Literal["auto", "all"] = "auto"
+    """Fewer steps for fewer spans, or as many as for a whole clip."""
+
+    def __post_init__(self):
+        check_fields(self, "edit.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

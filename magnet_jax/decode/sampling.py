@@ -25,6 +25,7 @@ from magnet_jax.config import (
     AutoregressiveConfig,
     CodecSpec,
     DecodeConfig,
+    EditConfig,
     HybridConfig,
     ModelConfig,
     RescoreConfig,
@@ -73,6 +74,8 @@ class Batch:
     decoder: encodec.Decoder | None = None
     """Makes the program end in samples."""
     rescoring: Rescoring | None = None
+    editing: EditConfig | None = None
+    """How what is not given is decoded; None is AudioCraft's law of continuation."""
     on_step: Callable[[int, int], None] | None = None
 
     @property
@@ -121,6 +124,7 @@ def generate(
     text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
     rescorer: Rescorer | None = None,
+    editing: EditConfig | None = None,
     execution: Execution = Execution(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Generated:
@@ -137,6 +141,8 @@ def generate(
       text_pad_len: see `tokenize_texts`.
       decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
       rescorer: a second model that takes part in scoring spans, of MAGNeT.
+      editing: how the rest of a clip is decoded of which much is given; by default as AudioCraft
+        goes on from a prompt.
       execution: how to run on the hardware.
       on_step: called with (steps done, steps in all) while the program runs; one function object,
         one program.
@@ -167,6 +173,7 @@ def generate(
         decoding=decoding,
         decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
         rescoring=rescoring,
+        editing=editing,
         on_step=on_step,
     )
     generated = _run(loaded, batch, execution)
@@ -312,6 +319,10 @@ def make_program(
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
     )
+    if sampler.rules.extent is not None:
+        inputs = inputs._replace(first_B=fill(canvas.extent(batch.canvas)[0]))
+    if batch.editing is not None and batch.editing.anneal == "rate":
+        inputs = inputs._replace(min_guidance=np.float32(spans.min_guidance))
     if batch.rescoring is not None:
         inputs = inputs._replace(
             rescorer=batch.rescoring.rescorer.params,
@@ -334,7 +345,12 @@ def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Deco
     if spans.span_length:
         model = dataclasses.replace(model, span_length=spans.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
-    return model, decoded_frames(model, spans, num_frames)[0], spans
+    num_frames = decoded_frames(model, spans, num_frames)[0]
+    if batch.editing is not None and batch.editing.steps == "auto":
+        span = 1 if spans.span_arrangement == "stride1" else model.span_length
+        free = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
+        spans = dataclasses.replace(spans, steps=schedules.steps_for(spans.steps, *free))
+    return model, num_frames, spans
 
 
 def _make_sampler(
@@ -366,9 +382,19 @@ def _make_sampler(
         guided=guided,
         reach=None if model.autoregressive else model.num_layers * model.local_context or None,
         last_window=savings.last_window,
+        order=spans.order,
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
+    if batch.editing is not None:
+        rules = dataclasses.replace(
+            rules, given_have_say=False, above_hidden=batch.editing.above == "hidden"
+        )
+        size = canvas.extent(batch.canvas)[1]
+        if size and rules.reach is not None and shards == 1:
+            size = frame_bucket(size, 0, model.span_length)
+            if size + 2 * rules.reach < num_frames:
+                rules = dataclasses.replace(rules, extent=size)
     kernels = choose_kernels(
         execution.kernels,
         platform,
@@ -401,6 +427,11 @@ def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
             "out the rescorer, or give a hybrid fewer prompt seconds"
         )
     spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+    if spans.order != "confidence":
+        raise UserError(
+            f"nothing is rescored where spans are kept in {spans.order} order: leave out the "
+            "rescorer, or keep the order of confidence"
+        )
     if max(spans.steps) == 1:
         raise UserError(
             "nothing is rescored where every codebook has one step: leave out the rescorer, or "
@@ -410,6 +441,8 @@ def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
 
 def check_continues(model: ModelConfig, batch: Batch) -> None:
     """Raises `UserError` where more is given than first frames to a model that begins with them."""
+    if batch.editing is not None and model.parallel:
+        return
     given_BKT = batch.canvas.given_BKT.copy()
     given_BKT[..., : batch.num_given] = False
     if given_BKT.any():
@@ -429,6 +462,8 @@ def _beginning(
     else:
         how = decoding.autoregressive
         wanted = decoding.prompt_seconds * loaded.codec.frame_rate
+        # Of an edit all is made in parallel: what follows is known.
+        wanted = 0 if batch.editing is not None else wanted
         first_frames = max(num_given, round(min(wanted, num_frames)))
     choice, limit = choose.choice_of(how.greedy, how.top_k, how.top_p)
     beginning = autoregressive.Beginning(

@@ -53,7 +53,7 @@ def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
     count_spans = jax.jit(functools.partial(spans.count, law))
     for num_frames, num_given in ((156, 0), (750, 31)):
         free_1T = np.arange(num_frames)[None] >= num_given
-        _, free_1 = spans.start(law, free_1T, np.ones(num_frames, bool))
+        _, free_1, _ = spans.start(law, free_1T, np.ones(num_frames, bool))
         units = num_frames - num_given
         if arrangement == "nonoverlap":
             units = num_frames // span - num_given // span

@@ -60,10 +60,10 @@ def test_the_worst_units_of_a_grid_are_hidden_by_their_frames():
 def test_a_unit_is_free_if_one_of_its_frames_is():
     free_BT = np.zeros((1, 12), bool)
     free_BT[0, [2, 3, 10]] = True
-    score_BU, free_B = spans.start(Spans(length=3), free_BT, np.arange(12) < 9)
+    score_BU, free_B, _ = spans.start(Spans(length=3), free_BT, np.arange(12) < 9)
     np.testing.assert_array_equal(score_BU, np.array([[0, 0, spans.KEPT, spans.ABSENT]], "f4"))
     assert free_B == 2  # the fourth has a free frame that does not exist
-    score_BT, free_B = spans.start(
+    score_BT, free_B, num_units = spans.start(
         Spans(length=3, arrangement="stride1"), free_BT, np.arange(12) < 11
     )
     assert free_B == 3 and (score_BT[0, [2, 3, 10]] == 0).all() and score_BT[0, 11] < spans.KEPT
