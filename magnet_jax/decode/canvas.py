@@ -88,3 +88,9 @@ def extent(canvas: Canvas) -> tuple[np.ndarray, int]:
     first_B = free_BT.argmax(-1)
     end_B = np.where(free_BT.any(-1), free_BT.shape[-1] - free_BT[:, ::-1].argmax(-1), first_B)
     return first_B.astype(np.int32), int((end_B - first_B).max())
+
+
+def given_below(canvas: Canvas) -> int:
+    """How many codebooks, from the first one on, are given as a whole; all but the last at most."""
+    given_K = canvas.given_BKT.all((0, 2))[:-1]
+    return int(np.logical_and.accumulate(given_K).sum())

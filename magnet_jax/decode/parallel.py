@@ -71,6 +71,8 @@ class Rules:
     order: Order = "confidence"
     """Which units are kept first: those that the model is surest of, any, or far from each other
     (`spans.priority`)."""
+    first_codebook: int = 0
+    """The codebooks below are given as a whole, and have no steps in the schedule."""
     extent: int | None = None
     """Frames from `Task.first_B` on within which local stages have anything to predict; None is
     all. What cannot be seen from there is not computed."""
@@ -90,6 +92,7 @@ class Task(NamedTuple):
     end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise
     rescoring: Rescoring | None = None
     first_B: jax.Array | None = None  # see `Rules.extent`
+    replayed_BKT: jax.Array | None = None  # tokens of both halves of the rows, see `choose.replay`
     min_guidance: jax.Array | None = None  # where the schedule goes by what is known, `annealed`
 
     @property
@@ -156,7 +159,12 @@ def draw(
     probs_BMV = jax.nn.softmax(logits_BMV.astype(jnp.float32) / row.temperature, axis=-1)
     probs_RV = probs_BMV.reshape(-1, probs_BMV.shape[-1])
     keys_R = choose.frame_keys(task.keys_B, row.stage, row.step, frame_BM).reshape(-1)
-    token_R = choose.choose_token(keys_R, probs_RV, rules.choice, task.limit)
+    if task.replayed_BKT is not None:
+        codes_BT = codebook(task.replayed_BKT, row.stage)
+        said_R = jnp.take_along_axis(codes_BT, frame_BM, axis=1, mode="clip").reshape(-1)
+        token_R = choose.replay(keys_R, probs_RV, said_R, task.limit)
+    else:
+        token_R = choose.choose_token(keys_R, probs_RV, rules.choice, task.limit)
     prob_R = jnp.take_along_axis(probs_RV, token_R[:, None], axis=-1)
     return token_R.reshape(frame_BM.shape), prob_R.reshape(frame_BM.shape)
 
@@ -354,7 +362,7 @@ def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule,
 
     hidden = []
     for i, part in enumerate(schedule):
-        run_part = functools.partial(decode_stage, local=i > 0)
+        run_part = functools.partial(decode_stage, local=i > 0 or rules.first_codebook > 0)
         codes_BKT, hidden_SPBT = jax.lax.scan(run_part, codes_BKT, part)
         hidden.append(hidden_SPBT.reshape(-1, *hidden_SPBT.shape[2:]))
     return Decoded(codes_BKT, jnp.concatenate(hidden))

@@ -65,6 +65,7 @@ class Inputs(NamedTuple):
     rescorer_weight: jax.Array | None = None
     first_B: jax.Array | None = None  # of an edit, see `parallel.Task`
     min_guidance: jax.Array | None = None  # likewise
+    replayed_BKT: jax.Array | None = None  # likewise
 
 
 SPLIT = ("text", "canvas", "keys_B", "rescorer_texts", "first_B")
@@ -108,6 +109,7 @@ class Sampler:
             rescoring=self._rescoring(inputs),
             first_B=inputs.first_B,
             min_guidance=inputs.min_guidance,
+            replayed_BKT=inputs.replayed_BKT,
         )
         how = {"config": self.model, "rules": self.rules, "dtype": self.dtype}
         if self.beginning is None:

@@ -313,7 +313,7 @@ def make_program(
         text=Text(*map(fill, text)) if mesh is not None else text,
         canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
         keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
-        schedule=() if whole else schedules.make_schedule(spans),
+        schedule=() if whole else schedules.make_schedule(spans, sampler.rules.first_codebook),
         limit=np.float32(limit),
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
@@ -388,7 +388,10 @@ def _make_sampler(
     )
     if batch.editing is not None:
         rules = dataclasses.replace(
-            rules, given_have_say=False, above_hidden=batch.editing.above == "hidden"
+            rules,
+            given_have_say=False,
+            above_hidden=batch.editing.above == "hidden",
+            first_codebook=canvas.given_below(batch.canvas),
         )
         size = canvas.extent(batch.canvas)[1]
         if size and rules.reach is not None and shards == 1:

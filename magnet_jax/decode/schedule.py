@@ -49,8 +49,8 @@ def hidden_rates(steps: int) -> np.ndarray:
     return (x + x * odd).astype(np.float32)
 
 
-def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
-    """The steps of the first codebook, then those of the others.
+def make_schedule(config: DecodeConfig, first: int = 0) -> tuple[Schedule, ...]:
+    """The steps of the first codebook, then those of the others; from codebook `first` on.
 
     Other codebooks that follow each other and have as many steps are together. Nothing here depends
     on a clip's length or on what is given of it: how many units a rate hides is counted where the
@@ -59,6 +59,8 @@ def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
     groups: list[list[list[tuple]]] = []
     number = 0
     for stage, steps in enumerate(config.steps):
+        if stage < first:
+            continue
         rows = []
         for step, rate in enumerate(hidden_rates(steps)):
             share = float(rate)
@@ -68,7 +70,7 @@ def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
             number += 1
             guidance = share * config.max_guidance + (1 - share) * config.min_guidance
             rows.append((stage, step, rate, guidance, max(temperature, MIN_TEMPERATURE), number))
-        if stage > 1 and len(groups[-1][0]) == steps:
+        if stage > 1 and groups and len(groups[-1][0]) == steps:
             groups[-1].append(rows)
         else:
             groups.append([rows])
