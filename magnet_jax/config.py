@@ -40,7 +40,7 @@ BelowOne = Annotated[float, Between(0, math.nextafter(1, 0), words="lie in [0, 1
 EMBEDDED = "embedded"  # names the codec and the text encoder that ship with the package
 
 
-def _require(*rules: tuple[Any, str]) -> None:
+def require(*rules: tuple[Any, str]) -> None:
     """Raises `UserError` with the message of the first rule whose condition does not hold."""
     for condition, message in rules:
         if not condition:
@@ -125,7 +125,7 @@ class ModelConfig:
     def __post_init__(self):
         check_fields(self, "model.")
         delays = self.delays
-        _require(
+        require(
             (
                 self.kind == "magnet" or not self.first_context,
                 f"model.first_context belongs to kind magnet, not {self.kind}",
@@ -278,7 +278,7 @@ class OptimizerConfig:
         check_fields(self, "optimizer.")
         # The two optimizers' learning rates lie orders of magnitude apart; one taken over from the
         # other would train to nothing, or diverge.
-        _require(
+        require(
             (
                 self.name != "dadam" or self.peak_lr >= 0.01,
                 f"optimizer.peak_lr {self.peak_lr:g} multiplies the step size that dadam finds: "
@@ -315,7 +315,7 @@ class LoraConfig:
     def __post_init__(self):
         check_fields(self, "lora.")
         once = self.targets and len(set(self.targets)) == len(self.targets)
-        _require((once, f"lora.targets must name each target once, not {list(self.targets)}"))
+        require((once, f"lora.targets must name each target once, not {list(self.targets)}"))
 
     @property
     def scale(self) -> float:
@@ -357,7 +357,7 @@ class DecodeConfig:
 
     def __post_init__(self):
         check_fields(self, "decode.")
-        _require((self.steps, "decode.steps needs one number a codebook, and has none"))
+        require((self.steps, "decode.steps needs one number a codebook, and has none"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -408,7 +408,7 @@ def preset_steps(preset: str, num_codebooks: int) -> tuple[int, ...]:
     Raises `UserError` for an unknown name, or a model that has not four codebooks.
     """
     steps = PRESETS[check(Preset, preset, "preset")]
-    _require(
+    require(
         (
             num_codebooks == len(steps),
             f"presets are for {len(steps)} codebooks: give the steps themselves",
@@ -478,7 +478,7 @@ class SamplingMeshConfig:
 
     def __post_init__(self):
         check_fields(self, "mesh.")
-        _require((self.data >= 1 or self.data == -1, "mesh.data must be positive, or -1"))
+        require((self.data >= 1 or self.data == -1, "mesh.data must be positive, or -1"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -570,7 +570,7 @@ class RunConfig:
         check_fields(self, "")
         weights, num_codebooks, profile = self.stage_weights, self.model.num_codebooks, self.profile
         ratios = (self.optimizer.embed_lr_ratio, self.optimizer.head_lr_ratio)
-        _require(
+        require(
             (
                 (self.objective == "hybrid") == (self.model.kind == "hybrid"),
                 f"objective {self.objective} does not train a model of kind {self.model.kind}: "
@@ -667,11 +667,11 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     Raises `UserError`, which names the setting, for one that is unknown, is missing and has no
     default, or has a value of another type.
     """
-    _require((isinstance(values, dict), f"{where}: expected the fields of {cls.__name__}"))
+    require((isinstance(values, dict), f"{where}: expected the fields of {cls.__name__}"))
     fields = dataclasses.fields(cls)
     needed = {f.name for f in fields if f.default is dataclasses.MISSING}
     unknown, missing = values.keys() - {f.name for f in fields}, needed - values.keys()
-    _require(
+    require(
         (not unknown, f"{where}: unknown settings: {', '.join(sorted(unknown))}"),
         (not missing, f"{where}: missing settings: {', '.join(sorted(missing))}"),
     )

@@ -29,6 +29,11 @@ class PassingError(UserError):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a line of ours; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turns a `UserError`, or a file that cannot be had, into one line on stderr and exit status 2.

@@ -22,7 +22,7 @@ from magnet_jax.config import DecodeConfig, KernelConfig, MeshConfig, RunConfig
 from magnet_jax.convert import audiocraft, codec_rules, lm_rules, t5_files
 from magnet_jax.decode import autoregressive, choose, hybrid, magnet, schedule
 from magnet_jax.decode.tokens_of_text import TextStates
-from magnet_jax.model import sharding, teacher_forcing, transformer
+from magnet_jax.model import sharding, transformer
 from magnet_jax.train import masking, objective, steps
 
 MAGNET, MUSICGEN, CODEC = (GOLDEN / f"{name}_tiny" for name in ("magnet", "musicgen", "encodec"))
@@ -121,6 +121,7 @@ def test_magnet_tokens(golden, name, variant):
     codes_BKT = np.zeros((batch, num_codebooks, num_frames), np.int32)
     if num_prompt:
         codes_BKT[..., :num_prompt] = reference["prompt_codes"][..., :num_prompt]
+    reach = golden.model.num_layers * golden.model.local_context * savings.last_window or None
     decoded = generate_magnet(
         golden.params,
         TextStates(*read_text(MAGNET / "forward.npz", case["text"])),
@@ -132,8 +133,7 @@ def test_magnet_tokens(golden, name, variant):
             span,
             golden.model.mask_id,
             any_text=case["text"],
-            reach=golden.model.num_layers * golden.model.local_context,
-            last_window=savings.last_window,
+            reach=reach,
             **{} if savings.last_guidance or not case["text"] else {"guided": "all"},
         ),
         savings=savings,
@@ -244,10 +244,10 @@ def musicgen():
 )
 def test_musicgen_logits(musicgen, codes, logits, with_text):
     reference = np.load(MUSICGEN / "forward.npz")
-    logits_BKTV, valid_KT = teacher_forcing.teacher_forced(
+    logits_BKTV, valid_KT = tiny.teacher_forced(
         musicgen.params,
         *read_text(MUSICGEN / "forward.npz", with_text),
-        reference[codes].astype(np.int32),
+        codes_BKT=reference[codes].astype(np.int32),
         config=musicgen.model,
     )
     valid_BKT = np.broadcast_to(valid_KT, reference["valid"].shape)

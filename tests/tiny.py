@@ -30,7 +30,7 @@ from magnet_jax.decode import autoregressive, choose, parallel, schedule
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.spans import Spans
 from magnet_jax.io import trees
-from magnet_jax.model import lora, patterns, sharding, transformer
+from magnet_jax.model import lora, patterns, sharding, teacher_forcing, transformer
 
 SECONDS = 2.0
 TINY = ModelConfig(
@@ -133,6 +133,18 @@ def run_config(data: Path, out: Path, **changes) -> RunConfig:
         keep_last=2,
     )
     return RunConfig(**(settings | changes))
+
+
+def teacher_forced(params: dict, *text, codes_BKT: jax.Array, config: ModelConfig):
+    """What a MusicGen predicts for each code from the steps before it, logits [B, K, T, V].
+
+    And valid [K, T]: False at the last frames of delayed codebooks, which would need steps past the
+    end.
+    """
+    num_frames = codes_BKT.shape[-1]
+    steps_BKS = patterns.to_steps(codes_BKT, config.delays, config.mask_id, num_frames)
+    logits_BKSV = teacher_forcing.step_logits(params, *text, steps_BKS, config=config)
+    return patterns.to_frames(logits_BKSV, config.delays, num_frames, first=0)
 
 
 def random_params(model: ModelConfig, seed: int = 0) -> dict:

@@ -180,7 +180,7 @@ def decode_costs(args: Decode) -> dict[str, Any]:
     if args.steps and args.preset:
         raise UserError("give either --steps or --preset")
     target = targets.load(args.topology)
-    mesh = placement.make_mesh(args.mesh, target.devices)
+    mesh = placement.sampling_mesh(args.mesh, target.devices)
     if args.batch % mesh.shape["data"]:
         raise UserError(f"--batch {args.batch} does not divide by mesh.data {mesh.shape['data']}")
     lowered, config, frames = lower_decode(args, target, mesh)

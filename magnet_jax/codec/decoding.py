@@ -11,8 +11,6 @@ from magnet_jax.errors import UserError
 
 # Frames whose samples are computed at once: all those of a clip would take most of the memory.
 AUDIO_PIECE = 32
-
-
 # Rows that the codec's LSTM is filled up to: with fewer than 8 a TPU multiplies in vector units.
 LSTM_ROWS = {"cpu": 1, "gpu": 1, "tpu": 8}
 
@@ -27,13 +25,9 @@ def audio(
 ) -> jax.Array:
     """`seanet.decode` as the platform likes it; [B, C, T * hop]."""
     run = functools.partial(
-        seanet.decode,
-        params,
-        config=config,
-        length=length,
-        lstm_rows=LSTM_ROWS[platform],
+        seanet.decode, params, config=config, length=length, lstm_rows=LSTM_ROWS[platform],
         piece=AUDIO_PIECE,
-    )
+    )  # fmt: skip
     if platform != "cpu":
         return run(codes_BKT)
     # A CPU gains nothing from batches, whose convolutions round otherwise than a clip's alone.
@@ -43,16 +37,12 @@ def audio(
 _decode = jax.jit(audio, static_argnames=("config", "platform"))
 
 
-def _decode_codes(config: SeanetConfig, params: dict, codes_BKT: jax.Array) -> np.ndarray:
-    platform = jax.default_backend()
-    return np.asarray(_decode(params, codes_BKT, None, config=config, platform=platform))
-
-
 def decode_audio(decoder: encodec.Decoder | encodec.Codec, codes_BKT: np.ndarray) -> np.ndarray:
     """Audio [B, C, N] (float32) of tokens, a clip's the same whatever is decoded with it."""
     if isinstance(decoder, encodec.Decoder):
         encodec.check_codes(codes_BKT, decoder.spec)
-        return sound(_decode_codes(decoder.config, decoder.params, codes_BKT))
+        how = {"config": decoder.config, "platform": jax.default_backend()}
+        return sound(np.asarray(_decode(decoder.params, codes_BKT, None, **how)))
     # One at a time: PyTorch's convolutions round differently in batches.
     return sound(np.concatenate([decoder.decode(codes_KT[None]) for codes_KT in codes_BKT]))
 

@@ -31,7 +31,7 @@ from magnet_jax.convert.codec_rules import (
     read_codec_folder,
     renamed_from_audiocraft,
 )
-from magnet_jax.errors import UserError
+from magnet_jax.errors import UserError, first_line
 from magnet_jax.io import files, hub
 from magnet_jax.io.torch_env import as_arrays, import_torch, load_tensors
 
@@ -148,10 +148,7 @@ class Codec:
 
 
 def load_codec(
-    source: str,
-    device: str = "cpu",
-    num_codebooks: int | None = None,
-    interleaved: bool = False,
+    source: str, device: str = "cpu", num_codebooks: int | None = None, interleaved: bool = False
 ) -> Codec:
     """Loads an EnCodec.
 
@@ -283,16 +280,14 @@ def _find(source: str) -> _Weights:
     if source == EMBEDDED:
         return _from_transformers(ASSETS / "codec", source)
     if source in ENCODEC_WEIGHTS:
-        return _from_encodec(
-            source, as_arrays(f"codec {source}", _download_encodec(source)), source
-        )
+        state = as_arrays(f"codec {source}", _download_encodec(source))
+        return _from_encodec(source, state, source)
     if path.name == CODEC_FILE and path.is_file():
         return _from_audiocraft(path)
     if path.is_file():
-        name = architecture_of(path)
-        if path.suffix == ".safetensors":
-            return _from_encodec(name, files.read_tensors(path), source)
-        return _from_encodec(name, as_arrays(f"codec {path}", load_tensors(path)), source)
+        name, safe = architecture_of(path), path.suffix == ".safetensors"
+        state = files.read_tensors(path) if safe else as_arrays(f"codec {path}", load_tensors(path))
+        return _from_encodec(name, state, source)
     if path.is_dir():
         return _from_transformers(path, source)
     if "/" in source and hub.is_hub_id(source):
@@ -327,10 +322,9 @@ def check_same_codec(found: CodecSpec, expected: CodecSpec, where: str) -> None:
             f"{where}: its tokens come from codec {found.source} ({found.sha256[:12]}), but "
             f"{expected.source} ({expected.sha256[:12]}) is wanted: tokenize again with that codec"
         )
-    names = ("interleaved", "num_codebooks", "codebook_size", "sample_rate", "channels")
-    for name in (*names, "frame_rate"):
+    for name in ("interleaved", *CodecSpec.__dataclass_fields__):
         a, b = getattr(found, name), getattr(expected, name)
-        if a != b:
+        if a != b and name != "source":
             raise UserError(f"{where}: its codec has {name} {a}, but {b} is wanted")
 
 
@@ -347,7 +341,7 @@ def check_device(source: str, device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         if device.startswith("cuda") and not (torch.version.cuda or torch.version.hip):
             reason = (
                 f"this PyTorch, {torch.__version__}, is built without CUDA, and JAX's does not "
@@ -394,9 +388,8 @@ def _torch_model(torch: Any, weights: _Weights) -> Any:
 
 
 def _from_transformers(folder: Path, source: str) -> _Weights:
-    """A transformers EncodecModel folder."""
-    settings, tensors = read_codec_folder(folder, f"codec {source}")
-    return _from_settings(settings, tensors, f"codec {source}")
+    where = f"codec {source}"
+    return _from_settings(*read_codec_folder(folder, where), where)
 
 
 def _from_audiocraft(path: Path) -> _Weights:
@@ -454,19 +447,13 @@ def architecture_of(path: Path) -> str:
 
 
 def _download_encodec(name: str) -> dict[str, Any]:
-    torch = import_torch()
     file = ENCODEC_WEIGHTS[name]
     try:
-        return torch.hub.load_state_dict_from_url(
+        return import_torch().hub.load_state_dict_from_url(
             _ENCODEC_URL + file, map_location="cpu", check_hash=True, weights_only=True
         )
     except (OSError, RuntimeError, HTTPException, pickle.UnpicklingError) as error:
         raise UserError(
-            f"codec {name}: its weights cannot be fetched ({_first_line(error)}); copy {file} "
-            f"here and pass its path instead"
+            f"codec {name}: its weights cannot be fetched ({first_line(error)}); copy {file} here "
+            "and pass its path instead"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

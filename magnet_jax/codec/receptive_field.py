@@ -51,7 +51,7 @@ class Response:
 def convolutions(config: SeanetConfig) -> Field:
     """The exact field without the LSTM: frame t hears samples t * hop - before ... + after.
 
-    Raises `UserError` for codecs that norm over the whole clip: they have no such field.
+    Raises `UserError`, as does what rests on this, for codecs that norm over the whole clip.
     """
     if config.norms_over_clip:
         raise UserError(
@@ -79,10 +79,7 @@ def convolutions(config: SeanetConfig) -> Field:
 
 
 def convolution_frames(config: SeanetConfig) -> Field:
-    """`convolutions` in frames: any sample that a frame hears lies in one of these, or in itself.
-
-    Raises `UserError` as `convolutions` does.
-    """
+    """`convolutions` in frames: a sample that a frame hears lies in one of these, or in itself."""
     field = convolutions(config)
     return Field(-(-field.before // config.hop), field.after // config.hop)
 
@@ -92,8 +89,6 @@ def restricted_context(config: SeanetConfig) -> tuple[int, float]:
 
     The paper's rule (section 3.2): as far as the convolutions hear to either side, here from the
     middle of a frame. Attention looks to both sides alike, so the further of the two counts.
-
-    Raises `UserError` as `convolutions` does.
     """
     field = convolutions(config)
     middle = (config.hop - 1) / 2
@@ -111,9 +106,8 @@ def receptive_field(codec: Codec, *, share: float = 1e-6) -> Field:
     state is carried from window to window they are the same, and `convolution_frames` is overlap
     enough. All codecs that can be read have an LSTM.
 
-    Raises:
-      UserError: a codec that norms over the whole clip, or whose LSTM forgets too slowly.
-      ValueError: `share` not between 0 and 1.
+    Raises `UserError` for a codec whose LSTM forgets too slowly, `ValueError` for a `share` not
+    between 0 and 1.
     """
     exact = convolution_frames(codec.config)
     before = exact.before
@@ -157,10 +151,7 @@ def energy_within(magnitudes_PT: np.ndarray) -> np.ndarray:
 
 
 def hears_what_it_should(response: Response, config: SeanetConfig) -> bool:
-    """Whether without LSTM exactly the frames changed that `convolutions` says, for each impulse.
-
-    Raises `UserError` as `convolutions` does.
-    """
+    """Whether without LSTM the frames that changed are exactly those that `convolutions` says."""
     field = convolutions(config)
     first_T = np.arange(-response.frames, response.frames + 1) * config.hop
     offset_PT = response.places_P[:, None] - first_T
@@ -180,8 +171,7 @@ def impulse_response(
       impulses: places within the frame, evenly spread; at most a frame's samples.
       progress: wraps the places, as tqdm does.
 
-    Raises:
-      UserError: as `convolutions` does, or too few frames for it, or impulses out of range.
+    Raises `UserError` for too few frames, or impulses out of range.
     """
     hop = codec.hop
     near = 2 * max(convolution_frames(codec.config)) + 2
@@ -208,12 +198,8 @@ def impulse_response(
             convolutions_PT.append((back(struck_BCT) - quiet_BDT)[0].norm(dim=0).numpy())
         quiet_BDT, *struck = back(lstm(torch.cat([quiet_BCT, *struck]))).split(1)
         whole_PT = [(struck_BDT - quiet_BDT)[0].norm(dim=0).numpy() for struck_BDT in struck]
-    return Response(
-        frames=frames,
-        places_P=places_P,
-        convolutions_PT=np.array(convolutions_PT),
-        whole_PT=np.array(whole_PT),
-    )
+    arrays = {"convolutions_PT": np.array(convolutions_PT), "whole_PT": np.array(whole_PT)}
+    return Response(frames=frames, places_P=places_P, **arrays)
 
 
 def _parts(torch: Any, codec: Codec) -> tuple[Any, Any, Any]:

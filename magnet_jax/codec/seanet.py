@@ -17,6 +17,7 @@ Arrays here are [B,T,C]: the layout that accelerators and XLA's CPU convolutions
 `length` goes along, it counts the rows of T that are real, and all others are zero.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,12 @@ Params = dict[str, Any]
 # float32 means float32: accelerators would otherwise round the factors.
 _PRECISION = jax.lax.Precision.HIGHEST
 _NORM_EPSILON = 1e-5
+_convolution = functools.partial(
+    jax.lax.conv_general_dilated,
+    window_strides=(1,),
+    dimension_numbers=("NWC", "WIO", "NWC"),
+    precision=_PRECISION,
+)
 
 
 def decode(
@@ -65,15 +72,8 @@ def decode(
     """
     num_codebooks = params["codebooks"].shape[0]
     if codes_BKT.ndim == 3 and codes_BKT.shape[1] == 2 * num_codebooks:
-        wav_BCN = decode(
-            params,
-            split_sides(codes_BKT, 2),
-            config=config,
-            length=length,
-            lstm_rows=lstm_rows,
-            piece=piece,
-        )
-        return wav_BCN.reshape(len(codes_BKT), 2, -1)
+        how = {"config": config, "length": length, "lstm_rows": lstm_rows, "piece": piece}
+        return decode(params, split_sides(codes_BKT, 2), **how).reshape(len(codes_BKT), 2, -1)
     if codes_BKT.ndim != 3 or codes_BKT.shape[1] != num_codebooks or 0 in codes_BKT.shape:
         raise ValueError(f"codes_BKT {codes_BKT.shape}: expected [B, {num_codebooks}, T]")
     if not jnp.issubdtype(codes_BKT.dtype, jnp.integer):
@@ -167,15 +167,7 @@ def _convolve(
 ) -> jax.Array:
     """A convolution that keeps T, with the codec's padding and norm."""
     x_BTC = _padded(x_BTC, (layer["kernel"].shape[0] - 1) * dilation, config, length)
-    y_BTO = jax.lax.conv_general_dilated(
-        x_BTC,
-        layer["kernel"],
-        (1,),
-        "VALID",
-        rhs_dilation=(dilation,),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        precision=_PRECISION,
-    )
+    y_BTO = _convolution(x_BTC, layer["kernel"], padding="VALID", rhs_dilation=(dilation,))
     return _masked(_biased_and_normed(y_BTO, layer, length), length)
 
 
@@ -192,14 +184,7 @@ def _upsample(
     gives S*O channels a row; XLA would have a transposed one multiply by the zeros between.
     """
     batch, rows, _ = x_BTC.shape
-    y_BTO = jax.lax.conv_general_dilated(
-        x_BTC,
-        layer["kernel"],
-        (1,),
-        ((1, 1),),
-        dimension_numbers=("NWC", "WIO", "NWC"),
-        precision=_PRECISION,
-    )
+    y_BTO = _convolution(x_BTC, layer["kernel"], padding=((1, 1),))
     y_BTO = y_BTO.reshape(batch, (rows + 1) * ratio, -1)
     # (the reference norms before it trims)
     y_BTO = _biased_and_normed(y_BTO, layer, None if length is None else (length + 1) * ratio)

@@ -10,18 +10,20 @@ import dataclasses
 import json
 import math
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
+from magnet_jax.arguments import check, check_fields
+from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec, Count, require
 from magnet_jax.convert import transformers_folder
 from magnet_jax.convert.audiocraft import misfits, xp_setting
 from magnet_jax.errors import UserError
-from magnet_jax.io import hub
+from magnet_jax.io import hub, trees
 
 # Codecs that renormalise give their audio back at this RMS (-20 dBFS).
 NOMINAL_RMS = 0.1
@@ -34,53 +36,43 @@ class SeanetConfig:
     Its names, its defaults.
     """
 
-    audio_channels: int = 1
-    codebook_size: int = 1024
-    compress: int = 2
-    dilation_growth_rate: int = 2
-    hidden_size: int = 128
-    kernel_size: int = 7
-    last_kernel_size: int = 7
-    norm_type: str = "weight_norm"
+    audio_channels: Count = 1
+    codebook_size: Count = 1024
+    compress: Count = 2
+    dilation_growth_rate: Count = 2
+    hidden_size: Count = 128
+    kernel_size: Count = 7
+    last_kernel_size: Count = 7
+    norm_type: Literal["weight_norm", "time_group_norm"] = "weight_norm"
     normalize: bool = False
-    num_filters: int = 32
-    num_lstm_layers: int = 2
-    num_residual_layers: int = 1
-    pad_mode: str = "reflect"
-    residual_kernel_size: int = 3
-    sampling_rate: int = 24_000
-    trim_right_ratio: float = 1.0
-    upsampling_ratios: tuple[int, ...] = (8, 5, 4, 2)
+    num_filters: Count = 32
+    num_lstm_layers: Count = 2
+    num_residual_layers: Count = 1
+    pad_mode: Literal["reflect", "constant", "replicate"] = "reflect"
+    residual_kernel_size: Count = 3
+    sampling_rate: Count = 24_000
+    # A whole number stays one, as the codec's hash is made of these settings as they stand.
+    trim_right_ratio: int | float = 1.0
+    upsampling_ratios: tuple[Count, ...] = (8, 5, 4, 2)
     use_causal_conv: bool = True
     use_conv_shortcut: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and not _of_kind(value, int):
-                raise UserError(f"{field.name} must be a whole number above 0, not {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise UserError(f"{field.name} must be true or false, not {value!r}")
-        if isinstance(self.upsampling_ratios, list):  # as JSON has it
-            object.__setattr__(self, "upsampling_ratios", tuple(self.upsampling_ratios))
-        ratios = self.upsampling_ratios
-        if type(ratios) is not tuple or not _of_kind(list(ratios), list):
-            raise UserError(f"upsampling_ratios must be whole numbers above 0, not {ratios!r}")
-        for name, known in (
-            ("norm_type", ("weight_norm", "time_group_norm")),
-            ("pad_mode", ("reflect", "constant", "replicate")),
-        ):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name} must be {' or '.join(known)}, not {getattr(self, name)!r}")
-        if self.codebook_size < 2:
-            raise UserError("codebook_size must be at least 2")
-        if self.compress > self.num_filters:
-            raise UserError(f"compress {self.compress} leaves no channel of {self.num_filters}")
+        check_fields(self, "")
         trim = self.trim_right_ratio
-        if not _of_kind(trim, float) or not 0 <= trim <= 1:
-            raise UserError(f"trim_right_ratio must lie in [0, 1], not {trim!r}")
-        if trim != 1 and not self.use_causal_conv:
-            raise UserError("trim_right_ratio other than 1 needs use_causal_conv")
+        require(
+            (self.upsampling_ratios, "upsampling_ratios must hold one number at least"),
+            (self.codebook_size >= 2, "codebook_size must be at least 2"),
+            (
+                self.compress <= self.num_filters,
+                f"compress {self.compress} leaves no channel of {self.num_filters}",
+            ),
+            (0 <= trim <= 1, f"trim_right_ratio must lie in [0, 1], not {trim!r}"),
+            (
+                trim == 1 or self.use_causal_conv,
+                "trim_right_ratio other than 1 needs use_causal_conv",
+            ),
+        )
 
     @property
     def hop(self) -> int:
@@ -203,48 +195,36 @@ def weight_norm_name(name: str) -> str:
 
 # One table for both ways: (transformers' name, AudioCraft's name, axes). I and O are channels in
 # and out, S the kernel's size, G four gates of O, V codes of size D.
-_CONVOLUTIONS = {
-    "weight_norm": {
-        "conv": (
-            ("conv.bias", "conv.conv.bias", "O"),
-            ("conv.parametrizations.weight.original0", "conv.conv.weight_g", "O11"),
-            ("conv.parametrizations.weight.original1", "conv.conv.weight_v", "OIS"),
+Names = tuple[tuple[str, str, str], ...]
+
+
+def _convolution_names(norm_type: str, module: str, axes: str) -> Names:
+    """Of a convolution; `module` is what AudioCraft calls it, twice over."""
+    inner = f"{module}.{module}"
+    bias = ("conv.bias", f"{inner}.bias", "O")
+    if norm_type == "weight_norm":
+        ours = "conv.parametrizations.weight.original"
+        scale = (f"{ours}0", f"{inner}.weight_g", f"{axes[0]}11")
+        return bias, scale, (f"{ours}1", f"{inner}.weight_v", axes)
+    weight = ("conv.weight", f"{inner}.weight", axes)
+    norm = (
+        ("norm.bias", f"{module}.norm.bias", "O"),
+        ("norm.weight", f"{module}.norm.weight", "O"),
+    )
+    return bias, weight, *norm
+
+
+def _names(norm_type: str) -> dict[str, Names]:
+    lstm = {"weight_ih": "GO", "weight_hh": "GO", "bias_ih": "G", "bias_hh": "G"}
+    codebook = {"inited": "1", "cluster_size": "V", "embed": "VD", "embed_avg": "VD"}
+    return {
+        "conv": _convolution_names(norm_type, "conv", "OIS"),
+        "upsample": _convolution_names(norm_type, "convtr", "IOS"),
+        "lstm": tuple((f"lstm.{n}_l{{n}}", f"lstm.{n}_l{{n}}", axes) for n, axes in lstm.items()),
+        "codebook": tuple(
+            (f"codebook.{n}", f"_codebook.{n}", axes) for n, axes in codebook.items()
         ),
-        "upsample": (
-            ("conv.bias", "convtr.convtr.bias", "O"),
-            ("conv.parametrizations.weight.original0", "convtr.convtr.weight_g", "I11"),
-            ("conv.parametrizations.weight.original1", "convtr.convtr.weight_v", "IOS"),
-        ),
-    },
-    "time_group_norm": {
-        "conv": (
-            ("conv.bias", "conv.conv.bias", "O"),
-            ("conv.weight", "conv.conv.weight", "OIS"),
-            ("norm.bias", "conv.norm.bias", "O"),
-            ("norm.weight", "conv.norm.weight", "O"),
-        ),
-        "upsample": (
-            ("conv.bias", "convtr.convtr.bias", "O"),
-            ("conv.weight", "convtr.convtr.weight", "IOS"),
-            ("norm.bias", "convtr.norm.bias", "O"),
-            ("norm.weight", "convtr.norm.weight", "O"),
-        ),
-    },
-}
-_CODEC_TENSORS = {
-    "lstm": (
-        ("lstm.weight_ih_l{n}", "lstm.weight_ih_l{n}", "GO"),
-        ("lstm.weight_hh_l{n}", "lstm.weight_hh_l{n}", "GO"),
-        ("lstm.bias_ih_l{n}", "lstm.bias_ih_l{n}", "G"),
-        ("lstm.bias_hh_l{n}", "lstm.bias_hh_l{n}", "G"),
-    ),
-    "codebook": (
-        ("codebook.inited", "_codebook.inited", "1"),
-        ("codebook.cluster_size", "_codebook.cluster_size", "V"),
-        ("codebook.embed", "_codebook.embed", "VD"),
-        ("codebook.embed_avg", "_codebook.embed_avg", "VD"),
-    ),
-}
+    }
 
 
 def _check_codec_settings(settings: Mapping) -> None:
@@ -308,12 +288,8 @@ def _codec_modules(c: Mapping, num_codebooks: int) -> Iterator[tuple[str, str, s
 def codec_layout(settings: Mapping, num_codebooks: int) -> list[tuple[str, str, tuple[int, ...]]]:
     """Every tensor of an EnCodec: transformers' name, AudioCraft's name, shape (equal in both).
 
-    Args:
-      settings: a transformers EncodecModel's config.json.
-      num_codebooks: how many to count.
-
-    Raises:
-      UserError: settings that AudioCraft's EnCodec lacks.
+    `settings` are a transformers EncodecModel's config.json. Raises `UserError` for those that
+    AudioCraft's EnCodec lacks.
     """
     _check_codec_settings(settings)
     return encodec_layout(settings, num_codebooks)
@@ -324,7 +300,7 @@ def encodec_layout(settings: Mapping, num_codebooks: int) -> list[tuple[str, str
 
     AudioCraft's names are those of the `encodec` package too.
     """
-    tables = _CODEC_TENSORS | _CONVOLUTIONS[settings["norm_type"]]
+    tables = _names(settings["norm_type"])
     layout = []
     for here, there, kind, sizes in _codec_modules(settings, num_codebooks):
         for n in range(settings["num_lstm_layers"] if kind == "lstm" else 1):
@@ -380,15 +356,15 @@ def decoder_params(
     The first `num_codebooks` codebooks are kept. NumPy arrays, float32.
     """
     modules = _codec_modules(dataclasses.asdict(config), num_codebooks)
-    names = iter([here for here, _, kind, _ in modules if kind != "codebook"])
-    names = (name for name in names if name.startswith("decoder."))
+    first, lstm, *between, last = [place for place, *_ in modules if place.startswith("decoder.")]
+    parts = ("narrow", "widen", "shortcut")[: 3 if config.use_conv_shortcut else 2]
 
-    def convolution() -> dict[str, np.ndarray]:
-        weight_OIS, rest = _convolution(tensors, next(names))
+    def convolution(place: str) -> dict[str, np.ndarray]:
+        weight_OIS, rest = _convolution(tensors, place)
         return {"kernel": np.ascontiguousarray(weight_OIS.transpose(2, 1, 0)), **rest}
 
-    def upsample() -> dict[str, np.ndarray]:
-        weight_IOS, rest = _convolution(tensors, next(names))
+    def upsample(place: str) -> dict[str, np.ndarray]:
+        weight_IOS, rest = _convolution(tensors, place)
         channels_in, channels_out, taps = weight_IOS.shape
         # The first S of the 2S taps weigh a row's own samples, the last S those of the next row:
         # of the two taps over rows the later one, and the earlier one.
@@ -396,35 +372,27 @@ def decoder_params(
         weight = weight.transpose(2, 0, 3, 1)[::-1]
         return {"kernel": weight.reshape(2, channels_in, -1), **rest}
 
-    def residual() -> dict[str, dict]:
-        parts = ("narrow", "widen", "shortcut")[: 3 if config.use_conv_shortcut else 2]
-        return {part: convolution() for part in parts}
+    def stage(up: str, *places: str) -> dict[str, Any]:
+        residuals = [places[i : i + len(parts)] for i in range(0, len(places), len(parts))]
+        residuals = [dict(zip(parts, map(convolution, block), strict=True)) for block in residuals]
+        return {"upsample": upsample(up), "residuals": residuals}
 
-    def stage() -> dict[str, Any]:
-        up = upsample()
-        return {
-            "upsample": up,
-            "residuals": [residual() for _ in range(config.num_residual_layers)],
-        }
+    def stacked(name: str) -> np.ndarray:
+        layers = range(config.num_lstm_layers)
+        return np.stack([tensors[f"{lstm}.lstm.{name}_l{n}"] for n in layers])
 
-    def lstm() -> dict[str, np.ndarray]:
-        place = next(names)
-
-        def stacked(name: str) -> np.ndarray:
-            layers = range(config.num_lstm_layers)
-            return np.stack([tensors[f"{place}.lstm.{name}_l{n}"] for n in layers])
-
-        bias = stacked("bias_ih") + stacked("bias_hh")
-        return {"input": stacked("weight_ih"), "hidden": stacked("weight_hh"), "bias": bias}
-
+    size = 1 + config.num_residual_layers * len(parts)
     codebooks = [tensors[f"quantizer.layers.{k}.codebook.embed"] for k in range(num_codebooks)]
-    # (in the order of the modules, which `names` follows)
     return {
         "codebooks": np.stack(codebooks),
-        "first": convolution(),
-        "lstm": lstm(),
-        "stages": [stage() for _ in config.upsampling_ratios],
-        "last": convolution(),
+        "first": convolution(first),
+        "lstm": {
+            "input": stacked("weight_ih"),
+            "hidden": stacked("weight_hh"),
+            "bias": stacked("bias_ih") + stacked("bias_hh"),
+        },
+        "stages": [stage(*between[i : i + size]) for i in range(0, len(between), size)],
+        "last": convolution(last),
     }
 
 
@@ -443,28 +411,28 @@ def _convolution(
     return (direction * (scale / norm)).astype(np.float32), rest
 
 
-# One table for both ways: transformers' setting, its type, and xp.cfg's names for it, which must
-# agree where there are several. `true_skip` is the opposite of `use_conv_shortcut`.
+# One table for both ways: transformers' setting and xp.cfg's names for it, which must agree where
+# there are several. `true_skip` is the opposite of `use_conv_shortcut`.
 _CODEC_XP_SETTINGS = (
-    ("sampling_rate", int, ("sample_rate", "encodec.sample_rate")),
-    ("audio_channels", int, ("channels", "encodec.channels", "seanet.channels")),
-    ("use_causal_conv", bool, ("encodec.causal", "seanet.causal")),
-    ("normalize", bool, ("encodec.renormalize",)),
-    ("hidden_size", int, ("seanet.dimension",)),
-    ("num_filters", int, ("seanet.n_filters",)),
-    ("num_residual_layers", int, ("seanet.n_residual_layers",)),
-    ("upsampling_ratios", list, ("seanet.ratios",)),
-    ("norm_type", str, ("seanet.norm",)),
-    ("kernel_size", int, ("seanet.kernel_size",)),
-    ("residual_kernel_size", int, ("seanet.residual_kernel_size",)),
-    ("last_kernel_size", int, ("seanet.last_kernel_size",)),
-    ("dilation_growth_rate", int, ("seanet.dilation_base",)),
-    ("pad_mode", str, ("seanet.pad_mode",)),
-    ("use_conv_shortcut", bool, ("seanet.true_skip",)),
-    ("compress", int, ("seanet.compress",)),
-    ("num_lstm_layers", int, ("seanet.lstm",)),
-    ("trim_right_ratio", float, ("seanet.decoder.trim_right_ratio",)),
-    ("codebook_size", int, ("rvq.bins",)),
+    ("sampling_rate", ("sample_rate", "encodec.sample_rate")),
+    ("audio_channels", ("channels", "encodec.channels", "seanet.channels")),
+    ("use_causal_conv", ("encodec.causal", "seanet.causal")),
+    ("normalize", ("encodec.renormalize",)),
+    ("hidden_size", ("seanet.dimension",)),
+    ("num_filters", ("seanet.n_filters",)),
+    ("num_residual_layers", ("seanet.n_residual_layers",)),
+    ("upsampling_ratios", ("seanet.ratios",)),
+    ("norm_type", ("seanet.norm",)),
+    ("kernel_size", ("seanet.kernel_size",)),
+    ("residual_kernel_size", ("seanet.residual_kernel_size",)),
+    ("last_kernel_size", ("seanet.last_kernel_size",)),
+    ("dilation_growth_rate", ("seanet.dilation_base",)),
+    ("pad_mode", ("seanet.pad_mode",)),
+    ("use_conv_shortcut", ("seanet.true_skip",)),
+    ("compress", ("seanet.compress",)),
+    ("num_lstm_layers", ("seanet.lstm",)),
+    ("trim_right_ratio", ("seanet.decoder.trim_right_ratio",)),
+    ("codebook_size", ("rvq.bins",)),
 )
 # What AudioCraft's builders take where xp.cfg, perhaps an older one, does not say.
 _CODEC_XP_DEFAULTS = {
@@ -508,18 +476,11 @@ def make_codec_xp_cfg(settings: Mapping, num_codebooks: int) -> dict[str, Any]:
     _check_codec_settings(settings)
     named = _CODEC_XP_FITTING | _CODEC_XP_FITTING_OR_ABSENT | _CODEC_XP_UNUSED
     named |= {"rvq.n_q": num_codebooks}
-    for setting, _, names in _CODEC_XP_SETTINGS:
+    for setting, names in _CODEC_XP_SETTINGS:
         value = settings[setting]
         value = not value if setting == "use_conv_shortcut" else value
         named |= dict.fromkeys(names, list(value) if isinstance(value, tuple) else value)
-    xp_cfg: dict[str, Any] = {}
-    for name, value in named.items():
-        *sections, last = name.split(".")
-        node = xp_cfg
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[last] = copy.deepcopy(value)
-    return xp_cfg
+    return trees.unflatten(copy.deepcopy(named), ".")
 
 
 def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, Any], int]:
@@ -533,20 +494,23 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
     known = {"trim_right_ratio", "final_activation", "final_activation_params"}
     if isinstance(decoder, Mapping) and (others := sorted(map(str, decoder.keys() - known))):
         problems.append(f"seanet.decoder has settings of its own: {', '.join(others)}")
-    for setting, kind, names in _CODEC_XP_SETTINGS:
+    hints = typing.get_type_hints(SeanetConfig, include_extras=True) | {"rvq.n_q": Count}
+
+    def take(setting: str, value: Any, name: str) -> None:
+        try:
+            settings[setting] = check(hints[setting], value, name)
+        except UserError as error:
+            problems.append(str(error))
+
+    for setting, names in _CODEC_XP_SETTINGS:
         found = [xp_setting(xp_cfg, name, _CODEC_XP_DEFAULTS.get(name)) for name in names]
         found = [value for value in found if value is not None]
         # (repr tells True from 1)
         if len({repr(value) for value in found}) != 1:
             problems.append(f"{' and '.join(names)} must be given, and equal, not {found}")
-        elif not _of_kind(found[0], kind):
-            problems.append(f"{names[0]} cannot be {found[0]!r}")
         else:
-            value = kind(found[0])  # a float may stand there as a whole number
-            settings[setting] = not value if setting == "use_conv_shortcut" else value
-    num_codebooks = xp_setting(xp_cfg, "rvq.n_q")
-    if not _of_kind(num_codebooks, int):
-        problems.append(f"rvq.n_q cannot be {num_codebooks!r}")
+            take(setting, found[0], names[0])
+    take("rvq.n_q", xp_setting(xp_cfg, "rvq.n_q"), "rvq.n_q")
     if settings.get("normalize"):
         problems.append("encodec.renormalize must be False: tokens alone would lose the loudness")
     if settings.get("norm_type", "weight_norm") != "weight_norm":
@@ -555,7 +519,11 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
         problems.append("rvq.bins must be at least 2")
     if problems:
         raise UserError(f"{where}: not a codec that can be converted: {'; '.join(problems)}")
+    num_codebooks = settings.pop("rvq.n_q")
     settings |= {
+        "trim_right_ratio": float(settings["trim_right_ratio"]),
+        "upsampling_ratios": list(settings["upsampling_ratios"]),
+        "use_conv_shortcut": not settings["use_conv_shortcut"],
         "model_type": "encodec",
         "architectures": ["EncodecModel"],
         "chunk_length_s": None,
@@ -564,14 +532,6 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
         "target_bandwidths": [bandwidth(settings, num_codebooks)],
     }
     return settings, num_codebooks
-
-
-def _of_kind(value: Any, kind: type) -> bool:
-    if kind is list:
-        return isinstance(value, list) and bool(value) and all(_of_kind(v, int) for v in value)
-    if kind is int:
-        return type(value) is int and value >= 1
-    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def bandwidth(settings: Mapping, num_codebooks: int) -> float:
@@ -586,15 +546,9 @@ def bandwidth(settings: Mapping, num_codebooks: int) -> float:
 def codec_folder_from_audiocraft(
     state_dict: Mapping[str, np.ndarray], xp_cfg: Mapping, folder: Path, where: str
 ) -> None:
-    """Writes an AudioCraft codec as a transformers EncodecModel folder, float32.
+    """Writes an AudioCraft codec into an existing folder as a transformers EncodecModel, float32.
 
-    Args:
-      state_dict, xp_cfg: of the checkpoint.
-      folder: an existing one.
-      where: how to call the checkpoint in messages.
-
-    Raises:
-      UserError: settings or tensors that do not fit.
+    Raises `UserError`, which calls the checkpoint `where`, for what does not fit.
     """
     settings, num_codebooks = codec_settings_from_xp_cfg(xp_cfg, where)
     tensors = codec_from_audiocraft(state_dict, settings, num_codebooks, where)

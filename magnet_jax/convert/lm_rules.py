@@ -5,6 +5,7 @@ same for settings. All of it works on NumPy arrays and serves MAGNeT and MusicGe
 tensors are the same.
 """
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -220,15 +221,13 @@ def from_audiocraft(
     check_tensors(where, state_dict, audiocraft_shapes(model))
     flat = {path: np.empty(shape, np.float32) for path, shape in lm_shapes(model).items()}
     for name, rule, index in _expand(model):
-        their_letters = rule.their_axes.replace(" ", "")
-        our_letters = rule.our_axes.replace(" ", "")
-        split = (state_dict.pop(name) if empty else state_dict[name]).reshape(
-            [sizes[a] for a in their_letters]
-        )
-        if "C" in their_letters:
-            our_letters = "C" + our_letters
-        parts = split.transpose([their_letters.index(a) for a in our_letters])
-        for part, path in zip(parts if "C" in their_letters else [parts], rule.ours, strict=True):
+        letters = rule.their_axes.replace(" ", "")
+        array = state_dict.pop(name) if empty else state_dict[name]
+        array = array.reshape([sizes[a] for a in letters])
+        stacked = "C" * ("C" in letters)
+        order = [letters.index(a) for a in stacked + rule.our_axes.replace(" ", "")]
+        parts = array.transpose(order) if stacked else [array.transpose(order)]
+        for part, path in zip(parts, rule.ours, strict=True):
             flat[path][index if rule.stack else ...] = part
     return trees.unflatten(flat)
 
@@ -248,110 +247,46 @@ def segment_seconds(config: RunConfig) -> int:
 def make_xp_cfg(config: RunConfig, codec: CodecSpec, text_encoder: str) -> dict[str, Any]:
     """The xp.cfg of an exported language model: every setting that AudioCraft's builders read.
 
-    Args:
-      config: of the run.
-      codec: that made the tokens.
-      text_encoder: a name in `PUBLISHED_T5_WIDTHS`, or the folder that holds the encoder.
+    `text_encoder` is a name in `PUBLISHED_T5_WIDTHS`, or the folder that holds the encoder.
     """
     model, k = config.model, config.model.num_codebooks
     magnet = model.kind == "magnet"
-    pointer = codec_pointer(codec)
-    return {
+    pointer, seconds = codec_pointer(codec), segment_seconds(config)
+    named = {
         "lm_model": "transformer_lm_magnet" if magnet else "transformer_lm",
         "solver": model.kind,
         "sample_rate": codec.sample_rate,
         "channels": codec.channels,
-        "device": "cpu",
-        "dtype": "float32",
-        "autocast": True,
-        "autocast_dtype": "float16",
-        "efficient_attention_backend": "xformers",
+        **_UNUSED,
         "compression_model_checkpoint": f"//pretrained/{pointer}" if pointer else CODEC_FILE,
-        "dataset": {"segment_duration": segment_seconds(config)},
-        "masking": {"span_len": model.span_length},
-        "codebooks_pattern": {
-            "modeling": "parallel" if magnet else "delay",
-            "parallel": {"empty_initial": -1},
-            "delay": {
-                "delays": list(model.delays or range(k)),
-                "flatten_first": 0,
-                "empty_initial": 0,
-            },
-            "unroll": {"flattening": list(range(k)), "delays": [0] * k},
-            "music_lm": {"group_by": 2},
-            "coarse_first": {"delays": [0] * (k - 1)},
-        },
-        "transformer_lm": {
-            "dim": model.width,
-            "num_heads": model.num_heads,
-            "num_layers": model.num_layers,
-            "hidden_scale": model.mlp_ratio,
-            "n_q": k,
-            "card": model.codebook_size,
-            "dropout": 0.0,
-            "emb_lr": None,
-            "activation": "gelu",
-            "norm_first": True,
-            "bias_ff": model.mlp_bias,
-            "bias_attn": model.attention_bias,
-            "bias_proj": model.head_bias,
-            "past_context": None,
-            "causal": not magnet,
-            "custom": False,
-            "memory_efficient": True,
-            "attention_as_float32": False,
-            "layer_scale": None,
-            "positional_embedding": "sin",
-            "xpos": False,
-            "checkpointing": "none",
-            "weight_init": "gaussian",
-            "depthwise_init": "current",
-            "zero_bias_init": True,
-            "norm": "layer_norm",
-            "cross_attention": False,  # AudioCraft turns it on where the fuser has a 'cross' entry
-            "qk_layer_norm": model.query_key_norm,
-            "qk_layer_norm_cross": model.cross_query_key_norm,
-            "attention_dropout": None,
-            "kv_repeat": 1,
-            "two_step_cfg": False,
-        }
-        | (
-            {
-                "subcodes_context": model.local_context or _UNRESTRICTED,
-                "compression_model_framerate": _whole(codec.frame_rate),
-                "segment_duration": segment_seconds(config),
-                "span_len": model.span_length,
-            }
-            if magnet
-            else {}
-        ),
-        "classifier_free_guidance": {
-            "training_dropout": config.condition_dropout,
-            # Required by the builders; MAGNeT's decoding does not read it.
-            "inference_coef": config.autoregressive.guidance,
-        },
+        "dataset.segment_duration": seconds,
+        "masking.span_len": model.span_length,
+        **_FITTING_KIND["magnet" if magnet else "musicgen"],
+        **_UNUSED_OF_MODEL,
+        "codebooks_pattern.delay.delays": list(model.delays or range(k)),
+        "codebooks_pattern.unroll": {"flattening": list(range(k)), "delays": [0] * k},
+        "codebooks_pattern.coarse_first.delays": [0] * (k - 1),
+        "classifier_free_guidance.training_dropout": config.condition_dropout,
+        # Required by the builders; MAGNeT's decoding does not read it.
+        "classifier_free_guidance.inference_coef": config.autoregressive.guidance,
         "attribute_dropout": {},
-        "fuser": {
-            "cross_attention_pos_emb": False,
-            "cross_attention_pos_emb_scale": 1,
-            "sum": [],
-            "prepend": [],
-            "cross": ["description"],
-            "input_interpolate": [],
-        },
-        "conditioners": {
-            "description": {
-                "model": "t5",
-                "t5": {
-                    "name": text_encoder,
-                    "finetune": False,
-                    "word_dropout": config.data.word_dropout,
-                    "normalize_text": False,
-                },
-            }
-        },
-        "generate": {"lm": _generate_settings(config)},
+        "fuser.cross_attention_pos_emb_scale": 1,
+        **_FITTING,
+        **_FITTING_OR_ABSENT,
+        "conditioners.description.t5.name": text_encoder,
+        "conditioners.description.t5.word_dropout": config.data.word_dropout,
+        "generate.lm": _generate_settings(config),
     }
+    fields = _SETTINGS | (_MAGNET_SETTINGS if magnet else {})
+    named |= {theirs: getattr(model, ours) for ours, theirs in fields.items()}
+    if magnet:
+        named |= {
+            "transformer_lm.subcodes_context": model.local_context or _UNRESTRICTED,
+            "transformer_lm.compression_model_framerate": _whole(codec.frame_rate),
+            "transformer_lm.segment_duration": seconds,
+            "transformer_lm.span_len": model.span_length,
+        }
+    return trees.unflatten(copy.deepcopy(named), ".")
 
 
 def _generate_settings(config: RunConfig) -> dict[str, Any]:
@@ -377,21 +312,41 @@ def _generate_settings(config: RunConfig) -> dict[str, Any]:
 # AudioCraft's subcodes_context of a model that sees all frames at all stages: our local_context 0.
 # Its 0, a frame that sees itself alone, is nothing that we have.
 _UNRESTRICTED = -1
+# One table for both ways: our settings, and xp.cfg's names for them.
+_SETTINGS = {
+    "width": "transformer_lm.dim",
+    "num_heads": "transformer_lm.num_heads",
+    "num_layers": "transformer_lm.num_layers",
+    "mlp_ratio": "transformer_lm.hidden_scale",
+    "num_codebooks": "transformer_lm.n_q",
+    "codebook_size": "transformer_lm.card",
+    # A file must say whether there are biases: AudioCraft's own default is that there are, which
+    # its configs turn off.
+    "attention_bias": "transformer_lm.bias_attn",
+    "mlp_bias": "transformer_lm.bias_ff",
+    "head_bias": "transformer_lm.bias_proj",
+    "query_key_norm": "transformer_lm.qk_layer_norm",
+    "cross_query_key_norm": "transformer_lm.qk_layer_norm_cross",
+}
+_MAGNET_SETTINGS = {
+    "local_context": "transformer_lm.subcodes_context",
+    "span_length": "masking.span_len",
+}
+_DEFAULTS = {"query_key_norm": False, "cross_query_key_norm": False}
 # What our transformer computes, in xp.cfg's terms: each setting with the only value that fits.
 _FITTING = {
     "transformer_lm.activation": "gelu",
     "transformer_lm.norm": "layer_norm",
     "transformer_lm.norm_first": True,
+    "fuser.cross": ["description"],
     "conditioners.description.model": "t5",
     "conditioners.description.t5.finetune": False,
-    "fuser.cross": ["description"],
 }
 # The same; where the setting is absent, AudioCraft's own default is the value that fits.
 _FITTING_OR_ABSENT = {
     "transformer_lm.layer_scale": None,
     "transformer_lm.past_context": None,
     "transformer_lm.positional_embedding": "sin",
-    "transformer_lm.positional_scale": 1,
     "transformer_lm.xpos": False,
     "transformer_lm.kv_repeat": 1,
     "conditioners.description.t5.normalize_text": False,
@@ -399,38 +354,44 @@ _FITTING_OR_ABSENT = {
     "fuser.prepend": [],
     "fuser.input_interpolate": [],
     "fuser.cross_attention_pos_emb": False,
-    "interleave_stereo_codebooks.use": False,
     "codebooks_pattern.delay.flatten_first": 0,
     "codebooks_pattern.delay.empty_initial": 0,
+}
+# The same, of settings that AudioCraft's own configs leave out.
+_FITTING_UNWRITTEN = {
+    "transformer_lm.positional_scale": 1,
+    "interleave_stereo_codebooks.use": False,
 }
 # What tells the two kinds of model apart, beside their class.
 _CLASSES = {"transformer_lm_magnet": "magnet", "transformer_lm": "musicgen"}
 _FITTING_KIND = {
-    "magnet": {"transformer_lm.causal": False, "codebooks_pattern.modeling": "parallel"},
-    "musicgen": {"transformer_lm.causal": True, "codebooks_pattern.modeling": "delay"},
+    "magnet": {"codebooks_pattern.modeling": "parallel", "transformer_lm.causal": False},
+    "musicgen": {"codebooks_pattern.modeling": "delay", "transformer_lm.causal": True},
 }
-_MODEL_SETTINGS = {
-    "num_codebooks": "transformer_lm.n_q",
-    "codebook_size": "transformer_lm.card",
-    "width": "transformer_lm.dim",
-    "num_heads": "transformer_lm.num_heads",
-    "num_layers": "transformer_lm.num_layers",
-    "mlp_ratio": "transformer_lm.hidden_scale",
+# Settings of training, or of what is not there, which the builders want all the same.
+_UNUSED = {
+    "device": "cpu",
+    "dtype": "float32",
+    "autocast": True,
+    "autocast_dtype": "float16",
+    "efficient_attention_backend": "xformers",
 }
-# Settings that are on or off. A file must say whether there are biases: AudioCraft's own default is
-# that there are, which its configs turn off.
-_BIAS_SETTINGS = {
-    "attention_bias": "transformer_lm.bias_attn",
-    "mlp_bias": "transformer_lm.bias_ff",
-    "head_bias": "transformer_lm.bias_proj",
-}
-_NORM_SETTINGS = {
-    "query_key_norm": "transformer_lm.qk_layer_norm",
-    "cross_query_key_norm": "transformer_lm.qk_layer_norm_cross",
-}
-_MAGNET_SETTINGS = {
-    "local_context": "transformer_lm.subcodes_context",
-    "span_length": "masking.span_len",
+_UNUSED_OF_MODEL = {
+    "codebooks_pattern.parallel.empty_initial": -1,
+    "codebooks_pattern.music_lm.group_by": 2,
+    "transformer_lm.dropout": 0.0,
+    "transformer_lm.emb_lr": None,
+    "transformer_lm.custom": False,
+    "transformer_lm.memory_efficient": True,
+    "transformer_lm.attention_as_float32": False,
+    "transformer_lm.checkpointing": "none",
+    "transformer_lm.weight_init": "gaussian",
+    "transformer_lm.depthwise_init": "current",
+    "transformer_lm.zero_bias_init": True,
+    # AudioCraft turns it on where the fuser has a 'cross' entry.
+    "transformer_lm.cross_attention": False,
+    "transformer_lm.attention_dropout": None,
+    "transformer_lm.two_step_cfg": False,
 }
 
 
@@ -443,34 +404,32 @@ def model_from_xp_cfg(xp_cfg: Mapping, text_width: int, where: str) -> ModelConf
             f"{where}: not a model that can be converted: lm_model must be "
             f"{' or '.join(_CLASSES)}, not {name}"
         )
-    problems = misfits(xp_cfg, _FITTING | _FITTING_KIND[kind], _FITTING_OR_ABSENT)
+    or_absent = _FITTING_OR_ABSENT | _FITTING_UNWRITTEN
+    problems = misfits(xp_cfg, _FITTING | _FITTING_KIND[kind], or_absent)
     # 'args' holds settings of text augmentation, not a conditioner.
     conditioners = xp_setting(xp_cfg, "conditioners")
     if isinstance(conditioners, Mapping) and (others := {*conditioners} - {"args", "description"}):
         problems.append(f"conditioners other than text: {', '.join(sorted(map(str, others)))}")
-    names = _MODEL_SETTINGS | (_MAGNET_SETTINGS if kind == "magnet" else {})
     settings: dict[str, Any] = {"kind": kind}
-    for field, name in names.items():
-        value = xp_setting(xp_cfg, name)
-        if not isinstance(value, int) or isinstance(value, bool):
+    for field, name in (_SETTINGS | (_MAGNET_SETTINGS if kind == "magnet" else {})).items():
+        value = xp_setting(xp_cfg, name, _DEFAULTS.get(field))
+        if field.endswith(("_bias", "_norm")):
+            if type(value) is not bool:
+                problems.append(f"{name} must be true or false, not {value}")
+        elif type(value) is not int:
             problems.append(f"{name} must be a whole number, not {value}")
         elif field == "local_context":
             if value < _UNRESTRICTED or value == 0:
                 problems.append(f"{name} must be {_UNRESTRICTED} or positive, not {value}")
             value = max(value, 0)
         settings[field] = value
-    for field, name in (_BIAS_SETTINGS | _NORM_SETTINGS).items():
-        value = xp_setting(xp_cfg, name, False if field in _NORM_SETTINGS else None)
-        if not isinstance(value, bool):
-            problems.append(f"{name} must be true or false, not {value}")
-        settings[field] = value
     if kind == "musicgen":
         name = "codebooks_pattern.delay.delays"
         delays = xp_setting(xp_cfg, name)
-        if not isinstance(delays, list) or not all(type(delay) is int for delay in delays):
-            problems.append(f"{name} must be a list of whole numbers, not {delays}")
-        else:
+        if isinstance(delays, list) and all(type(delay) is int for delay in delays):
             settings["delays"] = tuple(delays)
+        else:
+            problems.append(f"{name} must be a list of whole numbers, not {delays}")
     if problems:
         raise UserError(f"{where}: not a model that can be converted: {'; '.join(problems)}")
     try:
@@ -544,8 +503,7 @@ def write_audiocraft(
 
     Args:
       directory: existing folder.
-      lm_params: our parameters.
-      model: their sizes.
+      lm_params, model: our parameters and their sizes.
       xp_cfg: from `make_xp_cfg`; of an imported model, the text that it came with.
       codec: the codec that made the tokens; a folder's weights are converted, a published codec
         is pointed to.

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.convert import transformers_folder
+from magnet_jax.convert.codec_rules import check_tensors
 from magnet_jax.errors import UserError
 from magnet_jax.io import files, hub
 from magnet_jax.io.trees import flatten, unflatten
@@ -55,26 +56,15 @@ def load(source: str) -> tuple[T5Config, Params, Tokenizer]:
     if "shared.weight" not in tensors and "encoder.embed_tokens.weight" in tensors:
         tensors["shared.weight"] = tensors["encoder.embed_tokens.weight"]
 
-    leaves, problems = {}, []
-    for weight in weights(config):
-        layers = []
-        for name in _file_names(weight, config):
-            if name not in tensors:
-                problems.append(f"{name} is missing")
-            elif tensors[name].shape != weight.file_shape:
-                found, wanted = list(tensors[name].shape), list(weight.file_shape)
-                problems.append(f"{name} is {found}, not {wanted}")
-            elif not np.issubdtype(tensors[name].dtype, np.floating):
-                problems.append(f"{name} is {tensors[name].dtype}, not floating point")
-            else:
-                layers.append(_from_file(tensors[name], weight))
-        if not problems:
-            leaf = np.stack(layers) if weight.stacked else layers[0]
-            leaves[weight.path] = jnp.asarray(leaf, jnp.float32)
-    if problems:
-        raise UserError(
-            f"{origin}: does not fit {directory / 'config.json'}: {'; '.join(problems)}"
-        )
+    table = {weight: _file_names(weight, config) for weight in weights(config)}
+    expected = {name: weight.file_shape for weight, names in table.items() for name in names}
+    tensors = {name: array for name, array in tensors.items() if name in expected}
+    check_tensors(f"{origin}: does not fit {directory / 'config.json'}", tensors, expected)
+    leaves = {}
+    for weight, names in table.items():
+        layers = [_from_file(tensors[name], weight) for name in names]
+        leaf = np.stack(layers) if weight.stacked else layers[0]
+        leaves[weight.path] = jnp.asarray(leaf, jnp.float32)
     return config, unflatten(leaves), tokenizer
 
 

@@ -36,17 +36,12 @@ def logits(
     """
     torch = import_torch()
     state = {name: torch.from_numpy(np.asarray(a, np.float32)) for name, a in state_dict.items()}
+    codes_BKT, lengths_B = (
+        torch.from_numpy(x.astype(np.int64)) for x in (codes_BKT, text_lengths_B)
+    )
     with torch.inference_mode():
-        return _logits(
-            torch,
-            state,
-            model,
-            torch.from_numpy(codes_BKT.astype(np.int64)),
-            torch.from_numpy(states_BSE),
-            torch.from_numpy(text_lengths_B.astype(np.int64)),
-            stage,
-            first,
-        ).numpy()
+        states = torch.from_numpy(states_BSE)
+        return _logits(torch, state, model, codes_BKT, states, lengths_B, stage, first).numpy()
 
 
 def _logits(torch, state, model, codes_BKT, states_BSE, text_lengths_B, stage, first):

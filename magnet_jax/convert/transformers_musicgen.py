@@ -13,7 +13,7 @@ import numpy as np
 
 from magnet_jax.config import ModelConfig
 from magnet_jax.convert import lm_rules, transformers_folder
-from magnet_jax.convert.audiocraft import misfits
+from magnet_jax.convert.audiocraft import misfits, xp_setting
 from magnet_jax.convert.codec_rules import check_tensors
 from magnet_jax.errors import UserError
 from magnet_jax.io import files
@@ -34,18 +34,20 @@ _NAMES = (
     (r"\.linear(\d)\.", r".fc\1."),
 )
 _SETTINGS = {
-    "num_codebooks": "num_codebooks",
-    "codebook_size": "vocab_size",
-    "width": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_layers": "num_hidden_layers",
+    "num_codebooks": "decoder.num_codebooks",
+    "codebook_size": "decoder.vocab_size",
+    "width": "decoder.hidden_size",
+    "num_heads": "decoder.num_attention_heads",
+    "num_layers": "decoder.num_hidden_layers",
+    "mlp_width": "decoder.ffn_dim",
+    "text_width": "text_encoder.d_model",
 }
 # What our transformer computes; where a setting is absent, transformers' own default fits.
 _FITTING_OR_ABSENT = {
-    "activation_function": "gelu",
-    "scale_embedding": False,
-    "audio_channels": 1,
-    "cross_attention_hidden_size": None,
+    "decoder.activation_function": "gelu",
+    "decoder.scale_embedding": False,
+    "decoder.audio_channels": 1,
+    "decoder.cross_attention_hidden_size": None,
 }
 
 
@@ -53,16 +55,12 @@ def read_model(folder: Path) -> ModelConfig:
     """The model that a MusicGen's config.json describes; `UserError` where we lack it."""
     path = folder / "config.json"
     config = files.read_object(path, "a MusicGen folder needs it")
-    decoder, _ = transformers_folder.part_of(config, "decoder")
-    text, _ = transformers_folder.part_of(config, "text_encoder")
-    problems = [f"decoder.{problem}" for problem in misfits(decoder, {}, _FITTING_OR_ABSENT)]
-    settings = {ours: decoder.get(theirs) for ours, theirs in _SETTINGS.items()}
-    settings |= {"text_width": text.get("d_model"), "mlp_width": decoder.get("ffn_dim")}
-    names = _SETTINGS | {"text_width": "d_model", "mlp_width": "ffn_dim"}
+    parts = {p: transformers_folder.part_of(config, p)[0] for p in ("decoder", "text_encoder")}
+    problems = misfits(parts, {}, _FITTING_OR_ABSENT)
+    settings = {ours: xp_setting(parts, theirs) for ours, theirs in _SETTINGS.items()}
     for ours, value in settings.items():
         if type(value) is not int or value < 1:
-            place = "text_encoder" if ours == "text_width" else "decoder"
-            problems.append(f"{place}.{names[ours]} must be a whole number above 0, not {value!r}")
+            problems.append(f"{_SETTINGS[ours]} must be a whole number above 0, not {value!r}")
     if not problems and settings["mlp_width"] % settings["width"]:
         problems.append("decoder.ffn_dim must be a multiple of decoder.hidden_size")
     if problems:

@@ -53,32 +53,30 @@ class Layout:
     """What the rows of a batch are cut to."""
 
     frames: int
+    """T of a batch."""
     num_codebooks: int
+    """K of a batch; records may have more."""
     frame_rate: float
     """Frames a second of the records."""
     tokenizer: Tokenizer
+    """T5's, see `t5_files.load`."""
     max_tokens: int
+    """S of a batch."""
 
 
 def merge_text(
-    description: str,
-    info: dict[str, Any],
-    rng: np.random.Generator,
-    *,
-    merge_text_p: float,
-    drop_description_p: float,
-    drop_field_p: float,
+    description: str, info: dict[str, Any], rng: np.random.Generator, config: DataConfig
 ) -> str:
-    """The description, or with probability `merge_text_p` a mix of it and the metadata.
+    """The description, or with probability `config.merge_text_p` a mix of it and the metadata.
 
     A mix keeps each field with 1 - drop_field_p, in random order, after the description, kept with
     1 - drop_description_p; it may come out empty (MusicGen, arXiv 2306.05284, section 4.1).
     """
-    if rng.random() >= merge_text_p:
+    if rng.random() >= config.merge_text_p:
         return description
-    parts = [text for text in field_texts(info) if rng.random() >= drop_field_p]
+    parts = [text for text in field_texts(info) if rng.random() >= config.drop_field_p]
     rng.shuffle(parts)
-    if rng.random() >= drop_description_p and description.strip():
+    if rng.random() >= config.drop_description_p and description.strip():
         parts.insert(0, description.strip().rstrip("."))
     return ". ".join(parts)
 
@@ -91,37 +89,24 @@ def drop_words(text: str, rng: np.random.Generator, probability: float) -> str:
 def make_train_iterator(
     config: DataConfig,
     *,
-    frames: int,
-    num_codebooks: int,
-    tokenizer: Tokenizer,
-    max_tokens: int,
     seed: int,
     shard_options: grain.sharding.ShardOptions | None = None,
+    **layout: Any,
 ) -> grain.experimental.ElasticIterator:
     """Endless training batches of this host's share; `get_state()` is one integer, all it takes.
 
     Args:
       config: `path` is the folder that tokenization wrote; `batch_size` counts all hosts.
-      frames: T of a batch.
-      num_codebooks: K of a batch; records may have more.
-      tokenizer: T5's, see `t5_files.load`.
-      max_tokens: S of a batch.
       seed: of order, crops, text and `seed_B`; not negative.
       shard_options: this host's share; by default JAX's process index and count.
+      layout: the fields of `Layout` but `frame_rate`, which the data set has.
 
     Raises:
       UserError: no data set there, too few codebooks, or a batch that the hosts cannot share.
     """
-    layout = Layout(
-        frames=frames,
-        num_codebooks=num_codebooks,
-        frame_rate=_frame_rate(config, num_codebooks),
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-    )
-    source = records.open_split(config.path, "train")
-    examples = grain.MapDataset.source(source).map(records.decode_example)
-    return train_iterator(examples, config, layout, seed=seed, shard_options=shard_options)
+    cut = _layout(config, **layout)
+    examples = _examples(config, "train")
+    return train_iterator(examples, config, cut, seed=seed, shard_options=shard_options)
 
 
 def train_iterator(
@@ -158,12 +143,9 @@ def train_iterator(
 def validation_batches(
     config: DataConfig,
     *,
-    frames: int,
-    num_codebooks: int,
-    tokenizer: Tokenizer,
-    max_tokens: int,
     num_batches: int | None = None,
     shard_options: grain.sharding.ShardOptions | None = None,
+    **layout: Any,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The validation split, always the same: the first crop of each record, its plain description.
 
@@ -171,20 +153,11 @@ def validation_batches(
     rows whose `valid_BT` and `text_mask_BS` are False. `seed_B` is the record's number. A data set
     too small to have a validation split gives no batch.
     """
-    layout = Layout(
-        frames=frames,
-        num_codebooks=num_codebooks,
-        frame_rate=_frame_rate(config, num_codebooks),
-        tokenizer=tokenizer,
-        max_tokens=max_tokens,
-    )
+    cut = _layout(config, **layout)
     if not records.has_split(config.path, "validation"):
         return iter(())
-    source = records.open_split(config.path, "validation")
-    examples = grain.MapDataset.source(source).map(records.decode_example)
-    return first_crops(
-        examples, config, layout, num_batches=num_batches, shard_options=shard_options
-    )
+    examples = _examples(config, "validation")
+    return first_crops(examples, config, cut, num_batches=num_batches, shard_options=shard_options)
 
 
 def first_crops(
@@ -199,34 +172,21 @@ def first_crops(
     shard_options = _checked_share(config, shard_options)
     total = math.ceil(len(examples) / config.batch_size)
     total = total if num_batches is None else min(total, num_batches)
-    blank = {
-        "codes_KT": np.zeros((layout.num_codebooks, 0), np.int16),
-        "caption": "",
-        "info": {},
-        "track_id": "",
-        "start": 0.0,
-        "duration": 0.0,
-    }
+    blank = {"codes_KT": np.zeros((layout.num_codebooks, 0), np.int16), "caption": "", "start": 0.0}
 
     def batch(first: int) -> dict[str, np.ndarray]:
         rows = []
         # every n-th row from this host's first, as ElasticIterator deals them
         for i in range(shard_options.shard_index, config.batch_size, shard_options.shard_count):
             example = examples[first + i] if first + i < len(examples) else blank
-            rows.append(
-                _example(example, example["caption"], layout, first_frame=0, seed=first + i)
-            )
+            rows.append(_example(example, example["caption"], layout, 0, first + i))
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
     return (batch(number * config.batch_size) for number in range(total))
 
 
 def random_example(
-    example: dict[str, Any],
-    rng: np.random.Generator,
-    *,
-    config: DataConfig,
-    layout: Layout,
+    example: dict[str, Any], rng: np.random.Generator, *, config: DataConfig, layout: Layout
 ) -> dict[str, np.ndarray]:
     """One row of a training batch from a decoded record: a random crop, with augmented text."""
     # the crop first: settings of the text then leave seeds and crops as they are
@@ -234,26 +194,15 @@ def random_example(
     room = max(0, example["codes_KT"].shape[1] - layout.frames)
     first_frame = int(rng.integers(0, room + 1))
     captions = records.all_captions(example["caption"], example["info"])
-    text = merge_text(
-        # (no draw where there is no choice)
-        captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0],
-        example["info"],
-        rng,
-        merge_text_p=config.merge_text_p,
-        drop_description_p=config.drop_description_p,
-        drop_field_p=config.drop_field_p,
-    )
+    # No draw where there is no choice.
+    number = int(rng.integers(len(captions))) if len(captions) > 1 else 0
+    text = merge_text(captions[number], example["info"], rng, config)
     text = drop_words(text, rng, config.word_dropout)
-    return _example(example, text, layout, first_frame=first_frame, seed=seed)
+    return _example(example, text, layout, first_frame, seed)
 
 
 def _example(
-    example: dict[str, Any],
-    text: str,
-    layout: Layout,
-    *,
-    first_frame: int,
-    seed: int,
+    example: dict[str, Any], text: str, layout: Layout, first_frame: int, seed: int
 ) -> dict[str, np.ndarray]:
     """One row of a batch, under the names that the batch of rows has."""
     codes_KT, frames, num_codebooks = example["codes_KT"], layout.frames, layout.num_codebooks
@@ -276,25 +225,31 @@ def _example(
     }
 
 
-def not_all_of_stereo(path: str, spec: CodecSpec, num_codebooks: int) -> str:
-    """Why a model of so many codebooks cannot learn interleaved stereo: it takes all of them."""
-    return (
-        f"data set {path}: interleaved stereo of {spec.num_codebooks} codebooks, "
-        f"{spec.num_codebooks // 2} of each side, and the model has {num_codebooks}: set "
-        f"--model.num-codebooks {spec.num_codebooks} (and as many --decode.steps)"
-    )
-
-
-def _frame_rate(config: DataConfig, num_codebooks: int) -> float:
-    spec = records.read_codec_spec(config.path)
-    if spec.interleaved and spec.num_codebooks != num_codebooks:
-        raise UserError(not_all_of_stereo(config.path, spec, num_codebooks))
+def check_codebooks(path: str, spec: CodecSpec, num_codebooks: int) -> None:
+    """Raises `UserError` where a model of so many codebooks cannot learn what a data set holds."""
+    if spec.interleaved and spec.num_codebooks != num_codebooks:  # it takes all of them
+        raise UserError(
+            f"data set {path}: interleaved stereo of {spec.num_codebooks} codebooks, "
+            f"{spec.num_codebooks // 2} of each side, and the model has {num_codebooks}: set "
+            f"--model.num-codebooks {spec.num_codebooks} (and as many --decode.steps)"
+        )
     if spec.num_codebooks < num_codebooks:
         raise UserError(
-            f"data set {config.path}: {spec.num_codebooks} codebooks, and the model has "
-            f"{num_codebooks}: set model.num_codebooks to at most {spec.num_codebooks}"
+            f"data set {path}: {spec.num_codebooks} codebooks, and the model has {num_codebooks}: "
+            f"set --model.num-codebooks to at most {spec.num_codebooks}, or tokenize with the "
+            "model's codec"
         )
-    return spec.frame_rate
+
+
+def _examples(config: DataConfig, split: str) -> grain.MapDataset:
+    source = records.open_split(config.path, split)
+    return grain.MapDataset.source(source).map(records.decode_example)
+
+
+def _layout(config: DataConfig, *, num_codebooks: int, **others: Any) -> Layout:
+    spec = records.read_codec_spec(config.path)
+    check_codebooks(config.path, spec, num_codebooks)
+    return Layout(num_codebooks=num_codebooks, frame_rate=spec.frame_rate, **others)
 
 
 def _checked_share(

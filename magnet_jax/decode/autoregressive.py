@@ -72,18 +72,14 @@ def advance(
     """Fills in what is `UNKNOWN` in steps [B, K, S], one step after another. To be traced.
 
     Args:
-      config, params: the model.
       text: of the B rows and, if `guided` and no text is something to the model, of as many
         without.
-      keys_B: one random key a row.
       steps_BKS: from `patterns.to_steps`.
-      sampling, beginning: how, in numbers and otherwise.
       guided: whether rows without text are computed as well; without, guidance is 1.
       on_step: called with the number of steps done while the program runs.
 
-    Returns:
-      the steps, and a cache of all but the last of them, of B rows and, if guided, of as many
-      without text. Unless the beginning is the whole clip, it has room for the last one.
+    Returns the steps, and a cache of all but the last of them, of B rows and, if guided, of as many
+    without text. Unless the beginning is the whole clip, it has room for the last one.
     """
     batch, _, num_steps = steps_BKS.shape
     num_given, dtype = beginning.num_known_steps, text.key_LBSNH.dtype

@@ -64,11 +64,8 @@ def choose_token(
 ) -> jax.Array:
     """A token for each place, int32 [B] (or [B, ...], if the probabilities are [B, ..., V]).
 
-    Args:
-      keys_B: one random key a row.
-      probs_BV: probabilities.
-      choice: 'greedy' takes the most probable, 'top_k' and 'top_p' sample among the most probable.
-      limit: k, or the nucleus mass.
+    'greedy' takes the most probable, 'top_k' and 'top_p' sample among the most probable ones, of
+    which `limit` is the number or the mass. `keys_B` has one random key a row.
 
     Where the network's numbers overflowed, all probabilities are NaN, and the mask id V is given in
     place of a token: it stays in the clip, and whoever reads the clip sees it.

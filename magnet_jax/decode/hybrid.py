@@ -15,6 +15,7 @@ from magnet_jax.config import ModelConfig
 from magnet_jax.decode import autoregressive, parallel
 from magnet_jax.decode.autoregressive import UNKNOWN, Beginning
 from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.magnet import ALL_SAVINGS, Savings
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import attention, patterns, transformer
@@ -31,24 +32,28 @@ def generate(
     config: ModelConfig,
     rules: parallel.Rules,
     beginning: Beginning,
+    savings: Savings = ALL_SAVINGS,
     dtype: jnp.dtype = jnp.float32,
 ) -> parallel.Decoded:
     """From text encoder states to tokens: a beginning step after step, then the rest; to be traced.
 
     Args:
-      params, text_states, schedule, config, rules, dtype: see `magnet.generate`.
+      params, text_states, schedule, config, rules, savings, dtype: see `magnet.generate`.
       task: of whose canvas the first `beginning.num_given` frames are given.
       sampling, beginning: of the steps one after another.
     """
     text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    both = text  # rows with text and, where these count, rows without
+    if not (savings.null_text and config.null_text_adds_nothing):
+        both = transformer.with_null_rows(text)
     # Both halves read one cache, and either may want the rows without text.
     guided = beginning.guided or (rules.guided != "none" and not beginning.whole)
     num_first = beginning.num_steps(config.delays) - beginning.num_known_steps
     num_later = 0 if beginning.whole else sum(part.stage.size for part in schedule)
     total = num_first + num_later
     made, cache = _begin(
-        params, text, task, sampling, config=config, beginning=beginning, guided=guided,
-        on_step=_counted(rules.on_step, 0, total),
+        params, both if guided else text, task, sampling, config=config, beginning=beginning,
+        guided=guided, on_step=_counted(rules.on_step, 0, total),
     )  # fmt: skip
     if beginning.whole:
         batch, _, num_frames = made.codes_BKT.shape
@@ -57,7 +62,7 @@ def generate(
     rules = dataclasses.replace(
         rules, given_have_say=False, on_step=_counted(rules.on_step, num_first, total)
     )
-    network = _network_after(config, params, text, cache, beginning, task)
+    network = _network_after(config, params, text, both, cache, beginning, task)
     # 0 is no step of the beginning's, whose own keys are made with their numbers.
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(task.keys_B, 0)
     return parallel.decode(network, rules, task._replace(canvas=made, keys_B=keys_B), schedule)
@@ -82,8 +87,6 @@ def _begin(
     """The canvas of which the beginning is made and given, and the cache of all its steps."""
     num_frames = task.canvas.codes_BKT.shape[-1]
     delays, frame_T = config.delays, jnp.arange(num_frames)
-    if guided and not config.null_text_adds_nothing:
-        text = transformer.with_null_rows(text)
     known_BKT = jnp.where(task.exists_T, UNKNOWN, config.mask_id)[None, None]
     given_T = frame_T < beginning.num_given
     known_BKT = jnp.where(given_T[None, None], task.canvas.codes_BKT, known_BKT)
@@ -110,6 +113,7 @@ def _network_after(
     config: ModelConfig,
     params: dict,
     text: transformer.TextKeys,
+    both: transformer.TextKeys,
     cache: transformer.Cache,
     beginning: Beginning,
     task: parallel.Task,
@@ -120,17 +124,13 @@ def _network_after(
     length = num_frames if task.length is None else task.length
     num_steps = patterns.num_steps(num_frames, config.delays)
     positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
-    null_rows = transformer.with_null_rows(text)
 
     def trunk(codes_BKT, *, stage, local, guided, first_B):
-        rows, rows_text = codes_BKT, text
-        if guided:
-            rows = jnp.concatenate([codes_BKT, codes_BKT])
-            rows_text = text if config.null_text_adds_nothing else null_rows
+        rows = jnp.concatenate([codes_BKT] * (1 + guided))
         steps_RKS = patterns.to_steps(rows, config.delays, config.mask_id)
         states_RSD = transformer.bind(config, params).trunk(
             steps_RKS[..., first:],
-            rows_text,
+            both if guided else text,
             local=local,
             attend=functools.partial(
                 attention.completing_attention,

@@ -49,7 +49,6 @@ def guided_network(
     """The transformer as `parallel.decode` wants it.
 
     Args:
-      config, params, text: the model and its texts.
       num_frames: of a whole clip.
       kernels: from `kernels.choose_kernels`.
       length: frames that exist; all by default.
@@ -94,13 +93,9 @@ def guided_network(
             attend = functools.partial(attend, axis=frames_axis, length=whole)
         else:
             attend = functools.partial(attend, length=length)
-        return transformer.bind(config, params).trunk(
-            codes_BKT,
-            rows_text,
-            local=local,
-            attend=attend,
-            positions_BTD=positions_BTD,
-        )
+        model = transformer.bind(config, params)
+        how = {"local": local, "attend": attend, "positions_BTD": positions_BTD}
+        return model.trunk(codes_BKT, rows_text, **how)
 
     def head(states_RMD, stage, *, guided):
         logits_RMV = transformer.bind(config, params).head(states_RMD, stage)
@@ -129,25 +124,13 @@ def generate(
 ) -> parallel.Decoded:
     """From text encoder states to tokens; to be traced.
 
-    Args:
-      params: the transformer's parameters.
-      text_states: a row without any token is generated unconditionally; of no rows at all, no clip
-        has a text.
-      task, rules: what is decoded, and how.
-      schedule: from `make_schedule`; its numbers may change without a new program.
-      config, kernels, savings, guidance_axis: see `guided_network`.
-      dtype: precision of the matrix products.
+    A row without any token of text is generated unconditionally; of no rows at all, no clip has a
+    text. The numbers of `schedule` may change without a new program. For the other arguments see
+    `guided_network` and `parallel.decode`.
     """
-    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
     network = guided_network(
-        config,
-        params,
-        text,
-        task.canvas.codes_BKT.shape[-1],
-        kernels=kernels,
-        length=task.length,
-        savings=savings,
-        guidance_axis=guidance_axis,
-        frames_axis=rules.frames_axis,
-    )
+        config, params, transformer.bind(config, params).read_text(*text_states, dtype=dtype),
+        task.canvas.codes_BKT.shape[-1], kernels=kernels, length=task.length, savings=savings,
+        guidance_axis=guidance_axis, frames_axis=rules.frames_axis,
+    )  # fmt: skip
     return parallel.decode(network, rules, task, schedule)

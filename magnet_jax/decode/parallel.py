@@ -59,9 +59,8 @@ class Rules:
     guided: GuidedSteps = "all"
     """From `schedule.guided_steps`."""
     reach: int | None = None
-    """Frames to each side on which a local stage's logits depend; None is all."""
-    last_window: bool = True
-    """Whether a local stage's last step computes the frames that its one span can see alone."""
+    """Frames to each side on which a local stage's logits depend, and which alone are computed at
+    its last step, for the one span that is left; None is all."""
     given_have_say: bool = True
     """Whether given frames count in the score of a span that is given in part, as in AudioCraft.
     With a rescorer, or a network that does not predict them, they do not."""
@@ -201,7 +200,9 @@ def predict_within(
     row: Schedule,
     begin_B: jax.Array,
     count: int,
+    guided: bool,
     *,
+    span_B: jax.Array,
     guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """`predict` of `count` frames a row at a local stage, from the frames that they can see.
@@ -257,15 +258,9 @@ def step(
 ) -> tuple[State, jax.Array]:
     """Hides the worst of what is free, predicts it, and scores what was predicted.
 
-    Args:
-      network, rules, task: the model, how, and what.
-      state: from the step before.
-      row: this step's of the schedule.
-      local: whether this is a stage above the first.
-      last, only: whether it is its codebook's last step of several, or the only one.
-
-    Returns:
-      the state, and hidden_BT, True where tokens were predicted.
+    `local` is whether this is a stage above the first; `last` and `only` whether it is its
+    codebook's last step of several, or the only one. Returns the state, and hidden_BT, True where
+    tokens were predicted.
     """
     given_BT = codebook(task.canvas.given_BKT, row.stage)
     codes_BT = codebook(state.codes_BKT, row.stage)
@@ -285,15 +280,13 @@ def step(
     row = annealed(task, state, row)
     guided = rules.guided == "all" or (rules.guided == "all_but_last" and not last)
     count, begin_B = rules.extent, task.first_B
-    if last and rules.spans.on_grid and rules.last_window:
+    if last and rules.spans.on_grid and rules.reach:
         count, begin_B = rules.spans.length, hidden_BU.argmax(-1) * rules.spans.length
-    sees_part = count is not None and rules.reach is not None
-    if local and sees_part and count + 2 * rules.reach < codes_BT.shape[-1]:
-        token_BT, prob_BT = predict_within(
-            network, rules, task, seen_BKT, row, begin_B, count, guided=guided
-        )
+    if local and count and rules.reach and count + 2 * rules.reach < codes_BT.shape[-1]:
+        drawn = functools.partial(predict_within, begin_B=begin_B, count=count)
     else:
-        token_BT, prob_BT = predict(network, rules, task, seen_BKT, row, local=local, guided=guided)
+        drawn = functools.partial(predict, local=local)
+    token_BT, prob_BT = drawn(network, rules, task, seen_BKT, row, guided=guided)
     codes_BT = jnp.where(hidden_BT, token_BT, codes_BT)
     codes_BKT = with_codebook(codes_BKT, codes_BT, row.stage)
 
@@ -312,14 +305,7 @@ def step(
 
 
 def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule, ...]) -> Decoded:
-    """Runs the schedule over a canvas.
-
-    Args:
-      network: the model.
-      rules: how, as far as the program depends on it.
-      task: what; T must be a multiple of the span's length where spans do not overlap.
-      schedule: from `make_schedule`.
-    """
+    """Runs the schedule over a canvas; T is a multiple of the spans' length unless they overlap."""
     given_BKT = task.canvas.given_BKT
     num_frames, span_length = given_BKT.shape[-1], rules.spans.length
     if num_frames < span_length or (rules.spans.on_grid and num_frames % span_length):

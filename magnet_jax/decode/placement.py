@@ -12,11 +12,7 @@ from jax.sharding import PartitionSpec as P
 from magnet_jax import programs
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.codec import encodec
-from magnet_jax.config import (
-    KernelConfig,
-    ModelConfig,
-    SamplingMeshConfig,
-)
+from magnet_jax.config import KernelConfig, ModelConfig, SamplingMeshConfig
 from magnet_jax.decode.magnet import ALL_SAVINGS, Savings
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
@@ -37,13 +33,13 @@ class Execution:
 
 def place(decoder: encodec.Decoder, execution: Execution) -> encodec.Decoder:
     """The decoder with its parameters on all devices, as `prepare` does with the model's."""
-    mesh = make_mesh(execution.mesh)
+    mesh = sampling_mesh(execution.mesh)
     if mesh.size == 1:
         return decoder
     return decoder._replace(params=jax.device_put(decoder.params, NamedSharding(mesh, P())))
 
 
-def make_mesh(config: SamplingMeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def sampling_mesh(config: SamplingMeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over the first of these devices (this machine's), or all of them.
 
     Raises `UserError` if there are not as many.
@@ -73,7 +69,7 @@ def prepare(loaded: Loaded, execution: Execution = Execution()) -> Loaded:
 
 def on_devices(loaded: Loaded, execution: Execution) -> Loaded:
     """`prepare` for a model that may be another's rescorer, which runs where that one does."""
-    dtype, mesh = precision.compute_dtype(loaded.config), make_mesh(execution.mesh)
+    dtype, mesh = precision.compute_dtype(loaded.config), sampling_mesh(execution.mesh)
     place = NamedSharding(mesh, P()) if mesh.size > 1 else mesh.devices.item()
     params = jax.device_put(loaded.params, place)
     t5_params = jax.device_put(loaded.t5_params, place)

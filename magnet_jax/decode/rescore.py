@@ -73,18 +73,15 @@ def from_model(
     execution: placement.Execution = placement.Execution(),
     name: str = "this model",
 ) -> Rescorer:
-    """A MusicGen, an AudioGen or a MAGNeT as the rescorer of another model.
+    """A MusicGen, an AudioGen or a MAGNeT as the rescorer of `partner`, in its precision.
 
     Args:
-      loaded: the model; it computes in the precision of `partner`.
-      partner: the MAGNeT that generates.
       guidance: coefficient of the rescorer's own guidance; 1 is none, and half the work.
       weight: its share of the scores, see `Rescorer`.
       execution: how `partner` runs; a MAGNeT as rescorer has the same kernels.
       name: what messages call the model.
 
-    Raises:
-      UserError: its tokens mean something else than the partner's.
+    Raises `UserError` where its tokens mean something else than the partner's.
     """
     check_partners(loaded, partner, name)
     config = dataclasses.replace(loaded.config, compute_dtype=partner.config.compute_dtype)
@@ -99,11 +96,8 @@ def from_model(
         platform=jax.default_backend(),
     )
     loaded = placement.on_devices(loaded, execution)
-    params = {
-        "lm": loaded.params["lm"],
-        "text": loaded.t5_params,
-        "guidance": np.float32(guidance),
-    }
+    params = {"lm": loaded.params["lm"], "text": loaded.t5_params}
+    params["guidance"] = np.float32(guidance)
     tokenize = functools.partial(tokens_of_text.tokenize_texts, loaded)
     return Rescorer(read(reading), params, tokenize, weight)
 
@@ -119,17 +113,10 @@ def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
         (one.codec, one.config.model) for one in (partner, loaded)
     )
     if its_codec.sha256 != codec.sha256:
-        called = its_codec.source, its_codec.sample_rate
-        if called == (codec.source, codec.sample_rate):
-            raise UserError(
-                f"rescorer {name} and the model learnt the tokens of two codecs called "
-                f"{codec.source} ({codec.sample_rate} Hz), whose weights differ: take a rescorer "
-                "of the same codec"
-            )
+        called, its = (f"{one.source} ({one.sample_rate} Hz)" for one in (codec, its_codec))
         raise UserError(
-            f"rescorer {name} learnt the tokens of codec {its_codec.source} "
-            f"({its_codec.sample_rate} Hz), the model those of {codec.source} "
-            f"({codec.sample_rate} Hz): take a rescorer of the same codec"
+            f"rescorer {name} learnt the tokens of codec {its}, the model those of {called}"
+            f"{', whose weights differ' * (its == called)}: take a rescorer of the same codec"
         )
     if its_codec.interleaved != codec.interleaved:
         raise UserError(
@@ -190,12 +177,9 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
             if reading.guided:
                 steps_BKS = jnp.concatenate([steps_BKS, steps_BKS])
             model = transformer.bind(config, params["lm"])
+            attend = teacher_forcing.attend_causally
             states_BSD = model.trunk(
-                steps_BKS,
-                keys,
-                local=False,
-                attend=teacher_forcing.attend_causally,
-                positions_BTD=positions_1SD,
+                steps_BKS, keys, local=False, attend=attend, positions_BTD=positions_1SD
             )
             # After step t + delay comes the code of frame t: of one codebook, a slice of steps.
             delay = jnp.asarray(config.delays)[stage]
@@ -216,15 +200,11 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
 
     def read(params, text, *, num_frames, length):
         kernels = choose_kernels(
-            reading.kernels, reading.platform, config, num_frames, reading.dtype,
-        )  # fmt: skip
+            reading.kernels, reading.platform, config, num_frames, reading.dtype
+        )
+        keys = _read_text(params, text, reading=reading, dtype=reading.dtype)
         network = magnet.guided_network(
-            config,
-            params["lm"],
-            _read_text(params, text, reading=reading, dtype=reading.dtype),
-            num_frames,
-            kernels=kernels,
-            length=length,
+            config, params["lm"], keys, num_frames, kernels=kernels, length=length
         )
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):

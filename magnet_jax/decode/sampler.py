@@ -111,7 +111,8 @@ class Sampler:
             min_guidance=inputs.min_guidance,
             replayed_BKT=inputs.replayed_BKT,
         )
-        how = {"config": self.model, "rules": self.rules, "dtype": self.dtype}
+        how = {"config": self.model, "rules": self.rules, "savings": self.savings}
+        how["dtype"] = self.dtype
         if self.beginning is None:
             decoded = magnet.generate(
                 inputs.lm,
@@ -119,7 +120,6 @@ class Sampler:
                 task,
                 inputs.schedule,
                 kernels=self.kernels,
-                savings=self.savings,
                 guidance_axis="guidance" if self.splits_guidance else None,
                 **how,
             )

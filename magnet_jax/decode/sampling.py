@@ -53,13 +53,6 @@ class Generated(NamedTuple):
     wav_BCN: np.ndarray | None = None  # float32 audio, where a decoder was given
 
 
-class Rescoring(NamedTuple):
-    """A rescorer at work on a batch."""
-
-    rescorer: Rescorer
-    texts: Any
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """What is asked of a model."""
@@ -73,7 +66,8 @@ class Batch:
     decoding: SamplingConfig
     decoder: encodec.Decoder | None = None
     """Makes the program end in samples."""
-    rescoring: Rescoring | None = None
+    rescorer: Rescorer | None = None
+    rescorer_texts: Any = None
     editing: EditConfig | None = None
     """How what is not given is decoded; None is AudioCraft's law of continuation."""
     on_step: Callable[[int, int], None] | None = None
@@ -89,7 +83,7 @@ class Batch:
         return int(np.logical_and.accumulate(given_T).sum())
 
     @property
-    def spans(self) -> DecodeConfig | None:
+    def decode(self) -> DecodeConfig | None:
         """How what is not made one step after another is decoded."""
         how = self.decoding.decode if isinstance(self.decoding, HybridConfig) else self.decoding
         return how if isinstance(how, DecodeConfig) else None
@@ -157,14 +151,13 @@ def generate(
     if given is None:
         given = canvas.blank(count, model.num_codebooks, num_frames)
     canvas.check(given, count, num_frames, model)
-    rescoring = None
     if rescorer is not None:
         if not model.parallel:
             raise UserError(
                 f"a model of kind {model.kind} has no spans to score: leave out rescorer"
             )
-        if RescoreConfig(weight=rescorer.weight).weight != 0:
-            rescoring = Rescoring(rescorer, rescorer.tokenize(texts, text_pad_len))
+        if RescoreConfig(weight=rescorer.weight).weight == 0:
+            rescorer = None
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
         sample_B=np.arange(first_sample, first_sample + count),
@@ -172,14 +165,14 @@ def generate(
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
         decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
-        rescoring=rescoring,
+        rescorer=rescorer,
+        rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
         editing=editing,
         on_step=on_step,
     )
     generated = _run(loaded, batch, execution)
     if isinstance(decoder, encodec.Codec):
-        wav_BCN = audio.decode_audio(decoder, generated.codes_BKT)
-        return generated._replace(wav_BCN=wav_BCN)
+        return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
     return generated
 
 
@@ -268,7 +261,7 @@ def make_program(
     mesh: Mesh | None,
 ) -> tuple[Inputs, Sampler]:
     """What a batch takes, and the program for it."""
-    model, num_frames, spans = _model_for(loaded.config.model, batch)
+    model, num_frames, decode = _model_for(loaded.config.model, batch)
     if batch.num_given >= num_frames and (model.autoregressive or num_frames < batch.num_frames):
         raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
     beginning, beginning_sampling = None, None
@@ -276,24 +269,24 @@ def make_program(
         check_continues(model, batch)
         beginning, beginning_sampling = _beginning(loaded, batch, num_frames, platform)
     whole = beginning is not None and beginning.whole  # then nothing is decoded in spans
-    if not whole and len(spans.steps) != model.num_codebooks:
+    if not whole and len(decode.steps) != model.num_codebooks:
         raise UserError(
-            f"decode.steps has {len(spans.steps)} numbers, the model {model.num_codebooks} "
+            f"decode.steps has {len(decode.steps)} numbers, the model {model.num_codebooks} "
             "codebooks: give one number a codebook"
         )
-    if batch.rescoring is not None:
+    if batch.rescorer is not None:
         check_rescored(batch.decoding, whole=whole)
     shards = mesh.shape if mesh else dict.fromkeys(placement.AXES, 1)
     num_decoded = bucket = usual = num_frames
     if not whole:
-        num_decoded = decoded_frames(model, spans, num_frames)[1]
-        usual = decoded_frames(model, spans, segment_frames(loaded.config, loaded.codec))[1]
-        grid = 1 if spans.span_arrangement == "stride1" else model.span_length
+        num_decoded = decoded_frames(model, decode, num_frames)[1]
+        usual = decoded_frames(model, decode, segment_frames(loaded.config, loaded.codec))[1]
+        grid = 1 if decode.span_arrangement == "stride1" else model.span_length
         bucket = frame_bucket(num_decoded, usual, math.lcm(shards["frames"], grid))
     # A bucket that is full by chance shares its program with shorter clips.
     exact = bucket == num_decoded == usual
     sampler = _make_sampler(
-        loaded, batch, execution, model=model, spans=spans, beginning=beginning,
+        loaded, batch, execution, model=model, decode=decode, beginning=beginning,
         audio_frames=num_frames if exact else None, num_frames=bucket, platform=platform, mesh=mesh,
     )  # fmt: skip
     text = batch.text
@@ -305,7 +298,7 @@ def make_program(
     def fill(x):  # the last clip again, where devices would be idle
         return np.concatenate([x, np.repeat(x[-1:], idle, axis=0)]) if idle else x
 
-    limit = choose.choice_of(spans.greedy, spans.top_k, spans.top_p)[1]
+    limit = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1]
     inputs = Inputs(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
@@ -313,7 +306,7 @@ def make_program(
         text=Text(*map(fill, text)) if mesh is not None else text,
         canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
         keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
-        schedule=() if whole else schedules.make_schedule(spans, sampler.rules.first_codebook),
+        schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
         limit=np.float32(limit),
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
@@ -322,35 +315,35 @@ def make_program(
     if sampler.rules.extent is not None:
         inputs = inputs._replace(first_B=fill(canvas.extent(batch.canvas)[0]))
     if batch.editing is not None and batch.editing.anneal == "rate":
-        inputs = inputs._replace(min_guidance=np.float32(spans.min_guidance))
-    if batch.rescoring is not None:
+        inputs = inputs._replace(min_guidance=np.float32(decode.min_guidance))
+    if batch.rescorer is not None:
         inputs = inputs._replace(
-            rescorer=batch.rescoring.rescorer.params,
-            rescorer_texts=jax.tree.map(fill, batch.rescoring.texts),
-            rescorer_weight=np.float32(batch.rescoring.rescorer.weight),
+            rescorer=batch.rescorer.params,
+            rescorer_texts=jax.tree.map(fill, batch.rescorer_texts),
+            rescorer_weight=np.float32(batch.rescorer.weight),
         )
     return inputs, sampler
 
 
 def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, DecodeConfig]:
     """The model with the span length that is asked for, frames of a clip, and how it is decoded."""
-    spans, num_frames = batch.spans, batch.num_frames
-    if spans is None:
+    decode, num_frames = batch.decode, batch.num_frames
+    if decode is None:
         return model, num_frames, DecodeConfig()
-    if spans.span_length > num_frames:
+    if decode.span_length > num_frames:
         raise UserError(
-            f"span_length {spans.span_length} is longer than the clip, which has {num_frames} "
+            f"span_length {decode.span_length} is longer than the clip, which has {num_frames} "
             "frames: give fewer"
         )
-    if spans.span_length:
-        model = dataclasses.replace(model, span_length=spans.span_length)
+    if decode.span_length:
+        model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
-    num_frames = decoded_frames(model, spans, num_frames)[0]
+    num_frames = decoded_frames(model, decode, num_frames)[0]
     if batch.editing is not None and batch.editing.steps == "auto":
-        span = 1 if spans.span_arrangement == "stride1" else model.span_length
+        span = 1 if decode.span_arrangement == "stride1" else model.span_length
         free = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
-        spans = dataclasses.replace(spans, steps=schedules.steps_for(spans.steps, *free))
-    return model, num_frames, spans
+        decode = dataclasses.replace(decode, steps=schedules.steps_for(decode.steps, *free))
+    return model, num_frames, decode
 
 
 def _make_sampler(
@@ -359,7 +352,7 @@ def _make_sampler(
     execution: Execution,
     *,
     model: ModelConfig,
-    spans: DecodeConfig,
+    decode: DecodeConfig,
     beginning: autoregressive.Beginning | None,
     audio_frames: int | None,
     num_frames: int,
@@ -370,19 +363,21 @@ def _make_sampler(
     shards = mesh.shape["frames"] if mesh else 1
     dtype = precision.compute_dtype(loaded.config, platform)
     savings = execution.savings
-    guided = schedules.guided_steps(spans, bool(batch.text.mask_BS.any()))
+    guided = schedules.guided_steps(decode, bool(batch.text.mask_BS.any()))
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
+    reach = model.num_layers * model.local_context or None
+    if model.autoregressive or not savings.last_window:
+        reach = None
     rules = Rules(
         mask_id=model.mask_id,
         spans=Spans(
-            length=model.span_length, arrangement=spans.span_arrangement, score=spans.span_score
+            length=model.span_length, arrangement=decode.span_arrangement, score=decode.span_score
         ),
-        choice=choose.choice_of(spans.greedy, spans.top_k, spans.top_p)[0],
+        choice=choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0],
         guided=guided,
-        reach=None if model.autoregressive else model.num_layers * model.local_context or None,
-        last_window=savings.last_window,
-        order=spans.order,
+        reach=reach,
+        order=decode.order,
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
@@ -399,12 +394,7 @@ def _make_sampler(
             if size + 2 * rules.reach < num_frames:
                 rules = dataclasses.replace(rules, extent=size)
     kernels = choose_kernels(
-        execution.kernels,
-        platform,
-        model,
-        num_frames // shards,
-        dtype,
-        split=shards > 1,
+        execution.kernels, platform, model, num_frames // shards, dtype, split=shards > 1
     )
     return Sampler(
         model=model,
@@ -418,7 +408,7 @@ def _make_sampler(
         platform=platform,
         mesh=mesh,
         beginning=beginning,
-        read_rescorer=batch.rescoring and batch.rescoring.rescorer.read,
+        read_rescorer=batch.rescorer and batch.rescorer.read,
     )
 
 
@@ -429,13 +419,13 @@ def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
             "nothing is rescored of a clip that is made one step after another to its end: leave "
             "out the rescorer, or give a hybrid fewer prompt seconds"
         )
-    spans = decoding.decode if isinstance(decoding, HybridConfig) else decoding
-    if spans.order != "confidence":
+    decode = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+    if decode.order != "confidence":
         raise UserError(
-            f"nothing is rescored where spans are kept in {spans.order} order: leave out the "
+            f"nothing is rescored where spans are kept in {decode.order} order: leave out the "
             "rescorer, or keep the order of confidence"
         )
-    if max(spans.steps) == 1:
+    if max(decode.steps) == 1:
         raise UserError(
             "nothing is rescored where every codebook has one step: leave out the rescorer, or "
             "give more decoding steps"
@@ -482,22 +472,18 @@ def _beginning(
 
 
 def _run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
-    mesh = placement.make_mesh(execution.mesh)
+    mesh = placement.sampling_mesh(execution.mesh)
     if mesh.size == 1:
         mesh = None  # a mesh of one would pin to it what lies elsewhere, such as a run's
     else:
         loaded = placement.prepare(loaded, execution)
-        if batch.rescoring is not None:
-            rescorer = batch.rescoring.rescorer
-            params = jax.device_put(rescorer.params, NamedSharding(mesh, P()))
-            rescoring = batch.rescoring._replace(rescorer=rescorer._replace(params=params))
-            batch = dataclasses.replace(batch, rescoring=rescoring)
+        if batch.rescorer is not None:
+            params = jax.device_put(batch.rescorer.params, NamedSharding(mesh, P()))
+            batch = dataclasses.replace(batch, rescorer=batch.rescorer._replace(params=params))
     inputs, sampler = make_program(
         loaded, batch, execution, platform=jax.default_backend(), mesh=mesh
     )
-    count, num_frames = len(batch.sample_B), batch.num_frames
-    if sampler.beginning is None or not sampler.beginning.whole:
-        num_frames = decoded_frames(sampler.model, batch.spans, num_frames)[0]
+    count, num_frames = len(batch.sample_B), sampler.audio_frames or int(inputs.audio_length)
     sampled = programs.call(
         sampler_program,
         inputs,

@@ -14,8 +14,6 @@ from magnet_jax.errors import UserError
 from magnet_jax.model import precision, t5
 
 TextPadLen = Literal["batch"] | Annotated[int, Between(0, 2**16)] | None
-
-
 SHORTEST_TEXT = 16  # tokens of the smallest text bucket; the others double
 
 

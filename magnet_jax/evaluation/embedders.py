@@ -65,20 +65,12 @@ class Embedder(NamedTuple):
 def load(name: Name, weights: str | None = None) -> Embedder:
     """Loads an embedder.
 
-    Args:
-      name: which.
-      weights: a folder (clap: of transformers; musicnn: of `launch.convert_tagger`), a file
-        (vggish, passt), a hub id (clap); None is `DEFAULT_WEIGHTS`.
+    `weights` are a folder (clap: of transformers; musicnn: of `launch.convert_tagger`), a file
+    (vggish, passt) or a hub id (clap); None is `DEFAULT_WEIGHTS`.
 
-    Raises:
-      UserError: unknown name, a package or weights that are not there.
+    Raises `UserError` for an unknown name, and for a package or weights that are not there.
     """
-    makers = {
-        "musicnn": _musicnn,
-        "vggish": _vggish,
-        "passt": _passt,
-        "clap": _clap,
-    }
+    makers = {"musicnn": _musicnn, "vggish": _vggish, "passt": _passt, "clap": _clap}
     if name not in makers:
         raise UserError(f"embedder {name!r}: there are {', '.join(makers)}")
     return makers[name](weights or DEFAULT_WEIGHTS[name])
@@ -105,15 +97,8 @@ def _musicnn(weights: str) -> Embedder:
         tagged = tagger.tag(loaded, wav_N)
         return Embedded(tagged.embeddings_PE, tagged.logits_PL)
 
-    return Embedder(
-        name="musicnn",
-        sample_rate=tagger.SAMPLE_RATE,
-        embed=embed,
-        weights=weights,
-        sha256=loaded.sha256,
-        pieces="3 s, one every 1.5 s",
-        tags=loaded.tags,
-    )
+    rate, pieces = tagger.SAMPLE_RATE, "3 s, one every 1.5 s"
+    return Embedder("musicnn", rate, embed, weights, loaded.sha256, pieces, tags=loaded.tags)
 
 
 # --- torchvggish and hear21passt -----------------------------------------------------------------
@@ -297,13 +282,8 @@ def _clap_audio(model: Any, extractor: Any, wav_N: np.ndarray) -> Embedded:
     torch, rate = import_torch(), extractor.sampling_rate
     # No piece is longer than the model takes, so nothing is cut at random; short ones are repeated.
     pieces = cut(wav_N, rate, extractor.max_length_s)
-    inputs = extractor(
-        pieces,
-        sampling_rate=rate,
-        truncation="rand_trunc",
-        padding="repeatpad",
-        return_tensors="pt",
-    )
+    how = {"truncation": "rand_trunc", "padding": "repeatpad", "return_tensors": "pt"}
+    inputs = extractor(pieces, sampling_rate=rate, **how)
     with torch.inference_mode():
         return Embedded(model.get_audio_features(**inputs).pooler_output.numpy(), None)
 

@@ -110,11 +110,8 @@ def tag_auc(
     """How often a clip whose caption names a tag has more of it than one whose caption does not.
 
     Averaged over the tags that some captions name and others do not. 0.5 is chance, whatever the
-    tags: the probabilities of one tag are compared with each other alone.
-
-    Args:
-      probabilities_NL: a tagger's, or anything that grows with them.
-      named_NL: bool, which tags each caption names.
+    tags: the probabilities of one tag, or whatever grows with them, are compared with each other
+    alone. `named_NL` (bool) are the tags that each caption names.
     """
 
     def measure(drawn_N: np.ndarray) -> float:

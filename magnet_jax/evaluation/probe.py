@@ -25,14 +25,9 @@ class Probe(NamedTuple):
 
 
 def fit(clips: Mapping[str, np.ndarray], labels: Mapping[str, str]) -> Probe:
-    """Fits a probe.
+    """A probe fitted to embeddings [P, E] and labels by clips' ids; labels are equally likely.
 
-    Args:
-      clips: embeddings [P, E] of each clip, by its id.
-      labels: by the same ids. All labels count as equally likely.
-
-    Raises:
-      ValueError: fewer than two labels, or no more rows than labels.
+    Raises `ValueError` for fewer than two labels, or no more rows than labels.
     """
     names = tuple(sorted({labels[clip] for clip in clips}))
     rows = {

@@ -226,10 +226,8 @@ def score(
     """All that an embedder can say of generated clips.
 
     Args:
-      embedder: whose rows `clips` and `reference` hold.
-      clips: the generated ones.
+      embedder, clips, reference: generated and real clips, with the embedder's rows.
       captions: of clips by their ids; those without are left out of what needs one.
-      reference: real clips.
       pairs: id of a generated clip to id of its reference clip, for KL.
       probes: fitted to the embedder's rows of other clips, by the names of their scores.
       settings: of the intervals.
@@ -308,14 +306,9 @@ def score_reference(
         for half in np.array_split(order, 2)
     ]
     found = score(
-        embedder,
-        reference,
-        captions=captions,
-        reference=None,
-        pairs={},
-        probes=probes,
+        embedder, reference, captions=captions, reference=None, pairs={}, probes=probes,
         settings=settings,
-    )
+    )  # fmt: skip
     if all(map(_enough, halves)):
         between = score(
             embedder, halves[0], captions={}, reference=halves[1], pairs={}, settings=settings

@@ -47,13 +47,9 @@ class Tagged(NamedTuple):
     """What the network says of each patch of a clip."""
 
     logits_PL: np.ndarray
+    """Of each tag by itself: a patch may have several, or none."""
     embeddings_PE: np.ndarray
     """The last hidden layer, 200 wide."""
-
-    @property
-    def probabilities_PL(self) -> np.ndarray:
-        """Of each tag by itself: a patch may have several, or none."""
-        return np.asarray(jax.nn.sigmoid(self.logits_PL))
 
 
 def load(folder: Path = ASSETS / "tagger") -> Tagger:

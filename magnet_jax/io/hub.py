@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import UserError, first_line
 
 
 def is_hub_id(source: str) -> bool:
@@ -17,27 +17,18 @@ def is_hub_id(source: str) -> bool:
 def fetch(source: str, patterns: Sequence[str], what: str, instead: str = "") -> Path:
     """The folder that holds those files of a repository: fetched, or found in the hub's cache.
 
-    Args:
-      source: the repository's id.
-      patterns: the files' names, or patterns of them.
-      what: what the files are, for the message.
-      instead: what to name where the hub is out of reach, for the message; by default a folder with
-        these files, or 'embedded'.
-
-    Raises:
-      UserError: no such repository, or it cannot be reached.
+    Raises `UserError` where that fails: it says `what` the files are, and what to name `instead`,
+    by default a folder with these files, or 'embedded'.
     """
     try:
         return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises a dozen unrelated kinds
-        reason = str(error).strip().splitlines()
         instead = instead or (
             f"a folder with {', '.join(patterns)}, or 'embedded' for what ships with this package"
         )
         raise UserError(
             f"{what} {source!r}: no such folder, and not to be had from the Hugging Face hub "
-            f"({type(error).__name__}{': ' + reason[0][:200] if reason else ''}); offline, name "
-            f"{instead}"
+            f"({type(error).__name__}: {first_line(error)}); offline, name {instead}"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import UserError, first_line
 from magnet_jax.io import files
 
 
@@ -63,8 +63,7 @@ def load_tensors(path: Path) -> Any:
             raise UserError(f"{path}: not readable as weights ({unlike})") from None
         if isinstance(error, pickle.UnpicklingError):
             raise UserError(_refused(path, str(error))) from None
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(f"{path}: damaged, not readable as weights ({reason})") from None
+        raise UserError(f"{path}: damaged, not readable as weights ({first_line(error)})") from None
 
 
 def _refused(path: Path, complaint: str) -> str:

@@ -15,11 +15,11 @@ def flatten(tree: Mapping, prefix: str = "", separator: str = "/") -> dict[str, 
     return flat
 
 
-def unflatten(flat: Mapping[str, Any]) -> dict:
+def unflatten(flat: Mapping[str, Any], separator: str = "/") -> dict:
     """The inverse of `flatten`."""
     tree: dict = {}
     for path, value in flat.items():
-        *parents, leaf = path.split("/")
+        *parents, leaf = path.split(separator)
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})

@@ -111,7 +111,7 @@ def self_attention(
 ) -> jax.Array:
     """Every frame attends to every frame, or to those at most `context` frames away (section 3.2).
 
-    This is the plain statement, with a score for every pair of frames. `kernels.self_attention` is
+    This is the plain statement, with a score for every pair of frames. `kernels.attend` is
     the same up to rounding.
 
     Args:

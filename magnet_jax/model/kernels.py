@@ -84,13 +84,13 @@ def choose_kernels(
 
 
 def with_kernels(kernels: KernelConfig, *, near: bool) -> Callable[..., jax.Array]:
-    """`self_attention` by what `choose_kernels` chose, for a stage that sees near frames or all."""
+    """`attend` by what `choose_kernels` chose, for a stage that sees near frames or all."""
     if near:
-        return functools.partial(self_attention, kernel=kernels.local, block=kernels.local_block)
-    return functools.partial(self_attention, kernel=kernels.full)
+        return functools.partial(attend, kernel=kernels.local, block=kernels.local_block)
+    return functools.partial(attend, kernel=kernels.full)
 
 
-def self_attention(
+def attend(
     query_BTNH: jax.Array,
     key_BTNH: jax.Array,
     value_BTNH: jax.Array,
@@ -105,9 +105,7 @@ def self_attention(
     """`attention.self_attention`, whose arguments have the same meaning, by a kernel.
 
     Args:
-      query_BTNH, key_BTNH, value_BTNH: of T frames each.
       kernel: see the module; not 'auto'.
-      context, length: see `attention.self_attention`.
       axis: name of the mesh axis over which the frames are split, T of them on each device; then
         `length`, which must be given, counts the frames of all.
       block: queries a block, at least twice the context. Splash has its own.

@@ -93,11 +93,6 @@ def merge_adapters(params: Mapping, adapters: Mapping, config: LoraConfig) -> di
 
     Computed in float32 on any device; each weight keeps its dtype. What is not adapted is passed
     on as it is, which is everything where there are no adapters.
-
-    Args:
-      params: the transformer's, which are not changed.
-      adapters: as in the module's docstring; may be of some of the weights.
-      config: gives the scale.
     """
     flat, factors = flatten(params), flatten(adapters)
     for p in PROJECTIONS:

@@ -34,18 +34,13 @@ def to_steps(
 def to_frames(
     array_BKS: jax.Array, delays: tuple[int, ...], num_frames: int, first: int
 ) -> tuple[jax.Array, np.ndarray]:
-    """Brings what stands at steps back to frames: the inverse of `to_steps`.
+    """Brings what stands at steps, [B, K, S, ...], back to frames: the inverse of `to_steps`.
 
-    Args:
-      array_BKS: [B, K, S, ...], codes or logits.
-      delays: of the codebooks.
-      num_frames: T.
-      first: where frame 0 of an undelayed codebook stands: 1 for codes; 0 for what the network
-        returns, which at each step predicts the next.
+    Frame 0 of an undelayed codebook stands at step `first`: 1 for codes; 0 for what the network
+    returns, which at each step predicts the next.
 
-    Returns:
-      [B, K, T, ...], and the frames [K, T] that there was a step for; elsewhere the array holds
-      some other frame's values.
+    Returns [B, K, T, ...], and the frames [K, T] that there was a step for; elsewhere the array
+    holds some other frame's values.
     """
     step_KT = np.arange(num_frames)[None, :] + first + np.asarray(delays)[:, None]
     valid_KT = step_KT < array_BKS.shape[2]

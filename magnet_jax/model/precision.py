@@ -3,9 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import (
-    RunConfig,
-)
+from magnet_jax.config import RunConfig
 
 
 def compute_dtype(config: RunConfig, platform: str | None = None) -> jnp.dtype:

@@ -9,15 +9,15 @@ L layers):
 """
 
 import dataclasses
-import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
-from magnet_jax.errors import UserError
+from magnet_jax.arguments import check_fields
+from magnet_jax.config import Count, Positive, require
 from magnet_jax.io.trees import unflatten
 
 Params = dict[str, Any]
@@ -31,39 +31,28 @@ UNKNOWN = "<unk>"
 class T5Config:
     """The encoder's part of a transformers T5 config.json; its names, its defaults."""
 
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_layers: int
-    num_heads: int
-    vocab_size: int
-    relative_attention_num_buckets: int = 32
-    relative_attention_max_distance: int = 128
-    layer_norm_epsilon: float = 1e-6
-    feed_forward_proj: str = "relu"
+    d_model: Count
+    d_kv: Count
+    d_ff: Count
+    num_layers: Count
+    num_heads: Count
+    vocab_size: Count
+    relative_attention_num_buckets: Count = 32
+    relative_attention_max_distance: Count = 128
+    layer_norm_epsilon: Positive = 1e-6
+    feed_forward_proj: Literal["relu", "gated-gelu"] = "relu"
 
     def __post_init__(self):
-        if self.feed_forward_proj not in ("relu", "gated-gelu"):
-            raise UserError(
-                f"T5 feed_forward_proj {self.feed_forward_proj!r} is not supported: "
-                "it must be 'relu' or 'gated-gelu'"
-            )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            if field.type is int and not (whole and value >= 1):
-                raise UserError(f"T5 {field.name} must be a whole number above 0, not {value!r}")
-        if self.relative_attention_num_buckets % 4:
-            raise UserError("T5 relative_attention_num_buckets must be a multiple of 4")
-        exact = self.relative_attention_num_buckets // 4  # distances with a bucket of their own
-        if self.relative_attention_max_distance <= exact:
-            raise UserError(
-                f"T5 relative_attention_max_distance must be above {exact}, a quarter of "
-                f"relative_attention_num_buckets, not {self.relative_attention_max_distance}"
-            )
-        epsilon = self.layer_norm_epsilon
-        if type(epsilon) not in (int, float) or not 0 < epsilon < math.inf:
-            raise UserError(f"T5 layer_norm_epsilon must be a number above 0, not {epsilon!r}")
+        check_fields(self, "T5 ")
+        buckets, most = self.relative_attention_num_buckets, self.relative_attention_max_distance
+        require(
+            (buckets % 4 == 0, "T5 relative_attention_num_buckets must be a multiple of 4"),
+            (
+                most > buckets // 4,  # distances with a bucket of their own
+                f"T5 relative_attention_max_distance must be above {buckets // 4}, a quarter of "
+                f"relative_attention_num_buckets, not {most}",
+            ),
+        )
 
     @property
     def gated(self) -> bool:

@@ -163,6 +163,10 @@ def _bias(shape: tuple[int, ...], axes: tuple) -> nnx.Param:
     return nnx.Param(jnp.zeros(shape), out_sharding=axes)
 
 
+def _biased(x_BTD: jax.Array, bias: nnx.Param) -> jax.Array:
+    return x_BTD + bias[...][None, None].astype(x_BTD.dtype)
+
+
 class LayerNorm(nnx.Module):
     def __init__(self, width: int):
         self.scale = nnx.Param(jnp.ones(width), out_sharding=("embed",))
@@ -200,8 +204,7 @@ class Attention(nnx.Module):
     def to_query(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] -> [B, T, N, H]."""
         query_BTNH = product(x_BTD, self.query[...].astype(x_BTD.dtype))
-        if self.biased:
-            query_BTNH = query_BTNH + self.query_bias[...][None, None].astype(x_BTD.dtype)
+        query_BTNH = _biased(query_BTNH, self.query_bias) if self.biased else query_BTNH
         return _over_heads(self.norm_query, query_BTNH) if self.normed else query_BTNH
 
     def to_key_value(self, x_BSD: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -219,14 +222,14 @@ class Attention(nnx.Module):
 
     def _with_bias_and_norm(self, key_BSNH, value_BSNH) -> tuple[jax.Array, jax.Array]:
         if self.biased:
-            key_BSNH = key_BSNH + self.key_bias[...][None, None].astype(key_BSNH.dtype)
-            value_BSNH = value_BSNH + self.value_bias[...][None, None].astype(value_BSNH.dtype)
+            key_BSNH = _biased(key_BSNH, self.key_bias)
+            value_BSNH = _biased(value_BSNH, self.value_bias)
         return _over_heads(self.norm_key, key_BSNH) if self.normed else key_BSNH, value_BSNH
 
     def to_out(self, x_BTNH: jax.Array) -> jax.Array:
         """[B, T, N, H] -> [B, T, D]."""
         x_BTD = product(x_BTNH, self.out[...].astype(x_BTNH.dtype), 2)
-        return x_BTD + self.out_bias[...][None, None].astype(x_BTD.dtype) if self.biased else x_BTD
+        return _biased(x_BTD, self.out_bias) if self.biased else x_BTD
 
 
 def _over_heads(norm: LayerNorm, x_BTNH: jax.Array) -> jax.Array:
@@ -247,10 +250,9 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         dtype = x_BTD.dtype
         hidden_BTF = product(x_BTD, self.up[...].astype(dtype))
-        if self.biased:
-            hidden_BTF = hidden_BTF + self.up_bias[...][None, None].astype(dtype)
+        hidden_BTF = _biased(hidden_BTF, self.up_bias) if self.biased else hidden_BTF
         x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype))
-        return x_BTD + self.down_bias[...][None, None].astype(dtype) if self.biased else x_BTD
+        return _biased(x_BTD, self.down_bias) if self.biased else x_BTD
 
 
 class Block(nnx.Module):
@@ -315,14 +317,10 @@ class Transformer(nnx.Module):
         self.embed = _gaussian(rngs.params(), (k, v + 1, d), d, (None, "vocab", "embed"))
         uniform = lambda key, shape, _: _uniform(key, shape, e)  # noqa: E731
         self.text_proj = nnx.Linear(
-            e,
-            d,
-            rngs=rngs,
-            kernel_init=uniform,
-            bias_init=uniform,
+            e, d, rngs=rngs, kernel_init=uniform, bias_init=uniform,
             kernel_metadata={"out_sharding": (None, "embed")},
             bias_metadata={"out_sharding": ("embed",)},
-        )
+        )  # fmt: skip
         self.blocks = stack(rngs, jnp.arange(1, config.num_layers + 1))
         self.norm_final = LayerNorm(d)
         self.heads = _gaussian(rngs.params(), (k, d, v), d, (None, "embed", "vocab"))
@@ -339,16 +337,11 @@ class Transformer(nnx.Module):
     ) -> TextKeys:
         """Projects T5 states to every layer's cross-attention keys and values.
 
-        Args:
-          states_BSE: text encoder states.
-          text_mask_BS: True at the tokens of the text; a row without any is unconditional.
-          num_zero_keys_B: see `cross_attention`; None is zero of them.
-          dtype: precision of the products.
+        `text_mask_BS` is True at the tokens of the text; a row without any is unconditional. For
+        `num_zero_keys_B` see `cross_attention`; None is zero of them.
         """
-        text_BSD = (
-            states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
-            + self.text_proj.bias[...][None, None].astype(dtype)
-        ) * text_mask_BS[..., None].astype(dtype)
+        text_BSD = states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
+        text_BSD = _biased(text_BSD, self.text_proj.bias) * text_mask_BS[..., None].astype(dtype)
         key, value = jax.vmap(lambda attn: attn.to_key_value(text_BSD))(self.blocks.cross_attn)
         if num_zero_keys_B is None:
             num_zero_keys_B = jnp.zeros(states_BSE.shape[0], jnp.int32)
@@ -366,7 +359,7 @@ class Transformer(nnx.Module):
         remat: Remat = "none",
         sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
-        """Everything below the heads.
+        """Everything below the heads: final-norm states [B, T, D].
 
         Args:
           codes_BKT: token ids 0..V, V where masked.
@@ -374,15 +367,11 @@ class Transformer(nnx.Module):
             with biases in attention: for all rows). Its dtype is the precision of the products.
           local: True for stages above 0.
           attend: `self_attention`, or that function with some of its arguments.
-          positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start; a
-            leading axis of 1 serves all rows.
+          positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start.
           past: keys and values of earlier steps, whose layer's `attend` is given as well.
           remat: what the backward pass recomputes, see `RunConfig.remat`.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
-
-        Returns:
-          final-norm states [B, T, D].
         """
         context = self.config.context(local)
         if positions_BTD is None:
@@ -438,9 +427,7 @@ class Transformer(nnx.Module):
           first: number of the first of these steps; may be traced.
           apart: from `layers_apart`: layers are then written out, and not a loop.
 
-        Returns:
-          final-norm states [B, T, D], from which the next steps are predicted, and the cache with
-          these steps in it.
+        Returns final-norm states [B, T, D], which predict the next steps, and the cache with these.
         """
         capacity = cache.key_LBNCH.shape[3]
         positions_TD = jax.lax.dynamic_slice_in_dim(
@@ -488,11 +475,9 @@ class Transformer(nnx.Module):
 
     def all_heads(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of every codebook, float32 [B, K, T, V]."""
+        heads_KDV = self.heads[...].astype(x_BTD.dtype)
         logits_BKTV = jnp.einsum(
-            "BTD,KDV->BKTV",
-            x_BTD,
-            self.heads[...].astype(x_BTD.dtype),
-            preferred_element_type=jnp.float32,
+            "BTD,KDV->BKTV", x_BTD, heads_KDV, preferred_element_type=jnp.float32
         )
         if self.config.head_bias:
             logits_BKTV = logits_BKTV + self.heads_bias[...][None, :, None]
@@ -516,14 +501,7 @@ def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> 
     Vectors are taken from their codebook's mean, brought to one size (elements of mean square 1),
     and projected at random to the model's width, lengths kept on average: an embedding of E
     numbers is sqrt(E) long, where a position is sqrt(D / 2). Heads are as long as random ones, 1.
-
-    Args:
-      params: from `init_params`.
-      vectors_KVE: from `encodec.codebook_vectors`; further codebooks are left out.
-      key: of the projections.
-
-    Returns:
-      `params` with another 'embed', whose id for 'masked' stays, and other 'heads'.
+    Codebooks beyond those of `params` are left out; the id for 'masked' keeps its embedding.
     """
     width = params["embed"].shape[-1]
     vectors_KVE = vectors_KVE - vectors_KVE.mean(1, keepdims=True)

@@ -58,8 +58,8 @@ def _integer(text: str, what: str) -> int:
     return int(text)
 
 
-def _told(what: str, coordinator: str, index: str, count: str) -> Start:
-    """A start that somebody typed; raises `UserError` for what cannot be."""
+def _told(what: str, coordinator: str, index: str, count: str) -> Start | None:
+    """A start that somebody typed, None of one process; `UserError` for what cannot be."""
     start = Start(
         coordinator.strip(),
         _integer(index, f"{what}: the process's index"),
@@ -69,26 +69,24 @@ def _told(what: str, coordinator: str, index: str, count: str) -> Start:
         raise UserError(f"{what}: the coordinator {coordinator!r} is not HOST:PORT")
     if start.index >= start.count:
         raise UserError(f"{what}: of {start.count} processes there is none of index {start.index}")
-    return start
+    return start if start.count > 1 else None
 
 
 def find(given: str | None, timeout: int) -> Start | None:
     """Who this process is among several; None where it is alone.
 
-    Args:
-      given: the option --distributed: 'auto' (or None), 'off', or 'HOST:PORT,INDEX,COUNT'.
-      timeout: seconds that JAX may wait for a coordinator's name to be known.
+    `given` is the option --distributed: 'auto' (or None), 'off', or 'HOST:PORT,INDEX,COUNT'. JAX
+    may wait `timeout` seconds for a coordinator's name to be known.
 
-    Raises:
-      UserError: the option or a variable is malformed or missing, or JAX cannot learn who is there.
+    Raises `UserError` where the option or a variable is malformed or missing, or JAX cannot learn
+    who is there.
     """
     if given == "off":
         return None
     if given not in (None, "auto"):
         if given.count(",") != 2:
             raise UserError(f"--distributed {given}: give auto, off, or HOST:PORT,INDEX,COUNT")
-        start = _told(f"--distributed {given}", *given.split(","))
-        return start if start.count > 1 else None
+        return _told(f"--distributed {given}", *given.split(","))
     coordinator, *numbers = map(os.environ.get, (COORDINATOR, PROCESS_ID, NUM_PROCESSES))
     if numbers != [None, None]:
         if None in (coordinator, *numbers):
@@ -96,8 +94,7 @@ def find(given: str | None, timeout: int) -> Start | None:
                 f"{COORDINATOR}, {PROCESS_ID} and {NUM_PROCESSES} go together: set all three; "
                 f"{ALONE}"
             )
-        start = _told(f"{COORDINATOR}, {PROCESS_ID}, {NUM_PROCESSES}", coordinator, *numbers)
-        return start if start.count > 1 else None
+        return _told(f"{COORDINATOR}, {PROCESS_ID}, {NUM_PROCESSES}", coordinator, *numbers)
     devices = os.environ.get("JAX_LOCAL_DEVICE_IDS")
     try:
         address, count, index, devices = ClusterEnv.auto_detect_unset_distributed_params(
@@ -148,23 +145,16 @@ def _give_up(start: Start, seconds: int) -> None:
 
 
 def start(
-    given: str | None = None,
-    say: Callable[[str], None] = print,
-    *,
-    timeout: int | None = None,
+    given: str | None = None, say: Callable[[str], None] = print, *, timeout: int | None = None
 ) -> None:
     """Joins the processes that run this program, if there are several; to be called first of all.
 
-    Nothing may have touched a device before. Does nothing alone, or when called again.
+    Nothing may have touched a device before. Does nothing alone, or when called again. `given` is
+    the option --distributed; `say` gets one line where there are several processes; `timeout` is
+    seconds to wait for the others, by default MAGNET_JAX_TIMEOUT, or 300.
 
-    Args:
-      given: the option --distributed, see `find`.
-      say: gets one line that says what was found, where there are several processes.
-      timeout: seconds to wait for the others; None is MAGNET_JAX_TIMEOUT, or 300.
-
-    Raises:
-      UserError: malformed settings, or a coordinator that cannot listen. Where some process never
-        comes, this one ends with such a line and status 2.
+    Raises `UserError` for malformed settings, or a coordinator that cannot listen. Where some
+    process never comes, this one ends with such a line and status 2.
     """
     if jax.distributed.is_initialized():
         return
@@ -264,9 +254,8 @@ def all_do(what: Callable[[], Any]) -> Any:
 def check_shared(folder: Path, patience: float = 10.0) -> None:
     """Raises `UserError`, in all processes, where they do not all see the same folder.
 
-    Args:
-      folder: that the first process can write to.
-      patience: seconds that a file system may take to show a file to all.
+    The first process must be able to write to it. A file system may take `patience` seconds to show
+    a file to all.
     """
 
     def leave() -> str:

@@ -55,11 +55,7 @@ def draw_noise(
 ) -> Noise:
     """Draws each row's randomness from (key, its own seed): neighbours and hosts change nothing.
 
-    Args:
-      key: the run's key.
-      seed_B: one integer a clip, new at every visit of the clip.
-      num_frames: T.
-      condition_dropout: probability that a row is trained without its text.
+    A clip has another seed at every visit.
     """
 
     def row(seed: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -126,13 +122,12 @@ def loss_fn(
     """The training loss of one stage (sections 2 and 3.1), summed over a batch.
 
     Args:
-      params: the transformer's parameters.
-      states_BSE: text encoder states.
+      params, states_BSE: of the transformer, and from the text encoder.
       batch: text_mask_BS, which states are tokens; codes_BKT, true tokens; valid_BT, which frames
         are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      trunk: attend, remat, sharding and more, see `Transformer.trunk`.
+      trunk: attend, remat, sharding, see `Transformer.trunk`.
 
     Returns:
       the sum of the cross-entropies in nats, and each row's share of it.

@@ -91,12 +91,7 @@ def peak_bytes(
 
 
 def parts_to_try(batch_size: int, clips_per_device: int, mesh: jax.sharding.Mesh) -> list[int]:
-    """In how many equal parts a batch may be computed, fewest first.
-
-    Args:
-      batch_size: clips on all devices.
-      clips_per_device: `RunConfig.clips_per_device`; 0 leaves the number of parts open.
-      mesh: of the run.
+    """In how many equal parts a batch, of all devices, may be computed, fewest first.
 
     Raises `UserError` for a batch that the mesh cannot share.
     """
@@ -123,22 +118,10 @@ def choose(
     """A run's settings on the smallest `mesh.fsdp` and in the fewest parts that fit, and its peak.
 
     The steps are compiled, and have to fit as the compiler measures them. All processes of a run
-    call this together, with the same arguments.
+    call this together, with the same arguments. `device` is the bytes that each device has; None
+    asks nobody, takes the first choice and gives no peak. `say` gets a line before a compilation.
 
-    Args:
-      config: of the run.
-      t5_config: of its text encoder.
-      dtype: of activations.
-      num_frames: frames of a clip.
-      device: bytes that each device has; None asks nobody, and takes the first choice.
-      devices: of the run; all there are by default.
-      say: gets a line before something is compiled.
-
-    Returns:
-      the settings, and bytes that a step takes of a device, None where `device` is.
-
-    Raises:
-      UserError: mesh, model and batch do not go together, or no mesh has room for a step.
+    Raises `UserError` where mesh, model and batch do not go together, or no mesh has room.
     """
     batch, text_tokens, tried = config.data.batch_size, config.text.max_tokens, ""
     choices = sharding.mesh_choices(config.mesh, len(devices or jax.devices()))

@@ -32,14 +32,12 @@ def check_data_fits(config: RunConfig, spec: CodecSpec) -> None:
             "hybrid alone: give --objective hybrid"
         )
     model = config.model
-    if spec.interleaved and spec.num_codebooks != model.num_codebooks:
-        raise UserError(pipeline.not_all_of_stereo(config.data.path, spec, model.num_codebooks))
-    if spec.codebook_size != model.codebook_size or spec.num_codebooks < model.num_codebooks:
+    pipeline.check_codebooks(config.data.path, spec, model.num_codebooks)
+    if spec.codebook_size != model.codebook_size:
         raise UserError(
             f"{config.data.path} holds {spec.num_codebooks} codebooks of {spec.codebook_size} "
             f"(codec {spec.source}), the model wants {model.num_codebooks} of "
-            f"{model.codebook_size}: set --model.num-codebooks and --model.codebook-size, or "
-            "tokenize with the model's codec"
+            f"{model.codebook_size}: set --model.codebook-size, or tokenize with the model's codec"
         )
     if sampling.segment_frames(config, spec) < model.span_length:
         raise UserError(

@@ -8,7 +8,6 @@ above.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +63,7 @@ def make_settings(
     if config.model.kind == "hybrid" and config.kernels != KernelConfig():
         raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
     kernels = choose_kernels(
-        config.kernels,
-        mesh.devices.flat[0].platform,
-        config.model,
-        num_frames,
-        dtype,
+        config.kernels, mesh.devices.flat[0].platform, config.model, num_frames, dtype
     )
     if "splash" in (kernels.full, kernels.local) and mesh.size > 1:
         raise UserError("attention kernel splash cannot be split over several devices")
@@ -91,24 +86,17 @@ def make_settings(
 
 
 def init_state(settings: StepSettings, key: jax.Array, given: dict) -> dict:
-    """Parameters, their average and the optimizer's moments at step 0. Traceable.
+    """'params', their average 'ema' and the optimizer's moments 'opt' at step 0. Traceable.
 
-    Args:
-      settings: of the run.
-      key: the run's.
-      given: parameters to start from: 'text' of the text encoder and, of a run that begins with
-        another model, 'lm'.
-
-    Returns:
-      'params', 'ema' and 'opt'. Parameters are what is trained: 'lm' and perhaps 'text', or
-      adapters alone, 'lora'.
+    Parameters are what is trained: 'lm' and perhaps 'text', or adapters alone, 'lora'. `given` are
+    those to start from: 'text' and, of a run that begins with another model, 'lm'.
     """
     if settings.lora.rank:
         params = {"lora": lora.init_adapters(settings.lora, settings.model, key)}
+    elif "lm" in given:
+        params = {"lm": given["lm"]}
     else:
-        params = {
-            "lm": given["lm"] if "lm" in given else transformer.init_params(settings.model, key)
-        }
+        params = {"lm": transformer.init_params(settings.model, key)}
     if settings.train_text:
         params["text"] = given["text"]
     return {
@@ -188,27 +176,17 @@ def loss_fn(
     states_BSE = t5.encode(
         text, settings.t5, batch["text_ids_BS"], batch["text_mask_BS"], dtype=settings.dtype
     )
-    trunk: dict[str, Any] = dict(
-        remat=settings.remat,
-        sharding=sharding.batch_sharding(settings.mesh),
-    )
     if settings.model.kind == "hybrid":
         of_model = hybrid_objective.loss_fn
     else:
-        of_model = objective.loss_fn
         near = settings.model.context(local) is not None
-        trunk["attend"] = with_kernels(settings.kernels, near=near)
+        attend = with_kernels(settings.kernels, near=near)
+        of_model = functools.partial(objective.loss_fn, attend=attend)
     return of_model(
-        lm,
-        states_BSE,
-        batch,
-        noise,
-        stage,
-        config=settings.model,
-        local=local,
-        dtype=settings.dtype,
-        **trunk,
-    )
+        lm, states_BSE, batch, noise, stage, config=settings.model, local=local,
+        dtype=settings.dtype, remat=settings.remat,
+        sharding=sharding.batch_sharding(settings.mesh),
+    )  # fmt: skip
 
 
 def _in_parts(batch: dict, settings: StepSettings) -> dict:
@@ -228,10 +206,9 @@ def batch_gradients(
 ) -> tuple[dict, LossAux]:
     """Gradients of the whole batch's mean loss, split as `shardings`, and its sums.
 
-    `loss_fn` of (params, part of a batch) gives the sum of the part's losses, and each row's.
-
-    The parts' gradients of sums are added up and divided once, by the tokens of all: exactly those
-    of the batch computed whole, but for rounding, however unequal the parts are.
+    `loss_fn` of (params, part of a batch) gives the sum of the part's losses, and each row's. The
+    gradients of sums are added up and divided once, by the tokens of all parts: those of the batch
+    computed whole, but for rounding, however unequal the parts are.
     """
 
     def gradient(params: dict, part: dict) -> tuple[dict, LossAux]:
@@ -270,14 +247,13 @@ def train_step(
     Args:
       state: from `init_state`, donated.
       frozen: the parameters that are not trained (`frozen_shardings`).
-      batch: codes_BKT, valid_BT, text_ids_BS, text_mask_BS, seed_B.
+      batch: `INPUTS`.
       key: the run's key.
       stage: codebook to predict; `local` must be `stage > 0`.
 
     Returns:
-      the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also losses and accuracies
-      of both halves, with D-Adaptation also 'd'; and for `watch.Window`, which sees by
-      them that a step is not finite, 'sum_nll' and 'param_norm', of the new parameters.
+      the new state and {'loss', 'accuracy', 'grad_norm'}, of a hybrid also those of both halves,
+      with D-Adaptation 'd'; for `watch.Window.check_finite` 'sum_nll' and the new 'param_norm'.
     """
 
     def part_loss(params: dict, part: dict) -> tuple[jax.Array, LossAux]:

@@ -124,11 +124,8 @@ class Window:
         """Raises `UserError` that names the first step, up to `step`, at which training diverged.
 
         Waits for the steps to finish. An optimizer may leave out a step whose gradient is NaN, so
-        that nothing of it is to be seen later on.
-
-        Args:
-          step: the last one that was added.
-          saved: that of the newest checkpoint; 0 is none.
+        that nothing of it is to be seen later on. `step` is the last one that was added, `saved`
+        that of the newest checkpoint, or 0.
         """
         numbers = jax.device_get(self.unchecked)
         self.unchecked = []
@@ -145,12 +142,11 @@ class Window:
         means = {k: _mean(losses) for k, losses in sorted(self.losses.items())}
         seconds = time.perf_counter() - self.started
         clips = sum(map(len, self.losses.values())) * batch_size
-        values = {f"train/loss_{codebook}": mean for codebook, mean in means.items()} | {
-            "train/loss": np.mean(list(means.values())),
-            "speed/frames_per_second": clips * frames / seconds,
-            "speed/wait_for_data_share": self.waited / seconds,
-        }
+        values = {f"train/loss_{codebook}": mean for codebook, mean in means.items()}
         values |= {f"train/{name}": _mean(losses) for name, losses in self.halves.items()}
+        values["train/loss"] = np.mean(list(means.values()))
+        values["speed/frames_per_second"] = clips * frames / seconds
+        values["speed/wait_for_data_share"] = self.waited / seconds
         device = settings.mesh.devices.flat[0]
         if (chip := chips.chip_of(device)) is not None:
             trained = [len(self.losses[k]) for k in range(settings.model.num_codebooks)]

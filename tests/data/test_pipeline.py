@@ -197,8 +197,8 @@ def test_pipeline_can_be_pickled(tokenizer):
 
 
 def merged(count=4000, description="An Irish tune.", info=INFO, **probabilities):
-    rng = np.random.default_rng(0)
-    return [pipeline.merge_text(description, info, rng, **probabilities) for _ in range(count)]
+    rng, config = np.random.default_rng(0), DataConfig(**probabilities)
+    return [pipeline.merge_text(description, info, rng, config) for _ in range(count)]
 
 
 def test_one_of_several_captions_is_drawn_at_each_visit(tokenizer):

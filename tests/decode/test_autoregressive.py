@@ -11,7 +11,7 @@ import tiny
 from magnet_jax.config import ModelConfig
 from magnet_jax.decode import autoregressive, choose
 from magnet_jax.errors import UserError
-from magnet_jax.model import patterns, teacher_forcing, transformer
+from magnet_jax.model import patterns, transformer
 
 SMALL = ModelConfig(
     kind="musicgen", num_codebooks=3, codebook_size=32, width=16, num_heads=4, num_layers=2,
@@ -72,12 +72,12 @@ def test_impossible_delays_are_refused(delays):
 
 def test_a_prediction_depends_on_earlier_steps_alone(params):
     codes_BKT = codes(1, 10)
-    run = functools.partial(teacher_forcing.teacher_forced, params, *texts(1), config=SMALL)
-    before, valid_KT = run(codes_BKT)
+    run = functools.partial(tiny.teacher_forced, params, *texts(1), config=SMALL)
+    before, valid_KT = run(codes_BKT=codes_BKT)
     step_KT = np.arange(10)[None] + np.asarray(SMALL.delays)[:, None]
     for k in range(3):
         t = 5
-        after, _ = run(codes_BKT.at[0, k, t].add(1))
+        after, _ = run(codes_BKT=codes_BKT.at[0, k, t].add(1))
         changed_KT = np.asarray((before != after).any(-1)[0]) & valid_KT
         # The code stands at step t + delay + 1, and is read from then on.
         np.testing.assert_array_equal(changed_KT, valid_KT & (step_KT > t + SMALL.delays[k]))
@@ -85,7 +85,7 @@ def test_a_prediction_depends_on_earlier_steps_alone(params):
 
 def test_one_step_at_a_time_gives_the_logits_of_one_pass(params):
     codes_BKT, frames = codes(2, 9), 9
-    expected, valid_KT = teacher_forcing.teacher_forced(params, *texts(2), codes_BKT, config=SMALL)
+    expected, valid_KT = tiny.teacher_forced(params, *texts(2), codes_BKT=codes_BKT, config=SMALL)
     steps_BKS = patterns.to_steps(codes_BKT, SMALL.delays, SMALL.mask_id, frames)
 
     @jax.jit
@@ -123,7 +123,7 @@ def generate(params, samples, *, seed=0, choice="top_k", limit=5.0, prompt=None,
 
 def test_greedy_tokens_are_the_most_probable_of_their_own_logits(params):
     codes_BKT = generate(params, [0], choice="greedy", guidance=1.0)
-    logits, valid_KT = teacher_forcing.teacher_forced(params, *texts(1), codes_BKT, config=SMALL)
+    logits, valid_KT = tiny.teacher_forced(params, *texts(1), codes_BKT=codes_BKT, config=SMALL)
     np.testing.assert_array_equal(
         np.asarray(logits.argmax(-1))[:, valid_KT], np.asarray(codes_BKT)[:, valid_KT]
     )

@@ -317,7 +317,9 @@ def test_the_rest_sees_what_it_saw_in_training(params):
             num_given=0, num_frames=4, whole=False, choice="greedy", guided=False
         )
         assert beginning.num_steps(MODEL.delays) == prompt_steps
-        network = hybrid._network_after(MODEL, params, text, cache, beginning, tiny.task(codes_BKT))
+        network = hybrid._network_after(
+            MODEL, params, text, text, cache, beginning, tiny.task(codes_BKT)
+        )
         found = network.trunk(codes_BKT, stage=stage, local=local, guided=False, first_B=None)
         attend = functools.partial(
             attention.hybrid_attention, first_B=jnp.full(2, prompt_steps),

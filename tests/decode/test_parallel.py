@@ -173,15 +173,13 @@ def test_without_a_restricted_context_nothing_is_cut():
     decoding = DecodeConfig(steps=(3, 3), greedy=True)
 
     def tokens(local_context, savings, kernels, first_context=0):
-        reach = model.num_layers * local_context or None
+        reach = model.num_layers * local_context * savings.last_window or None
         generate = functools.partial(
             magnet.generate,
             config=dataclasses.replace(
                 model, local_context=local_context, first_context=first_context
             ),
-            rules=tiny.rules(
-                decoding, 3, model.mask_id, reach=reach, last_window=savings.last_window
-            ),
+            rules=tiny.rules(decoding, 3, model.mask_id, reach=reach),
             kernels=kernels,
             savings=savings,
         )

@@ -420,8 +420,8 @@ def test_clips_are_the_same_on_a_mesh(loaded, musicgen, kind):
         (
             {"sha256": "1" * 64},
             {},
-            "and the model learnt the tokens of two codecs called embedded .32000 Hz., whose "
-            "weights differ",
+            "learnt the tokens of codec embedded .32000 Hz., the model those of embedded .32000 "
+            "Hz., whose weights differ",
         ),
         (
             {"interleaved": True, "channels": 2},

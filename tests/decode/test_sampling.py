@@ -182,14 +182,14 @@ def test_presets_name_decoding_steps():
 
 def test_kernels_asked_for_are_used(loaded, monkeypatch):
     used = []
-    self_attention = kernels.self_attention
+    attend = kernels.attend
 
     def spy(*qkv, kernel, context, **settings):
         used.append((context, kernel))
-        return self_attention(*qkv, kernel=kernel, context=context, **settings)
+        return attend(*qkv, kernel=kernel, context=context, **settings)
 
     default = clips(loaded).codes_BKT
-    monkeypatch.setattr(kernels, "self_attention", spy)
+    monkeypatch.setattr(kernels, "attend", spy)
     programs.forget()
     jax.clear_caches()  # or what was traced before would be taken
     execution = placement.Execution(kernels=KernelConfig(full="blocks", local="slices"))

@@ -38,7 +38,7 @@ def assert_equal_where_frames_exist(found, expected, length, atol=3e-6):
 @pytest.mark.parametrize("context", [None, 1, 5])
 def test_kernels_equal_plain_attention(kernel, num_frames, context):
     qkv = tuple(heads(i, 2, num_frames) for i in range(3))
-    found = kernels.self_attention(*qkv, context=context, kernel=kernel, block=16)
+    found = kernels.attend(*qkv, context=context, kernel=kernel, block=16)
     expected = plain_attention(*qkv, context, num_frames)
     assert_equal_where_frames_exist(found, expected, num_frames)
 
@@ -47,7 +47,7 @@ def test_kernels_equal_plain_attention(kernel, num_frames, context):
 @pytest.mark.parametrize("length", [500, [500, 341]])
 def test_cudnn_equals_plain_attention(length):
     qkv = tuple(heads(i, 2, 500, 4, 64).astype(jnp.bfloat16) for i in range(3))
-    found = kernels.self_attention(*qkv, context=None, kernel="cudnn", length=jnp.asarray(length))
+    found = kernels.attend(*qkv, context=None, kernel="cudnn", length=jnp.asarray(length))
     exact = tuple(x.astype(jnp.float32) for x in qkv)
     expected = plain_attention(*exact, None, length)
     assert_equal_where_frames_exist(found.astype(jnp.float32), expected, length, atol=2e-2)
@@ -60,9 +60,7 @@ def test_frames_past_the_end_are_not_attended_to(kernel, context, length):
     """One compiled program for all lengths, a number for all rows or one for each."""
     qkv = tuple(heads(i, 2, 70) for i in range(3))
     run = jax.jit(
-        lambda length: kernels.self_attention(
-            *qkv, context=context, kernel=kernel, length=length, block=16
-        )
+        lambda length: kernels.attend(*qkv, context=context, kernel=kernel, length=length, block=16)
     )
     found = run(jnp.asarray(length))
     expected = plain_attention(*qkv, context, length)
@@ -74,7 +72,7 @@ def test_frames_past_the_end_are_not_attended_to(kernel, context, length):
 def test_splash_attention_equals_plain_attention(context, length):
     """In interpret mode."""
     qkv = tuple(heads(i, 2, 130, size=64) for i in range(3))
-    found = kernels.self_attention(
+    found = kernels.attend(
         *qkv, context=context, kernel="splash", length=jnp.asarray(length), interpret=True
     )
     expected = plain_attention(*qkv, context, length)
@@ -90,7 +88,7 @@ def test_frames_split_over_devices_attend_as_on_one(kernel, context):
     split = jax.sharding.PartitionSpec(None, "frames")
     found = jax.jit(
         jax.shard_map(
-            lambda *qkv: kernels.self_attention(
+            lambda *qkv: kernels.attend(
                 *qkv, context=context, kernel=kernel, axis="frames", length=60, block=16
             ),
             mesh=mesh,
@@ -110,7 +108,7 @@ def test_gradients_of_local_attention_equal_plain_attentions(block):
     def total(attend):
         return jax.grad(lambda *qkv: (weight * attend(*qkv)).sum(), argnums=(0, 1, 2))(*qkv)
 
-    fast = total(lambda *qkv: kernels.self_attention(*qkv, context=5, kernel="blocks", block=block))
+    fast = total(lambda *qkv: kernels.attend(*qkv, context=5, kernel="blocks", block=block))
     for one, other in zip(fast, total(lambda *qkv: plain_attention(*qkv, 5, 45))):
         np.testing.assert_allclose(one, other, atol=5e-6)
 
@@ -120,7 +118,7 @@ def test_attention_in_blocks_never_holds_a_square_array(context):
     num_frames = 1500
     shape = jax.ShapeDtypeStruct((1, num_frames, 2, 8), jnp.float32)
     compiled = jax.jit(
-        lambda *qkv: kernels.self_attention(*qkv, context=context, kernel="blocks", block=32)
+        lambda *qkv: kernels.attend(*qkv, context=context, kernel="blocks", block=32)
     )
     memory = compiled.lower(shape, shape, shape).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_frames * num_frames * 4 / 2
