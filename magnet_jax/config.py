@@ -372,6 +372,9 @@ class EditConfig:
     those of a blank clip however little is hidden."""
     steps: Literal["auto", "all"] = "auto"
     """Fewer steps for fewer spans, or as many as for a whole clip."""
+    replay: Share | None = None
+    """Say a clip once more under another text, with the chance that made it (`choose.replay`); the
+    share of tokens that are drawn anew."""
 
     def __post_init__(self):
         check_fields(self, "edit.")

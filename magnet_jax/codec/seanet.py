@@ -70,17 +70,45 @@ def decode(
     Raises:
       ValueError: a wrong shape, or codes that are no integers.
     """
+    x_BTC = features(params, codes_BKT, config=config, length=length, lstm_rows=lstm_rows)
+    wav_BCN = samples(params, x_BTC, config=config, length=length, piece=piece)
+    return wav_BCN.reshape(len(codes_BKT), -1, wav_BCN.shape[-1])
+
+
+def features(
+    params: Params,
+    codes_BKT: jax.Array,
+    *,
+    config: SeanetConfig,
+    length: jax.Array | int | None = None,
+    lstm_rows: int = 1,
+) -> jax.Array:
+    """The LSTM's output [B, T, C], from which `samples` makes audio, frames near each other alone.
+
+    Arguments and errors are those of `decode`. Interleaved stereo has two rows for each clip, left
+    and right.
+    """
     num_codebooks = params["codebooks"].shape[0]
     if codes_BKT.ndim == 3 and codes_BKT.shape[1] == 2 * num_codebooks:
-        how = {"config": config, "length": length, "lstm_rows": lstm_rows, "piece": piece}
-        return decode(params, split_sides(codes_BKT, 2), **how).reshape(len(codes_BKT), 2, -1)
+        codes_BKT = split_sides(codes_BKT, 2)
     if codes_BKT.ndim != 3 or codes_BKT.shape[1] != num_codebooks or 0 in codes_BKT.shape:
         raise ValueError(f"codes_BKT {codes_BKT.shape}: expected [B, {num_codebooks}, T]")
     if not jnp.issubdtype(codes_BKT.dtype, jnp.integer):
         raise ValueError(f"codes_BKT: expected integers, not {codes_BKT.dtype}")
     x_BTC = _masked(_look_up(params["codebooks"], codes_BKT), length)
     x_BTC = _convolve(x_BTC, params["first"], config, length)
-    x_BTC = _masked(_lstm(x_BTC, params["lstm"], lstm_rows), length)
+    return _masked(_lstm(x_BTC, params["lstm"], lstm_rows), length)
+
+
+def samples(
+    params: Params,
+    x_BTC: jax.Array,
+    *,
+    config: SeanetConfig,
+    length: jax.Array | int | None = None,
+    piece: int | None = None,
+) -> jax.Array:
+    """Audio [B, C, T * hop] of the LSTM's output [B, T, C]; arguments are those of `decode`."""
     frames, around = x_BTC.shape[1], reach(config)
     window = 2 * around + (piece or frames)
     if window >= frames or config.norm_type == "time_group_norm":

@@ -198,11 +198,9 @@ def predict_within(
     task: Task,
     codes_BKT: jax.Array,
     row: Schedule,
+    *,
     begin_B: jax.Array,
     count: int,
-    guided: bool,
-    *,
-    span_B: jax.Array,
     guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """`predict` of `count` frames a row at a local stage, from the frames that they can see.

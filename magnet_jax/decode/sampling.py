@@ -73,6 +73,11 @@ class Batch:
     on_step: Callable[[int, int], None] | None = None
 
     @property
+    def replays(self) -> bool:
+        """Whether the second half of the clips says the first half's tokens under other texts."""
+        return self.editing is not None and self.editing.replay is not None
+
+    @property
     def num_frames(self) -> int:
         return self.canvas.codes_BKT.shape[-1]
 
@@ -158,9 +163,12 @@ def generate(
             )
         if RescoreConfig(weight=rescorer.weight).weight == 0:
             rescorer = None
+    replays = editing is not None and editing.replay is not None
+    if replays and (execution.mesh.num_devices > 1 or model.autoregressive or rescorer is not None):
+        raise UserError("replay is for a MAGNeT on one device, without a rescorer")
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
-        sample_B=np.arange(first_sample, first_sample + count),
+        sample_B=first_sample + np.arange(count) % (count // 2 if replays else count),
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
@@ -316,6 +324,10 @@ def make_program(
         inputs = inputs._replace(first_B=fill(canvas.extent(batch.canvas)[0]))
     if batch.editing is not None and batch.editing.anneal == "rate":
         inputs = inputs._replace(min_guidance=np.float32(decode.min_guidance))
+    if batch.replays:
+        inputs = inputs._replace(
+            replayed_BKT=inputs.canvas.codes_BKT, limit=np.float32(batch.editing.replay)
+        )
     if batch.rescorer is not None:
         inputs = inputs._replace(
             rescorer=batch.rescorer.params,
@@ -378,6 +390,7 @@ def _make_sampler(
         guided=guided,
         reach=reach,
         order=decode.order,
+        first_codebook=0 if model.autoregressive else canvas.given_below(batch.canvas),
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
@@ -386,7 +399,8 @@ def _make_sampler(
             rules,
             given_have_say=False,
             above_hidden=batch.editing.above == "hidden",
-            first_codebook=canvas.given_below(batch.canvas),
+            # What replays goes the same way through both halves.
+            order="halton" if batch.replays else rules.order,
         )
         size = canvas.extent(batch.canvas)[1]
         if size and rules.reach is not None and shards == 1:

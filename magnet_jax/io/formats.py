@@ -197,7 +197,7 @@ def _open(
         return _open_ogg(open_file, file, stack)
     if _STREAM.match(head):
         return _open_stream(path, open_file, file, stack)
-    samples = _find_samples(file)
+    samples = find_samples(file)
     if (at := _second_header(file, samples)) is not None:
         first, second = (
             functools.partial(_open_part, path, functools.partial(view, open_file, *part))
@@ -446,7 +446,7 @@ _TRAILING_BYTES = 2**20  # that they take at most
 _JUNK = 512  # bytes behind the sound that are no more than a tag
 
 
-def _find_samples(file: BinaryIO) -> _Samples | None:
+def find_samples(file: BinaryIO) -> _Samples | None:
     """Where the sound of a format of chunks or of an AU file lies; None for other formats."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
