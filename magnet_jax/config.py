@@ -372,6 +372,16 @@ class EditConfig:
     those of a blank clip however little is hidden."""
     steps: Literal["auto", "all"] = "auto"
     """Fewer steps for fewer spans, or as many as for a whole clip."""
+    edge: Literal["outside", "inside"] = "outside"
+    """Make all of a region new, and change a little around it as well; or change no sample outside
+    the region, and make a little less of it new."""
+    fade: Annotated[float, Between(0, 10)] = 0.03
+    """Seconds of the cross-fades between an edit and a file that was not made here."""
+    side: Literal["fade", "keep"] = "fade"
+    """What becomes of the difference between channels where the codec is mono: take it away within
+    a region, or keep it."""
+    context: Positive = 4.0
+    """Seconds of a clip that are heard while it is made longer."""
     replay: Share | None = None
     """Say a clip once more under another text, with the chance that made it (`choose.replay`); the
     share of tokens that are drawn anew."""

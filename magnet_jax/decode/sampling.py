@@ -31,6 +31,7 @@ from magnet_jax.config import (
     RescoreConfig,
     RunConfig,
     SamplingConfig,
+    SamplingMeshConfig,
 )
 from magnet_jax.decode import autoregressive, canvas, choose, placement
 from magnet_jax.decode import schedule as schedules
@@ -164,7 +165,8 @@ def generate(
         if RescoreConfig(weight=rescorer.weight).weight == 0:
             rescorer = None
     replays = editing is not None and editing.replay is not None
-    if replays and (execution.mesh.num_devices > 1 or model.autoregressive or rescorer is not None):
+    split = execution.mesh != SamplingMeshConfig()
+    if replays and (split or model.autoregressive or rescorer is not None):
         raise UserError("replay is for a MAGNeT on one device, without a rescorer")
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
