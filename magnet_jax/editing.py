@@ -104,7 +104,7 @@ class Drafts(NamedTuple):
     """Clips made in few steps, to pick from."""
 
     wav_BCN: np.ndarray
-    tokens_BKT: np.ndarray
+    tokens_BKT: np.ndarray  # of whole spans, of which the last may end after the clip
     texts: list[str]
     seed: int
 
@@ -214,9 +214,9 @@ class Editing:
         lead = round(more[0] * source.sample_rate / rate)
         count = len(source.samples_NC)
         # A clip may end within its last frame.
-        total = lead + (
-            count if not more[1] else round((old + more[1]) * source.sample_rate / rate)
-        )
+        total = lead + count
+        if more[1]:
+            total = lead + round((old + more[1]) * source.sample_rate / rate)
         codes_BKT = np.stack([clip.codes_KT for clip in clips])
         codes_BKT = np.pad(codes_BKT, ((0, 0), (0, 0), more))
         made_BKT = self._drawn_out(
@@ -401,13 +401,14 @@ class Editing:
 
         Codebooks above the first get a step each. `refine` gives a draft all its steps.
         """
-        texts = [
-            text for text in ([""] if descriptions is None else descriptions) for _ in range(n)
-        ]
+        texts = [""] if descriptions is None else descriptions
+        texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps
         few = self._with(steps=(steps[0], *(1 for _ in steps[1:])))
-        made = self._generated(texts, None, few, seed, progress, decoder=self.decoder)
-        return Drafts(made.wav_BCN, made.codes_BKT, texts, seed)
+        made = self._generated(
+            texts, None, few, seed, progress, num_frames=self._whole_frames, decoder=self.decoder
+        )
+        return Drafts(self._cut(made.wav_BCN), made.codes_BKT, texts, seed)
 
     @checked
     def refine(self, drafts: Any, picks: Sequence[int], progress: bool = False):
@@ -432,10 +433,10 @@ class Editing:
             given_1KT[:, 0] = True
             made = self._generated(
                 [drafts.texts[pick]], Canvas(codes_1KT, given_1KT), self.generation, drafts.seed,
-                progress, decoder=self.decoder, first_sample=pick,
+                progress, num_frames=codes_1KT.shape[-1], decoder=self.decoder, first_sample=pick,
             )  # fmt: skip
-            wavs.append(made.wav_BCN)
-            codes.append(made.codes_BKT)
+            wavs.append(self._cut(made.wav_BCN))
+            codes.append(made.codes_BKT[..., : self._num_frames])
         return np.concatenate(wavs), np.concatenate(codes)
 
     # --- clips ------------------------------------------------------------------------------------
@@ -520,6 +521,19 @@ class Editing:
         return sampling.segment_frames(self.loaded.config, self.loaded.codec)
 
     @property
+    def _num_frames(self) -> int:
+        return max(1, round(self.duration * self.frame_rate))
+
+    @property
+    def _whole_frames(self) -> int:
+        """Frames that are computed for a clip, the last span of which may be cut."""
+        return sampling.decoded_frames(self.loaded.config.model, self._decode, self._num_frames)[1]
+
+    def _cut(self, wav_BCN: np.ndarray) -> np.ndarray:
+        """Audio of `_whole_frames` as long as a clip."""
+        return wav_BCN[..., : round(self._num_frames * self.sample_rate / self.frame_rate)]
+
+    @property
     def _decode(self):
         hybrid = isinstance(self.generation, HybridConfig)
         return self.generation.decode if hybrid else self.generation
@@ -530,10 +544,8 @@ class Editing:
         return dataclasses.replace(self.generation, decode=decode) if hybrid else decode
 
     def _generated(
-        self, texts, given, generation, seed, progress, *, num_frames=None, **more
+        self, texts, given, generation, seed, progress, *, num_frames, **more
     ) -> sampling.Generated:
-        if num_frames is None:
-            num_frames = max(1, round(self.duration * self.frame_rate))
         with self._listening(progress) as on_step:
             return sampling.generate(
                 self.loaded, texts, num_frames=num_frames, decoding=generation, seed=seed,
@@ -548,7 +560,7 @@ class Editing:
         num_frames = codes_BKT.shape[-1]
         window = min(self._window, num_frames)
         free_BT = free_BKT.any(1)
-        firsts, edges = [], []
+        firsts = []
         for free_T in free_BT:
             places = np.flatnonzero(free_T)
             begin, end = (places[0], places[-1] + 1) if len(places) else (0, 0)
@@ -558,12 +570,10 @@ class Editing:
                     f"model hears {window / self.frame_rate:g} s at once: edit in parts"
                 )
             firsts.append(int(np.clip((begin + end - window) // 2, 0, num_frames - window)))
-            edges.append((begin, end))
-        cut = (
-            lambda x_BKT: np.stack(  # noqa: E731
-                [x_KT[:, first : first + window] for x_KT, first in zip(x_BKT, firsts)]
-            )
-        )
+
+        def cut(x_BKT: np.ndarray) -> np.ndarray:
+            return np.stack([x[:, first : first + window] for x, first in zip(x_BKT, firsts)])
+
         canvas = Canvas(cut(codes_BKT), ~cut(free_BKT))
         if originals is not None:
             texts = [*originals, *texts]
@@ -669,14 +679,11 @@ class Editing:
         longer_KT = made_KT[:, more[0] :]
         pieces = []
         if more[1]:
-            pieces += splice.spliced(
-                self._splicer, clip.codes_KT, longer_KT, [(old, len(longer_KT.T))]
-            )
+            new = old, longer_KT.shape[1]
+            pieces += splice.spliced(self._splicer, clip.codes_KT, longer_KT, [new])
         if more[0]:
-            hop = self._splicer.config.hop
-            pieces = [
-                piece._replace(first_sample=piece.first_sample + more[0] * hop) for piece in pieces
-            ]
+            later = more[0] * self._splicer.config.hop
+            pieces = [p._replace(first_sample=p.first_sample + later) for p in pieces]
             pieces = splice.spliced(self._splicer, longer_KT, made_KT, [(0, more[0])]) + pieces
         return self._pasted(clip, pieces, ends, before=lead, total=total)
 
@@ -705,13 +712,15 @@ def _as_held(samples_NC: np.ndarray, source: Source) -> np.ndarray:
 
 def _regions_of(regions: Any, count: int) -> list[list[tuple[float, float | None]]]:
     """Regions of each clip, from those of all, or from a list for each."""
+
+    def seconds(one: Any) -> list[tuple[float, float | None]]:
+        return [(float(a), None if b is None else float(b)) for a, b in one]
+
     try:
-        each = [[(float(a), None if b is None else float(b)) for a, b in regions]] * count
+        each = [seconds(regions)] * count
     except (TypeError, ValueError):
         try:
-            each = [
-                [(float(a), None if b is None else float(b)) for a, b in one] for one in regions
-            ]
+            each = [seconds(one) for one in regions]
         except (TypeError, ValueError):
             raise UserError(
                 "regions must be (begin, end) in seconds, such as [(2, 4.5), (7, None)], or a list "
