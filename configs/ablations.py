@@ -1,6 +1,6 @@
 """The ablations of the paper, all of music_small_10s: section 5.3, Table 2, Table 6 and Fig. 7.
 
-python -m launch.train --config music_small_10s_span5_full --data.path DATA --out RUN
+python -m launch.train --config music_small_10s_span5_full --data DATA --out RUN
 
     music_small_10s_span{1,2,3,4,5,10}        Table 2: frames in a masked span
     music_small_10s_span{1,2,3,4,5,10}_full   Table 2: without the restricted context

@@ -1,6 +1,6 @@
 """A model of 2 M parameters on the shipped clips, for `make demo`: minutes on two CPU cores.
 
-python -m launch.train --config demo --data.path demo/tokens --out demo/run
+python -m launch.train --config demo --data demo/tokens --out demo/run
 """
 
 from magnet_jax.config import (

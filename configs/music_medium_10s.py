@@ -1,6 +1,6 @@
 """MAGNeT large (AudioCraft: medium), text to music, 10 s: 1.8 G parameters, batch 576 clips.
 
-python -m launch.train --config music_medium_10s --data.path DATA --out RUN
+python -m launch.train --config music_medium_10s --data DATA --out RUN
 
 The paper's 1.5 G do not count cross-attention. Its width, heads and layers are AudioCraft's.
 """

@@ -1,6 +1,6 @@
 """MAGNeT small, text to music, 10 s (section 4): 420 M parameters, batch 576 clips.
 
-python -m launch.train --config music_small_10s --data.path DATA --out RUN
+python -m launch.train --config music_small_10s --data DATA --out RUN
 
 The paper's hyper-parameters are the defaults, but for D-Adaptation. The data set's codec is
 facebook/encodec_32khz.

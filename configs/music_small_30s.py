@@ -1,6 +1,6 @@
 """MAGNeT small, text to music, 30 s (section 4): 420 M parameters, batch 192 clips.
 
-python -m launch.train --config music_small_30s --data.path DATA --out RUN
+python -m launch.train --config music_small_30s --data DATA --out RUN
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Hybrid-MAGNeT small, text to music, 30 s (section 5.2, Appendix E): music_small_30s that also
 learns to begin a clip one step after another.
 
-python -m launch.train --config music_small_30s_hybrid --data.path DATA --out RUN
+python -m launch.train --config music_small_30s_hybrid --data DATA --out RUN
 """
 
 from configs import music_small_30s

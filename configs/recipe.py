@@ -1,6 +1,6 @@
 """The shipped model: 10 M parameters, 10 s clips of `tokenization.recipe`'s music (docs/recipe.md).
 
-python -m launch.train --config recipe --data.path data/tokens --text.source data/text \\
+python -m launch.train --config recipe --data data/tokens --text.source data/text \\
     --out runs/recipe
 
 The schedule has no end: the run may be stopped, judged and continued at any step.

@@ -1,6 +1,6 @@
 """The recipe's model at a quarter of its size, on 5 s: what `launch.ablate` trains and compares.
 
-python -m launch.train --config recipe_small --data.path data/tokens --text.source data/text \\
+python -m launch.train --config recipe_small --data data/tokens --text.source data/text \\
     --out runs/small
 
 launch.ablate ends the schedule at its own number of steps, so that equal budgets end alike.

@@ -1,6 +1,6 @@
 """MAGNeT large (AudioCraft: medium), text to sound, 10 s: 1.8 G parameters, batch 128 clips.
 
-python -m launch.train --config sound_medium --data.path DATA --out RUN
+python -m launch.train --config sound_medium --data DATA --out RUN
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """MAGNeT small, text to sound, 10 s (Appendix G): 420 M parameters, batch 128 clips.
 
-python -m launch.train --config sound_small --data.path DATA --out RUN
+python -m launch.train --config sound_small --data DATA --out RUN
 
 The data set's codec has 16 kHz and codebooks of 2048, as AudioGen's. From the paper are the text
 encoder (Table 5) and how sounds are sampled (Appendix G). What it leaves open is AudioCraft's.

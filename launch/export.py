@@ -10,9 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from magnet_jax import cli
-from magnet_jax.checkpoints import adapters, export, pretrained
 from magnet_jax.errors import UserError, reported
-from magnet_jax.io import files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,24 +18,26 @@ class Args:
     """Exports a training run, or exports an export again."""
 
     checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="MODEL")]
-    """Folder of the training run, or of an earlier export or import, on disk or gs://."""
+    """The model: the folder of a training run, or of an earlier export or import, on disk or
+    gs://."""
     out: Path
-    """Folder to write; it appears when everything in it is written and checked."""
+    """Folder to write. It appears when everything in it is written and checked."""
     weights: Literal["ema", "raw"] | None = None
-    """Of a run: the averaged parameters (the default), or those of the last step."""
+    """Parameters of a run to write: ema are the averaged ones, which is the default, and raw are
+    those of the last step."""
     step: int | None = None
-    """Checkpoint to export; the newest by default."""
+    """Checkpoint of a run to export. By default it is the newest."""
     license: str | None = None
-    """License of the weights, for the model card, such as cc-by-nc-4.0; by default the one that
-    an imported model came with."""
+    """License of the weights, for the model card, such as cc-by-nc-4.0. By default it is the one
+    that an imported model came with."""
     about: Path | None = None
-    """Markdown file to put into the model card: data, scores, limits; an earlier export's is not
-    taken over."""
+    """Markdown file to put into the model card, about data, scores and limits. That of an earlier
+    export is not taken over."""
     t5_name: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Published name, such as t5-base, of a text encoder that the run read from a folder:
+    """Published name, such as t5-base, of a text encoder that the run read from a folder.
     AudioCraft finds text encoders by published names only."""
     audiocraft: bool = True
-    """Write the AudioCraft pair as well; without it the model is written as safetensors alone."""
+    """Write the AudioCraft pair as well as safetensors."""
     half: bool = False
     """Round the weights to float16, which halves the file of safetensors."""
     verify: bool = False
@@ -45,7 +45,7 @@ class Args:
     overwrite: bool = False
     """Replace an earlier export."""
     adapter_only: bool = False
-    """Of a run with --lora.rank: write its adapters alone, not merged."""
+    """Write the adapters of a run with --lora.rank alone, not merged into the model."""
 
 
 def _read_about(path: Path) -> str:
@@ -55,7 +55,8 @@ def _read_about(path: Path) -> str:
         raise UserError(f"--about {path}: cannot be read as text ({error})") from None
 
 
-def main(args: Args) -> None:
+def check(args: Args) -> None:
+    """Raises `UserError` for options that do not go with --adapter-only."""
     if args.adapter_only and args.half:
         raise UserError("--half is not for --adapter-only: adapters are small")
     if args.adapter_only and (args.about or args.license):
@@ -65,6 +66,15 @@ def main(args: Args) -> None:
             "--verify, --t5-name and --no-audiocraft are of a whole model: leave them out with "
             "--adapter-only"
         )
+
+
+def main(args: Args) -> None:
+    check(args)
+    about = "" if args.about is None else _read_about(args.about)
+    # JAX is slow to load
+    from magnet_jax.checkpoints import adapters, export, pretrained
+    from magnet_jax.io import files
+
     if args.adapter_only:
         factors, config, lineage = pretrained.read_adapters(
             args.checkpoint, args.weights, args.step
@@ -74,7 +84,6 @@ def main(args: Args) -> None:
         )
         print(f"wrote {args.out}: adapters of rank {config.lora.rank} for {lineage['base']}")
         return
-    about = "" if args.about is None else _read_about(args.about)
     export.prepare_out(args.out, Path(args.checkpoint), args.overwrite)
     with files.noting_rounded() as notes:
         loaded = pretrained.load(args.checkpoint, weights=args.weights, step=args.step)

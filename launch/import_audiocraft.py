@@ -1,6 +1,6 @@
 """Brings an AudioCraft checkpoint in: MAGNeT, Audio-MAGNeT, MusicGen, AudioGen or an EnCodec.
 
-python -m launch.import_audiocraft --source facebook/magnet-small-10secs --out DIR
+python -m launch.import_audiocraft --checkpoint facebook/magnet-small-10secs --out DIR
 
 The folder that it writes holds all that sampling needs, the text encoder and the codec included,
 and works without a network: launch.sample, launch.export and the Python API take it. A folder with
@@ -11,9 +11,11 @@ import dataclasses
 import re
 import time
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from magnet_jax import cli
-from magnet_jax.checkpoints import export, pretrained
 from magnet_jax.convert import audiocraft
 from magnet_jax.convert.audiocraft import CODEC_FILE, LM_FILE
 from magnet_jax.convert.codec_rules import codec_folder_from_audiocraft
@@ -25,20 +27,20 @@ from magnet_jax.io import files
 class Args:
     """Imports an AudioCraft checkpoint."""
 
-    source: str
-    """Folder with state_dict.bin and compression_state_dict.bin, or with the latter alone; or a
-    hub id."""
+    checkpoint: Annotated[str, tyro.conf.arg(metavar="MODEL")]
+    """The checkpoint: a folder with state_dict.bin and compression_state_dict.bin, or with the
+    latter alone, or a hub id."""
     out: Path
-    """Folder to write; it appears when everything in it is written and checked."""
+    """Folder to write. It appears when everything in it is written and checked."""
     text_encoder: str | None = None
     """Folder of the T5 that the checkpoint names (config.json, tokenizer.json, model.safetensors),
     where the hub is out of reach."""
     codec: str | None = None
     """Folder of the EnCodec that the checkpoint points to, where the hub is out of reach."""
     license: str | None = None
-    """License of the weights; by default the one in the README.md beside them."""
+    """License of the weights. By default it is the one in the README.md beside them."""
     verify: bool = False
-    """Compare logits in PyTorch, of the checkpoint's tensors, with those in JAX."""
+    """Compare the logits of the checkpoint's tensors in PyTorch with those in JAX."""
     overwrite: bool = False
     """Replace an earlier import."""
 
@@ -88,20 +90,24 @@ def import_codec(path: Path, args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    # JAX is slow to load
+    from magnet_jax.checkpoints import export, pretrained
+
     started = time.perf_counter()
-    if (Path(args.source) / CODEC_FILE).exists() and not (Path(args.source) / LM_FILE).exists():
-        import_codec(Path(args.source) / CODEC_FILE, args)
+    source = Path(args.checkpoint)
+    if (source / CODEC_FILE).exists() and not (source / LM_FILE).exists():
+        import_codec(source / CODEC_FILE, args)
         return
-    export.prepare_out(args.out, Path(args.source), args.overwrite)
-    folder = pretrained.locate(args.source)
+    export.prepare_out(args.out, source, args.overwrite)
+    folder = pretrained.locate(args.checkpoint)
     if not pretrained.is_audiocraft(folder):
         raise UserError(
-            f"{args.source}: not an AudioCraft checkpoint but a model that "
+            f"{args.checkpoint}: not an AudioCraft checkpoint but a model that "
             "needs no import: launch.sample and launch.export take it as it is"
         )
     with files.noting_rounded() as notes:
         loaded = pretrained.read_audiocraft(
-            folder, args.source, text_encoder=args.text_encoder, codec=args.codec
+            folder, args.checkpoint, text_encoder=args.text_encoder, codec=args.codec
         )
     options = export.Options(
         license=args.license or stated_license(folder),
@@ -109,7 +115,7 @@ def main(args: Args) -> None:
         offline=True,
         logits=args.verify,
     )
-    lines = export.export_model(loaded, args.out, options, args.source, rounded=notes)
+    lines = export.export_model(loaded, args.out, options, args.checkpoint, rounded=notes)
     print(f"wrote {args.out} in {time.perf_counter() - started:.1f} s")
     print(*lines, sep="\n")
 

@@ -13,12 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 import tyro
 
 from magnet_jax import cli, errors
-from magnet_jax.arguments import Between, Count, Index, Seconds, Seed, check_fields
+from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
@@ -29,77 +30,79 @@ from magnet_jax.config import (
     PromptSeconds,
     RescoreConfig,
     RunConfig,
+    SamplingConfig,
     SamplingMeshConfig,
     preset_steps,
 )
-from magnet_jax.decode import placement, tokens_of_text
 from magnet_jax.errors import UserError
-from magnet_jax.io import bucket, machine
+from magnet_jax.io import audio, bucket, machine
 from magnet_jax.io.files import replacing_file
-from magnet_jax.model import precision
+
+if TYPE_CHECKING:
+    from magnet_jax.api import Generator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Args:
     checkpoint: Annotated[str | Path, tyro.conf.arg(metavar="MODEL")]
-    """Folder of a training run, of an exported or imported model, or of an AudioCraft checkpoint,
-    on disk or gs://; or a hub id; or demo, which ships."""
+    """The model: the folder of a training run, of an exported or imported model or of an AudioCraft
+    checkpoint, on disk or gs://; a hub id; or the word demo for the model that ships."""
     out: Path
-    """Folder for the WAV files; each gets a JSON file beside it with every setting."""
+    """Folder for the WAV files. Each gets a JSON file beside it with every setting."""
     prompt: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
     ] = ()
-    """Text of a clip; give it again for more clips."""
+    """Text of a clip. Give it again for more clips."""
     unconditional: Annotated[int, Between(0, 100_000)] = 0
     """Clips to generate without text, after those of the prompts."""
     seed: Seed = 0
-    """Clip i depends on the seed, on i and on its text: not on the other clips."""
+    """Seed of the random numbers. Clip i depends on it, on i and on its text, on no other clip."""
     seconds: Seconds | None = None
-    """Length of a clip; by default what the model was trained on. Longer clips of a MusicGen are
-    generated in windows of that length, which overlap."""
+    """Length of a clip. By default a clip is as long as those that the model was trained on. A
+    MusicGen makes longer clips in windows of that length, which overlap."""
     extend_stride: float | None = None
-    """Of a MusicGen's clip longer than that: seconds by which the windows lie apart; None is 0.6
-    of a window."""
+    """Seconds by which the windows of a MusicGen's longer clip lie apart. By default it is 0.6 of a
+    window."""
     step: Index | None = None
-    """Checkpoint to use; by default the newest."""
+    """Checkpoint of a run to use. By default it is the newest."""
     weights: Literal["ema", "raw"] | None = None
-    """Of a run: averaged weights (the default), or those of the last step."""
+    """Weights of a run to use: ema are the averaged ones, which is the default, and raw are those
+    of the last step."""
     preset: Preset | None = None
-    """Decoding steps by name: paper (20 10 10 10, 50 passes), paper-30s (60 10 10 10, 90),
-    balanced (20 5 5 5, 35; the paper finds no loss), draft (20 1 1 1, 23; 8 % worse).
-    --decode.steps goes before it."""
+    """Decoding steps by name: paper is 20 10 10 10, paper-30s is 60 10 10 10, balanced is 20 5 5 5,
+    in which the paper finds no loss, and draft is 20 1 1 1, which is 8 % worse. --decode.steps
+    goes before it."""
     decode: DecodeConfig = DecodeConfig()
-    """Schedule and sampling; the defaults are the model's: --checkpoint MODEL --help shows them."""
+    """How a MAGNeT decodes. The defaults are the model's: --checkpoint MODEL --help shows them."""
     autoregressive: AutoregressiveConfig = AutoregressiveConfig()
-    """The same for a MusicGen, and for the beginning of a hybrid's clip."""
+    """How a MusicGen samples, and a hybrid for the beginning of a clip."""
     prompt_seconds: PromptSeconds | None = None
-    """Of a hybrid: seconds of a clip that are generated one step after another, before the rest is
-    in parallel (docs/hybrid.md); 0 is none, the clip's length or more is all of it, None the
-    model's own."""
+    """Seconds of a hybrid's clip that are generated one step after another, before the rest is
+    decoded in parallel. 0 is none of the clip, its length or more is all of it. The model has a
+    default of its own."""
     rescorer: Annotated[str | Path | None, tyro.conf.arg(metavar="MODEL")] = None
-    """A second model that takes part in choosing which spans are kept (docs/rescoring.md): a
-    MusicGen, an AudioGen or another MAGNeT of the same codec, as for --checkpoint."""
+    """Second model that takes part in choosing which spans are kept: a MusicGen, an AudioGen or
+    another MAGNeT of the same codec. It is named as for --checkpoint."""
     rescorer_weight: float = RescoreConfig.weight
-    """The rescorer's share of the scores: 0 is no rescorer, 1 the rescorer alone. (The w of the
-    paper's Figure 4; its equation 5 calls the other share w.)"""
+    """Share of the scores that is the rescorer's: 0 is no rescorer, 1 is the rescorer alone."""
     rescorer_guidance: float = RescoreConfig.guidance
-    """Guidance coefficient of the rescorer; 1 is none, and half the work of any other."""
+    """Guidance coefficient of the rescorer. 1 is none, and costs half as much as any other."""
     batch_size: Count = 8
-    """Clips generated at once; it changes no clip but for rounding."""
-    lufs: Annotated[float, Between(-70, 0)] | None = -14.0
-    """Loudness of the files in LUFS; None keeps the model's own."""
-    codec: str | None = None
+    """Clips generated at once. It changes no clip but for rounding."""
+    lufs: Annotated[float, Between(-70, 0)] | Literal["off"] = -14.0
+    """Loudness of the files in LUFS. The word off keeps the level that the model gives."""
+    codec: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
     """Where the codec is, if it is no longer where the data set was made with it."""
-    adapter: Path | None = None
-    """Folder of low-rank adapters to add (launch.export --adapter-only)."""
-    codec_backend: Literal["jax", "torch"] = "jax"
+    adapter: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of low-rank adapters to add, as launch.export --adapter-only writes it."""
+    codec_backend: Annotated[Literal["jax", "torch"], RARE] = "jax"
     """Decode audio in JAX, in one program with the tokens, or in PyTorch."""
-    kernels: KernelConfig = KernelConfig()
+    kernels: Annotated[KernelConfig, RARE] = KernelConfig()
     """How attention is computed."""
     mesh: SamplingMeshConfig = SamplingMeshConfig()
     """How many devices are used."""
-    text_encoder: str | None = None
-    """Of an AudioCraft checkpoint: folder of its text encoder, where the hub is out of reach."""
+    text_encoder: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
+    """Folder of an AudioCraft checkpoint's text encoder, where the hub is out of reach."""
 
 
 def _file_name(index: int, prompt: str, seed: int) -> str:
@@ -117,13 +120,8 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
     theirs = "is there, and launch.sample did not make it; name another --out, or move it away"
     try:
         before = json.loads(notes.read_text(encoding="utf-8"))
-        before.get("kernels", {}).pop("products", None)  # (earlier releases had it)
-        partners = (before.get("rescorer"), settings.get("rescorer"))
-        for old, new in ((before, settings), partners):
-            if old and new:  # (earlier releases did not say)
-                old.setdefault("parameters", new["parameters"])
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
-    except FileNotFoundError:  # (the JSON is there before the WAV is)
+    except FileNotFoundError:  # the JSON has its name before the WAV has
         if path.exists():
             raise UserError(f"{path}: {theirs}") from None
         return False
@@ -138,21 +136,14 @@ def _is_made(path: Path, notes: Path, settings: dict) -> bool:
             f"{path}: was made with other settings ({', '.join(changed)}); name another --out, or "
             "remove it"
         )
-    digest = before.get("sha256")  # (earlier releases did not say)
+    digest = before.get("sha256")
     if digest and digest != hashlib.sha256(path.read_bytes()).hexdigest():
         raise UserError(f"{path}: was changed since it was made; name another --out, or move it")
     return True
 
 
-def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = None) -> list[Path]:
-    """Writes one WAV and one JSON a clip and returns the WAVs' paths.
-
-    Args:
-      args: what to make.
-      names: of the files, without suffix, one a clip; a batch whose files are there is then left
-        as it is, so that a long list goes on where it was stopped.
-      notes: folder for the JSON files; None is beside the WAVs.
-    """
+def check(args: Args) -> list[str]:
+    """The texts of the clips; raises `UserError` for what is wrong whatever the model is."""
     check_fields(args, "--")
     for prompt in args.prompt:
         if prompt.encode(errors="replace").decode() != prompt:
@@ -168,14 +159,46 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         raise UserError(f"--out {args.out}: sampling needs a folder on disk; copy it from there")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the WAVs need a folder")
-    rescoring = RescoreConfig(weight=args.rescorer_weight, guidance=args.rescorer_guidance)
-    if args.rescorer is None and rescoring != RescoreConfig():
+    rescoring = (args.rescorer_weight, args.rescorer_guidance)
+    if args.rescorer is None and rescoring != (RescoreConfig.weight, RescoreConfig.guidance):
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
+    return texts
+
+
+def decoding_of(args: Args, config: RunConfig, seconds: float) -> SamplingConfig:
+    """How the clips are made; raises `UserError` for options that have no effect on this model."""
+    kind = config.model.kind
+    if kind != "hybrid" and args.prompt_seconds is not None:
+        raise UserError(f"--prompt-seconds is for models of kind hybrid; this is a {kind}")
+    for name, missing in (("decode", "musicgen"), ("autoregressive", "magnet")):
+        if kind == missing and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name} is not for models of kind {kind}, and this is one")
+    given = args.prompt_seconds
+    prompt_seconds = min(config.prompt_seconds if given is None else given, seconds)
+    for name, unused in (
+        ("decode", prompt_seconds >= seconds),
+        ("autoregressive", prompt_seconds == 0),
+    ):
+        changed = getattr(args, name) not in (getattr(config, name), getattr(Args, name))
+        if kind == "hybrid" and unused and changed:
+            raise UserError(
+                f"--{name} has no effect with --prompt-seconds {prompt_seconds:g}: leave it out"
+            )
+    return dataclasses.replace(
+        config,
+        prompt_seconds=prompt_seconds,
+        autoregressive=args.autoregressive,
+        decode=config.decode if kind == "musicgen" else args.decode,
+    ).sampling
+
+
+def open_model(args: Args) -> tuple["Generator", dict[str, Any]]:
+    """The model, ready to make the clips, and what their JSON files say of it."""
     # JAX is slow to load
-    from magnet_jax import programs
+    from magnet_jax import api, programs
     from magnet_jax.checkpoints import pretrained
-    from magnet_jax.decode import rescore, sampling
-    from magnet_jax.io import audio
+    from magnet_jax.decode import placement, sampling
+    from magnet_jax.model import precision
 
     programs.keep_on_disk()
     machine.keep_freed()
@@ -187,175 +210,142 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         codec=args.codec,
         adapter=args.adapter,
     )
-    fingerprint = pretrained.fingerprint(loaded)
+    about = _about(loaded, args.checkpoint)
     decoder = pretrained.load_decoder(loaded, str(args.checkpoint), args.codec_backend)
     execution = placement.Execution(
         kernels=args.kernels, mesh=args.mesh, say=functools.partial(print, flush=True)
     )
-    loaded = placement.prepare(loaded, execution)
-    if args.codec_backend == "jax":
-        decoder = placement.place(decoder, execution)
-    config, spec = loaded.config, loaded.codec
-    kind = config.model.kind
-    if kind != "hybrid" and args.prompt_seconds is not None:
-        raise UserError(f"--prompt-seconds is for models of kind hybrid; this is a {kind}")
-    for name, missing in (("decode", "musicgen"), ("autoregressive", "magnet")):
-        if kind == missing and getattr(args, name) != getattr(Args, name):
-            raise UserError(f"--{name} is not for models of kind {kind}, and this is one")
-    decoding = args.autoregressive if kind == "musicgen" else args.decode
-    seconds = args.seconds or config.data.segment_seconds
-    if kind == "hybrid":
-        prompt_seconds = args.prompt_seconds
-        if prompt_seconds is None:
-            prompt_seconds = config.prompt_seconds
-        decoding = HybridConfig(
-            prompt_seconds=min(prompt_seconds, seconds),  # (which is what the JSON is to say)
-            autoregressive=args.autoregressive,
-            decode=args.decode,
-        )
-    num_frames = round(seconds * spec.frame_rate)
-    if num_frames < 1:
-        raise UserError(f"--seconds {seconds:g} is shorter than a frame, {1 / spec.frame_rate:g} s")
-    stride = None
-    if kind != "musicgen" or num_frames <= sampling.segment_frames(config, spec):
-        if args.extend_stride is not None:
-            raise UserError(
-                "--extend-stride is for a MusicGen's clips of more than "
-                f"{config.data.segment_seconds:g} seconds: leave it out"
-            )
-    else:  # (one window does not hold the clip)
-        stride = sampling.window_stride(loaded, args.extend_stride, "--extend-stride")
-    second, rescorer = None, None
+    model = api.of_kind(loaded, decoder, execution)
+    model.duration = args.seconds or model.duration
+    model.generation = decoding_of(args, loaded.config, model.duration)
+    if model.num_frames < 1:
+        shortest = 1 / model.frame_rate
+        raise UserError(f"--seconds {model.duration:g} is shorter than a frame, {shortest:g} s")
+    stride = sampling.stride_of_clip(
+        loaded, model.num_frames, args.extend_stride, "--extend-stride"
+    )
+    if isinstance(model, api.MusicGen):
+        model.extend_stride = stride
+    rescorer = None
     if args.rescorer is not None:
-        if config.model.parallel and rescoring.weight:
-            whole = kind == "hybrid" and decoding.prompt_seconds >= seconds
-            sampling.check_rescored(decoding, whole=whole)
-        second = rescore.load(args.rescorer)
-        rescorer = rescore.from_model(
-            second,
-            loaded,
-            guidance=rescoring.guidance,
-            weight=rescoring.weight,
-            execution=execution,
-            name=str(args.rescorer),
-        )
-
-    if kind == "hybrid":
-        _check_effects(args, config, decoding, seconds)
-    for note in tokens_of_text.notes_on_cut_texts(loaded, texts):
-        print(note)
-    if stride is None and seconds > 1.5 * config.data.segment_seconds:
-        print(
-            f"note: {seconds:g} s are asked of a model that was trained on clips of "
-            f"{config.data.segment_seconds:g} s: it takes them, but has not learnt such lengths"
-        )
-    for note in tokens_of_text.notes_on_cut_texts(second, texts) if second else ():
-        print(f"rescorer: {note}")
-    common = {
-        "seconds": seconds,
+        if not isinstance(model, api.MAGNeT):
+            raise UserError(f"--rescorer: a model of kind {model.kind} has no spans to score")
+        model.set_rescorer(args.rescorer, args.rescorer_weight, guidance=args.rescorer_guidance)
+        whole = getattr(model.generation, "prompt_seconds", 0) >= model.duration
+        if args.rescorer_weight:
+            sampling.check_rescored(model.generation, whole=whole)
+        rescorer = _about(model.rescoring_model, args.rescorer) | {
+            "weight": args.rescorer_weight,
+            "guidance": args.rescorer_guidance,
+        }
+    return model, {
+        "seconds": model.duration,
         "extend_stride": stride,
-        "checkpoint": str(args.checkpoint),
+        **about,
         "adapter": args.adapter and str(args.adapter),
-        "step": loaded.step,
-        "weights": loaded.lineage.get("weights"),
-        "parameters": fingerprint,
-        "decode": dataclasses.asdict(decoding),
-        "rescorer": second
-        and {
-            "checkpoint": str(args.rescorer),
-            "step": second.step,
-            "weights": second.lineage.get("weights"),
-            "parameters": pretrained.fingerprint(second),
-            **dataclasses.asdict(rescoring),
-        },
-        "compute_dtype": precision.compute_dtype(config).name,
+        "decode": dataclasses.asdict(model.generation),
+        "rescorer": rescorer,
+        "compute_dtype": precision.compute_dtype(loaded.config).name,
         "codec_backend": args.codec_backend,
         "kernels": dataclasses.asdict(args.kernels),
         "mesh": dataclasses.asdict(args.mesh),
-        "codec": dataclasses.asdict(spec),
-        "wanted_lufs": args.lufs,
-        "sample_rate": spec.sample_rate,
+        "codec": dataclasses.asdict(loaded.codec),
+        "wanted_lufs": None if args.lufs == "off" else args.lufs,
+        "sample_rate": model.sample_rate,
     }
-    generate = sampling.generate
-    if stride is None:
-        generate = functools.partial(generate, rescorer=rescorer)
-    else:
-        generate = functools.partial(sampling.generate_in_windows, stride_seconds=stride)
+
+
+def _about(loaded: Any, source: str | Path) -> dict[str, Any]:
+    """Which model it is, for the JSON files."""
+    from magnet_jax.checkpoints import pretrained
+
+    return {
+        "checkpoint": str(source),
+        "step": loaded.step,
+        "weights": loaded.lineage.get("weights"),
+        "parameters": pretrained.fingerprint(loaded),
+    }
+
+
+def _write(wav: Path, notes: Path, wav_CN: np.ndarray, settings: dict[str, Any]) -> None:
+    """Writes a clip and its JSON file."""
+    rate, loudness = settings["sample_rate"], None
+    if settings["wanted_lufs"] is not None:
+        wav_CN, loudness = audio.normalize_loudness(wav_CN, rate, settings["wanted_lufs"])
+    content = audio.encoded(wav, wav_CN, rate, **audio.WAV)
+    digest = hashlib.sha256(content).hexdigest()
+    about = settings | {"reached_lufs": loudness, "sha256": digest}
+    # Both are whole before either has its name. The JSON has it first, as a WAV without one is
+    # somebody else's.
+    with replacing_file(wav) as file, replacing_file(notes) as beside:
+        file.write_bytes(content)
+        beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = None) -> list[Path]:
+    """Writes one WAV and one JSON a clip and returns the WAVs' paths.
+
+    Args:
+      args: what to make.
+      names: of the files, without suffix, one a clip; a batch whose files are there is then left
+        as it is, so that a long list goes on where it was stopped.
+      notes: folder for the JSON files; None is beside the WAVs.
+    """
+    texts = check(args)
+    model, about = open_model(args)
+    for note in model.notes(texts):
+        print(note)
+    if about["extend_stride"] is None and model.duration > 1.5 * model.max_duration:
+        print(
+            f"note: {model.duration:g} s are asked of a model that was trained on clips of "
+            f"{model.max_duration:g} s: it takes them, but has not learnt such lengths"
+        )
     stems = names or [_file_name(i, text, args.seed) for i, text in enumerate(texts)]
     files = [args.out / f"{stem}.wav" for stem in stems]
     jsons = [(notes or args.out) / f"{stem}.json" for stem in stems]
     settings = [
-        {"prompt": text, "seed": args.seed, "sample": i, **common} for i, text in enumerate(texts)
+        {"prompt": text, "seed": args.seed, "sample": i, **about} for i, text in enumerate(texts)
     ]
     made = [_is_made(*clip) for clip in zip(files, jsons, settings)]
-    written = []
     for first in range(0, len(texts), args.batch_size):
-        # A last, smaller batch is filled up: few shapes, few programs.
         batch = texts[first : first + args.batch_size]
-        if names is not None and all(made[first : first + len(batch)]):
-            written += files[first : first + len(batch)]
+        clips = range(first, first + len(batch))
+        if names is not None and all(made[i] for i in clips):
             continue
+        # A last, smaller batch is filled up: few shapes, few programs.
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
-        generated = generate(
-            loaded,
-            filled,
-            num_frames=num_frames,
-            decoding=decoding,
-            seed=args.seed,
-            first_sample=first,
-            decoder=decoder,
-            execution=execution,
+        generated = model.clips(
+            filled, num_frames=model.num_frames, seed=args.seed, first_sample=first
         )
         took = time.perf_counter() - started
-        for i, wav_CN in enumerate(generated.wav_BCN[: len(batch)], start=first):
-            wav_CN, loudness = wav_CN[:, : round(seconds * spec.sample_rate)], None
-            if args.lufs is not None:
-                wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, args.lufs)
-            content = audio.encoded(files[i], wav_CN, spec.sample_rate, **audio.WAV)
-            digest = hashlib.sha256(content).hexdigest()
-            about = settings[i] | {"reached_lufs": loudness, "sha256": digest}
-            # Both are whole before either has its name; the JSON has it first, as a WAV without
-            # one is somebody else's.
-            with replacing_file(files[i]) as wav, replacing_file(jsons[i]) as beside:
-                wav.write_bytes(content)
-                beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-            written.append(files[i])
+        length = round(model.duration * model.sample_rate)
+        for i, wav_CN in zip(clips, generated.wav_BCN):
+            _write(files[i], jsons[i], wav_CN[:, :length], settings[i])
             print(files[i])
-        print(f"{len(batch)} clip{'s' * (len(batch) > 1)} of {seconds:g} s in {took:.1f} s")
-    return written
+        plural = "s" * (len(batch) > 1)
+        print(f"{len(batch)} clip{plural} of {model.duration:g} s in {took:.1f} s")
+    return files
 
 
-def _check_effects(args: Args, config: RunConfig, decoding: HybridConfig, seconds: float) -> None:
-    """Raises `UserError` for settings of the half of a hybrid that makes nothing of a clip."""
-    for name, is_unused in (
-        ("decode", decoding.prompt_seconds >= seconds),
-        ("autoregressive", not decoding.prompt_seconds),
-    ):
-        if is_unused and getattr(args, name) not in (getattr(config, name), getattr(Args, name)):
-            raise UserError(
-                f"--{name} has no effect with --prompt-seconds "
-                f"{decoding.prompt_seconds:g}: leave it out"
-            )
-
-
-def parse(args: list[str]) -> Args:
+def parse(words: list[str]) -> Args:
     """Reads the command line; the defaults of how tokens are chosen come from the model."""
+    read = functools.partial(
+        cli.parse, Args, words, prog="python -m launch.sample", description=__doc__
+    )
+    if not {"-h", "--help", "--help-all"} & set(words):
+        read()  # A mistake is told before JAX is loaded.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint")
     first.add_argument("--preset")
-    found = first.parse_known_args(args)[0]
-    given = {}
+    found = first.parse_known_args(words)[0]
+    given: dict[str, Any] = {}
     if found.checkpoint:
         from magnet_jax.checkpoints import pretrained  # JAX is slow to load
 
         model, defaults = pretrained.read_defaults(found.checkpoint)
         if isinstance(defaults, HybridConfig):
-            given = {
-                "prompt_seconds": defaults.prompt_seconds,
-                "autoregressive": defaults.autoregressive,
-                "decode": defaults.decode,
-            }
+            given = dict(vars(defaults))
         else:
             given = {"autoregressive" if model.kind == "musicgen" else "decode": defaults}
     if found.preset in PRESETS:
@@ -364,14 +354,7 @@ def parse(args: list[str]) -> Args:
         decode = given.get("decode", DecodeConfig())
         steps = preset_steps(found.preset, len(decode.steps))
         given["decode"] = dataclasses.replace(decode, steps=steps)
-    missing = {"checkpoint": tyro.MISSING, "out": tyro.MISSING}
-    return cli.parse(
-        Args,
-        args,
-        default=Args(**missing, **given),
-        prog="python -m launch.sample",
-        description=__doc__,
-    )
+    return read(default=Args(checkpoint=tyro.MISSING, out=tyro.MISSING, **given))
 
 
 if __name__ == "__main__":

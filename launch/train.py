@@ -1,6 +1,6 @@
 """Trains a model, or goes on with a run: the same command does both.
 
-python -m launch.train --config demo --data.path DATA --out RUN
+python -m launch.train --config demo --data DATA --out RUN
 """
 
 import argparse
@@ -27,10 +27,11 @@ def load_config(name: str) -> RunConfig:
     if name in ablations.variants:
         return ablations.variants[name]
     if name not in config_names():
+        known = [*config_names(), *ablations.variants]
         raise errors.UserError(
-            f"--config {name}: no such config; there are {', '.join(config_names())}, and "
-            f"{len(ablations.variants)} ablations such as {[*ablations.variants][0]}: see "
-            "configs/ablations.py"
+            f"--config {name}: no such config;{cli.did_you_mean(name, known)} there are "
+            f"{', '.join(config_names())}, and {len(ablations.variants)} ablations such as "
+            f"{[*ablations.variants][0]}: see configs/ablations.py"
         )
     return importlib.import_module(f"configs.{name}").config
 
@@ -71,7 +72,9 @@ def parse(args: list[str]) -> RunConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", default="demo")
     chosen, rest = first.parse_known_args(args)
-    if not {"-h", "--help"} & set(rest) and not any(w.startswith("--config") for w in args):
+    if not {"-h", "--help", "--help-all"} & set(rest) and not any(
+        w.startswith("--config") for w in args
+    ):
         print("--config demo, the default", flush=True)
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--init-from", "--init_from", default="")

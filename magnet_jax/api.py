@@ -292,12 +292,12 @@ class Generator:
         return pretrained.load_decoder(self.loaded, "this model", "torch")
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
-        for message in self._notes(texts):
+        for message in self.notes(texts):
             warnings.warn(message, stacklevel=4)  # that of who called this package
         with self._listening(progress) as on_step:
-            generated = self._clips(
+            generated = self.clips(
                 texts,
-                num_frames=max(1, round(self.duration * self.frame_rate)),
+                num_frames=max(1, self.num_frames),
                 seed=seed,
                 prompt_BKP=prompt_BKP,
                 text_pad_len=text_pad_len,
@@ -308,22 +308,31 @@ class Generator:
     def _listening(self, progress: bool) -> contextlib.AbstractContextManager:
         return _listening(self._report, progress, self._callback)
 
-    def _notes(self, texts: list[str]) -> list[str]:
+    @property
+    def num_frames(self) -> int:
+        """Token frames of a clip; 0 of one that is shorter than a frame."""
+        return round(self.duration * self.frame_rate)
+
+    def notes(self, texts: list[str]) -> list[str]:
+        """A line for each text that is cut."""
         return tokens_of_text.notes_on_cut_texts(self.loaded, texts)
 
-    def _clips(
+    def clips(
         self,
         texts: list[str],
         *,
         num_frames: int,
-        prompt_BKP: np.ndarray | None,
+        seed: int,
+        prompt_BKP: np.ndarray | None = None,
         **keywords,
     ) -> sampling.Generated:
+        """Makes a clip a text as the settings say; `keywords` are those of `sampling.generate`."""
         given = None if prompt_BKP is None else canvas.beginning_with(prompt_BKP, num_frames)
         return sampling.generate(
             self.loaded,
             texts,
             num_frames=num_frames,
+            seed=seed,
             given=given,
             decoding=self.generation,
             decoder=self.decoder,
@@ -348,7 +357,7 @@ class MAGNeT(Editing, Generator):
 
     kind = "magnet"
     rescorer: sampling.Rescorer | None = None
-    _rescoring_model: Loaded | None = None
+    rescoring_model: Loaded | None = None
 
     @checked
     def set_generation_params(
@@ -471,17 +480,17 @@ class MAGNeT(Editing, Generator):
         elif rescorer is not None and weight is not None:
             rescorer = rescorer._replace(weight=settings.weight)
         self.rescorer = rescorer
-        self._rescoring_model = model
+        self.rescoring_model = model
 
-    def _notes(self, texts: list[str]) -> list[str]:
-        notes = super()._notes(texts)
-        if self._rescoring_model is not None:
-            cut = tokens_of_text.notes_on_cut_texts(self._rescoring_model, texts)
+    def notes(self, texts: list[str]) -> list[str]:
+        notes = super().notes(texts)
+        if self.rescoring_model is not None:
+            cut = tokens_of_text.notes_on_cut_texts(self.rescoring_model, texts)
             notes += [f"rescorer: {note}" for note in cut]
         return notes
 
-    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
-        return super()._clips(texts, rescorer=self.rescorer, **keywords)
+    def clips(self, texts: list[str], **keywords) -> sampling.Generated:
+        return super().clips(texts, rescorer=self.rescorer, **keywords)
 
 
 class HybridMAGNeT(MAGNeT):
@@ -557,16 +566,27 @@ class MusicGen(Generator):
             sampling.window_stride(self.loaded, extend_stride, "extend_stride")  # checks it
         self.extend_stride = extend_stride
 
-    def _clips(self, texts: list[str], **keywords) -> sampling.Generated:
+    def clips(self, texts: list[str], *, num_frames: int, **keywords) -> sampling.Generated:
+        if num_frames <= sampling.segment_frames(self.loaded.config, self.loaded.codec):
+            return super().clips(texts, num_frames=num_frames, **keywords)
         return sampling.generate_in_windows(
             self.loaded,
             texts,
+            num_frames=num_frames,
             stride_seconds=sampling.window_stride(self.loaded, self.extend_stride, "extend_stride"),
             decoding=self.generation,
             decoder=self.decoder,
             execution=self.execution,
             **keywords,
         )
+
+
+def of_kind(
+    loaded: Loaded, decoder: Decoder | Codec, execution: placement.Execution
+) -> MAGNeT | MusicGen:
+    """The model as what it is: a MAGNeT, a HybridMAGNeT or a MusicGen."""
+    kinds = {cls.kind: cls for cls in (MAGNeT, HybridMAGNeT, MusicGen)}
+    return kinds[loaded.config.model.kind](loaded, decoder, execution)
 
 
 def _say(line: str) -> None:

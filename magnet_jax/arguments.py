@@ -43,6 +43,8 @@ Seconds = Annotated[
     float, Between(0, 600, above=True, words="be a positive number, and at most 600")
 ]
 MOST_CLIPS = 1024
+# A note for `Annotated`: an option, or a group of them, that --help-all alone shows.
+RARE = "rarely used"
 Count = Annotated[int, Between(1, MOST_CLIPS)]
 
 
@@ -63,7 +65,7 @@ def check(hint: Any, value: Any, name: str) -> Any:
     try:
         return _converted(hint, value)
     except ValueError:
-        raise UserError(f"{name} must {_wanted(hint)}, not {_shown(value)}") from None
+        raise UserError(f"{name} must {wanted(hint)}, not {_shown(value)}") from None
 
 
 def check_fields(instance: Any, prefix: str) -> None:
@@ -140,8 +142,8 @@ def as_rate(value: Any, name: str) -> int:
         rate = _scalar(float, (), Between(1, 10_000_000), value)
         return int(_required(rate.is_integer(), rate))
     except ValueError:
-        wanted = "be a whole number from 1 to 10000000"
-        raise UserError(f"{name} must {wanted}, not {_shown(value)}") from None
+        range_ = "be a whole number from 1 to 10000000"
+        raise UserError(f"{name} must {range_}, not {_shown(value)}") from None
 
 
 def as_texts(value: Any, name: str) -> list[str] | None:
@@ -253,15 +255,15 @@ def _scalar(kind: Any, options: tuple, limits: Between | None, value: Any) -> An
         raise ValueError from None
 
 
-def _wanted(hint: Any) -> str:
+def wanted(hint: Any) -> str:
     """What a value of the type must do, in words: 'be ...' or 'lie ...'."""
     origin, options, limits = _unpacked(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_wanted(o) for o in options if o is not type(None))
+        return " or ".join(wanted(o) for o in options if o is not type(None))
     if origin is Literal:
         return f"be one of {', '.join(map(str, options))}" if options[1:] else f"be {options[0]!r}"
     if origin is tuple:
-        return f"be a list whose items must {_wanted(options[0])}"
+        return f"be a list whose items must {wanted(options[0])}"
     if origin is Callable:
         return "be a function"
     if origin in (int, float) and limits is not None:

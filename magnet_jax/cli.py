@@ -1,27 +1,62 @@
-"""Command lines for dataclasses: tyro's help, and one line for whatever is wrong."""
+"""Command lines for dataclasses: tyro's help, and one line for whatever is wrong.
 
-import contextlib
+It uses two private modules of tyro, whose release requirements.txt fixes: the events of what is
+wrong, which tyro alone would print in boxes, and the rule that makes options of a dataclass.
+"""
+
 import dataclasses
 import difflib
-import io
-import re
+import functools
+import inspect
+import itertools
+import shutil
+import sys
+import textwrap
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
 
 import tyro
+from tyro import _errors as events
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructTypeInfo
+from tyro.constructors._struct_spec_dataclass import dataclass_rule
 
+from magnet_jax import arguments
+from magnet_jax.arguments import RARE
 from magnet_jax.errors import UserError
 
 
-def setting_names(cls: type, prefix: str = "--") -> list[str]:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' did you mean X?' of the known word that is nearest, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" did you mean {near[0]}?" if near else ""
+
+
+def _members(cls: Any) -> Iterator[tuple[str, type]]:
+    """The dataclasses of a union, each with the name of its subcommand; of one by itself, ''."""
+    for member in typing.get_args(cls) if not isinstance(cls, type) else (cls,):
+        names = [getattr(note, "name", None) for note in getattr(member, "__metadata__", ())]
+        yield next(filter(None, names), ""), getattr(member, "__origin__", member)
+
+
+def _options(cls: type, prefix: str = "--") -> Iterator[tuple[str, Any, bool]]:
+    """Each option of a dataclass and of those within: spelling, type, and whether it is rare."""
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        notes = getattr(hint, "__metadata__", ())
+        kind = hint.__origin__ if notes else hint
+        named = [note for note in notes if getattr(note, "prefix_name", None) is False]
+        option = "--" if named else prefix
+        option += (named[0].name if named and named[0].name else name).replace("_", "-")
+        if dataclasses.is_dataclass(kind):
+            for one, its_hint, rare in _options(kind, option + "."):
+                yield one, its_hint, rare or RARE in notes
+        else:
+            yield option, kind, RARE in notes
+
+
+def setting_names(cls: type) -> list[str]:
     """The options of a dataclass and of those within it, as tyro spells them."""
-    names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        option = prefix + name.replace("_", "-")
-        nested = dataclasses.is_dataclass(hint)
-        names += setting_names(hint, option + ".") if nested else [option]
-    return names
+    return [option for option, _, _ in _options(cls)]
 
 
 def parse(
@@ -43,39 +78,112 @@ def parse(
     Raises:
       UserError: an unknown option, with the nearest known one, or a value that does not fit.
     """
-    if description is not None:  # (tyro runs lines together: each command gets a paragraph)
-        description = re.sub(r" \\\n\s+", " ", description)
-        description = re.sub(r"(?<!\n)\n(?=python -m )", "\n\n", description)
-    complaint = io.StringIO()
-    keywords = {} if default is tyro.MISSING else {"default": default}
-    try:
-        with contextlib.redirect_stderr(complaint):
-            parsed, unknown = tyro.cli(
-                cls,
-                args=args,
-                prog=prog,
-                description=description,
-                return_unknown_args=True,
-                **keywords,
-            )
-    except SystemExit as exit_:
-        if not exit_.code:  # help was asked for and given
-            raise
-        raise UserError(_in_one_line(complaint.getvalue(), prog)) from None
+    words = list(sys.argv[1:] if args is None else args)
+    asked = {"-h", "--help", "--help-all"} & set(words)
+    hides = "--help-all" not in words
+    words = ["--help" if word == "--help-all" else word for word in words]
+    if asked:
+        # tyro would run the lines together, and leave them as long as they get.
+        within = {name for name, _ in _members(cls) if name} & set(words)
+        text = "" if within else description or inspect.getdoc(cls) or ""
+        _describe(text, hides=hides and _has_rare(cls))
+    registry = ConstructorRegistry()
+    registry.struct_rule(functools.partial(_fields, hides_rare=bool(asked) and hides))
+    with events.on_parse_error(functools.partial(_refuse, cls, words)):
+        return tyro.cli(
+            cls,
+            args=words,
+            prog=prog,
+            description="",
+            config=(tyro.conf.DisallowNone,),
+            registry=registry,
+            **({} if default is tyro.MISSING else {"default": default}),
+        )
+
+
+def _has_rare(cls: Any) -> bool:
+    return any(rare for _, member in _members(cls) for *_, rare in _options(member))
+
+
+def _describe(text: str, *, hides: bool) -> None:
+    """Prints what a command does, as wide as the terminal; lines that are commands stay lines."""
+    width = min(shutil.get_terminal_size().columns, 100)
+    paragraphs = textwrap.dedent(text).strip().split("\n\n")
+    paragraphs += ["--help-all shows the options that are rarely needed as well."] * hides
+    for paragraph in filter(None, paragraphs):
+        is_command = paragraph.lstrip().startswith("python -m")
+        print(paragraph if is_command else textwrap.fill(paragraph, width), end="\n\n")
+
+
+def _fields(info: StructTypeInfo, *, hides_rare: bool) -> StructConstructorSpec | None:
+    """tyro's rule for dataclasses, with reflowed help, and no default where there is none."""
+    spec = dataclass_rule(info)
+    if spec is None:
+        return None
+    fields = []
+    for field in spec.fields:
+        kind: Any = field.type
+        if hides_rare and RARE in getattr(kind, "__metadata__", ()):
+            kind = tyro.conf.Suppress[kind]
+        if field.default is None or field.default in ("", ()):
+            kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
+        text = field.helptext
+        text = functools.partial(_one_paragraph, text) if callable(text) else text
+        fields.append(dataclasses.replace(field, type=kind, helptext=text))
+    return dataclasses.replace(spec, fields=tuple(fields))
+
+
+def _one_paragraph(read: Any) -> str | None:
+    text = read()
+    return text and " ".join(text.split())
+
+
+# --- what is wrong, in one line ------------------------------------------------------------------
+
+
+def _refuse(cls: Any, words: list[str], event: events.ParseErrorEvent) -> None:
+    """Raises `UserError` in place of tyro's box."""
+    unknown = getattr(event, "tokens", None) or getattr(event, "unrecognized_tokens", None)
+    see = f"see {event.prog} --help"
     if unknown:
-        known = setting_names(type(parsed))
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see {prog} --help"
-        raise UserError(f"unknown setting {unknown[0]}: {hint}")
-    return parsed
+        raise UserError(_unknown(cls, unknown[0].partition("=")[0], see))
+    if isinstance(event, events.MissingArgs):
+        names = ", ".join(one.arg.display_name() for one in event.missing_arguments)
+        raise UserError(f"{names}: must be given; {see}")
+    if isinstance(event, events.MissingSubcommand):
+        names = ", ".join(event.subcommand_spec.parser_from_name)
+        raise UserError(f"give one of {names}; {see}")
+    argument = getattr(event, "argument", None)
+    if argument is None:
+        return
+    name = argument.display_name()
+    given = _values(words, argument.lowered.name_or_flags)
+    if not given:
+        raise UserError(f"{name}: a value is missing; {see}")
+    near = did_you_mean(given, getattr(event, "choices", ()))
+    wanted = arguments.wanted(argument.field.type)
+    raise UserError(f"{name} must {wanted}, not {given!r}{':' * bool(near)}{near}")
 
 
-def _in_one_line(complaint: str, prog: str) -> str:
-    """What tyro says in a box, without the help of the options, which it adds."""
-    complaint = complaint.partition("│ ───")[0]
-    # A missing option stands at the margin, and its help is indented further.
-    if missing := re.findall(r"^│ {5}(\S+)", complaint, re.MULTILINE):
-        return f"{', '.join(missing)}: must be given; see {prog} --help"
-    text = " ".join(re.sub("[╭╮╰╯│─]", " ", complaint).split())
-    text = re.sub(r"^(Parsing error|Value error|Invalid choice|Missing \w+) ", "", text)
-    return re.sub(r" Got errors:.*", "", text)
+def _unknown(cls: Any, word: str, see: str) -> str:
+    commands = [name for name, _ in _members(cls) if name]
+    if not word.startswith("-"):
+        near = did_you_mean(word, commands)
+        listed = f" there are {', '.join(commands)}" if commands else f" {see}"
+        what = "command" if commands else "word"
+        return f"unknown {what} {word}:{near or listed}"
+    known = []
+    for _, member in _members(cls):
+        for option, kind, _ in _options(member):
+            known += [option] + [option.replace("--", "--no-", 1)] * (kind is bool)
+    return f"unknown setting {word}:{did_you_mean(word, known) or f' {see}'}"
+
+
+def _values(words: list[str], flags: Sequence[str]) -> str:
+    """What was given to an option."""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.replace("_", "-") in flags:
+            following = itertools.takewhile(lambda w: not w.startswith("--"), words[i + 1 :])
+            return value if equals else " ".join(following)
+    return ""

@@ -11,7 +11,9 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from magnet_jax.arguments import Between, Seed, check, check_fields
+from tyro.conf import arg
+
+from magnet_jax.arguments import RARE, Between, Seed, check, check_fields
 from magnet_jax.errors import UserError
 
 ASSETS = Path(__file__).parent / "assets"
@@ -88,39 +90,39 @@ class ModelConfig:
     """magnet fills masked spans in parallel; musicgen predicts the next step from those before;
     hybrid does this for the first steps of a clip and that for the others (section 5.2)."""
     num_codebooks: Count = 4
-    """K; at most the data set's, whose further ones are left out."""
-    codebook_size: Count = 2048
+    """K, at most as many as the data set has; its further ones are left out."""
+    codebook_size: Annotated[Count, RARE] = 2048
     """V; must equal the data set's. Id V stands for 'masked'."""
     width: Annotated[int, Between(4, 2**31 - 1, words="be a whole number of at least 4")] = 1024
     """D, the model width."""
     num_heads: Count = 16
     """N; the head size is width / num_heads."""
     num_layers: Count = 24
-    """L."""
-    mlp_ratio: Count = 4
+    """L, the layers of the transformer."""
+    mlp_ratio: Annotated[Count, RARE] = 4
     """The MLP is mlp_ratio * width wide."""
     text_width: Count = 768
     """E, the width of the text encoder's states."""
     local_context: Whole = 5
     """Frames seen to each side by codebooks above the first (section 3.2); 0 is all frames."""
-    first_context: Whole = 0
+    first_context: Annotated[Whole, RARE] = 0
     """magnet: frames seen to each side by the first codebook; 0 is all frames, as in the paper.
     A small model that sees all learns late to look at the nearest ones (docs/recipe.md)."""
     span_length: Count = 3
     """Frames in a masked span; 3 frames are 60 ms at 50 Hz (section 3.1)."""
-    delays: tuple[int, ...] = ()
+    delays: Annotated[tuple[int, ...], RARE] = ()
     """musicgen and hybrid: frames by which each codebook lags behind (Copet et al. 2023, section
     2.2)."""
-    attention_bias: bool = False
+    attention_bias: Annotated[bool, RARE] = False
     """Add biases in the projections of self- and cross-attention."""
-    mlp_bias: bool = False
+    mlp_bias: Annotated[bool, RARE] = False
     """Add biases in both layers of the MLP."""
-    head_bias: bool = False
+    head_bias: Annotated[bool, RARE] = False
     """Add biases to the logits."""
-    query_key_norm: bool = False
+    query_key_norm: Annotated[bool, RARE] = False
     """Layer-normalise queries and keys of self-attention, over the width of all heads."""
-    cross_query_key_norm: bool = False
-    """The same in cross-attention."""
+    cross_query_key_norm: Annotated[bool, RARE] = False
+    """Layer-normalise queries and keys of cross-attention, over the width of all heads."""
 
     def __post_init__(self):
         check_fields(self, "model.")
@@ -189,10 +191,10 @@ class TextConfig:
     source: str = EMBEDDED
     """'embedded', a folder (config.json, tokenizer.json, model.safetensors) or a hub id."""
     max_tokens: Annotated[int, Between(2, 2**31 - 1, words="be a whole number of at least 2")] = 64
-    """S; longer texts are cut, shorter ones padded and masked."""
+    """S, the tokens read of a text; longer texts are cut, shorter ones padded and masked."""
     finetune: bool = False
     """Train the text encoder along with the model (for encoders that were not pre-trained)."""
-    trained: bool = False
+    trained: Annotated[bool, RARE] = False
     """Whether an earlier run has trained it, so that it is no longer `source`'s; --init-from sets
     this."""
 
@@ -209,25 +211,25 @@ class TextConfig:
 class DataConfig:
     """What a training batch is made of."""
 
-    path: str = ""
+    path: Annotated[str, arg(name="data", prefix_name=False, metavar="DIR")] = ""
     """Folder that `python -m tokenization.job --out` wrote; every host may have its own copy."""
     segment_seconds: Positive = 30.0
     """Length of a training crop; shorter records are padded, the padding left out of the loss."""
-    batch_size: Count = 192
+    batch_size: Annotated[Count, arg(prefix_name=False)] = 192
     """Clips in a global batch."""
     merge_text_p: Share = 0.25
     """Probability that a description is merged with the other metadata (genre, key, ...)."""
     drop_description_p: Share = 0.5
-    """Given a merge: probability that the description itself is left out."""
+    """Probability that a merge leaves out the description itself."""
     drop_field_p: Share = 0.5
-    """Given a merge: probability that each metadata field is left out."""
+    """Probability that a merge leaves out a metadata field."""
     word_dropout: Share = 0.3
     """Probability that each word of the final text is left out."""
-    shuffle: bool = True
+    shuffle: Annotated[bool, RARE] = True
     """Draw records in a new random order every epoch."""
-    num_threads: Whole = 4
+    num_threads: Annotated[Whole, RARE] = 4
     """Reader threads per host."""
-    prefetch: Whole = 16
+    prefetch: Annotated[Whole, RARE] = 16
     """Batches read ahead per host."""
 
     def __post_init__(self):
@@ -244,34 +246,37 @@ class OptimizerConfig:
     """What follows the warm-up."""
     peak_lr: Positive = 3e-4
     """Learning rate after the warm-up; with dadam leave it near 1."""
-    final_lr_ratio: NotNegative = 0.0
+    final_lr_ratio: Annotated[NotNegative, RARE] = 0.0
     """cosine: learning rate at the end of the schedule, as a share of peak_lr."""
-    embed_lr_ratio: Positive = 1.0
+    embed_lr_ratio: Annotated[Positive, RARE] = 1.0
     """Learning rate of the tokens' embeddings, as a multiple of the others'. A batch has few of
     each token: in a training of thousands of steps, not hundreds of thousands, 30 to 60 learns
     much faster (docs/recipe.md)."""
-    head_lr_ratio: Positive = 1.0
-    """The same of the heads, which turn states into logits."""
+    head_lr_ratio: Annotated[Positive, RARE] = 1.0
+    """Learning rate of the heads, which turn states into logits, as a multiple of the others'."""
     warmup_steps: Whole = 4000
-    """Linear warm-up."""
+    """Steps of the linear warm-up."""
     schedule_steps: Count = 1_000_000
     """cosine: steps after which it has reached its end, warm-up included."""
-    b1: BelowOne = 0.9
-    b2: BelowOne = 0.95
-    eps: Positive = 1e-8
+    b1: Annotated[BelowOne, RARE] = 0.9
+    """Decay of the average of gradients."""
+    b2: Annotated[BelowOne, RARE] = 0.95
+    """Decay of the average of squared gradients."""
+    eps: Annotated[Positive, RARE] = 1e-8
+    """Number that keeps the division by the average of squares finite."""
     weight_decay: NotNegative = 0.1
-    """Decoupled; on every parameter, as in the reference."""
+    """Decoupled weight decay of every parameter, as in the reference."""
     clip_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
     ema_decay: BelowOne = 0.99
     """Decay of the averaged weights that evaluation, sampling and export use; each average counts
     all its weights to 1, so that none of the start is left. Adapters are not averaged."""
-    ema_updates: Count = 10
+    ema_updates: Annotated[Count, RARE] = 10
     """Steps from one update of the averaged weights to the next: AudioCraft's 10. A run of
     thousands of steps is better averaged at every one of them, with 1."""
-    d0: Positive = 1e-6
+    d0: Annotated[Positive, RARE] = 1e-6
     """dadam: first estimate of the step size, below any that could be right."""
-    growth_rate: NotNegative = 0.0
+    growth_rate: Annotated[NotNegative, RARE] = 0.0
     """dadam: the estimate grows by at most this factor a step; 0 sets no limit."""
 
     def __post_init__(self):
@@ -309,7 +314,7 @@ class LoraConfig:
     """Rank r of every adapter; 0 trains the weights themselves."""
     alpha: Positive = 16.0
     """Adapters count alpha / rank times (the paper, section 4.1)."""
-    targets: tuple[LoraTarget, ...] = ("self", "cross", "mlp")
+    targets: Annotated[tuple[LoraTarget, ...], RARE] = ("self", "cross", "mlp")
     """What is adapted: the four projections of self- or cross-attention, both layers of the MLP."""
 
     def __post_init__(self):
@@ -330,7 +335,7 @@ class DecodeConfig:
     steps: Steps = (20, 10, 10, 10)
     """Decoding steps of each codebook."""
     temperature: Temperature = 3.0
-    """At the first step of a codebook."""
+    """Temperature at the first step of a codebook."""
     anneal_temperature: bool = True
     """Bring the temperature down to 0 linearly over a codebook's steps."""
     top_p: NucleusMass = 0.9
@@ -343,13 +348,13 @@ class DecodeConfig:
     """Guidance coefficient where nothing is masked."""
     greedy: bool = False
     """Take the most probable token instead of sampling."""
-    span_score: Literal["max", "prod"] = "max"
+    span_score: Annotated[Literal["max", "prod"], RARE] = "max"
     """Score a span by its most probable token (the paper) or by the product of all."""
-    span_arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
+    span_arrangement: Annotated[Literal["nonoverlap", "stride1"], RARE] = "nonoverlap"
     """Hide whole spans of a fixed grid, or any neighbouring frames (scored by their product)."""
     span_length: SpanLength = 0
     """Frames in a span; 0 is what the model was trained with."""
-    whole_spans: bool = False
+    whole_spans: Annotated[bool, RARE] = False
     """Cut a clip's end down to whole spans as AudioCraft does; stride1 has no grid to cut to."""
     order: Literal["confidence", "random", "halton"] = "confidence"
     """Keep the spans first that the model is surest of, as in the paper, or in a random order, or
@@ -533,24 +538,24 @@ class RunConfig:
     """Training ends after this many steps."""
     condition_dropout: BelowOne = 0.3
     """Probability that a clip is trained without its text."""
-    stage_weights: tuple[NotNegative, ...] = ()
+    stage_weights: Annotated[tuple[NotNegative, ...], RARE] = ()
     """How often each codebook is trained, a number each; () is all alike, as in the paper."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
     remat: Remat = "none"
     """What the backward pass computes again to save memory: nothing; all but matrix products; all
     but attention; or all, for about a third more time."""
-    clips_per_device: Whole = 0
+    clips_per_device: Annotated[Whole, RARE] = 0
     """Clips that a device computes at once; gradients of a larger share of the batch are summed up
     in parts, exactly. 0 is as many as fit."""
-    kernels: KernelConfig = KernelConfig()
+    kernels: Annotated[KernelConfig, RARE] = KernelConfig()
     init_from: str = ""
     """Begin with the parameters of this run, export or imported AudioCraft checkpoint; a folder, or
     its gs:// URL."""
-    init_codes: Literal["random", "codec"] = "random"
+    init_codes: Annotated[Literal["random", "codec"], RARE] = "random"
     """Embeddings and heads of a new model's tokens: random numbers, as in AudioCraft, or
     projections of the codec's own vectors, so that tokens that sound alike begin alike."""
-    init_partial: bool = False
+    init_partial: Annotated[bool, RARE] = False
     """Let init_from match in part; what matches is listed, the rest is initialised."""
     lora: LoraConfig = LoraConfig()
     log_every: Count = 50
@@ -567,14 +572,14 @@ class RunConfig:
     """Steps between checkpoints."""
     keep_last: Count = 3
     """Newest checkpoints to keep."""
-    keep_every: Whole = 0
+    keep_every: Annotated[Whole, RARE] = 0
     """Keep every checkpoint of a step that is a multiple of this; 0 keeps none for that."""
-    keep_best: Whole = 0
+    keep_best: Annotated[Whole, RARE] = 0
     """Checkpoints of lowest validation loss to keep; save_every must meet eval_every for it."""
     distributed: str = "auto"
     """Several processes: auto lets JAX find those of TPU pods, Slurm, Open MPI and Kubernetes; off
     runs alone; HOST:PORT,INDEX,COUNT names them."""
-    profile: tuple[int, ...] = ()
+    profile: Annotated[tuple[int, ...], RARE] = ()
     """First and last step to record a profile of, for TensorBoard or Perfetto."""
     wandb: str = ""
     """Project of Weights & Biases to log to as well (pip install wandb)."""
@@ -694,8 +699,9 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
 
 
 def _from_json(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return from_dict(hint, value, where)
+    kind = getattr(hint, "__origin__", hint)  # of Annotated
+    if dataclasses.is_dataclass(kind):
+        return from_dict(kind, value, where)
     return check(hint, value, where)
 
 

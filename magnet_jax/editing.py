@@ -436,7 +436,7 @@ class Editing:
                 progress, num_frames=codes_1KT.shape[-1], decoder=self.decoder, first_sample=pick,
             )  # fmt: skip
             wavs.append(self._cut(made.wav_BCN))
-            codes.append(made.codes_BKT[..., : self._num_frames])
+            codes.append(made.codes_BKT[..., : self.num_frames])
         return np.concatenate(wavs), np.concatenate(codes)
 
     # --- clips ------------------------------------------------------------------------------------
@@ -521,17 +521,13 @@ class Editing:
         return sampling.segment_frames(self.loaded.config, self.loaded.codec)
 
     @property
-    def _num_frames(self) -> int:
-        return max(1, round(self.duration * self.frame_rate))
-
-    @property
     def _whole_frames(self) -> int:
         """Frames that are computed for a clip, the last span of which may be cut."""
-        return sampling.decoded_frames(self.loaded.config.model, self._decode, self._num_frames)[1]
+        return sampling.decoded_frames(self.loaded.config.model, self._decode, self.num_frames)[1]
 
     def _cut(self, wav_BCN: np.ndarray) -> np.ndarray:
         """Audio of `_whole_frames` as long as a clip."""
-        return wav_BCN[..., : round(self._num_frames * self.sample_rate / self.frame_rate)]
+        return wav_BCN[..., : round(self.num_frames * self.sample_rate / self.frame_rate)]
 
     @property
     def _decode(self):

@@ -400,7 +400,7 @@ def _train_words(args: Trained, name: str, seed: int, seconds: float) -> list[st
     """Of launch.train."""
     count = args.train_steps
     return [
-        "--config", CONFIG, "--data.path", str(args.data), "--text.source", args.text,
+        "--config", CONFIG, "--data", str(args.data), "--text.source", args.text,
         "--out", str(report.run_folder(args.out, name, seed)), "--seed", str(seed),
         "--data.segment-seconds", f"{seconds}", "--steps", str(count),
         "--optimizer.schedule-steps", str(count),

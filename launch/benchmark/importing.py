@@ -40,7 +40,7 @@ def measure(args: Args) -> None:
         )
         model, _ = pretrained.read_defaults(source)
         count = sum(map(math.prod, lm_rules.lm_shapes(model).values()))
-        seconds, peak = _run("launch.import_audiocraft", "--source", source, "--out", out)
+        seconds, peak = _run("launch.import_audiocraft", "--checkpoint", source, "--out", out)
         print(
             f"{count / 1e6:.0f} M parameters, {args.dtype}: imported in {seconds:.1f} s, peak "
             f"memory {peak / 1e9:.2f} GB, {peak / (4 * count):.2f} times the float32 parameters"

@@ -5,7 +5,7 @@
 #   launch/cluster/tpu_vm.sh create          # asks for the slice
 #   launch/cluster/tpu_vm.sh wait            # until it is there
 #   launch/cluster/tpu_vm.sh install         # copies the committed repository and installs it
-#   launch/cluster/tpu_vm.sh run --config music_small_10s --data.path /mnt/share/DATA \
+#   launch/cluster/tpu_vm.sh run --config music_small_10s --data /mnt/share/DATA \
 #       --out /mnt/share/RUN
 #   launch/cluster/tpu_vm.sh follow          # the first host's output; Ctrl-C leaves the run alone
 #   launch/cluster/tpu_vm.sh stop            # SIGTERM: saves at the next step; `run` goes on there

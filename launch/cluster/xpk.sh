@@ -2,7 +2,7 @@
 # Trains on a GKE cluster of TPUs that was made by xpk.
 #
 #   export CLUSTER=my-cluster WORKLOAD=magnet-1 TPU_TYPE=v5litepod-16 IMAGE=REGISTRY/magnet_jax
-#   launch/cluster/xpk.sh --config music_small_10s --data.path /data/DATA --out /data/RUN
+#   launch/cluster/xpk.sh --config music_small_10s --data /data/DATA --out /data/RUN
 #
 # The arguments are the command line of `python -m launch.train`, the same as on a laptop. xpk makes
 # a JobSet of them; a pod that is evicted or fails restarts all, and the run goes on from its last

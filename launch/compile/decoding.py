@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -14,18 +13,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from launch.compile import flops, hlo, report, targets
+from launch.compile.options import FRAME_RATE, Decode
 from launch.make_random_checkpoint import CODEC_SETTINGS, SIZES
+from magnet_jax import arguments
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import encodec
 from magnet_jax.config import (
     CodecSpec,
     DataConfig,
     DecodeConfig,
-    KernelConfig,
     ModelConfig,
-    Preset,
     RunConfig,
-    SamplingMeshConfig,
     preset_steps,
 )
 from magnet_jax.convert import codec_rules, t5_files
@@ -35,39 +33,6 @@ from magnet_jax.errors import UserError
 from magnet_jax.model import precision, t5, transformer
 
 Saving = Literal[tuple(field.name for field in dataclasses.fields(magnet.Savings))]
-FRAME_RATE = 50  # frames a second of the published codec
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Decode:
-    """The program that turns the tokens of a batch of texts into audio."""
-
-    topology: str
-    """What to compile for: v5e:2x2, v5p:2x2x1, v6e:4x8, h100:8, cpu:1, ..."""
-    model: Literal["small", "medium"] = "small"
-    """420 M or 1.8 B parameters."""
-    seconds: float = 10.0
-    """Length of a clip."""
-    batch: int = 1
-    """Clips at once."""
-    text_tokens: int = 64
-    """Positions that cross-attention sees."""
-    preset: Preset | None = None
-    """Decoding steps by name: paper (the default), paper-30s, balanced or draft."""
-    steps: tuple[int, ...] | None = None
-    """Decoding steps of each codebook."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of matrix products and their weights; auto is float32 on a CPU, else bfloat16."""
-    mesh: SamplingMeshConfig = SamplingMeshConfig()
-    """The topology's first devices are used, one by default."""
-    kernels: KernelConfig = KernelConfig()
-    codec: bool = True
-    """The program ends in samples; --no-codec: in tokens, for PyTorch to decode."""
-    without: tuple[Saving, ...] = ()
-    """Savings to do without, to see what they are worth."""
-    json: Path | None = None
-    """File for everything that was found out, costs of one device and of a clip."""
-
 
 # --- the program ---
 
@@ -83,14 +48,14 @@ def lower_decode(
     config = loaded.config
     batch = sampling.Batch(
         text=tokens_of_text.Text(
-            np.zeros((args.batch, args.text_tokens), np.int32),
-            np.ones((args.batch, args.text_tokens), bool),
-            np.zeros(args.batch, np.int32),
+            np.zeros((args.batch_size, args.text_tokens), np.int32),
+            np.ones((args.batch_size, args.text_tokens), bool),
+            np.zeros(args.batch_size, np.int32),
         ),
-        sample_B=np.arange(args.batch),
+        sample_B=np.arange(args.batch_size),
         seed=0,
         canvas=canvas.blank(
-            args.batch, config.model.num_codebooks, round(args.seconds * FRAME_RATE)
+            args.batch_size, config.model.num_codebooks, round(args.seconds * FRAME_RATE)
         ),
         decoding=config.decode,
         decoder=decoder,
@@ -115,14 +80,15 @@ def lower_decode(
 
 def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.Decoder | None]:
     """A model of a published size and its codec's decoder, with shapes for parameters."""
-    model = ModelConfig(**SIZES[args.model])
+    model, decode = ModelConfig(**SIZES[args.model]), args.decode
+    if args.preset:
+        steps = preset_steps(args.preset, model.num_codebooks)
+        decode = dataclasses.replace(decode, steps=steps)
     config = RunConfig(
         model=model,
         data=DataConfig(segment_seconds=args.seconds),
-        decode=DecodeConfig(
-            steps=args.steps or preset_steps(args.preset or "paper", model.num_codebooks)
-        ),
-        compute_dtype=args.dtype,
+        decode=decode,
+        compute_dtype=args.compute_dtype,
     )
     dtype = precision.compute_dtype(config, platform)
     t5_config = t5_files.PUBLISHED["t5-base"]
@@ -152,7 +118,7 @@ def _published(args: Decode, platform: str) -> tuple[pretrained.Loaded, encodec.
         step=0,
         lineage={},
     )
-    if not args.codec:
+    if args.tokens_only:
         return loaded, None
     fields = {field.name for field in dataclasses.fields(SeanetConfig)}
     seanet = SeanetConfig(**{k: v for k, v in CODEC_SETTINGS.items() if k in fields})
@@ -172,17 +138,16 @@ def _shapes(tree: Any, mesh: Mesh, spec: P) -> Any:
 
 def decode_costs(args: Decode) -> dict[str, Any]:
     """Compiles the decoding program and compares it with the least and with the reference."""
-    if not 1 <= args.seconds <= 600 or args.batch < 1 or args.text_tokens < 1:
-        raise UserError(
-            "--seconds must lie between 1 and 600, and --batch and --text-tokens be positive"
-        )
+    arguments.check(tuple[Saving, ...], args.without, "--without")
     report.check_file("--json", args.json)
-    if args.steps and args.preset:
-        raise UserError("give either --steps or --preset")
+    if args.preset and args.decode.steps != DecodeConfig.steps:
+        raise UserError("give either --decode.steps or --preset")
     target = targets.load(args.topology)
     mesh = placement.sampling_mesh(args.mesh, target.devices)
-    if args.batch % mesh.shape["data"]:
-        raise UserError(f"--batch {args.batch} does not divide by mesh.data {mesh.shape['data']}")
+    if args.batch_size % mesh.shape["data"]:
+        raise UserError(
+            f"--batch-size {args.batch_size} does not divide by mesh.data {mesh.shape['data']}"
+        )
     lowered, config, frames = lower_decode(args, target, mesh)
     found = report.compiled_costs(lowered, target)
     text = found.pop("text")
@@ -202,13 +167,13 @@ def decode_costs(args: Decode) -> dict[str, Any]:
         "num_devices": mesh.size,
         "frames": frames,
         **found,
-        "flops_a_clip": found["flops"] * mesh.size / args.batch,
+        "flops_a_clip": found["flops"] * mesh.size / args.batch_size,
         "floor_flops_a_clip": floor,
         "reference_flops_a_clip": flops.reference_flops(
             model, whole_spans, args.text_tokens, steps
         ),
-        "estimated_seconds_a_clip": seconds and seconds / args.batch,
-        "estimated_mfu": report.share_of_peak(args.batch * floor, seconds, target, mesh.size),
+        "estimated_seconds_a_clip": seconds and seconds / args.batch_size,
+        "estimated_mfu": report.share_of_peak(args.batch_size * floor, seconds, target, mesh.size),
         "square_arrays": report.described(scores),
     }
 
@@ -255,7 +220,7 @@ def run(args: Decode) -> None:
     report.write_json(args.json, found)
     devices = f"{found['num_devices']} device{'s' * (found['num_devices'] > 1)}"
     title = (
-        f"decode, {args.model}, {args.batch} x {args.seconds:g} s, {found['dtype']}, for {devices} "
-        f"of {args.topology}; a device's share:"
+        f"decode, {args.model}, {args.batch_size} x {args.seconds:g} s, {found['dtype']}, for "
+        f"{devices} of {args.topology}; a device's share:"
     )
     report.show(title, report.cost_rows(found) + decode_rows(found))

@@ -4,68 +4,21 @@ import dataclasses
 import functools
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from launch.compile import report, targets
+from launch.compile.options import FRAME_RATE, Step, Train
 from launch.train import load_config
-from magnet_jax.config import ComputeDtype, MeshConfig, Remat, RunConfig
+from magnet_jax.config import MeshConfig, RunConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision, sharding
 from magnet_jax.train import flops, plan, steps
 
-FRAME_RATE = 50  # frames a second of the published codecs
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Asked:
-    """Whose step, and on what."""
-
-    topology: str
-    """Devices: v5e:4x8, v5p:4x4x4, h100:4x8 (hosts x GPUs), cpu:1, ..."""
-    config: str = "music_small_10s"
-    """A config of configs/."""
-    mesh: str = ""
-    """DATA,FSDP,TENSOR, such as 4,8,1. By default the config's, with the smallest fsdp and the
-    fewest parts that fit, for which steps are compiled."""
-    batch_size: int | None = None
-    """Clips in a global batch; the config's by default."""
-    clips_per_device: int = 0
-    """Clips that a device computes at once; 0 is as many as fit, or all with --mesh."""
-    remat: Remat | None = None
-    """What the backward pass computes again; the config's by default."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Train(Asked):
-    """One training step of a config."""
-
-    dtype: ComputeDtype = "auto"
-    """float32 or bfloat16; auto is float32 on a CPU, else bfloat16."""
-    stage: int = 1
-    """0 compiles the step of the first codebook, which sees all frames unless the config has
-    model.first_context; above it, that of the others, with model.local_context."""
-    json: Path | None = None
-    """File for everything that was found out, costs of one device."""
-
-
-def read_mesh(text: str, default: MeshConfig) -> MeshConfig:
-    """'4,8,1' as data, fsdp and tensor."""
-    if not text:
-        return default
-    try:
-        data, fsdp, tensor = map(int, text.split(","))
-    except ValueError:
-        raise UserError(f"--mesh {text}: give DATA,FSDP,TENSOR, such as 4,8,1") from None
-    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-
-
-def configured(args: Asked) -> RunConfig:
+def configured(args: Step) -> RunConfig:
     """The config with what the command changes."""
     config = load_config(args.config)
-    if args.clips_per_device < 0:
-        raise UserError("--clips-per-device must be at least 0")
     if args.batch_size is not None:
         config = dataclasses.replace(
             config, data=dataclasses.replace(config.data, batch_size=args.batch_size)
@@ -73,18 +26,18 @@ def configured(args: Asked) -> RunConfig:
     changes = {} if args.remat is None else {"remat": args.remat}
     return dataclasses.replace(
         config,
-        mesh=read_mesh(args.mesh, config.mesh),
+        mesh=config.mesh if args.mesh == MeshConfig() else args.mesh,
         clips_per_device=args.clips_per_device,
         **changes,
     )
 
 
 def prepared(
-    config: RunConfig, target: targets.Target, mesh: str
+    config: RunConfig, target: targets.Target
 ) -> tuple[steps.StepSettings, int | None, int]:
     """A run's settings on a target, the memory that a step takes, and frames of a clip.
 
-    Where the `mesh` was given, nothing is compiled and the memory is None.
+    Where mesh.fsdp was given, nothing is compiled and the memory is None.
     """
     frames = round(config.data.segment_seconds * FRAME_RATE)
     settings, peak = plan.choose(
@@ -92,7 +45,7 @@ def prepared(
         t5_files.published_config(config.text.source),
         precision.compute_dtype(config, target.platform),
         frames,
-        None if mesh or target.chip is None else target.chip.device_bytes,
+        None if config.mesh.fsdp or target.chip is None else target.chip.device_bytes,
         list(target.devices),
         functools.partial(print, file=sys.stderr, flush=True),
     )
@@ -102,11 +55,11 @@ def prepared(
 def costs(args: Train) -> dict[str, Any]:
     """Compiles the step, and sets it beside the plan and the chip."""
     report.check_file("--json", args.json)
-    config = dataclasses.replace(configured(args), compute_dtype=args.dtype)
-    if not 0 <= args.stage < config.model.num_codebooks:
+    config = dataclasses.replace(configured(args), compute_dtype=args.compute_dtype)
+    if args.stage >= config.model.num_codebooks:
         raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
     target = targets.load(args.topology)
-    settings, _, frames = prepared(config, target, args.mesh)
+    settings, _, frames = prepared(config, target)
     clips, text_tokens = config.data.batch_size, config.text.max_tokens
     lowered = plan.lower(settings, clips, frames, text_tokens, args.stage)
     found = report.compiled_costs(lowered, target)

@@ -245,7 +245,7 @@ def _checked(args: Args) -> Args:
     if not args.embedders or len(set(args.embedders)) < len(args.embedders):
         raise UserError("--embedders: name each once, and one at least")
     if args.lufs is not None and not -70 <= args.lufs <= 0:
-        raise UserError("--lufs must lie between -70 and 0, or be None")
+        raise UserError("--lufs must lie between -70 and 0")
     if args.seconds is not None and not 0 < args.seconds <= 600:
         raise UserError("--seconds must be positive, and at most 600")
     if not 0 <= args.seed < 2**31:
@@ -415,7 +415,7 @@ def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:
     Raises `UserError` for --sample-options that set what the evaluation itself decides.
     """
     words = ["--checkpoint", args.checkpoint, "--out", str(args.out / "generated")]
-    words += ["--seed", str(args.seed), "--lufs", str(args.lufs)]
+    words += ["--seed", str(args.seed), "--lufs", "off" if args.lufs is None else str(args.lufs)]
     words += [] if args.seconds is None else ["--seconds", str(args.seconds)]
     try:
         further = shlex.split(args.sample_options)
@@ -426,7 +426,7 @@ def _sampler(args: Args, listed: list[prompts.Prompt]) -> sample.Args:
         "checkpoint": args.checkpoint,
         "out": args.out / "generated",
         "seed": args.seed,
-        "lufs": args.lufs,
+        "lufs": "off" if args.lufs is None else args.lufs,
         "seconds": args.seconds,
         "prompt": (),
         "unconditional": 0,

@@ -9,6 +9,8 @@ A data set is one folder that TFDS opens by itself, `tfds.builder_from_directory
 A record is at most two minutes of one track (see `features`).
 """
 
+from __future__ import annotations  # types of TFDS, which is slow to load
+
 import contextlib
 import hashlib
 import json
@@ -17,18 +19,18 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from tensorflow_datasets.core.dataset_info import DatasetIdentity
-from tensorflow_datasets.proto import tf_example_pb2
 
 from magnet_jax import config
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import sync, temporary
+
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds
 
 FORMAT = "magnet_jax tokens 1"
 SPLITS = ("train", "validation")
@@ -71,6 +73,8 @@ def features(num_codebooks: int) -> tfds.features.FeaturesDict:
     path of the track without suffix, or its name in a table; source_path: path of its file below
     the source's folder; start, duration: seconds into that file, and of the record.
     """
+    import tensorflow_datasets as tfds
+
     return tfds.features.FeaturesDict(
         {
             "codes": tfds.features.Tensor(
@@ -188,6 +192,8 @@ def _write_shard(
     types: tfds.features.FeaturesDict,
     examples: Iterable[Mapping[str, Any]],
 ) -> Shard:
+    from tensorflow_datasets.proto import tf_example_pb2
+
     writer, count, num_bytes, content = None, 0, 0, hashlib.sha256()
     try:
         for example in examples:
@@ -287,6 +293,9 @@ def write_metadata(
     Returns their paths in the order in which they may be published: the one that means 'complete'
     is the last.
     """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.dataset_info import DatasetIdentity
+
     infos = []
     for split, all_shards in shards.items():
         kept = [shard for shard in all_shards if shard.num_examples > 0]
@@ -338,6 +347,8 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def _builder(directory: Path) -> tfds.core.DatasetBuilder:
+    import tensorflow_datasets as tfds
+
     try:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # what TFDS raises depends on the damage

@@ -205,6 +205,24 @@ def window_stride(loaded: Loaded, seconds: float | None, name: str) -> float:
     return seconds
 
 
+def stride_of_clip(
+    loaded: Loaded, num_frames: int, seconds: float | None, name: str
+) -> float | None:
+    """`window_stride` of a clip that a MusicGen makes in windows; None of any other clip.
+
+    Raises `UserError`, which calls the number `name`, where it would have no effect.
+    """
+    in_windows = num_frames > segment_frames(loaded.config, loaded.codec)
+    if loaded.config.model.kind == "musicgen" and in_windows:
+        return window_stride(loaded, seconds, name)
+    if seconds is not None:
+        raise UserError(
+            f"{name} is for a MusicGen's clips of more than "
+            f"{loaded.config.data.segment_seconds:g} seconds: leave it out"
+        )
+    return None
+
+
 def generate_in_windows(
     loaded: Loaded,
     texts: Sequence[str],

@@ -127,10 +127,10 @@ def set_up(config: RunConfig) -> Setup:
     Raises `UserError`, in all processes if in one.
     """
     if not config.data.path:
-        raise UserError("no data: give --data.path DIR, a folder that tokenization.job wrote")
+        raise UserError("no data: give --data DIR, a folder that tokenization.job wrote")
     if bucket.is_url(config.data.path):
         raise UserError(
-            f"--data.path {config.data.path}: records cannot be read from a bucket; copy them to "
+            f"--data {config.data.path}: records cannot be read from a bucket; copy them to "
             f"every host (mkdir -p DIR && gcloud storage rsync -r {config.data.path} DIR) and give "
             "that folder"
         )

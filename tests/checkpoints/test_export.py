@@ -307,9 +307,6 @@ def test_clips_of_other_weights_are_not_taken_for_these(loaded, tmp_path):
             sample._is_made(*clip, settings(other, partners))
     with pytest.raises(UserError, match="made with other settings .rescorer.; name another"):
         sample._is_made(*clip, settings(same, other))
-    earlier = {"seed": 1, "rescorer": {"weight": 0.5}}
-    clip[1].write_text(json.dumps(earlier))
-    assert sample._is_made(*clip, settings(same, other))
 
 
 def test_what_only_runs_have_to_choose_is_refused():

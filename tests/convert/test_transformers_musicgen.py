@@ -96,7 +96,7 @@ def test_it_generates_with_its_own_codec_and_goes_on_as_audiocrafts(theirs, load
     assert model.loaded.codec.sha256 == loaded.codec.sha256
     np.testing.assert_array_equal(*sounds)
     with pytest.raises(UserError, match="needs no import"):
-        args = import_audiocraft.Args(source=str(folder), out=tmp_path / "imported")
+        args = import_audiocraft.Args(checkpoint=str(folder), out=tmp_path / "imported")
         import_audiocraft.main(args)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from launch import plan as launch_plan
 from launch.compile import __main__ as launch_compile
 from launch.compile import flops, hlo, targets
 from launch.make_random_checkpoint import SIZES
@@ -54,7 +53,15 @@ def tiny(monkeypatch):
 
 def compile_decode(tmp_path, topology: str, *more: str, steps: tuple[int, ...] = STEPS) -> dict:
     file = tmp_path / "costs.json"
-    sizes = ["--seconds", "1", "--text-tokens", "8", "--no-codec", "--steps", *map(str, steps)]
+    sizes = [
+        "--seconds",
+        "1",
+        "--text-tokens",
+        "8",
+        "--tokens-only",
+        "--decode.steps",
+        *map(str, steps),
+    ]
     launch_compile.main(["decode", "--topology", topology, "--json", str(file), *sizes, *more])
     return json.loads(file.read_text())
 
@@ -91,7 +98,7 @@ def test_decoding_for_the_cpu(tiny, tmp_path, capsys):
 
 def test_the_program_ends_in_samples(tiny, tmp_path):
     """As sampling has it, and without holding the whole clip in all channels."""
-    found = compile_full_size(tmp_path, "cpu:1", "--seconds", "5", "--steps", *"1111")
+    found = compile_full_size(tmp_path, "cpu:1", "--seconds", "5", "--decode.steps", *"1111")
     samples = 5 * 32_000 * 4
     assert samples <= found["output_bytes"] < 1.1 * samples
     assert found["temp_bytes"] < 1.5 * 64 * samples  # all at once: 64 channels, more than once
@@ -103,18 +110,32 @@ def test_the_program_ends_in_samples(tiny, tmp_path):
         (["--topology", "v9:2x2"], "unknown topology 'v9:2x2'; there are v5e:1x1"),
         (["--topology", "v5e:0x2"], "unknown topology"),
         (["--topology", "h100:0"], "unknown topology"),
-        (["--topology", "cpu:1", "--steps", "3", "2"], "one number a codebook: 4, not 2"),
-        (["--topology", "cpu:1", "--steps", *"1111", "--preset", "draft"], "either --steps or"),
-        (["--topology", "cpu:1", "--batch", "0"], "be positive"),
+        (["--topology", "cpu:1", "--decode.steps", "3", "2"], "one number a codebook: 4, not 2"),
+        (
+            ["--topology", "cpu:1", "--decode.steps", *"1111", "--preset", "draft"],
+            "either --decode.steps",
+        ),
+        (["--topology", "cpu:1", "--batch-size", "0"], "--batch-size must be a whole number of"),
         (["--topology", "cpu:1", "--seconds", "nan"], "--seconds must lie between 1 and 600"),
         (["--topology", "cpu:1", "--mesh.frames", "2"], "needs 2 devices; there are 1"),
         (["--topology", "cpu:1", "--kernels.full", "cudnn"], "cudnn needs a GPU"),
-        (["--topolgy", "cpu:1"], "--topology"),
+        (["--topolgy", "cpu:1"], "did you mean --topology"),
+        (["--topology", "cpu:1", "--without", "last_windo"], "--without must be"),
     ],
 )
 def test_mistakes_are_named(tiny, arguments, message):
     with pytest.raises(UserError, match=message):
         launch_compile.main(["decode", *arguments])
+
+
+def test_a_misspelt_command_is_answered_with_the_nearest():
+    for words, message in (
+        (["decod", "--topology", "cpu:1"], "unknown command decod: did you mean decode?"),
+        (["zzz"], "there are decode, train, plan"),
+        ([], "give one of decode, train, plan"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch_compile.main(words)
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -179,7 +200,7 @@ def test_decoding_for_a_tpu(tiny, tmp_path, capsys):
 
 @needs_libtpu
 def test_decoding_for_a_mesh_of_tpus(tiny, tmp_path):
-    mesh = ("--mesh.data", "-1", "--mesh.frames", "2", "--batch", "2")
+    mesh = ("--mesh.data", "-1", "--mesh.frames", "2", "--batch-size", "2")
     found = compile_decode(tmp_path, "v5e:2x2", *mesh)
     assert found["num_devices"] == 4
     assert found["collective_runs"]["all-gather"] > 0
@@ -199,7 +220,7 @@ def test_10_s_of_the_small_model_for_a_tpu(tmp_path):
 @pytest.mark.parametrize("full", ["slices", "splash"])
 def test_30_s_of_the_small_model_for_a_tpu(tmp_path, full):
     """To tokens: the rows of zeros in the codec's LSTM alone are 0.2 TFLOP."""
-    sizes = ("--seconds", "30", "--preset", "paper-30s", "--no-codec", "--kernels.full", full)
+    sizes = ("--seconds", "30", "--preset", "paper-30s", "--tokens-only", "--kernels.full", full)
     found = compile_full_size(tmp_path, "v5e:2x2", *sizes)
     assert found["square_arrays"] == []
     # (splash pads 1500 frames to 1536)
@@ -246,8 +267,8 @@ def test_a_training_step_for_the_cpu(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--mesh", "2,1,1"], "does not fit 1 devices"),
-        (["--mesh", "2,1"], "give DATA,FSDP,TENSOR"),
+        (["--mesh.data", "2", "--mesh.fsdp", "1"], "does not fit 1 devices"),
+        (["--clips-per-device", "-1"], "--clips-per-device must be"),
         (["--stage", "4"], "--stage must lie between 0 and 3"),
         (["--config", "nothing"], "no such config"),
         (["--json", "/no/such/folder/x.json"], "no such folder"),
@@ -260,19 +281,21 @@ def test_mistakes_about_training_are_named(arguments, message):
 
 
 def test_a_run_is_planned(capsys):
-    launch_plan.main(["--topology", "cpu:1", "--config", "music_small_10s", "--batch-size", "2"])
+    launch_compile.main(
+        ["plan", "--topology", "cpu:1", "--config", "music_small_10s", "--batch-size", "2"]
+    )
     shown = capsys.readouterr().out
     assert "420 M" in shown and "2 clips of 10 s, 500 frames" in shown
     with pytest.raises(UserError, match="--mfu"):
-        launch_plan.main(["--topology", "cpu:1", "--mfu", "0"])
+        launch_compile.main(["plan", "--topology", "cpu:1", "--mfu", "0"])
 
 
 @needs_libtpu
 def test_a_training_step_for_tpus_gathers_what_is_split(tmp_path):
     file = tmp_path / "costs.json"
     launch_compile.main(
-        ["train", "--topology", "v5e:2x2", "--config", "demo", "--mesh", "1,4,1",
-         "--json", str(file)]
+        ["train", "--topology", "v5e:2x2", "--config", "demo", "--json", str(file),
+         "--mesh.data", "1", "--mesh.fsdp", "4"]
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert found["fits"] and found["step_seconds"] > 0 and 0 < found["mfu"] < 1

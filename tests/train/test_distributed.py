@@ -401,7 +401,7 @@ def test_the_indexed_job_gives_each_pod_its_shard():
 def test_slurm_starts_a_process_a_node_or_a_gpu(programs, processes, per_node, cpus):
     fake, calls = programs
     fake("srun", 'echo "GPUs $JAX_LOCAL_DEVICE_IDS."')
-    words = ["--data.path", "a folder", "--out", "run"]
+    words = ["--data", "a folder", "--out", "run"]
     done = bash("slurm.sbatch", *words, **JOB, PROCESSES=processes)
     assert done.returncode == 0, done.stderr
     assert f"GPUs {'0,1,2,3,4,5,6,7' if processes == 'node' else ''}." in done.stdout
@@ -438,9 +438,9 @@ def test_tpu_vms_from_create_to_delete(programs):
     ssh = [*tpus, "tpu-vm", "ssh", "mine", "--zone=z", "--worker=all"]
     assert install[:-1] == ssh and '--editable ".[tpu,gcs]"' in install[-1]
     assert mount == [*ssh, "--command=mount it"]
-    ((*words, command),) = tpu("run", "--data.path", "a folder", "--out", "run")
+    ((*words, command),) = tpu("run", "--data", "a folder", "--out", "run")
     assert words == ssh
-    assert "-m launch.train --data.path a\\ folder --out run > train.log" in command
+    assert "-m launch.train --data a\\ folder --out run > train.log" in command
     subprocess.run(["bash", "-n", "-c", command.removeprefix("--command=")], check=True)
     assert "kill -TERM" in tpu("stop")[0][-1]
     assert "--worker=0" in tpu("follow")[0]

@@ -1,36 +1,16 @@
-"""What a run will take, without data: mesh, parameters, memory, hours and chip-hours.
-
-python -m launch.plan --config music_medium_30s --topology v5e:4x8
-
-Without --mesh the smallest fsdp is taken whose step fits: the compiler is asked, which takes
-minutes, and says how much memory a step takes. With --mesh nothing is compiled, and
-`launch.compile train` shows the compiler's figures. Hours follow from the model's operations and
-from --mfu, the share of the chip's peak that you expect: the paper's sizes reach 35 to 50 % on
-current chips.
-"""
-
-import dataclasses
+"""What a run will take, without data."""
 
 from launch.compile import report, targets, training
-from magnet_jax import cli
-from magnet_jax.errors import UserError, reported
+from launch.compile.options import Plan
 from magnet_jax.model import sharding, transformer
 from magnet_jax.train import flops, plan, steps
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Args(training.Asked):
-    mfu: float = 0.4
-    """Share of the peak that the run is expected to reach."""
-
-
-def rows(args: Args) -> list[tuple[str, str]]:
+def rows(args: Plan) -> list[tuple[str, str]]:
     """What there is to say."""
-    if not 0 < args.mfu <= 1:
-        raise UserError("--mfu must lie in (0, 1]")
     config = training.configured(args)
     target = targets.load(args.topology)
-    settings, peak, frames = training.prepared(config, target, args.mesh)
+    settings, peak, frames = training.prepared(config, target)
     count = transformer.count_params(steps.state_shardings(settings)[0]["params"])
     batch = config.data.batch_size
     at_once = batch // sharding.num_rows(settings.mesh) // settings.num_parts
@@ -66,11 +46,5 @@ def rows(args: Args) -> list[tuple[str, str]]:
     return lines
 
 
-def main(argv: list[str] | None = None) -> None:
-    args = cli.parse(Args, argv, prog="python -m launch.plan", description=__doc__)
+def run(args: Plan) -> None:
     report.show(f"{args.config} on {args.topology}", rows(args))
-
-
-if __name__ == "__main__":
-    with reported():
-        main()
