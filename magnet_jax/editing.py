@@ -93,6 +93,12 @@ class Edit(NamedTuple):
     clips: list[Clip]  # what was edited
     before: int = 0  # samples that come before the first one of what was edited
 
+    def as_float(self, clip: int = 0) -> np.ndarray:
+        """A clip [C, N] in [-1, 1)."""
+        source = self.clips[clip].source
+        samples_NC = _as_held(self.wav_BCN[clip].T, source)
+        return source._replace(samples_NC=samples_NC).as_float().T
+
     def write(self, path: str | Path, clip: int = 0) -> None:
         """Writes a clip as the file that was edited is written, its other bytes untouched."""
         source = self.clips[clip].source
