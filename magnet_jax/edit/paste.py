@@ -47,6 +47,7 @@ def frames_of(
     reach: Reach,
     guard: int = GUARD,
     least: int = LEAST_FRAMES,
+    seconds: float | None = None,
 ) -> tuple[int, int]:
     """Frames [first, end) whose tokens are regenerated for a region in seconds.
 
@@ -59,11 +60,12 @@ def frames_of(
       reach: of the codec, see `splice.reach_of`.
       guard: frames, as `splice.spliced` takes it.
       least: frames without which there is nothing to regenerate.
+      seconds: length of the clip, which may end within its last frame; None is all frames.
 
     Raises:
       UserError: a region outside the clip, or one that is too short.
     """
-    total = num_frames / frame_rate
+    total = num_frames / frame_rate if seconds is None else seconds
     first, last = region[0], total if region[1] is None else region[1]
     name = f"region {first:g}:{last:g}"
     if not 0 <= first <= total or last > total + 1e-6:
@@ -74,10 +76,11 @@ def frames_of(
     if not first < last:
         raise UserError(f"{name}: must end after it begins")
     start, end = _floor(first * frame_rate), min(_ceil(last * frame_rate), num_frames)
+    end = num_frames if last >= total - 1e-6 else end
     if edge == "inside":
-        if start > 0:
+        if first > 0:
             start = _ceil(first * frame_rate) + reach.before
-        if end < num_frames:
+        if last < total - 1e-6:
             end = _floor(last * frame_rate) - guard - reach.after
         if end - start < least:
             needed = (reach.before + guard + reach.after + least + 1) / frame_rate
@@ -193,7 +196,7 @@ def pasted(
     source: Source,
     decoded_CN: np.ndarray,
     pieces: Sequence[Piece],
-    regions: Sequence[tuple[float, float]],
+    regions: Sequence[tuple[float, float | None]],
     *,
     codec_rate: int,
     edge: Edge = "outside",
@@ -212,7 +215,8 @@ def pasted(
       source: the file.
       decoded_CN: what its tokens sound like, at the codec's rate.
       pieces: of `splice.spliced`.
-      regions: seconds [first, end) of the file that is to be, which are regenerated.
+      regions: seconds [first, end) of the file that is to be, which are regenerated; None is its
+        end.
       codec_rate: samples per second of the codec's audio.
       edge: 'outside' has the cross-fades outside the regions, 'inside' within them.
       fade: seconds of a cross-fade.
@@ -268,11 +272,12 @@ class _Rates(NamedTuple):
 
 
 def _places(
-    regions: Sequence[tuple[float, float]], rate: int, count: int, edge: Edge, fade: float
+    regions: Sequence[tuple[float, float | None]], rate: int, count: int, edge: Edge, fade: float
 ) -> list[_Place]:
     """Where regions are heard; those whose cross-fades would meet are one. No fades at the ends."""
     places: list[_Place] = []
-    for region in sorted(regions):
+    whole = count / rate
+    for region in sorted((first, whole if end is None else end) for first, end in regions):
         first, end = (min(max(round(seconds * rate), 0), count) for seconds in region)
         length = round(fade * rate)
         if edge == "outside":

@@ -1,6 +1,7 @@
 """WAV and AIFF, files of chunks: other samples in them, and the other chunks as they were."""
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 
@@ -34,7 +35,8 @@ def rewritten(
     """
     order = ORDERS[content[:4]]
     found = formats.find_samples(io.BytesIO(content))
-    little = order == "<" or (found is not None and b"sowt" in content[: found.begin])
+    swapped = found is not None and re.search(b"COMM.{22}(sowt|23ni|42n[i1])", content, re.DOTALL)
+    little = order == "<" or bool(swapped)
     old, new = (_as_bytes(samples_NC, subtype, little) for samples_NC in (old_NC, new_NC))
     if found is None or content[found.begin : found.begin + len(old)] != old:
         raise UserError(

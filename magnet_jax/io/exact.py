@@ -55,17 +55,30 @@ def read(path: Path) -> Source:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        with soundfile.SoundFile(path) as file:
+        with _opened(path) as file:
             subtype = file.subtype
             if subtype in BITS or subtype in _FLOATS:
                 dtype = "int32" if subtype in BITS else np.dtype(_FLOATS[subtype]).name
                 samples_NC = file.read(dtype=dtype, always_2d=True)
-                if samples_NC.shape == wav_CN.T.shape and file.samplerate == sample_rate:
-                    return Source(path, samples_NC, sample_rate, subtype)
+                if samples_NC.shape != wav_CN.T.shape or file.samplerate != sample_rate:
+                    raise UserError(
+                        f"{path}: holds more than its header tells, or less: convert it, as with "
+                        "'ffmpeg -i FILE NEW.flac'"
+                    )
+                return Source(path, samples_NC, sample_rate, subtype)
     except soundfile.LibsndfileError:  # a format that FFmpeg reads
         pass
     samples_NC = as_written(wav_CN.T, DECODED, nearest=True)
     return Source(path, samples_NC, sample_rate, DECODED, lossy=True)
+
+
+def _opened(path: Path) -> soundfile.SoundFile:
+    """A file for libsndfile, which knows BW64 by its older name."""
+    with path.open("rb") as file:
+        if file.read(4) != b"BW64":
+            return soundfile.SoundFile(path)
+    size = path.stat().st_size
+    return soundfile.SoundFile(formats.view(lambda: path.open("rb"), 0, size, 0, b"RF64"))
 
 
 def as_written(wav_NC: np.ndarray, subtype: str, *, nearest: bool = False) -> np.ndarray:
