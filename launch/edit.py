@@ -79,8 +79,8 @@ class Inpaint(Options):
     codebooks: tuple[int, ...] = ()
     """Codebooks that are made anew, counted from 0, with those above them. By default all are."""
     mask: Path | None = None
-    """In place of regions, a NumPy file of bool [T] or [K, T], True where a token is made anew; or a
-    sound file, which is not silent there."""
+    """In place of regions, a NumPy file of bool [T] or [K, T], True where a token is made anew. Or
+    a sound file, which is not silent there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
