@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
+from launch.sample import is_made
 from magnet_jax import cli
 from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import EditConfig, Share
@@ -180,15 +181,58 @@ def mask_of(path: Path, model: "MAGNeT") -> np.ndarray:
 def check(args: Options) -> None:
     """Raises `UserError` for what is wrong whatever the model is."""
     check_fields(args, "--")
-    if args.out.resolve() == args.audio.resolve():
-        raise UserError(f"--out {args.out}: is the file that is edited; name another one")
     check_new_file("--picture", args.picture, (".png", ".pdf", ".svg"))
     if isinstance(args, Inpaint) and bool(args.region) == (args.mask is not None):
         raise UserError("nothing to do: give --region BEGIN:END, or --mask FILE, and not both")
+    for text in getattr(args, "region", ()):
+        region_of(text)
     if isinstance(args, Extend) and not (args.before or args.after):
         raise UserError("nothing to do: give --before SECONDS or --after SECONDS")
     if isinstance(args, Restyle) and args.prompt is None:
         raise UserError("give --prompt TEXT, the new style")
+
+
+def files_of(args: Options) -> list[Path]:
+    """The files to be written; each gets a JSON file of its name, and perhaps one of tokens."""
+    numbers = range(2, getattr(args, "count", 1) + 1)
+    return [args.out, *(args.out.with_stem(f"{args.out.stem}-{n}") for n in numbers)]
+
+
+def settings_of(args: Options) -> dict[str, Any]:
+    """What an edit is made from, for the JSON files."""
+    values = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(args).items()
+        if name not in ("picture", "codec")  # which change nothing
+    }
+    hashes = {}
+    for name in ("audio", "then", "mask"):
+        if (path := getattr(args, name, None)) is not None:
+            try:
+                hashes[f"{name}_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            except OSError as error:
+                raise UserError(f"--{name} {path}: cannot be read ({error.strerror})") from None
+    return {"edit": type(args).__name__.lower().strip("_"), **values, **hashes}
+
+
+def check_out(args: Options, settings: dict[str, Any]) -> None:
+    """Raises `UserError` where a file that this edit did not make would be replaced."""
+    from magnet_jax.edit import kept
+    from magnet_jax.io import exact
+
+    exact.check_name(exact.read(args.audio), args.out)
+    sources = [path for path in (args.audio, getattr(args, "then", None)) if path is not None]
+    names = {source.with_suffix("").resolve() for source in sources}
+    for path in files_of(args):
+        if path.with_suffix("").resolve() in names:
+            raise UserError(
+                f"--out {path}: is the file that is edited, or has its name; name another one"
+            )
+    for path in files_of(args):
+        made = is_made(path, path.with_suffix(".json"), settings, by="launch.edit")
+        tokens = path.with_suffix(kept.SUFFIX)
+        if not made and tokens.exists():
+            raise UserError(f"{tokens}: is there; name another --out, or move it away")
 
 
 def edited(args: Options, model: "MAGNeT") -> "Edit":
@@ -244,37 +288,33 @@ def open_model(args: Options) -> "MAGNeT":
     return model
 
 
-def write(args: Options, model: "MAGNeT", edit: "Edit", number: int) -> None:
+def write(path: Path, model: "MAGNeT", edit: "Edit", number: int, settings: dict) -> None:
     """A clip, its tokens, and how it was made."""
     from magnet_jax.checkpoints import pretrained
     from magnet_jax.edit import kept
 
-    path = args.out
-    if number:
-        path = path.with_stem(f"{path.stem}-{number + 1}")
-    edit.write(path, number)
-    options = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in dataclasses.asdict(args).items()
-    }
-    about = {
-        "edit": type(args).__name__.lower().strip("_"),
-        **options,
-        "audio_sha256": hashlib.sha256(args.audio.read_bytes()).hexdigest(),
+    about = settings | {
         "parameters": pretrained.fingerprint(model.loaded),
         "codec": dataclasses.asdict(model.loaded.codec),
         "sample_rate": edit.sample_rate,
         "changed": edit.changed[number],
     }
-    with replacing_file(path.with_suffix(".json")) as file:
-        file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    def note() -> None:
+        with replacing_file(path.with_suffix(".json")) as file:
+            file.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+    note()  # first, as a sound file without one is somebody else's
+    edit.write(path, number)
     clip = edit.clips[number]
     if clip.own:
-        text = clip.text if args.prompt is None else args.prompt
+        text = clip.text if settings["prompt"] is None else settings["prompt"]
         kept.save(
-            path, edit.tokens_BKT[number], model.loaded.codec, text=text, seed=args.seed,
-            settings=options,
+            path, edit.tokens_BKT[number], model.loaded.codec, text=text, seed=settings["seed"],
+            settings=settings,
         )  # fmt: skip
+    about["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    note()
     ranges = ", ".join(
         f"{a / edit.sample_rate:.3f} to {b / edit.sample_rate:.3f} s"
         for a, b in edit.changed[number]
@@ -284,20 +324,25 @@ def write(args: Options, model: "MAGNeT", edit: "Edit", number: int) -> None:
 
 def main(args: Options) -> None:
     check(args)
+    settings = settings_of(args)
+    check_out(args, settings)
     model = open_model(args)
     edit = edited(args, model)
-    for number in range(len(edit.clips)):
-        write(args, model, edit, number)
+    for number, path in enumerate(files_of(args)):
+        write(path, model, edit, number, settings)
     if args.picture is not None:
         from magnet_jax.edit import picture
 
+        clip = edit.clips[0]
+        before_CN = np.pad(clip.source.as_float().T, ((0, 0), (edit.before, 0)))
+        text = clip.text if args.prompt is None else args.prompt
         picture.draw(
             args.picture,
-            edit.clips[0].source.as_float().T,
+            before_CN,
             edit.as_float(0),
             edit.sample_rate,
             edit.changed[0],
-            confidence_KT=model.confidence(edit.tokens_BKT[:1], args.prompt)[0],
+            confidence_KT=model.confidence(edit.tokens_BKT[:1], text)[0],
             frame_rate=model.frame_rate,
         )
         print(args.picture)

@@ -113,13 +113,13 @@ def _file_name(index: int, prompt: str, seed: int) -> str:
     return f"{index:03d}-{words}-seed{seed}"
 
 
-def _is_made(path: Path, notes: Path, settings: dict) -> bool:
-    """Whether a WAV is there that was made so.
+def is_made(path: Path, notes: Path, settings: dict, by: str = "launch.sample") -> bool:
+    """Whether a sound file is there that was made so.
 
     Raises `UserError` if it was made otherwise, was changed since, or is somebody else's, as a JSON
     file may be too.
     """
-    theirs = "is there, and launch.sample did not make it; name another --out, or move it away"
+    theirs = f"is there, and {by} did not make it; name another --out, or move it away"
     try:
         before = json.loads(notes.read_text(encoding="utf-8"))
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
@@ -316,7 +316,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     settings = [
         {"prompt": text, "seed": args.seed, "sample": i, **about} for i, text in enumerate(texts)
     ]
-    made = [_is_made(*clip) for clip in zip(files, jsons, settings)]
+    made = [is_made(*clip) for clip in zip(files, jsons, settings)]
     for first in range(0, len(texts), args.batch_size):
         batch = texts[first : first + args.batch_size]
         clips = range(first, first + len(batch))

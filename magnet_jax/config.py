@@ -386,7 +386,8 @@ class EditConfig:
     """What becomes of the difference between channels where the codec is mono: take it away within
     a region, or keep it."""
     context: Positive = 4.0
-    """Seconds of a clip that are heard while it is made longer."""
+    """Seconds of a clip that are heard while it is made longer, at most three quarters of what the
+    model hears at once."""
     replay: Share | None = None
     """Say a clip once more under another text, with the chance that made it (`choose.replay`); the
     share of tokens that are drawn anew."""

@@ -154,7 +154,7 @@ class Editing:
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
-        codebooks: Sequence[int] | None = None,
+        codebooks: tuple[int, ...] | None = None,
         mask: Annotated[np.ndarray, as_array] | None = None,
         tokens: Annotated[np.ndarray, as_array] | None = None,
         seed: Seed = 0,
@@ -180,6 +180,8 @@ class Editing:
         clips = self._clips_of(audio, audio_sample_rate, tokens)
         if (mask is None) == (regions is None):
             raise UserError("give regions, such as [(2, 4.5)], or a mask, and not both")
+        if mask is not None and codebooks is not None:
+            raise UserError("codebooks are of regions: give a mask [K, T] that says them, or none")
         if mask is not None:
             frees = [free.mask(mask, clip.codes_KT.shape) for clip in clips]
             return self._edited(clips, frees, None, descriptions, seed, progress)
@@ -255,9 +257,13 @@ class Editing:
           audio_sample_rate, descriptions, progress, seed: see `generate_inpainting`.
         """
         firsts, seconds_ = (self._clips_of(x, audio_sample_rate, None) for x in (prefix, suffix))
+        if len(firsts) != len(seconds_):
+            raise UserError(
+                f"prefix and suffix must have as many clips, not {len(firsts)} and {len(seconds_)}"
+            )
         joined, rate = [], self.frame_rate
         hole = max(1, round(seconds * rate))
-        for one, other in zip(firsts, seconds_, strict=True):
+        for one, other in zip(firsts, seconds_):
             a, b = one.source, other.source
             if (a.sample_rate, a.subtype, a.samples_NC.shape[1]) != (
                 b.sample_rate, b.subtype, b.samples_NC.shape[1],
@@ -276,7 +282,9 @@ class Editing:
         free_KT = free.regions([(first, first + hole)], joined[0].codes_KT.shape)
         begin = len(firsts[0].source.samples_NC) / firsts[0].source.sample_rate
         regions = [[(begin, (first + hole) / rate)]] * len(joined)
-        return self._edited(joined, [free_KT] * len(joined), regions, descriptions, seed, progress)
+        edit = self._edited(joined, [free_KT] * len(joined), regions, descriptions, seed, progress)
+        # It is written as the first clip, drawn out.
+        return edit._replace(clips=[one._replace(own=False) for one in firsts])
 
     @checked
     def generate_restyle(
@@ -304,6 +312,8 @@ class Editing:
             drawn anew.
           original: for 'replay', texts that the clips have now; None as for `descriptions`.
         """
+        if original is not None and how != "replay":
+            raise UserError("original is for how='replay': leave it out")
         clips = self._clips_of(audio, audio_sample_rate, tokens)
         shape = clips[0].codes_KT.shape
         if how == "replay":
@@ -392,7 +402,7 @@ class Editing:
         log_BKT = self._confidence(codes_BKT, texts)
         for number in range(rounds if worst else 0):
             free_BKT = np.stack([free.worst(log_KT, worst, self._span) for log_KT in log_BKT])
-            new_BKT = self._redo(codes_BKT, free_BKT, texts, seed + number, progress)
+            new_BKT = self._redo(codes_BKT, free_BKT, texts, _later(seed, number), progress)
             new_log_BKT = self._confidence(new_BKT, texts)
             better_B = new_log_BKT.mean((1, 2)) > log_BKT.mean((1, 2))
             codes_BKT = np.where(better_B[:, None, None], new_BKT, codes_BKT)
@@ -407,6 +417,8 @@ class Editing:
 
         Codebooks above the first get a step each. `refine` gives a draft all its steps.
         """
+        if self.loaded.config.model.autoregressive:
+            raise UserError("drafts are made by a MAGNeT: a hybrid goes on from whole frames alone")
         texts = [""] if descriptions is None else descriptions
         texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps
@@ -417,7 +429,7 @@ class Editing:
         return Drafts(self._cut(made.wav_BCN), made.codes_BKT, texts, seed)
 
     @checked
-    def refine(self, drafts: Any, picks: Sequence[int], progress: bool = False):
+    def refine(self, drafts: Any, picks: tuple[int, ...], progress: bool = False):
         """The drafts that were picked, with all steps: what `generate` would have made of them.
 
         Args:
@@ -471,7 +483,14 @@ class Editing:
         clips = []
         for source, codes_KT in zip(sources, codes):
             own = codes_KT is not None
-            if not own:
+            if own:
+                lengths = codes_KT.shape[1] / self.frame_rate, len(source.samples_NC)
+                if abs(lengths[0] - lengths[1] / source.sample_rate) * self.frame_rate >= 1:
+                    raise UserError(
+                        f"tokens of {lengths[0]:g} s are not those of {source.path}, of "
+                        f"{lengths[1] / source.sample_rate:g} s"
+                    )
+            else:
                 wav_CN = source.as_float().T.astype(np.float32)
                 codes_KT = self._encode(wav_CN, source.sample_rate)
             clips.append(Clip(source, np.asarray(codes_KT, np.int32), own, text))
@@ -520,7 +539,7 @@ class Editing:
 
     @property
     def _span(self) -> int:
-        return self.loaded.config.model.span_length
+        return self._decode.span_length or self.loaded.config.model.span_length
 
     @property
     def _window(self) -> int:
@@ -529,7 +548,8 @@ class Editing:
     @property
     def _whole_frames(self) -> int:
         """Frames that are computed for a clip, the last span of which may be cut."""
-        return sampling.decoded_frames(self.loaded.config.model, self._decode, self.num_frames)[1]
+        model = dataclasses.replace(self.loaded.config.model, span_length=self._span)
+        return sampling.decoded_frames(model, self._decode, self.num_frames)[1]
 
     def _cut(self, wav_BCN: np.ndarray) -> np.ndarray:
         """Audio of `_whole_frames` as long as a clip."""
@@ -559,6 +579,8 @@ class Editing:
         self, codes_BKT, free_BKT, texts, seed, progress, *, editing=None, originals=None
     ) -> np.ndarray:
         """The tokens, of which those that are free are made anew within a window of the model."""
+        if not free_BKT.any():
+            return codes_BKT
         num_frames = codes_BKT.shape[-1]
         window = min(self._window, num_frames)
         free_BT = free_BKT.any(1)
@@ -593,7 +615,7 @@ class Editing:
         """Tokens of which those at both ends are still to be made, a window after another."""
         total = codes_BKT.shape[-1]
         window, context = self._window, round(self.editing.context * self.frame_rate)
-        context = min(context, window - 1)
+        context = min(context, window * 3 // 4)  # or each window would add next to nothing
         begin, end, number = more[0], total - more[1], 0
         while begin > 0 or end < total:
             if end < total:
@@ -608,7 +630,7 @@ class Editing:
             free_BKT = np.zeros(part_BKT.shape, bool)
             free_BKT[..., new[0] - first : new[1] - first] = True
             codes_BKT[..., first:last] = self._redo(
-                part_BKT, free_BKT, texts, seed + number, progress
+                part_BKT, free_BKT, texts, _later(seed, number), progress
             )
             number += 1
         return codes_BKT
@@ -638,10 +660,9 @@ class Editing:
         texts = self._texts(clips, descriptions)
         codes_BKT = np.stack([clip.codes_KT for clip in clips])
         free_BKT = np.stack(frees)
-        if free_BKT.any():
-            codes_BKT = self._redo(
-                codes_BKT, free_BKT, texts, seed, progress, editing=editing, originals=originals
-            )
+        codes_BKT = self._redo(
+            codes_BKT, free_BKT, texts, seed, progress, editing=editing, originals=originals
+        )
         return self._rendered(clips, codes_BKT, seconds)
 
     def _rendered(self, clips: list[Clip], codes_BKT: np.ndarray, seconds: Any) -> Edit:
@@ -693,6 +714,11 @@ class Editing:
         wavs = [_as_given(edit.samples_NC, clip.source).T for clip, edit in zip(clips, edits)]
         changed = [edit.changed for edit in edits]
         return Edit(np.stack(wavs), codes_BKT, changed, clips[0].source.sample_rate, clips, before)
+
+
+def _later(seed: int, number: int) -> int:
+    """The seed of what is made after `number` other parts."""
+    return (seed + number) % 2**31
 
 
 def _source_of(samples_CN: np.ndarray, sample_rate: int) -> Source:

@@ -41,11 +41,13 @@ def mask(given: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
             f"mask must be bool [{shape[1]}] or [{shape[0]}, {shape[1]}], a value a frame of the "
             f"clip, not {given.dtype} {list(given.shape)}"
         )
+    if not given.any():
+        raise UserError("mask is True nowhere: there is nothing to make anew")
     return upwards(np.broadcast_to(given, shape))
 
 
-# How a clip is sung anew: the strength from which on, codebooks that stay, and of the next one
-# every which span stays; 0 is none.
+# How a clip is sung anew: the strength from which on, codebooks of four that stay, and of the next
+# one every which span stays; 0 is none.
 _RESTYLINGS = ((0.0, 4, 0), (0.1, 3, 0), (0.3, 2, 0), (0.5, 1, 0), (0.7, 0, 2), (0.9, 0, 4))
 
 
@@ -65,6 +67,7 @@ def restyled(strength: float, shape: tuple[int, int], span: int, roll: int) -> n
         kept, period = 0, 8
     else:
         _, kept, period = [row for row in _RESTYLINGS if strength >= row[0]][-1]
+        kept = -(-kept * shape[0] // 4)
     free_KT = np.zeros(shape, bool)
     free_KT[kept:] = True
     if period:

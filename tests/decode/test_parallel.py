@@ -329,12 +329,12 @@ def test_codebooks_above_are_hidden_while_one_is_predicted(hidden):
 
 
 def test_guidance_and_temperature_go_by_what_is_hidden():
-    row = jax.tree.map(lambda x: x[0], schedule.make_schedule(DecodeConfig(steps=(5,)))[0])
+    [rows] = schedule.make_schedule(DecodeConfig(steps=(5,)))
     free_B = np.array([100, 20, 0])
     state = parallel.State(None, None, free_B, 100)
     task = tiny.task(np.zeros((3, 1, 3), np.int32))._replace(min_guidance=np.float32(1))
     for step in range(5):
-        of_clip = jax.tree.map(lambda x: x[step], row)
+        of_clip = type(rows)(*(x[0, step] for x in rows))
         guidance_B, temperature_B = (
             np.asarray(x)[:, 0, 0] for x in parallel.annealed(task, state, of_clip)[3:5]
         )
@@ -346,7 +346,7 @@ def test_guidance_and_temperature_go_by_what_is_hidden():
         left = (1 - np.arccos(share) * 2 / np.pi) / max(1 - step / 4, 1e-6)
         expected = np.maximum(of_clip.temperature * left, 0.01)
         np.testing.assert_allclose(temperature_B[1:], expected, rtol=1e-3)
-    assert parallel.annealed(task._replace(min_guidance=None), state, row) is row
+    assert parallel.annealed(task._replace(min_guidance=None), state, rows) is rows
 
 
 @pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
