@@ -23,6 +23,7 @@ from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, che
 from magnet_jax.config import (
     PRESETS,
     AutoregressiveConfig,
+    CodecSpec,
     DecodeConfig,
     HybridConfig,
     KernelConfig,
@@ -48,7 +49,8 @@ class Args:
     """The model: the folder of a training run, of an exported or imported model or of an AudioCraft
     checkpoint, on disk or gs://; a hub id; or the word demo for the model that ships."""
     out: Path
-    """Folder for the WAV files. Each gets a JSON file beside it with every setting."""
+    """Folder for the WAV files. Each gets a JSON file beside it with every setting, and a
+    file of its tokens, with which launch.edit edits it exactly."""
     prompt: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")
     ] = ()
@@ -111,13 +113,13 @@ def _file_name(index: int, prompt: str, seed: int) -> str:
     return f"{index:03d}-{words}-seed{seed}"
 
 
-def _is_made(path: Path, notes: Path, settings: dict) -> bool:
-    """Whether a WAV is there that was made so.
+def is_made(path: Path, notes: Path, settings: dict, by: str = "launch.sample") -> bool:
+    """Whether a sound file is there that was made so.
 
     Raises `UserError` if it was made otherwise, was changed since, or is somebody else's, as a JSON
     file may be too.
     """
-    theirs = "is there, and launch.sample did not make it; name another --out, or move it away"
+    theirs = f"is there, and {by} did not make it; name another --out, or move it away"
     try:
         before = json.loads(notes.read_text(encoding="utf-8"))
         changed = [k for k, v in json.loads(json.dumps(settings)).items() if before.get(k) != v]
@@ -267,14 +269,22 @@ def _about(loaded: Any, source: str | Path) -> dict[str, Any]:
     }
 
 
-def _write(wav: Path, notes: Path, wav_CN: np.ndarray, settings: dict[str, Any]) -> None:
-    """Writes a clip and its JSON file."""
+def _write(
+    wav: Path, notes: Path, wav_CN: np.ndarray, codes_KT: np.ndarray, settings: dict[str, Any]
+) -> None:
+    """Writes a clip, its JSON file, and its tokens, with which launch.edit edits it exactly."""
+    from magnet_jax.edit import kept
+
     rate, loudness = settings["sample_rate"], None
     if settings["wanted_lufs"] is not None:
         wav_CN, loudness = audio.normalize_loudness(wav_CN, rate, settings["wanted_lufs"])
     content = audio.encoded(wav, wav_CN, rate, **audio.WAV)
     digest = hashlib.sha256(content).hexdigest()
     about = settings | {"reached_lufs": loudness, "sha256": digest}
+    kept.save(
+        wav, codes_KT, CodecSpec(**settings["codec"]),
+        text=settings["prompt"], seed=settings["seed"], content=content,
+    )  # fmt: skip
     # Both are whole before either has its name. The JSON has it first, as a WAV without one is
     # somebody else's.
     with replacing_file(wav) as file, replacing_file(notes) as beside:
@@ -306,7 +316,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     settings = [
         {"prompt": text, "seed": args.seed, "sample": i, **about} for i, text in enumerate(texts)
     ]
-    made = [_is_made(*clip) for clip in zip(files, jsons, settings)]
+    made = [is_made(*clip) for clip in zip(files, jsons, settings)]
     for first in range(0, len(texts), args.batch_size):
         batch = texts[first : first + args.batch_size]
         clips = range(first, first + len(batch))
@@ -320,8 +330,8 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         )
         took = time.perf_counter() - started
         length = round(model.duration * model.sample_rate)
-        for i, wav_CN in zip(clips, generated.wav_BCN):
-            _write(files[i], jsons[i], wav_CN[:, :length], settings[i])
+        for i, wav_CN, codes_KT in zip(clips, generated.wav_BCN, generated.codes_BKT):
+            _write(files[i], jsons[i], wav_CN[:, :length], codes_KT, settings[i])
             print(files[i])
         plural = "s" * (len(batch) > 1)
         print(f"{len(batch)} clip{plural} of {model.duration:g} s in {took:.1f} s")

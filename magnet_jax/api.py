@@ -55,6 +55,7 @@ from magnet_jax.config import (
     preset_steps,
 )
 from magnet_jax.decode import canvas, placement, rescore, sampling, tokens_of_text
+from magnet_jax.editing import Editing
 from magnet_jax.errors import UserError
 
 Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
@@ -293,7 +294,7 @@ class Generator:
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
         for message in self.notes(texts):
             warnings.warn(message, stacklevel=4)  # that of who called this package
-        with _listening(self._report, progress, self._callback) as on_step:
+        with self._listening(progress) as on_step:
             generated = self.clips(
                 texts,
                 num_frames=max(1, self.num_frames),
@@ -303,6 +304,9 @@ class Generator:
                 on_step=on_step,
             )
         return (generated.wav_BCN, generated.codes_BKT) if return_tokens else generated.wav_BCN
+
+    def _listening(self, progress: bool) -> contextlib.AbstractContextManager:
+        return _listening(self._report, progress, self._callback)
 
     @property
     def num_frames(self) -> int:
@@ -348,7 +352,7 @@ class Generator:
         return decoding.decode_audio(self.decoder, codes_BKT.astype(np.int32))
 
 
-class MAGNeT(Generator):
+class MAGNeT(Editing, Generator):
     """Text to audio in a fixed number of parallel steps."""
 
     kind = "magnet"

@@ -356,10 +356,44 @@ class DecodeConfig:
     """Frames in a span; 0 is what the model was trained with."""
     whole_spans: Annotated[bool, RARE] = False
     """Cut a clip's end down to whole spans as AudioCraft does; stride1 has no grid to cut to."""
+    order: Literal["confidence", "random", "halton"] = "confidence"
+    """Keep the spans first that the model is surest of, as in the paper, or in a random order, or
+    always the span that lies farthest from those that are kept already."""
 
     def __post_init__(self):
         check_fields(self, "decode.")
         require((self.steps, "decode.steps needs one number a codebook, and has none"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """How a part of a clip is decoded, given the rest of it."""
+
+    above: Literal["hidden", "shown"] = "hidden"
+    """Hide the codebooks above the one that is predicted everywhere, as in training, or show what
+    is given there, as AudioCraft does when it goes on from a prompt."""
+    anneal: Literal["rate", "count"] = "rate"
+    """Take guidance and temperature from the share of the whole clip that is hidden, or begin with
+    those of a blank clip however little is hidden."""
+    steps: Literal["auto", "all"] = "auto"
+    """Fewer steps for fewer spans, or as many as for a whole clip."""
+    edge: Literal["outside", "inside"] = "outside"
+    """Make all of a region new, and change a little around it as well; or change no sample outside
+    the region, and make a little less of it new."""
+    fade: Annotated[float, Between(0, 10)] = 0.03
+    """Seconds of the cross-fades between an edit and a file that was not made here."""
+    side: Literal["fade", "keep"] = "fade"
+    """What becomes of the difference between channels where the codec is mono: take it away within
+    a region, or keep it."""
+    context: Positive = 4.0
+    """Seconds of a clip that are heard while it is made longer, at most three quarters of what the
+    model hears at once."""
+    replay: Share | None = None
+    """Say a clip once more under another text, with the chance that made it (`choose.replay`); the
+    share of tokens that are drawn anew."""
+
+    def __post_init__(self):
+        check_fields(self, "edit.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 import soxr
 
+from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.codec import encodec
 from magnet_jax.config import (
     ASSETS,
@@ -24,8 +25,9 @@ from magnet_jax.config import (
     OptimizerConfig,
     RunConfig,
     TextConfig,
+    with_hybrid_objective,
 )
-from magnet_jax.convert import lm_rules
+from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.data import records
 from magnet_jax.decode import autoregressive, choose, parallel, schedule
 from magnet_jax.decode.canvas import Canvas
@@ -135,6 +137,26 @@ def run_config(data: Path, out: Path, **changes) -> RunConfig:
         keep_last=2,
     )
     return RunConfig(**(settings | changes))
+
+
+def loaded_model(kind: str = "magnet", **decode) -> Loaded:
+    """A random model of the shipped codec, which hears two seconds at once."""
+    model = ModelConfig(
+        codebook_size=1024, width=16, num_heads=2, num_layers=2, text_width=128, local_context=3
+    )
+    if kind == "musicgen":
+        model = dataclasses.replace(model, kind=kind, delays=(0, 1, 2, 3))
+    config = RunConfig(
+        model=model,
+        text=TextConfig(max_tokens=16),
+        data=DataConfig(segment_seconds=SECONDS),
+        decode=DecodeConfig(**{"steps": (3, 1, 1, 1)} | decode),
+    )
+    if kind == "hybrid":
+        config = with_hybrid_objective(config)
+    params = {"lm": transformer.init_params(config.model, jax.random.key(0))}
+    text = t5_files.load("embedded")
+    return Loaded(config, encodec.read_spec("embedded"), "embedded", params, *text, 0, {})
 
 
 def teacher_forced(params: dict, *text, codes_BKT: jax.Array, config: ModelConfig):

@@ -71,3 +71,26 @@ def resized(canvas: Canvas, num_frames: int) -> Canvas:
     """The canvas cut to so many frames, or with frames behind it of which nothing is given."""
     more = max(num_frames - canvas.codes_BKT.shape[-1], 0)
     return Canvas(*(np.pad(x[..., :num_frames], ((0, 0), (0, 0), (0, more))) for x in canvas))
+
+
+def free_units(canvas: Canvas, span: int) -> tuple[list[int], int]:
+    """How many spans of `span` frames are free of each codebook, of the clip that has most, and how
+    many there are."""
+    free_BKT = ~canvas.given_BKT
+    free_BKT = np.pad(free_BKT, ((0, 0), (0, 0), (0, -free_BKT.shape[-1] % span)))
+    free_BKU = free_BKT.reshape(*free_BKT.shape[:2], -1, span).any(-1)
+    return free_BKU.sum(-1).max(0).tolist(), free_BKU.shape[-1]
+
+
+def extent(canvas: Canvas) -> tuple[np.ndarray, int]:
+    """Where the free frames of codebooks above the first begin [B], and how many hold them all."""
+    free_BT = ~canvas.given_BKT[:, 1:].all(1)
+    first_B = free_BT.argmax(-1)
+    end_B = np.where(free_BT.any(-1), free_BT.shape[-1] - free_BT[:, ::-1].argmax(-1), first_B)
+    return first_B.astype(np.int32), int((end_B - first_B).max())
+
+
+def given_below(canvas: Canvas) -> int:
+    """How many codebooks, from the first one on, are given as a whole; all but the last at most."""
+    given_K = canvas.given_BKT.all((0, 2))[:-1]
+    return int(np.logical_and.accumulate(given_K).sum())

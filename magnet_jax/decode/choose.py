@@ -79,6 +79,45 @@ def choose_token(
     return jnp.where(overflown_B, probs_BV.shape[-1], token_B).astype(jnp.int32)
 
 
+def replay(
+    keys_R: jax.Array, probs_RV: jax.Array, said_R: jax.Array, fresh: jax.Array | float
+) -> jax.Array:
+    """What a clip would have said under another text, had chance been the same; int32 [R].
+
+    The first half of the rows has the clip's own text, the second the other one. A token is the
+    most probable after Gumbel noise is added. Of the first half the token is known, so noise is
+    drawn that makes it the most probable; the second half gets the same. Where both texts give the
+    same probabilities, the token stays. (Counterfactuals by Gumbel-max, as in DICE, arXiv
+    2410.08207, for models that mask.)
+
+    Args:
+      keys_R: one key a row; the halves have the same.
+      probs_RV: probabilities.
+      said_R: the known tokens, twice.
+      fresh: share of the second half's tokens whose noise is drawn anew.
+    """
+    half = len(probs_RV) // 2
+    log_RV = jnp.log(jnp.maximum(probs_RV, 1e-30))
+
+    def noise(key, log_V, said):
+        key, other = jax.random.split(key)
+        # The largest of all sums is Gumbel's too; the others lie below it.
+        largest = jax.random.gumbel(key)
+        sums_V = log_V + jax.random.gumbel(other, log_V.shape)
+        below_V = largest - jax.nn.softplus(largest - sums_V)
+        return below_V.at[said].set(largest) - log_V
+
+    noise_HV = jax.vmap(noise)(keys_R[:half], log_RV[:half], said_R[:half])
+    keys_H2 = jax.vmap(jax.random.split)(jax.vmap(jax.random.fold_in, (0, None))(keys_R[half:], 1))
+    anew_H = jax.vmap(jax.random.uniform)(keys_H2[:, 0]) < fresh
+    new_HV = jax.vmap(lambda key: jax.random.gumbel(key, log_RV.shape[1:]))(keys_H2[:, 1])
+    noise_HV = jnp.where(anew_H[:, None], new_HV, noise_HV)
+    token_H = (log_RV[half:] + noise_HV).argmax(-1)
+    overflown_R = jnp.isnan(probs_RV[:, 0])
+    token_R = jnp.concatenate([said_R[:half], token_H])
+    return jnp.where(overflown_R, probs_RV.shape[-1], token_R).astype(jnp.int32)
+
+
 def sample_keys(seed: jax.Array | int, sample_B: jax.Array) -> jax.Array:
     """One key a sample, from (seed, number of the sample): batching changes nothing."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sample_B)

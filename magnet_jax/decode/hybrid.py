@@ -105,7 +105,8 @@ def _begin(
         last_BK1 = steps_BKS[..., -1:]
         rows = jnp.concatenate([last_BK1] * (1 + guided))
         _, cache = transformer.bind(config, params).extend(rows, text, cache, num_steps - 1)
-    return Canvas(codes_BKT, jnp.broadcast_to(given_1KT, codes_BKT.shape)), cache
+    codes_BKT = jnp.where(task.canvas.given_BKT, task.canvas.codes_BKT, codes_BKT)
+    return Canvas(codes_BKT, given_1KT | task.canvas.given_BKT), cache
 
 
 def _network_after(

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from magnet_jax.decode import choose, spans
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.choose import Choice
-from magnet_jax.decode.schedule import GuidedSteps, Schedule
-from magnet_jax.decode.spans import Spans
+from magnet_jax.decode.schedule import MIN_TEMPERATURE, GuidedSteps, Schedule
+from magnet_jax.decode.spans import Order, Spans
 
 
 class Network(NamedTuple):
@@ -64,6 +64,17 @@ class Rules:
     given_have_say: bool = True
     """Whether given frames count in the score of a span that is given in part, as in AudioCraft.
     With a rescorer, or a network that does not predict them, they do not."""
+    above_hidden: bool = False
+    """Whether the network sees mask ids above the codebook that is predicted, as in training.
+    AudioCraft shows it what is given there."""
+    order: Order = "confidence"
+    """Which units are kept first: those that the model is surest of, any, or far from each other
+    (`spans.priority`)."""
+    first_codebook: int = 0
+    """The codebooks below are given as a whole, and have no steps in the schedule."""
+    extent: int | None = None
+    """Frames from `Task.first_B` on within which local stages have anything to predict; None is
+    all. What cannot be seen from there is not computed."""
     frames_axis: str | None = None
     """The mesh axis over which the network's states are split by frames."""
     on_step: Callable[[int, int], None] | None = None
@@ -79,6 +90,9 @@ class Task(NamedTuple):
     length: jax.Array | int | None = None  # frames that exist, in whole spans; None is all
     end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise
     rescoring: Rescoring | None = None
+    first_B: jax.Array | None = None  # see `Rules.extent`
+    replayed_BKT: jax.Array | None = None  # tokens of both halves of the rows, see `choose.replay`
+    min_guidance: jax.Array | None = None  # where the schedule goes by what is known, `annealed`
 
     @property
     def exists_T(self) -> jax.Array:
@@ -97,6 +111,7 @@ class State(NamedTuple):
     codes_BKT: jax.Array
     score_BU: jax.Array  # how unsure each unit of the stage's codebook is
     free_B: jax.Array  # units of that codebook that are not given
+    num_units: jax.Array  # units that exist
 
 
 def codebook(x_BKT: jax.Array, stage: jax.Array) -> jax.Array:
@@ -106,6 +121,27 @@ def codebook(x_BKT: jax.Array, stage: jax.Array) -> jax.Array:
 
 def with_codebook(x_BKT: jax.Array, x_BT: jax.Array, stage: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(x_BKT, x_BT, stage, axis=1)
+
+
+def annealed(task: Task, state: State, row: Schedule) -> Schedule:
+    """The step with guidance and temperature [B, 1, 1] for what of each clip is hidden.
+
+    The schedule anneals both from a clip of which nothing is known. Where most of it is given, the
+    model is sure from the first step on, and what suits a blank canvas would be far too much. So
+    both are those of the step of a whole clip that hides as large a share of it.
+    """
+    if task.min_guidance is None:
+        return row
+    share_B = state.free_B / state.num_units
+    left = lambda rate: 1 - jnp.arccos(jnp.clip(rate, 0, 1)) * (2 / jnp.pi)  # noqa: E731
+    guidance_B = task.min_guidance + (row.guidance - task.min_guidance) * share_B
+    cooler_B = left(row.rate * share_B) / jnp.maximum(left(row.rate), 1e-6)
+    temperature_B = jnp.maximum(row.temperature * cooler_B, MIN_TEMPERATURE)
+    whole_B = state.free_B == state.num_units  # then it is the schedule, to the bit
+    return row._replace(
+        guidance=jnp.where(whole_B, row.guidance, guidance_B)[:, None, None],
+        temperature=jnp.where(whole_B, row.temperature, temperature_B)[:, None, None],
+    )
 
 
 def draw(
@@ -122,7 +158,12 @@ def draw(
     probs_BMV = jax.nn.softmax(logits_BMV.astype(jnp.float32) / row.temperature, axis=-1)
     probs_RV = probs_BMV.reshape(-1, probs_BMV.shape[-1])
     keys_R = choose.frame_keys(task.keys_B, row.stage, row.step, frame_BM).reshape(-1)
-    token_R = choose.choose_token(keys_R, probs_RV, rules.choice, task.limit)
+    if task.replayed_BKT is not None:
+        codes_BT = codebook(task.replayed_BKT, row.stage)
+        said_R = jnp.take_along_axis(codes_BT, frame_BM, axis=1, mode="clip").reshape(-1)
+        token_R = choose.replay(keys_R, probs_RV, said_R, task.limit)
+    else:
+        token_R = choose.choose_token(keys_R, probs_RV, rules.choice, task.limit)
     prob_R = jnp.take_along_axis(probs_RV, token_R[:, None], axis=-1)
     return token_R.reshape(frame_BM.shape), prob_R.reshape(frame_BM.shape)
 
@@ -151,26 +192,26 @@ def predict(
     return tuple(jax.lax.all_gather(x, rules.frames_axis, axis=1, tiled=True) for x in drawn)
 
 
-def predict_span(
+def predict_within(
     network: Network,
     rules: Rules,
     task: Task,
     codes_BKT: jax.Array,
     row: Schedule,
     *,
-    span_B: jax.Array,
+    begin_B: jax.Array,
+    count: int,
     guided: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """`predict` of one span a row at a local stage, from the frames that it can see.
+    """`predict` of `count` frames a row at a local stage, from the frames that they can see.
 
     Elsewhere tokens are mask ids and probabilities 1.
     """
     batch, _, num_frames = codes_BKT.shape
-    length = rules.spans.length
-    window = length + 2 * rules.reach
+    window = count + 2 * rules.reach
     size = num_frames if task.length is None else task.length
-    frame_BM = (span_B * length)[:, None] + jnp.arange(length)[None]
-    first_B = jnp.clip(frame_BM[:, 0] - rules.reach, 0, jnp.maximum(size - window, 0))
+    frame_BM = begin_B[:, None] + jnp.arange(count)[None]
+    first_B = jnp.clip(begin_B - rules.reach, 0, jnp.maximum(size - window, 0))
     cut = jax.vmap(lambda c_KT, first: jax.lax.dynamic_slice_in_dim(c_KT, first, window, 1))
     states_RWD = network.trunk(
         cut(codes_BKT, first_B), stage=row.stage, local=True, guided=guided, first_B=first_B
@@ -230,13 +271,20 @@ def step(
     codes_BT = jnp.where(hidden_BT, rules.mask_id, codes_BT)
     codes_BKT = with_codebook(state.codes_BKT, codes_BT, row.stage)
 
+    seen_BKT = codes_BKT
+    if rules.above_hidden:
+        above_K = jnp.arange(codes_BKT.shape[1]) > row.stage
+        seen_BKT = jnp.where(above_K[None, :, None], rules.mask_id, codes_BKT)
+    row = annealed(task, state, row)
     guided = rules.guided == "all" or (rules.guided == "all_but_last" and not last)
-    alone = last and rules.spans.on_grid and local and rules.reach
-    if alone and rules.spans.length + 2 * rules.reach < codes_BT.shape[-1]:
-        drawn = functools.partial(predict_span, span_B=hidden_BU.argmax(-1))
+    count, begin_B = rules.extent, task.first_B
+    if last and rules.spans.on_grid and rules.reach:
+        count, begin_B = rules.spans.length, hidden_BU.argmax(-1) * rules.spans.length
+    if local and count and rules.reach and count + 2 * rules.reach < codes_BT.shape[-1]:
+        drawn = functools.partial(predict_within, begin_B=begin_B, count=count)
     else:
         drawn = functools.partial(predict, local=local)
-    token_BT, prob_BT = drawn(network, rules, task, codes_BKT, row, guided=guided)
+    token_BT, prob_BT = drawn(network, rules, task, seen_BKT, row, guided=guided)
     codes_BT = jnp.where(hidden_BT, token_BT, codes_BT)
     codes_BKT = with_codebook(codes_BKT, codes_BT, row.stage)
 
@@ -246,8 +294,12 @@ def step(
         prob_BT = rescored(rules, task.rescoring, codes_BKT, hidden_BT, prob_BT, row, local=local)
     scored_BU = hidden_BU if rules.spans.on_grid else hidden_BT
     kept_BU = jnp.minimum(state.score_BU, spans.KEPT)
-    score_BU = jnp.where(scored_BU, spans.measure(rules.spans, prob_BT), kept_BU)
-    return State(codes_BKT, score_BU, state.free_B), hidden_BT
+    if rules.order == "confidence":
+        unsure_BU = spans.measure(rules.spans, prob_BT)
+    else:
+        unsure_BU = spans.priority(rules.order, task.keys_B, row.stage, scored_BU.shape[-1])
+    score_BU = jnp.where(scored_BU, unsure_BU, kept_BU)
+    return state._replace(codes_BKT=codes_BKT, score_BU=score_BU), hidden_BT
 
 
 def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule, ...]) -> Decoded:
@@ -272,14 +324,14 @@ def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule,
         free_BT = ~codebook(given_BKT, rows.stage[0])
         if task.end is not None:  # what is cut off makes no span worth a step
             free_BT &= (jnp.arange(num_frames) < task.end)[None]
-        score_BU, free_B = spans.start(rules.spans, free_BT, task.exists_T)
+        start = spans.start(rules.spans, free_BT, task.exists_T)
         num_steps = len(rows.stage)
         unlike = rules.spans.on_grid or rules.guided == "all_but_last" or task.rescoring is not None
         apart = num_steps > 1 and unlike
         first = functools.partial(run, local=local, last=False, only=num_steps == 1)
         state, hidden_PBT = jax.lax.scan(
             first,
-            State(codes_BKT, score_BU, free_B),
+            State(codes_BKT, *start),
             jax.tree.map(lambda x: x[: num_steps - apart], rows),
         )
         if apart:
@@ -294,7 +346,7 @@ def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule,
 
     hidden = []
     for i, part in enumerate(schedule):
-        run_part = functools.partial(decode_stage, local=i > 0)
+        run_part = functools.partial(decode_stage, local=i > 0 or rules.first_codebook > 0)
         codes_BKT, hidden_SPBT = jax.lax.scan(run_part, codes_BKT, part)
         hidden.append(hidden_SPBT.reshape(-1, *hidden_SPBT.shape[2:]))
     return Decoded(codes_BKT, jnp.concatenate(hidden))

@@ -63,9 +63,12 @@ class Inputs(NamedTuple):
     rescorer: Any = None  # parameters
     rescorer_texts: Any = None
     rescorer_weight: jax.Array | None = None
+    first_B: jax.Array | None = None  # of an edit, see `parallel.Task`
+    min_guidance: jax.Array | None = None  # likewise
+    replayed_BKT: jax.Array | None = None  # likewise
 
 
-SPLIT = ("text", "canvas", "keys_B", "rescorer_texts")
+SPLIT = ("text", "canvas", "keys_B", "rescorer_texts", "first_B")
 SPECS = Inputs(*(P("data") if name in SPLIT else P() for name in Inputs._fields))
 
 
@@ -104,6 +107,9 @@ class Sampler:
             length=inputs.length,
             end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
             rescoring=self._rescoring(inputs),
+            first_B=inputs.first_B,
+            min_guidance=inputs.min_guidance,
+            replayed_BKT=inputs.replayed_BKT,
         )
         how = {"config": self.model, "rules": self.rules, "savings": self.savings}
         how["dtype"] = self.dtype

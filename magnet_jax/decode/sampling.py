@@ -25,11 +25,13 @@ from magnet_jax.config import (
     AutoregressiveConfig,
     CodecSpec,
     DecodeConfig,
+    EditConfig,
     HybridConfig,
     ModelConfig,
     RescoreConfig,
     RunConfig,
     SamplingConfig,
+    SamplingMeshConfig,
 )
 from magnet_jax.decode import autoregressive, canvas, choose, placement
 from magnet_jax.decode import schedule as schedules
@@ -67,7 +69,14 @@ class Batch:
     """Makes the program end in samples."""
     rescorer: Rescorer | None = None
     rescorer_texts: Any = None
+    editing: EditConfig | None = None
+    """How what is not given is decoded; None is AudioCraft's law of continuation."""
     on_step: Callable[[int, int], None] | None = None
+
+    @property
+    def replays(self) -> bool:
+        """Whether the second half of the clips says the first half's tokens under other texts."""
+        return self.editing is not None and self.editing.replay is not None
 
     @property
     def num_frames(self) -> int:
@@ -115,6 +124,7 @@ def generate(
     text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
     rescorer: Rescorer | None = None,
+    editing: EditConfig | None = None,
     execution: Execution = Execution(),
     on_step: Callable[[int, int], None] | None = None,
 ) -> Generated:
@@ -131,6 +141,8 @@ def generate(
       text_pad_len: see `tokenize_texts`.
       decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
       rescorer: a second model that takes part in scoring spans, of MAGNeT.
+      editing: how the rest of a clip is decoded of which much is given; by default as AudioCraft
+        goes on from a prompt.
       execution: how to run on the hardware.
       on_step: called with (steps done, steps in all) while the program runs; one function object,
         one program.
@@ -152,15 +164,20 @@ def generate(
             )
         if RescoreConfig(weight=rescorer.weight).weight == 0:
             rescorer = None
+    replays = editing is not None and editing.replay is not None
+    split = execution.mesh != SamplingMeshConfig()
+    if replays and (split or model.autoregressive or rescorer is not None):
+        raise UserError("replay is for a MAGNeT on one device, without a rescorer")
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
-        sample_B=np.arange(first_sample, first_sample + count),
+        sample_B=first_sample + np.arange(count) % (count // 2 if replays else count),
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
         decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
         rescorer=rescorer,
         rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
+        editing=editing,
         on_step=on_step,
     )
     generated = _run(loaded, batch, execution)
@@ -317,12 +334,20 @@ def make_program(
         text=Text(*map(fill, text)) if mesh is not None else text,
         canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
         keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
-        schedule=() if whole else schedules.make_schedule(decode),
+        schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
         limit=np.float32(limit),
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
     )
+    if sampler.rules.extent is not None:
+        inputs = inputs._replace(first_B=fill(canvas.extent(batch.canvas)[0]))
+    if batch.editing is not None and batch.editing.anneal == "rate":
+        inputs = inputs._replace(min_guidance=np.float32(decode.min_guidance))
+    if batch.replays:
+        inputs = inputs._replace(
+            replayed_BKT=inputs.canvas.codes_BKT, limit=np.float32(batch.editing.replay)
+        )
     if batch.rescorer is not None:
         inputs = inputs._replace(
             rescorer=batch.rescorer.params,
@@ -345,7 +370,12 @@ def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Deco
     if decode.span_length:
         model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
-    return model, decoded_frames(model, decode, num_frames)[0], decode
+    num_frames = decoded_frames(model, decode, num_frames)[0]
+    if batch.editing is not None and batch.editing.steps == "auto":
+        span = 1 if decode.span_arrangement == "stride1" else model.span_length
+        free = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
+        decode = dataclasses.replace(decode, steps=schedules.steps_for(decode.steps, *free))
+    return model, num_frames, decode
 
 
 def _make_sampler(
@@ -379,9 +409,24 @@ def _make_sampler(
         choice=choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0],
         guided=guided,
         reach=reach,
+        order=decode.order,
+        first_codebook=0 if model.autoregressive else canvas.given_below(batch.canvas),
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
+    if batch.editing is not None:
+        rules = dataclasses.replace(
+            rules,
+            given_have_say=False,
+            above_hidden=batch.editing.above == "hidden",
+            # What replays goes the same way through both halves.
+            order="halton" if batch.replays else rules.order,
+        )
+        size = canvas.extent(batch.canvas)[1]
+        if size and rules.reach is not None and shards == 1:
+            size = frame_bucket(size, 0, model.span_length)
+            if size + 2 * rules.reach < num_frames:
+                rules = dataclasses.replace(rules, extent=size)
     kernels = choose_kernels(
         execution.kernels, platform, model, num_frames // shards, dtype, split=shards > 1
     )
@@ -409,6 +454,11 @@ def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
             "out the rescorer, or give a hybrid fewer prompt seconds"
         )
     decode = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+    if decode.order != "confidence":
+        raise UserError(
+            f"nothing is rescored where spans are kept in {decode.order} order: leave out the "
+            "rescorer, or keep the order of confidence"
+        )
     if max(decode.steps) == 1:
         raise UserError(
             "nothing is rescored where every codebook has one step: leave out the rescorer, or "
@@ -418,6 +468,8 @@ def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
 
 def check_continues(model: ModelConfig, batch: Batch) -> None:
     """Raises `UserError` where more is given than first frames to a model that begins with them."""
+    if batch.editing is not None and model.parallel:
+        return
     given_BKT = batch.canvas.given_BKT.copy()
     given_BKT[..., : batch.num_given] = False
     if given_BKT.any():
@@ -437,6 +489,8 @@ def _beginning(
     else:
         how = decoding.autoregressive
         wanted = decoding.prompt_seconds * loaded.codec.frame_rate
+        # Of an edit all is made in parallel: what follows is known.
+        wanted = 0 if batch.editing is not None else wanted
         first_frames = max(num_given, round(min(wanted, num_frames)))
     choice, limit = choose.choice_of(how.greedy, how.top_k, how.top_p)
     beginning = autoregressive.Beginning(

@@ -1,5 +1,7 @@
 """What every step of parallel decoding does, computed before the program runs (section 3.3)."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -7,6 +9,8 @@ import numpy as np
 from magnet_jax.config import DecodeConfig
 
 GuidedSteps = Literal["all", "all_but_last", "none"]
+MIN_TEMPERATURE = 1e-2
+LEAST_STEPS = 4  # of a codebook of an edit
 
 
 class Schedule(NamedTuple):
@@ -46,8 +50,8 @@ def hidden_rates(steps: int) -> np.ndarray:
     return (x + x * odd).astype(np.float32)
 
 
-def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
-    """The steps of the first codebook, then those of the others.
+def make_schedule(config: DecodeConfig, first: int = 0) -> tuple[Schedule, ...]:
+    """The steps of the first codebook, then those of the others; from codebook `first` on.
 
     Other codebooks that follow each other and have as many steps are together. Nothing here depends
     on a clip's length or on what is given of it: how many units a rate hides is counted where the
@@ -56,6 +60,8 @@ def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
     groups: list[list[list[tuple]]] = []
     number = 0
     for stage, steps in enumerate(config.steps):
+        if stage < first:
+            continue
         rows = []
         for step, rate in enumerate(hidden_rates(steps)):
             share = float(rate)
@@ -64,8 +70,8 @@ def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
                 temperature *= (steps - 1 - step) / steps
             number += 1
             guidance = share * config.max_guidance + (1 - share) * config.min_guidance
-            rows.append((stage, step, rate, guidance, max(temperature, 1e-2), number))
-        if stage > 1 and len(groups[-1][0]) == steps:
+            rows.append((stage, step, rate, guidance, max(temperature, MIN_TEMPERATURE), number))
+        if stage > 1 and groups and len(groups[-1][0]) == steps:
             groups[-1].append(rows)
         else:
             groups.append([rows])
@@ -73,6 +79,19 @@ def make_schedule(config: DecodeConfig) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(*(np.array(group)[..., i].astype(type_) for i, type_ in enumerate(types)))
         for group in groups
+    )
+
+
+def steps_for(steps: tuple[int, ...], free_K: Sequence[int], num_units: int) -> tuple[int, ...]:
+    """Steps of each codebook where `free_K` of its `num_units` are to be decoded.
+
+    They fall with the root of the share: an edit gets fewer steps than a whole clip, and fewer
+    tokens a step as well. There are at least four, where the clip has as many.
+    """
+    shares = [math.sqrt(min(free / num_units, 1)) for free in free_K]
+    return tuple(
+        max(min(math.ceil(count * share), count), min(count, LEAST_STEPS))
+        for count, share in zip(steps, shares, strict=True)
     )
 
 

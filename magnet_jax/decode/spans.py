@@ -11,7 +11,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+Order = Literal["confidence", "random", "halton"]
 KEPT = -1e4  # score of a unit that must not be hidden again
+ORDER_KEY = 2**31 - 1  # no step has this number, by which its random numbers are made
 ABSENT = -1e9  # the same past the end of the clip: behind whatever is kept
 
 
@@ -44,15 +46,17 @@ def units(spans: Spans, frames_BT: jax.Array) -> jax.Array:
     return frames_BT.reshape(len(frames_BT), -1, spans.length if spans.on_grid else 1)
 
 
-def start(spans: Spans, free_BT: jax.Array, exists_T: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scores [B, U] before a codebook's first step, and how many units are free, [B].
+def start(
+    spans: Spans, free_BT: jax.Array, exists_T: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores [B, U] before a codebook's first step, how many units are free [B], and exist.
 
     A unit is free if one of its frames is. One that is given as a whole stays as it is.
     """
     free_BU = units(spans, free_BT & exists_T[None]).any(-1)
     exists_1U = units(spans, exists_T[None]).all(-1)
     score_BU = jnp.where(exists_1U, jnp.where(free_BU, 0.0, KEPT), ABSENT)
-    return score_BU, free_BU.sum(-1)
+    return score_BU, free_BU.sum(-1), exists_1U.sum()
 
 
 def count(spans: Spans, rate: jax.Array, free_B: jax.Array) -> jax.Array:
@@ -121,3 +125,17 @@ def measure(spans: Spans, prob_BT: jax.Array) -> jax.Array:
     if spans.by_surest:
         return 1 - units(spans, prob_BT).max(-1)
     return units(spans, -jnp.log(jnp.maximum(prob_BT, 1e-30))).sum(-1)
+
+
+def priority(order: Order, keys_B: jax.Array, stage: jax.Array, num_units: int) -> jax.Array:
+    """Scores in [0, 1) that decide by themselves which units are kept first, [B, U] or [1, U].
+
+    'random' is another order for each sample and codebook. 'halton' is van der Corput's sequence:
+    each unit that is kept next lies far from those that are kept already.
+    """
+    if order == "random":
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, stage)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, ORDER_KEY)
+        return jax.vmap(lambda key: jax.random.uniform(key, (num_units,)))(keys_B)
+    unit_U, bits = jnp.arange(num_units), max(num_units - 1, 1).bit_length()
+    return sum((unit_U >> i & 1) * 2.0 ** -(i + 1) for i in range(bits))[None]

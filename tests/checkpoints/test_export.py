@@ -302,11 +302,11 @@ def test_clips_of_other_weights_are_not_taken_for_these(loaded, tmp_path):
 
     for partners in (None, same):
         clip[1].write_text(json.dumps(settings(same, partners)))
-        assert sample._is_made(*clip, settings(same, partners))
+        assert sample.is_made(*clip, settings(same, partners))
         with pytest.raises(UserError, match="made with other settings .parameters.; name another"):
-            sample._is_made(*clip, settings(other, partners))
+            sample.is_made(*clip, settings(other, partners))
     with pytest.raises(UserError, match="made with other settings .rescorer.; name another"):
-        sample._is_made(*clip, settings(same, other))
+        sample.is_made(*clip, settings(same, other))
 
 
 def test_what_only_runs_have_to_choose_is_refused():

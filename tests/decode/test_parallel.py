@@ -41,11 +41,14 @@ def decode_toy(rules, task, parts):
     return parallel.decode(toy_network(16), rules, task, parts)
 
 
+LAW_OF_EDITS = {"given_have_say": False, "above_hidden": True}
+
+
 def run_toy(
     samples, *, seed=0, top_p=0.9, steps=(6, 3, 3, 3), prompt=0, num_frames=30, canvas=None,
-    on_step=None, **settings,
+    on_step=None, law=None, min_guidance=None, **settings,
 ):  # fmt: skip
-    """Clips of four codebooks; the prompt is ones."""
+    """Clips of four codebooks; the prompt is ones. `law` has fields of `Rules`."""
     decoding = DecodeConfig(steps=steps, **settings)
     task = tiny.task(
         np.ones((len(samples), 4, num_frames), np.int32),
@@ -53,8 +56,10 @@ def run_toy(
     )  # fmt: skip
     if canvas is not None:
         task = task._replace(canvas=canvas)
-    rules = tiny.rules(decoding, 3, 16, on_step=on_step)
-    return decode_toy(rules, task, schedule.make_schedule(decoding))
+    if min_guidance is not None:
+        task = task._replace(min_guidance=np.float32(min_guidance))
+    rules = tiny.rules(decoding, 3, 16, on_step=on_step, **law or {})
+    return decode_toy(rules, task, schedule.make_schedule(decoding, rules.first_codebook))
 
 
 def test_every_span_is_kept_exactly_once_and_never_hidden_again():
@@ -262,3 +267,183 @@ def test_counts_are_of_the_units_that_are_free():
     hidden_PBT = np.asarray(run_toy([0], canvas=canvas, steps=(3, 1, 1, 1)).hidden_PBT)
     hidden_spans = hidden_PBT.reshape(-1, 10, 3).any(-1).sum(-1)
     np.testing.assert_array_equal(hidden_spans, [4, 2, 1, 0, 0, 0])
+
+
+# --- edits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_edits_keep_what_is_given_and_decode_the_rest_from_the_first_step_on(arrangement):
+    """Fifty random canvases under the law of edits, and one compilation."""
+    decode_toy.clear_cache()
+    rng, counts = np.random.default_rng(2), (5, 3, 2, 2)
+    run = functools.partial(
+        run_toy, [0, 1], span_arrangement=arrangement, steps=counts, law=LAW_OF_EDITS,
+        min_guidance=1.0,
+    )  # fmt: skip
+    for _ in range(25):
+        canvas = random_canvas(rng, 2, 30)
+        codes_BKT, hidden_PBT = map(np.asarray, run(canvas=canvas))
+        kept = canvas.given_BKT
+        np.testing.assert_array_equal(codes_BKT[kept], canvas.codes_BKT[kept])
+        assert (codes_BKT < 16).all()
+        assert not (hidden_PBT & np.repeat(kept.swapaxes(0, 1), counts, axis=0)).any()
+        for k, end in enumerate(np.cumsum(counts)):
+            free_BT, steps_SBT = ~kept[:, k], hidden_PBT[end - counts[k] : end]
+            if arrangement == "stride1":  # there, the first step may leave some to the second
+                np.testing.assert_array_equal(steps_SBT.any(0), free_BT)
+                continue
+            np.testing.assert_array_equal(steps_SBT[0], free_BT)
+            assert not (steps_SBT[1:] & ~steps_SBT[:-1]).any()
+            spans_SBU = steps_SBT.reshape(counts[k], 2, -1, 3).any(-1)
+            np.testing.assert_array_equal(spans_SBU[-1].sum(-1), free_BT.any(-1))
+    assert decode_toy._cache_size() == 1
+
+
+def telltale_network():
+    """Token 0 where all codebooks above the one that is predicted are hidden, 1 elsewhere."""
+
+    def trunk(codes_BKT, *, stage, local, guided, first_B):
+        above_K = jnp.arange(codes_BKT.shape[1]) > stage
+        seen_BT = (above_K[None, :, None] & (codes_BKT != 16)).any(1)
+        return 50.0 * jax.nn.one_hot(seen_BT.astype(jnp.int32), 16)
+
+    return parallel.Network(trunk, lambda states_RMD, stage, *, guided: (states_RMD, None))
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_codebooks_above_are_hidden_while_one_is_predicted(hidden):
+    decoding = DecodeConfig(steps=(3, 2, 2, 2), greedy=True)
+    given_BKT = np.ones((1, 4, 30), bool)
+    given_BKT[..., 12:21] = False
+    task = tiny.task(np.full((1, 4, 30), 5, np.int32))
+    task = task._replace(canvas=task.canvas._replace(given_BKT=given_BKT))
+    # What is predicted depends on the frame itself, so what is free is a codebook here.
+    given_BKT[:, 3] = True
+    rules = tiny.rules(decoding, 3, 16, any_text=False, above_hidden=hidden)
+    codes_BKT = parallel.decode(
+        telltale_network(), rules, task, schedule.make_schedule(decoding)
+    ).codes_BKT
+    assert (codes_BKT[:, :3, 12:21] == (0 if hidden else 1)).all()
+    assert (codes_BKT[:, 3] == 5).all() and (codes_BKT[..., :12] == 5).all()
+
+
+def test_guidance_and_temperature_go_by_what_is_hidden():
+    [rows] = schedule.make_schedule(DecodeConfig(steps=(5,)))
+    free_B = np.array([100, 20, 0])
+    state = parallel.State(None, None, free_B, 100)
+    task = tiny.task(np.zeros((3, 1, 3), np.int32))._replace(min_guidance=np.float32(1))
+    for step in range(5):
+        of_clip = type(rows)(*(x[0, step] for x in rows))
+        guidance_B, temperature_B = (
+            np.asarray(x)[:, 0, 0] for x in parallel.annealed(task, state, of_clip)[3:5]
+        )
+        # Where all is free it is the schedule, to the bit.
+        assert guidance_B[0] == of_clip.guidance and temperature_B[0] == of_clip.temperature
+        share = np.cos(np.pi / 2 * step / 4) * np.array([0.2, 0])
+        np.testing.assert_allclose(guidance_B[1:], 1 + 9 * share, rtol=1e-5)
+        # The time that a whole clip has left when it hides as much, of a step that it is at.
+        left = (1 - np.arccos(share) * 2 / np.pi) / max(1 - step / 4, 1e-6)
+        expected = np.maximum(of_clip.temperature * left, 0.01)
+        np.testing.assert_allclose(temperature_B[1:], expected, rtol=1e-3)
+    assert parallel.annealed(task._replace(min_guidance=None), state, rows) is rows
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_a_blank_canvas_is_decoded_as_ever_whatever_edits_do(arrangement):
+    run = functools.partial(run_toy, [0, 1], span_arrangement=arrangement)
+    found = run(law=LAW_OF_EDITS, min_guidance=DecodeConfig().min_guidance)
+    for one, other in zip(found, run()):
+        np.testing.assert_array_equal(one, other)
+
+
+WINDOWED = ModelConfig(
+    num_codebooks=3, codebook_size=16, width=16, num_heads=2, num_layers=2, text_width=4,
+    local_context=2,
+)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("rules", "kernels"))
+def decode_windowed(params, task, parts, *, rules, kernels):
+    batch = len(task.keys_B)
+    text = TextStates(jnp.ones((batch, 3, 4)), np.ones((batch, 3), bool), np.zeros(batch, np.int32))
+    return magnet.generate(
+        params, text, task, parts, config=WINDOWED, rules=rules, kernels=kernels
+    ).codes_BKT
+
+
+@pytest.mark.parametrize(("local", "length"), [("blocks", None), ("dense", 54)])
+def test_a_region_is_decoded_from_what_it_can_see(local, length):
+    """To the token as from the whole clip; and a frame less on each side is too few."""
+    params = tiny.random_params(WINDOWED)
+    decoding, frames, reach, size = DecodeConfig(steps=(3, 3, 3), greedy=True), 60, 4, 12
+    end = length or frames
+    first_B = np.r_[np.arange(0, end - size, 2), end - size].astype(np.int32)
+    shape = (len(first_B), 3, frames)
+    codes_BKT = np.random.default_rng(0).integers(0, 16, shape).astype(np.int32)
+    given_BKT = np.ones(shape, bool)
+    for given_KT, first in zip(given_BKT, first_B):
+        given_KT[:, first : first + size] = False
+
+    def tokens(reach, extent):
+        task = tiny.task(codes_BKT, length=length and np.int32(length))._replace(
+            canvas=Canvas(codes_BKT, given_BKT), min_guidance=np.float32(1), first_B=first_B
+        )
+        rules = tiny.rules(decoding, 3, 16, reach=reach, extent=extent, **LAW_OF_EDITS)
+        kernels = KernelConfig(full="dense", local=local, local_block=22)
+        made_BKT = decode_windowed(
+            params, task, schedule.make_schedule(decoding), rules=rules, kernels=kernels
+        )
+        return np.asarray(made_BKT)[..., :end]
+
+    expected_BKT = tokens(None, None)
+    np.testing.assert_array_equal(tokens(reach, size), expected_BKT)
+    assert (tokens(reach - 1, size) != expected_BKT).any()
+
+
+def test_any_order_decides_without_the_tokens():
+    def hidden(order, seed=0, samples=(0, 1)):
+        law = LAW_OF_EDITS | {"order": order}
+        return np.asarray(run_toy(list(samples), seed=seed, law=law).hidden_PBT)
+
+    np.testing.assert_array_equal(hidden("halton"), hidden("halton", seed=1))
+    # Of ten spans, these stay hidden longest: the last of van der Corput's sequence.
+    left_U = hidden("halton")[:6].reshape(6, 2, 10, 3).any(-1)[4, 0]
+    np.testing.assert_array_equal(np.flatnonzero(left_U), [3, 5, 7])
+    one, other = hidden("random"), hidden("random", seed=1)
+    assert (one != other).any() and (one[:, 0] != one[:, 1]).any()
+    np.testing.assert_array_equal(one[:, 1:], hidden("random", samples=[1]))
+    assert (one != hidden("confidence")).any()
+
+
+def test_a_given_codebook_needs_no_steps():
+    """It has its number and the others their random numbers, whether its steps are run or not."""
+    given_BKT = np.zeros((2, 4, 30), bool)
+    given_BKT[:, 0] = True
+    codes_BKT = np.random.default_rng(0).integers(0, 16, given_BKT.shape).astype(np.int32)
+    run = functools.partial(run_toy, [0, 1], canvas=Canvas(codes_BKT, given_BKT))
+    found, expected = run(law={"first_codebook": 1}), run()
+    np.testing.assert_array_equal(found.codes_BKT, expected.codes_BKT)
+    np.testing.assert_array_equal(found.hidden_PBT, expected.hidden_PBT[6:])
+    assert not expected.hidden_PBT[:6].any()
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_replaying_a_clip_under_its_own_text_says_the_same(arrangement):
+    codes_BKT = np.random.default_rng(0).integers(0, 16, (2, 4, 30)).astype(np.int32)
+
+    def replayed(fresh):
+        decoding = DecodeConfig(steps=(6, 3, 3, 3), span_arrangement=arrangement)
+        task = tiny.task(np.tile(codes_BKT, (2, 1, 1)), samples=np.array([0, 1, 0, 1]))
+        task = task._replace(replayed_BKT=task.canvas.codes_BKT, limit=np.float32(fresh))
+        rules = tiny.rules(decoding, 3, 16, order="halton", **LAW_OF_EDITS)
+        return np.asarray(decode_toy(rules, task, schedule.make_schedule(decoding)).codes_BKT)
+
+    same_BKT = replayed(0.0)
+    np.testing.assert_array_equal(same_BKT[2:], codes_BKT)
+    np.testing.assert_array_equal(same_BKT[:2], codes_BKT)
+    # With chance anew, tokens agree about as often as two clips do.
+    anew_BKT = replayed(1.0)
+    np.testing.assert_array_equal(anew_BKT[:2], codes_BKT)
+    assert (anew_BKT[2:] != codes_BKT).mean() > 0.7
+    assert 0.1 < (replayed(0.3)[2:] != codes_BKT).mean() < (anew_BKT[2:] != codes_BKT).mean()

@@ -53,7 +53,7 @@ def test_every_number_of_the_schedule_is_audiocrafts(arrangement, span):
     count_spans = jax.jit(functools.partial(spans.count, law))
     for num_frames, num_given in ((156, 0), (750, 31)):
         free_1T = np.arange(num_frames)[None] >= num_given
-        _, free_1 = spans.start(law, free_1T, np.ones(num_frames, bool))
+        _, free_1, _ = spans.start(law, free_1T, np.ones(num_frames, bool))
         units = num_frames - num_given
         if arrangement == "nonoverlap":
             units = num_frames // span - num_given // span
@@ -91,3 +91,27 @@ def test_rows_without_text_are_needed_where_guidance_is():
     assert schedule.guided_steps(constant, any_text=True) == "all"
     none = DecodeConfig(max_guidance=1, min_guidance=1)
     assert schedule.guided_steps(none, any_text=True) == "none"
+
+
+def test_edits_have_fewer_steps_and_fewer_tokens_in_each():
+    steps = (20, 10, 10, 10)
+    assert schedule.steps_for(steps, [167] * 4, 167) == steps
+    assert schedule.steps_for(steps, [34] * 4, 167) == (10, 5, 5, 5)  # two seconds of ten
+    assert schedule.steps_for(steps, [1] * 4, 167) == (4, 4, 4, 4)
+    assert schedule.steps_for(steps, [0, 0, 34, 167], 167) == (4, 4, 5, 10)
+    assert schedule.steps_for((20, 1, 2, 3), [34] * 4, 167) == (10, 1, 2, 3)
+    before = (0, 0)
+    for free in range(1, 168):
+        now = schedule.steps_for((60, 10), [free] * 2, 167)
+        assert now >= before and free / now[0] <= 167 / 60
+        before = now
+
+
+def test_a_schedule_may_begin_at_a_later_codebook():
+    config = DecodeConfig(steps=(20, 10, 10, 8))
+    whole, later = schedule.make_schedule(config), schedule.make_schedule(config, 1)
+    assert [part.stage.shape for part in later] == [(2, 10), (1, 8)]
+    for found, expected in zip(later, whole[1:], strict=True):
+        np.testing.assert_array_equal(found.number, expected.number - 20)
+        for one, other in zip(found[:-1], expected[:-1]):
+            np.testing.assert_array_equal(one, other)

@@ -1,5 +1,7 @@
 """Which units are hidden, and how unsure they are."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,10 +62,10 @@ def test_the_worst_units_of_a_grid_are_hidden_by_their_frames():
 def test_a_unit_is_free_if_one_of_its_frames_is():
     free_BT = np.zeros((1, 12), bool)
     free_BT[0, [2, 3, 10]] = True
-    score_BU, free_B = spans.start(Spans(length=3), free_BT, np.arange(12) < 9)
+    score_BU, free_B, _ = spans.start(Spans(length=3), free_BT, np.arange(12) < 9)
     np.testing.assert_array_equal(score_BU, np.array([[0, 0, spans.KEPT, spans.ABSENT]], "f4"))
     assert free_B == 2  # the fourth has a free frame that does not exist
-    score_BT, free_B = spans.start(
+    score_BT, free_B, num_units = spans.start(
         Spans(length=3, arrangement="stride1"), free_BT, np.arange(12) < 11
     )
     assert free_B == 3 and (score_BT[0, [2, 3, 10]] == 0).all() and score_BT[0, 11] < spans.KEPT
@@ -77,3 +79,20 @@ def test_a_unit_is_as_unsure_as_its_surest_token_or_as_all_of_them():
     np.testing.assert_allclose(by_all, [[-np.log(0.045), -np.log(0.25)]], rtol=1e-6)
     alone = spans.measure(Spans(length=3, arrangement="stride1"), prob_BT)
     np.testing.assert_allclose(alone, -np.log(prob_BT), rtol=1e-6, atol=1e-6)
+
+
+def test_orders_of_units():
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(2))
+    halton_1U = spans.priority("halton", keys_B, 0, 8)
+    np.testing.assert_array_equal(halton_1U.argsort(-1), [[0, 4, 2, 6, 1, 5, 3, 7]])
+    for count in (1, 2, 5, 33, 167):  # the even ones first, and of these every second one, too
+        kept_U = np.asarray(spans.priority("halton", keys_B, 3, count)[0].argsort())
+        np.testing.assert_array_equal(np.sort(kept_U), np.arange(count))
+        for step in (2, 4, 8, 64):
+            every = np.arange(0, count, step)
+            np.testing.assert_array_equal(np.sort(kept_U[: len(every)]), every)
+    random = functools.partial(spans.priority, "random", keys_B)
+    one_BU = np.asarray(random(0, 50))
+    assert ((one_BU >= 0) & (one_BU < 1)).all() and (one_BU[0] != one_BU[1]).all()
+    np.testing.assert_array_equal(one_BU, random(0, 50))
+    assert (one_BU != random(1, 50)).all()
