@@ -9,4 +9,5 @@ python -m launch.benchmark compile                time to compile, from nothing 
 python -m launch.benchmark savings                each exact saving of decoding, left out
 python -m launch.benchmark tradeoff --model small     latency by prompt, steps and rescoring
 python -m launch.benchmark import                 time and memory of importing a 420 M checkpoint
+python -m launch.benchmark editing                holes filled, errors found, and what an edit costs
 """

@@ -10,6 +10,7 @@ from launch.benchmark import (
     autoregressive,
     compiling,
     decoding,
+    editing,
     importing,
     loading,
     savings,
@@ -35,6 +36,7 @@ Command = (
     | Annotated[savings.Args, tyro.conf.subcommand("savings", description=savings.Args.__doc__)]
     | Annotated[tradeoff.Args, tyro.conf.subcommand("tradeoff", description=tradeoff.Args.__doc__)]
     | Annotated[importing.Args, tyro.conf.subcommand("import", description=importing.Args.__doc__)]
+    | Annotated[editing.Args, tyro.conf.subcommand("editing", description=editing.Args.__doc__)]
 )
 
 
@@ -54,6 +56,7 @@ def main(words: Sequence[str] | None = None) -> None:
         savings.Args: savings.measure,
         tradeoff.Args: tradeoff.measure,
         importing.Args: importing.measure,
+        editing.Args: editing.measure,
     }
     measure[type(args)](args)
 
