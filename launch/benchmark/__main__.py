@@ -7,7 +7,15 @@ from typing import Annotated
 import tyro
 
 from launch import benchmark
-from launch.benchmark.options import Autoregressive, Decode, Loader, Tokenize, Tradeoff, Train
+from launch.benchmark.options import (
+    Autoregressive,
+    Decode,
+    Editing,
+    Loader,
+    Tokenize,
+    Tradeoff,
+    Train,
+)
 from magnet_jax import cli, errors
 from magnet_jax.io import machine
 
@@ -18,6 +26,7 @@ MODULES = {
     Train: "training",
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
+    Editing: "editing",
 }
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
@@ -26,6 +35,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
+    | Annotated[Editing, tyro.conf.subcommand("editing")]
 )
 
 

@@ -8,8 +8,9 @@ import tyro
 
 from launch.benchmark import report
 from magnet_jax.arguments import Between, Count, Seconds, check_fields
-from magnet_jax.config import EMBEDDED, ComputeDtype, Preset, RescoreConfig
+from magnet_jax.config import ASSETS, EMBEDDED, ComputeDtype, Preset, RescoreConfig
 from magnet_jax.errors import UserError
+from magnet_jax.io.files import check_new_file
 from tokenization.settings import Job
 
 Minutes = Annotated[float, Between(0.1, 600)]
@@ -195,3 +196,35 @@ class Tradeoff:
         if self.rescorer_weight == 0:
             raise UserError("--rescorer-weight 0 is no rescorer: there is nothing to compare")
         report.check_parent("--json", self.json)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Editing:
+    """Holes in real clips decoded in every way, wrong tokens found, and the cost of an edit."""
+
+    checkpoint: str | Path = "demo"
+    """A MAGNeT, as for launch.sample."""
+    audio: Path = ASSETS / "clips"
+    """Folder of sound files with a .json each, whose description is the text."""
+    clips: int = 4
+    """How many of those that fill the model's window."""
+    holes: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
+    """Seconds of a hole, at a quarter and at three quarters of the window."""
+    steps: tuple[int, ...] = (10, 5, 5, 5)
+    """Decoding steps of each codebook."""
+    seed: int = 0
+    """Of the decoding, of the planted errors and of the intervals."""
+    json: Path | None = None
+    """File for all figures."""
+    picture: Path | None = None
+    """PNG, PDF or SVG file for a clip with planted errors, before and after its repair."""
+
+    def __post_init__(self):
+        if self.clips < 2:
+            raise UserError("--clips must be at least 2: a clip is read within another's sides")
+        if not self.holes or not all(0 < seconds < 1e4 for seconds in self.holes):
+            raise UserError("--holes must be seconds above 0")
+        if min(self.steps, default=0) < 1:
+            raise UserError("--steps must be numbers of at least 1")
+        report.check_parent("--json", self.json)
+        check_new_file("--picture", self.picture, (".png", ".pdf", ".svg"))

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from conftest import GOLDEN
 from launch.benchmark import __main__ as command
 from launch.benchmark import (
     decoding,
+    editing,
     loading,
     models,
     options,
@@ -28,7 +30,7 @@ from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from launch.compile import flops
 from magnet_jax import cli
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.config import ASSETS, DecodeConfig, ModelConfig
+from magnet_jax.config import ASSETS, DecodeConfig, EditConfig, ModelConfig
 from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.convert.audiocraft import read_file
 from magnet_jax.errors import UserError
@@ -451,3 +453,42 @@ def test_tokenizing_is_measured(capsys, tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_setaffinity", raising=False)
     with pytest.raises(UserError, match="--cores-per-worker: for Linux alone"):
         tokenizing.measure(dataclasses.replace(args, workers=2, cores_per_worker=1))
+
+
+# --- editing --------------------------------------------------------------------------------------
+
+
+def test_holes_are_whole_spans_at_both_places_of_each_clip():
+    """Which is what decoding makes anew; and a hole never reaches over the middle of a window."""
+    model = SimpleNamespace(
+        frame_rate=50.0,
+        loaded=SimpleNamespace(config=SimpleNamespace(model=ModelConfig(span_length=3))),
+    )
+    codes_BKT = np.zeros((4, 4, 500), np.int32)
+    study = editing.Study(model, DecodeConfig(), [""] * 4, codes_BKT, ["a", "b"], 0)
+    for seconds in (0.01, 0.5, 2, 4.9):
+        hole_BT = study.holes(seconds)
+        edges = [np.flatnonzero(np.diff(np.r_[0, row_T, 0])) for row_T in hole_BT.astype(int)]
+        assert all(len(edge) == 2 and not (edge % 3).any() for edge in edges)
+        assert abs(hole_BT[0].sum() - max(3, 50 * seconds)) <= 1.5
+        assert (hole_BT[0] == hole_BT[1]).all() and not (hole_BT[0] & hole_BT[2]).any()
+    with pytest.raises(UserError, match="--holes 6"):
+        study.holes(6)
+
+
+def test_each_way_of_editing_differs_from_the_default_in_one_setting():
+    (usual, none), *others = editing.ways().values()
+    assert usual == EditConfig() and not none and len(others) == 5
+    for config, settings in others:
+        differ = [name for name, value in vars(config).items() if value != getattr(usual, name)]
+        assert len(differ) + len(settings) == 1
+        dataclasses.replace(DecodeConfig(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({"clips": 1}, "--clips"), ({"holes": ()}, "--holes"), ({"steps": (0,)}, "--steps")],
+)
+def test_what_cannot_be_edited_is_named_before_a_model_is_loaded(given, named):
+    with pytest.raises(UserError, match=named):
+        options.Editing(**given)
