@@ -575,24 +575,43 @@ class Editing:
                 **more,
             )  # fmt: skip
 
-    def _redo(
+    def _redo(self, codes_BKT, free_BKT, texts, seed, progress, **how) -> np.ndarray:
+        """The tokens, of which those that are free are made anew.
+
+        Where they do not fit into what the model hears at once, a part after another is, each given
+        what was made before it and what is still to be made behind it.
+        """
+        num_frames = codes_BKT.shape[-1]
+        window = min(self._window, num_frames)
+        if (_extents(free_BKT) <= window).all():
+            return self._redo_within(codes_BKT, free_BKT, texts, seed, progress, **how)
+        stride = window - self._context
+        for number, start in enumerate(range(0, num_frames, stride)):
+            part_BKT = free_BKT.copy()
+            part_BKT[..., :start] = part_BKT[..., start + stride :] = False
+            codes_BKT = self._redo_within(
+                codes_BKT, part_BKT, texts, _later(seed, number), progress, **how
+            )
+        return codes_BKT
+
+    @property
+    def _context(self) -> int:
+        """Frames that are heard where a window goes on from another."""
+        # With more than three quarters of it, each would add next to nothing.
+        return min(round(self.editing.context * self.frame_rate), self._window * 3 // 4)
+
+    def _redo_within(
         self, codes_BKT, free_BKT, texts, seed, progress, *, editing=None, originals=None
     ) -> np.ndarray:
-        """The tokens, of which those that are free are made anew within a window of the model."""
+        """`_redo` of what fits into a window of the model, in whose middle it lies."""
         if not free_BKT.any():
             return codes_BKT
         num_frames = codes_BKT.shape[-1]
         window = min(self._window, num_frames)
-        free_BT = free_BKT.any(1)
         firsts = []
-        for free_T in free_BT:
+        for free_T in free_BKT.any(1):
             places = np.flatnonzero(free_T)
             begin, end = (places[0], places[-1] + 1) if len(places) else (0, 0)
-            if end - begin > window:
-                raise UserError(
-                    f"what is to be made anew spans {(end - begin) / self.frame_rate:g} s, and the "
-                    f"model hears {window / self.frame_rate:g} s at once: edit in parts"
-                )
             firsts.append(int(np.clip((begin + end - window) // 2, 0, num_frames - window)))
 
         def cut(x_BKT: np.ndarray) -> np.ndarray:
@@ -614,8 +633,7 @@ class Editing:
     def _drawn_out(self, codes_BKT, more, texts, seed, progress) -> np.ndarray:
         """Tokens of which those at both ends are still to be made, a window after another."""
         total = codes_BKT.shape[-1]
-        window, context = self._window, round(self.editing.context * self.frame_rate)
-        context = min(context, window * 3 // 4)  # or each window would add next to nothing
+        window, context = self._window, self._context
         begin, end, number = more[0], total - more[1], 0
         while begin > 0 or end < total:
             if end < total:
@@ -757,6 +775,13 @@ def _regions_of(regions: Any, count: int) -> list[list[tuple[float, float | None
     if len(each) != count or not all(each):
         raise UserError(f"{count} clips need as many lists of regions, none of them empty")
     return each
+
+
+def _extents(free_BKT: np.ndarray) -> np.ndarray:
+    """Frames [B] from the first that is free to the last."""
+    free_BT = free_BKT.any(1)
+    first_B, behind_B = free_BT.argmax(-1), free_BT[:, ::-1].argmax(-1)
+    return np.where(free_BT.any(-1), free_BT.shape[-1] - behind_B - first_B, 0)
 
 
 def _ranges(differs_T: np.ndarray) -> list[tuple[int, int]]:
