@@ -237,7 +237,8 @@ def check_out(args: Options, settings: dict[str, Any]) -> None:
 
 def edited(args: Options, model: "MAGNeT") -> "Edit":
     """What is asked for."""
-    how = {"descriptions": args.prompt, "seed": args.seed, "progress": True}
+    # Without a bar: a program that reports its progress would not be kept on disk.
+    how = {"descriptions": args.prompt, "seed": args.seed}
     match args:
         case Inpaint():
             return model.generate_inpainting(

@@ -272,7 +272,7 @@ def _about(loaded: Any, source: str | Path) -> dict[str, Any]:
 def _write(
     wav: Path, notes: Path, wav_CN: np.ndarray, codes_KT: np.ndarray, settings: dict[str, Any]
 ) -> None:
-    """Writes a clip, its JSON file, and its tokens, with which launch.edit edits it exactly."""
+    """Writes a clip, and beside its JSON file its tokens, with which launch.edit edits it."""
     from magnet_jax.edit import kept
 
     rate, loudness = settings["sample_rate"], None
@@ -281,15 +281,20 @@ def _write(
     content = audio.encoded(wav, wav_CN, rate, **audio.WAV)
     digest = hashlib.sha256(content).hexdigest()
     about = settings | {"reached_lufs": loudness, "sha256": digest}
-    kept.save(
-        wav, codes_KT, CodecSpec(**settings["codec"]),
-        text=settings["prompt"], seed=settings["seed"], content=content,
+    tokens = kept.encoded(
+        content, codes_KT, CodecSpec(**settings["codec"]),
+        text=settings["prompt"], seed=settings["seed"],
     )  # fmt: skip
-    # Both are whole before either has its name. The JSON has it first, as a WAV without one is
+    # All are whole before one has its name. The JSON has it before the WAV, as a WAV without one is
     # somebody else's.
-    with replacing_file(wav) as file, replacing_file(notes) as beside:
+    with (
+        replacing_file(wav) as file,
+        replacing_file(notes) as beside,
+        replacing_file(notes.with_suffix(kept.SUFFIX)) as last,
+    ):
         file.write_bytes(content)
         beside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        last.write_bytes(tokens)
 
 
 def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = None) -> list[Path]:

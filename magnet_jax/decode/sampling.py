@@ -373,8 +373,11 @@ def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Deco
     num_frames = decoded_frames(model, decode, num_frames)[0]
     if batch.editing is not None and batch.editing.steps == "auto":
         span = 1 if decode.span_arrangement == "stride1" else model.span_length
-        free = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
-        decode = dataclasses.replace(decode, steps=schedules.steps_for(decode.steps, *free))
+        free_K, total = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
+        # Rounded up, so that edits of about one size share a program.
+        free_K = [min(frame_bucket(free, 0, 1), total) for free in free_K]
+        steps = schedules.steps_for(decode.steps, free_K, total)
+        decode = dataclasses.replace(decode, steps=steps)
     return model, num_frames, decode
 
 

@@ -39,25 +39,47 @@ def save(
     text: str = "",
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    content: bytes | memoryview | None = None,
 ) -> Path:
     """Writes NAME.tokens.npz beside a sound file NAME.wav, never half of it.
 
     Args:
       audio: the sound file.
-      codes_KT: its tokens.
-      spec: of the codec.
-      text, seed, settings: how the clip was made; settings become JSON.
-      content: bytes of the sound file; None reads it.
+      codes_KT, spec, text, seed, settings: see `encoded`.
 
     Raises:
       ValueError: codes that are not the codec's.
       UserError: the file cannot be written.
     """
     audio = Path(audio)
+    content = encoded(audio.read_bytes(), codes_KT, spec, text=text, seed=seed, settings=settings)
+    path = audio.with_suffix(SUFFIX)
+    with replacing_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def encoded(
+    audio: bytes | memoryview,
+    codes_KT: np.ndarray,
+    spec: CodecSpec,
+    *,
+    text: str = "",
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> memoryview:
+    """What NAME.tokens.npz holds.
+
+    Args:
+      audio: bytes of the sound file.
+      codes_KT: its tokens.
+      spec: of the codec.
+      text, seed, settings: how the clip was made; settings become JSON.
+
+    Raises `ValueError` for codes that are not the codec's.
+    """
     encodec.check_codes(np.asarray(codes_KT)[None], spec)
     about = {
-        "audio_sha256": _sha256(audio.read_bytes() if content is None else content),
+        "audio_sha256": _sha256(audio),
         "codec_sha256": spec.sha256,
         "codec": dataclasses.asdict(spec),
         "sample_rate": spec.sample_rate,
@@ -69,10 +91,7 @@ def save(
     np.savez_compressed(
         buffer, codes_KT=np.asarray(codes_KT).astype(np.uint16), about=json.dumps(about)
     )
-    path = audio.with_suffix(SUFFIX)
-    with replacing_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
-    return path
+    return buffer.getbuffer()
 
 
 def find(audio: Path, spec: CodecSpec | None = None) -> Kept | None:
