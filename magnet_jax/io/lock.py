@@ -25,7 +25,7 @@ NAME = ".lock"
 SIGN = 10.0  # seconds between two signs of life
 SILENCE = 60.0  # seconds without one after which a holder counts as dead
 
-_tokens: set[str] = set()  # of the locks that this process holds
+_tokens: set[str] = set()  # of the locks that this process holds, or asks for
 
 
 class Seen(NamedTuple):
@@ -260,13 +260,16 @@ def held(out: str, say: Callable[[str], None]) -> Iterator[Held]:
         folder.mkdir(parents=True, exist_ok=True)
     token = secrets.token_hex(8)
     mine = json.dumps(myself() | {"token": token}).encode()
-    _take(lock, mine, say, out)
+    # First of all: a lock of this process whose token is unknown counts as forgotten.
     _tokens.add(token)
-    hold = Held(out, lock, mine)
     try:
-        yield hold
+        _take(lock, mine, say, out)
+        hold = Held(out, lock, mine)
+        try:
+            yield hold
+        finally:
+            hold.release()
     finally:
-        hold.release()
         _tokens.discard(token)
         if new:
             with contextlib.suppress(OSError):  # not empty, as a rule
