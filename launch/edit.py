@@ -17,7 +17,7 @@ import tyro
 from launch.sample import is_made
 from magnet_jax import cli
 from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
-from magnet_jax.config import EditConfig, Share
+from magnet_jax.config import CodecSpec, EditConfig, Share
 from magnet_jax.errors import UserError, reported
 from magnet_jax.io.files import check_new_file, replacing_file
 
@@ -289,17 +289,11 @@ def open_model(args: Options) -> "MAGNeT":
     return model
 
 
-def write(path: Path, model: "MAGNeT", edit: "Edit", number: int, settings: dict) -> None:
-    """A clip, its tokens, and how it was made."""
-    from magnet_jax.checkpoints import pretrained
+def write(path: Path, edit: "Edit", number: int, model: dict[str, Any], settings: dict) -> None:
+    """A clip, its tokens, and how it was made; `model` says by which parameters and codec."""
     from magnet_jax.edit import kept
 
-    about = settings | {
-        "parameters": pretrained.fingerprint(model.loaded),
-        "codec": dataclasses.asdict(model.loaded.codec),
-        "sample_rate": edit.sample_rate,
-        "changed": edit.changed[number],
-    }
+    about = settings | model | {"sample_rate": edit.sample_rate, "changed": edit.changed[number]}
 
     def note() -> None:
         with replacing_file(path.with_suffix(".json")) as file:
@@ -311,8 +305,8 @@ def write(path: Path, model: "MAGNeT", edit: "Edit", number: int, settings: dict
     if clip.own:
         text = clip.text if settings["prompt"] is None else settings["prompt"]
         kept.save(
-            path, edit.tokens_BKT[number], model.loaded.codec, text=text, seed=settings["seed"],
-            settings=settings,
+            path, edit.tokens_BKT[number], CodecSpec(**model["codec"]), text=text,
+            seed=settings["seed"], settings=settings,
         )  # fmt: skip
     about["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     note()
@@ -328,9 +322,15 @@ def main(args: Options) -> None:
     settings = settings_of(args)
     check_out(args, settings)
     model = open_model(args)
+    from magnet_jax.checkpoints import pretrained  # JAX is slow to load
+
     edit = edited(args, model)
+    about = {
+        "parameters": pretrained.fingerprint(model.loaded),
+        "codec": dataclasses.asdict(model.loaded.codec),
+    }
     for number, path in enumerate(files_of(args)):
-        write(path, model, edit, number, settings)
+        write(path, edit, number, about, settings)
     if args.picture is not None:
         from magnet_jax.edit import picture
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -24,15 +24,16 @@ from tqdm import tqdm
 
 from magnet_jax import programs
 from magnet_jax.arguments import (
+    Array,
     Between,
     Count,
+    Descriptions,
     Index,
+    Rate,
     Seconds,
     Seed,
-    as_array,
     as_name,
-    as_rate,
-    as_texts,
+    check_samples,
     checked,
 )
 from magnet_jax.checkpoints import pretrained
@@ -44,7 +45,6 @@ from magnet_jax.config import (
     AutoregressiveConfig,
     ComputeDtype,
     Guidance,
-    HybridConfig,
     KernelConfig,
     Preset,
     PromptSeconds,
@@ -53,13 +53,13 @@ from magnet_jax.config import (
     Steps,
     TopK,
     preset_steps,
+    replaced,
+    with_decode,
 )
 from magnet_jax.decode import canvas, placement, rescore, sampling, tokens_of_text
 from magnet_jax.editing import Editing
 from magnet_jax.errors import UserError
 
-Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
-Array = Annotated[np.ndarray, as_array]
 Name = Annotated[str | Path, as_name]
 # As in AudioCraft, 0 switches the nucleus and the sampling off.
 NucleusMass = Annotated[float, Between(0, 1)]
@@ -220,7 +220,7 @@ class Generator:
     def generate_continuation(
         self,
         prompt: Array,
-        prompt_sample_rate: Annotated[int, as_rate],
+        prompt_sample_rate: Rate,
         descriptions: Descriptions = None,
         progress: bool = False,
         return_tokens: bool = False,
@@ -254,15 +254,9 @@ class Generator:
             raise UserError(
                 f"prompt must be floating-point audio [B, C, samples] or [C, samples], not {given}"
             )
-        if wav_BCN.shape[1] > wav_BCN.shape[2]:
-            raise UserError(
-                f"prompt has {wav_BCN.shape[1]} channels of {wav_BCN.shape[2]} samples: channels "
-                "come before samples here, unlike in soundfile; transpose it"
-            )
         with np.errstate(over="ignore"):  # becomes infinite, and is refused
             wav_BCN = wav_BCN.astype(np.float32, copy=False)
-        if not np.isfinite(wav_BCN).all():
-            raise UserError("prompt holds NaN or infinite samples")
+        check_samples(wav_BCN, "prompt")
         seconds = wav_BCN.shape[2] / sample_rate
         if seconds > self.duration:  # before it is brought to the codec's rate, which takes memory
             raise UserError(
@@ -343,13 +337,16 @@ class Generator:
     @checked
     def generate_audio(self, gen_tokens: Array) -> np.ndarray:
         """Audio, float32 [B, C, samples], of tokens [B, K, T]."""
-        if gen_tokens.dtype.kind not in "iu":
-            raise UserError(f"gen_tokens must be whole numbers, not {gen_tokens.dtype}")
+        return decoding.decode_audio(self.decoder, self._tokens(gen_tokens, "gen_tokens"))
+
+    def _tokens(self, tokens: np.ndarray, name: str) -> np.ndarray:
+        """Tokens [B, K, T] of the model's codec as int32; `UserError`, which calls them `name`."""
+        if tokens.dtype.kind not in "iu":
+            raise UserError(f"{name} must be whole numbers, not {tokens.dtype}")
         try:
-            codes_BKT = check_codes(gen_tokens, self.decoder.spec)
+            return check_codes(tokens, self.decoder.spec).astype(np.int32)
         except ValueError as error:
-            raise UserError(f"gen_tokens: {error}") from None
-        return decoding.decode_audio(self.decoder, codes_BKT.astype(np.int32))
+            raise UserError(f"{name}: {error}") from None
 
 
 class MAGNeT(Editing, Generator):
@@ -414,7 +411,7 @@ class MAGNeT(Editing, Generator):
             top_p = 1.0
         elif top_p is not None:
             top_k = 0
-        decode = _replaced(
+        decode = replaced(
             default,
             greedy=None if use_sampling is None else not use_sampling,
             top_k=top_k,
@@ -429,8 +426,7 @@ class MAGNeT(Editing, Generator):
             span_length=span_len,
             whole_spans=whole_spans,
         )
-        hybrid = isinstance(self.generation, HybridConfig)
-        self.generation = dataclasses.replace(self.generation, decode=decode) if hybrid else decode
+        self.generation = with_decode(self.generation, decode)
         self.duration = self.max_duration if duration is None else duration
 
     @checked
@@ -462,7 +458,7 @@ class MAGNeT(Editing, Generator):
             )
         if isinstance(rescorer, str | Path):
             rescorer = as_name(rescorer, "rescorer")
-        settings = _replaced(RescoreConfig(), weight=weight, guidance=guidance)
+        settings = replaced(RescoreConfig(), weight=weight, guidance=guidance)
         model = None
         if rescorer is not None and not isinstance(rescorer, sampling.Rescorer):
             own = isinstance(rescorer, Generator)
@@ -601,7 +597,7 @@ def _autoregressive(
         top_k = 0
     if temperature == 0:  # AudioCraft's way to say so
         use_sampling, temperature = False, None
-    return _replaced(
+    return replaced(
         default,
         greedy=None if use_sampling is None else not use_sampling,
         top_k=top_k,
@@ -609,12 +605,6 @@ def _autoregressive(
         temperature=temperature,
         guidance=cfg_coef,
     )
-
-
-def _replaced(settings: Any, **given) -> Any:
-    """The settings with what was given."""
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(settings, **given)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -294,3 +294,20 @@ def _shown(value: Any) -> str:
     except Exception:  # whatever the object's own code does
         text = f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."
+
+
+def check_samples(wav_BCN: np.ndarray, name: str) -> None:
+    """Raises `UserError`, which calls them `name`, for samples that are no audio [B, C, N]."""
+    _, channels, count = wav_BCN.shape
+    if channels > count:
+        raise UserError(
+            f"{name} has {channels} channels of {count} samples: channels come before samples "
+            "here, unlike in soundfile; transpose it"
+        )
+    if not np.isfinite(wav_BCN).all():
+        raise UserError(f"{name} holds NaN or infinite samples")
+
+
+Array = Annotated[np.ndarray, as_array]
+Rate = Annotated[int, as_rate]
+Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]

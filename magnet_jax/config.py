@@ -658,6 +658,24 @@ SAMPLING_CONFIGS = {
 }
 
 
+def decode_of(sampling: SamplingConfig) -> DecodeConfig | AutoregressiveConfig:
+    """The settings, of a hybrid those by which it completes a clip."""
+    return sampling.decode if isinstance(sampling, HybridConfig) else sampling
+
+
+def with_decode(sampling: SamplingConfig, decode: DecodeConfig) -> SamplingConfig:
+    """The settings with another `decode_of`."""
+    if isinstance(sampling, HybridConfig):
+        return dataclasses.replace(sampling, decode=decode)
+    return decode
+
+
+def replaced(settings: Any, **given) -> Any:
+    """The settings with what was given; None is what was not."""
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(settings, **given)
+
+
 def with_sampling(config: RunConfig, sampling: SamplingConfig) -> RunConfig:
     """The run with other settings of `RunConfig.sampling`, of its model's kind."""
     if isinstance(sampling, HybridConfig):

@@ -17,21 +17,23 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from magnet_jax.arguments import (
+    Array,
     Between,
     Count,
+    Descriptions,
+    Rate,
     Seconds,
     Seed,
     as_array,
     as_name,
-    as_rate,
-    as_texts,
+    check_samples,
     checked,
 )
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import decoding, encodec
-from magnet_jax.config import EditConfig, HybridConfig, Share
+from magnet_jax.config import DecodeConfig, EditConfig, Share, decode_of, replaced
 from magnet_jax.decode import likelihood, rescore, sampling
-from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.canvas import Canvas, extents
 from magnet_jax.edit import free, kept, paste, splice
 from magnet_jax.errors import UserError
 from magnet_jax.io import exact
@@ -60,18 +62,11 @@ def _as_audio(value: Any, name: str) -> Path | np.ndarray:
             f"{name} must be a file, or samples [B, C, N] or [C, N], float32, float64, int16 or "
             f"int32, not {given}"
         )
-    if array.shape[1] > array.shape[2]:
-        raise UserError(
-            f"{name} has {array.shape[1]} channels of {array.shape[2]} samples: channels come "
-            "before samples here, unlike in soundfile; transpose it"
-        )
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} holds NaN or infinite samples")
+    check_samples(array, name)
     return array
 
 
 Audio = Annotated[np.ndarray | str | Path, _as_audio]
-Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]
 
 
 class Clip(NamedTuple):
@@ -138,25 +133,23 @@ class Editing:
           edge, fade, side, context: of the audio, see `EditConfig`.
           above, anneal, steps: of the decoding, likewise.
         """
-        given = {
-            "edge": edge, "fade": fade, "side": side, "context": context,
-            "above": above, "anneal": anneal, "steps": steps,
-        }  # fmt: skip
-        given = {name: value for name, value in given.items() if value is not None}
-        self.editing = EditConfig(**given)
+        self.editing = replaced(
+            EditConfig(), edge=edge, fade=fade, side=side, context=context,
+            above=above, anneal=anneal, steps=steps,
+        )  # fmt: skip
 
     @checked
     def generate_inpainting(
         self,
         audio: Audio,
-        audio_sample_rate: Annotated[int, as_rate] | None = None,
+        audio_sample_rate: Rate | None = None,
         regions: Any = None,
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
         codebooks: tuple[int, ...] | None = None,
-        mask: Annotated[np.ndarray, as_array] | None = None,
-        tokens: Annotated[np.ndarray, as_array] | None = None,
+        mask: Array | None = None,
+        tokens: Array | None = None,
         seed: Seed = 0,
     ) -> Edit:
         """Makes regions of clips anew, given the rest.
@@ -195,13 +188,13 @@ class Editing:
     def generate_extension(
         self,
         audio: Audio,
-        audio_sample_rate: Annotated[int, as_rate] | None = None,
+        audio_sample_rate: Rate | None = None,
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
         before: Annotated[float, Between(0, 3600)] = 0.0,
         after: Annotated[float, Between(0, 3600)] = 0.0,
-        tokens: Annotated[np.ndarray, as_array] | None = None,
+        tokens: Array | None = None,
         seed: Seed = 0,
     ) -> Edit:
         """Makes clips longer, at their beginning, at their end or both.
@@ -243,7 +236,7 @@ class Editing:
         prefix: Audio,
         suffix: Audio,
         seconds: Seconds,
-        audio_sample_rate: Annotated[int, as_rate] | None = None,
+        audio_sample_rate: Rate | None = None,
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
@@ -290,13 +283,13 @@ class Editing:
     def generate_restyle(
         self,
         audio: Audio,
-        audio_sample_rate: Annotated[int, as_rate] | None = None,
+        audio_sample_rate: Rate | None = None,
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
         strength: Share = 0.5,
         how: Literal["spans", "replay"] = "spans",
-        tokens: Annotated[np.ndarray, as_array] | None = None,
+        tokens: Array | None = None,
         original: Descriptions = None,
         seed: Seed = 0,
     ) -> Edit:
@@ -332,13 +325,13 @@ class Editing:
     def generate_variations(
         self,
         audio: Audio,
-        audio_sample_rate: Annotated[int, as_rate] | None = None,
+        audio_sample_rate: Rate | None = None,
         n: Count = 4,
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
         variation: Share = 0.3,
-        tokens: Annotated[np.ndarray, as_array] | None = None,
+        tokens: Array | None = None,
         seed: Seed = 0,
     ) -> Edit:
         """Makes `n` siblings of a clip: its least likely spans anew, each time others.
@@ -362,9 +355,7 @@ class Editing:
         return self._edited(clips * n, frees, None, texts * n, seed, progress)
 
     @checked
-    def confidence(
-        self, tokens: Annotated[np.ndarray, as_array], descriptions: Descriptions = None
-    ) -> np.ndarray:
+    def confidence(self, tokens: Array, descriptions: Descriptions = None) -> np.ndarray:
         """How likely the model holds each token [B, K, T], float32, in nats; 0 is certain.
 
         Every fourth span of a codebook is hidden at a time and read given the others, unguided.
@@ -379,13 +370,13 @@ class Editing:
     def repair(
         self,
         audio: Audio,
-        audio_sample_rate: Annotated[int, as_rate] | None = None,
+        audio_sample_rate: Rate | None = None,
         descriptions: Descriptions = None,
         progress: bool = False,
         *,
         worst: Share = 0.1,
         rounds: Count = 1,
-        tokens: Annotated[np.ndarray, as_array] | None = None,
+        tokens: Array | None = None,
         seed: Seed = 0,
     ) -> Edit:
         """Makes the least likely spans of clips anew, and keeps what makes a clip likelier.
@@ -422,7 +413,7 @@ class Editing:
         texts = [""] if descriptions is None else descriptions
         texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps
-        few = self._with(steps=(steps[0], *(1 for _ in steps[1:])))
+        few = dataclasses.replace(self._decode, steps=(steps[0], *(1 for _ in steps[1:])))
         made = self._generated(
             texts, None, few, seed, progress, num_frames=self._whole_frames, decoder=self.decoder
         )
@@ -497,13 +488,7 @@ class Editing:
         return clips
 
     def _checked_tokens(self, tokens: np.ndarray) -> np.ndarray:
-        tokens = tokens[None] if tokens.ndim == 2 else tokens
-        if tokens.dtype.kind not in "iu":
-            raise UserError(f"tokens must be whole numbers, not {tokens.dtype}")
-        try:
-            return encodec.check_codes(tokens, self.decoder.spec).astype(np.int32)
-        except ValueError as error:
-            raise UserError(f"tokens: {error}") from None
+        return self._tokens(tokens[None] if tokens.ndim == 2 else tokens, "tokens")
 
     def _texts(self, clips: list[Clip], descriptions: Sequence[str] | None) -> list[str]:
         texts = [clip.text for clip in clips] if descriptions is None else list(descriptions)
@@ -556,14 +541,8 @@ class Editing:
         return wav_BCN[..., : round(self.num_frames * self.sample_rate / self.frame_rate)]
 
     @property
-    def _decode(self):
-        hybrid = isinstance(self.generation, HybridConfig)
-        return self.generation.decode if hybrid else self.generation
-
-    def _with(self, **settings):
-        decode = dataclasses.replace(self._decode, **settings)
-        hybrid = isinstance(self.generation, HybridConfig)
-        return dataclasses.replace(self.generation, decode=decode) if hybrid else decode
+    def _decode(self) -> DecodeConfig:
+        return decode_of(self.generation)
 
     def _generated(
         self, texts, given, generation, seed, progress, *, num_frames, **more
@@ -583,7 +562,7 @@ class Editing:
         """
         num_frames = codes_BKT.shape[-1]
         window = min(self._window, num_frames)
-        if (_extents(free_BKT) <= window).all():
+        if (extents(free_BKT.any(1))[1] <= window).all():
             return self._redo_within(codes_BKT, free_BKT, texts, seed, progress, **how)
         stride = window - self._context
         for number, start in enumerate(range(0, num_frames, stride)):
@@ -608,11 +587,8 @@ class Editing:
             return codes_BKT
         num_frames = codes_BKT.shape[-1]
         window = min(self._window, num_frames)
-        firsts = []
-        for free_T in free_BKT.any(1):
-            places = np.flatnonzero(free_T)
-            begin, end = (places[0], places[-1] + 1) if len(places) else (0, 0)
-            firsts.append(int(np.clip((begin + end - window) // 2, 0, num_frames - window)))
+        first_B, size_B = extents(free_BKT.any(1))
+        firsts = np.clip((2 * first_B + size_B - window) // 2, 0, num_frames - window)
 
         def cut(x_BKT: np.ndarray) -> np.ndarray:
             return np.stack([x[:, first : first + window] for x, first in zip(x_BKT, firsts)])
@@ -653,9 +629,13 @@ class Editing:
             number += 1
         return codes_BKT
 
+    @functools.cached_property
+    def _reader(self) -> sampling.Rescorer:
+        """The model itself, to judge tokens."""
+        return rescore.from_model(self.loaded, self.loaded, execution=self.execution)
+
     def _confidence(self, codes_BKT: np.ndarray, texts: list[str]) -> np.ndarray:
         model, window = self.loaded.config.model, self._window
-        reader = rescore.from_model(self.loaded, self.loaded, execution=self.execution)
         # What predicts one step after another has read all that comes before without a mask.
         groups = 1 if model.autoregressive else GROUPS
         num_frames = codes_BKT.shape[-1]
@@ -665,7 +645,7 @@ class Editing:
             part_BKT = codes_BKT[..., first : first + window]
             hidden_G1T = likelihood.interleaved(part_BKT.shape[-1], self._span, groups)
             log_BKT[..., first : first + window] = likelihood.log_probabilities(
-                reader, texts, part_BKT, hidden_G1T, mask_id=model.mask_id
+                self._reader, texts, part_BKT, hidden_G1T, mask_id=model.mask_id
             )
         return log_BKT
 
@@ -775,13 +755,6 @@ def _regions_of(regions: Any, count: int) -> list[list[tuple[float, float | None
     if len(each) != count or not all(each):
         raise UserError(f"{count} clips need as many lists of regions, none of them empty")
     return each
-
-
-def _extents(free_BKT: np.ndarray) -> np.ndarray:
-    """Frames [B] from the first that is free to the last."""
-    free_BT = free_BKT.any(1)
-    first_B, behind_B = free_BT.argmax(-1), free_BT[:, ::-1].argmax(-1)
-    return np.where(free_BT.any(-1), free_BT.shape[-1] - behind_B - first_B, 0)
 
 
 def _ranges(differs_T: np.ndarray) -> list[tuple[int, int]]:

@@ -30,7 +30,7 @@ from launch.evaluate import settings as evaluate
 from magnet_jax import programs
 from magnet_jax.checkpoints import pretrained, run_folder
 from magnet_jax.codec import encodec
-from magnet_jax.config import HybridConfig, RescoreConfig, RunConfig, with_hybrid_objective
+from magnet_jax.config import RescoreConfig, RunConfig, decode_of, with_hybrid_objective
 from magnet_jax.convert import t5_files
 from magnet_jax.data import records
 from magnet_jax.errors import UserError
@@ -282,7 +282,7 @@ def _given(args: Given) -> Prepared:
             "name a MAGNeT or a hybrid"
         )
     loaded = pretrained.load(args.checkpoint, step=args.step)
-    decode = own.decode if isinstance(own, HybridConfig) else own
+    decode = decode_of(own)
     if isinstance(args, Guidance):
         study = studies.guidance(decode.steps)
     else:

@@ -13,7 +13,7 @@ from launch.benchmark import models, report
 from launch.benchmark.options import Tradeoff
 from launch.benchmark.peaks import seconds_of
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.config import DecodeConfig, HybridConfig, SamplingConfig
+from magnet_jax.config import DecodeConfig, HybridConfig, SamplingConfig, decode_of
 from magnet_jax.decode import placement, sampling
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
@@ -32,7 +32,7 @@ class Point(NamedTuple):
     def options(self, args: Tradeoff) -> str:
         """What makes `launch.sample` do it."""
         hybrid = isinstance(self.sampling, HybridConfig)
-        steps = (self.sampling.decode if hybrid else self.sampling).steps
+        steps = decode_of(self.sampling).steps
         words = ["--decode.steps", *map(str, steps)]
         words += ["--prompt-seconds", str(self.sampling.prompt_seconds)] if hybrid else []
         if self.rescored:
@@ -45,7 +45,7 @@ class Point(NamedTuple):
 def points(args: Tradeoff, own: SamplingConfig, clip_seconds: float) -> list[Point]:
     """All that is to be measured; what is not varied is the model's `own`, without any prompt."""
     hybrid = isinstance(own, HybridConfig)
-    decode: DecodeConfig = own.decode if hybrid else own
+    decode: DecodeConfig = decode_of(own)
 
     def point(
         kind: str, value: float | str, steps: tuple[int, ...], prompt: float = 0.0, by: bool = False

@@ -84,10 +84,15 @@ def free_units(canvas: Canvas, span: int) -> tuple[list[int], int]:
 
 def extent(canvas: Canvas) -> tuple[np.ndarray, int]:
     """Where the free frames of codebooks above the first begin [B], and how many hold them all."""
-    free_BT = ~canvas.given_BKT[:, 1:].all(1)
-    first_B = free_BT.argmax(-1)
-    end_B = np.where(free_BT.any(-1), free_BT.shape[-1] - free_BT[:, ::-1].argmax(-1), first_B)
-    return first_B.astype(np.int32), int((end_B - first_B).max())
+    first_B, size_B = extents(~canvas.given_BKT[:, 1:].all(1))
+    return first_B, int(size_B.max())
+
+
+def extents(free_BT: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first frame that is free, and how many there are from it to the last one; int32 [B]."""
+    first_B, behind_B = free_BT.argmax(-1), free_BT[:, ::-1].argmax(-1)
+    size_B = np.where(free_BT.any(-1), free_BT.shape[-1] - behind_B - first_B, 0)
+    return first_B.astype(np.int32), size_B.astype(np.int32)
 
 
 def given_below(canvas: Canvas) -> int:

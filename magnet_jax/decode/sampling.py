@@ -26,12 +26,12 @@ from magnet_jax.config import (
     CodecSpec,
     DecodeConfig,
     EditConfig,
-    HybridConfig,
     ModelConfig,
     RescoreConfig,
     RunConfig,
     SamplingConfig,
     SamplingMeshConfig,
+    decode_of,
 )
 from magnet_jax.decode import autoregressive, canvas, choose, placement
 from magnet_jax.decode import schedule as schedules
@@ -91,7 +91,7 @@ class Batch:
     @property
     def decode(self) -> DecodeConfig | None:
         """How what is not made one step after another is decoded."""
-        how = self.decoding.decode if isinstance(self.decoding, HybridConfig) else self.decoding
+        how = decode_of(self.decoding)
         return how if isinstance(how, DecodeConfig) else None
 
 
@@ -456,7 +456,7 @@ def check_rescored(decoding: SamplingConfig, *, whole: bool = False) -> None:
             "nothing is rescored of a clip that is made one step after another to its end: leave "
             "out the rescorer, or give a hybrid fewer prompt seconds"
         )
-    decode = decoding.decode if isinstance(decoding, HybridConfig) else decoding
+    decode = decode_of(decoding)
     if decode.order != "confidence":
         raise UserError(
             f"nothing is rescored where spans are kept in {decode.order} order: leave out the "

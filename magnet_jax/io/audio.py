@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import numpy as np
 import soundfile
 
-from magnet_jax.arguments import Between, as_array, as_name, as_rate, checked
+from magnet_jax.arguments import Array, Between, Rate, as_name, checked
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 
@@ -118,8 +118,8 @@ ENCODINGS = {
 @checked
 def audio_write(
     stem_name: Annotated[str | Path, as_name],
-    wav: Annotated[np.ndarray, as_array],
-    sample_rate: Annotated[int, as_rate],
+    wav: Array,
+    sample_rate: Rate,
     format: Literal["wav", "mp3", "flac", "ogg"] = "wav",
     normalize: bool = True,
     strategy: Literal["peak", "clip", "rms", "loudness", "none"] = "peak",
