@@ -14,6 +14,7 @@ import numpy as np
 
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import CodecSpec
+from magnet_jax.data import records
 from tokenization import encode as encoding
 from tokenization import mixing
 from tokenization.intake import decoder as decoding
@@ -60,6 +61,7 @@ class Maker:
         self._place = place_at(job.out)
         self._codec = load_codec(job.codec, device, job.num_codebooks)
         self._spec = spec_of(job, self._codec.spec)
+        records.features(self._spec.num_codebooks)  # loads TFDS, before decoders wait for it
         count = encoding.num_open(job.batch_size)
         self._decoders = [decoding.Decoder(job.decode_timeout) for _ in range(count)]
         self._unpacker = decoding.Unpacker(job.decode_timeout)

@@ -555,6 +555,11 @@ FILES = [
 ]
 
 
+def test_all_that_libsndfile_knows_counts_as_audio():
+    names = {f".{name.lower()}" for name in soundfile.available_formats()}
+    assert names - formats.SUFFIXES == {".raw"}  # samples without a header
+
+
 @pytest.mark.parametrize(("suffix", "codec", "rate"), FILES)
 def test_files_beside_films_and_telephones(tmp_path, suffix, codec, rate):
     if codec not in av.codecs_available:
