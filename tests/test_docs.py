@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from launch.__main__ import commands as known_commands
 from launch.make.docs_check import blocks, commands
 from magnet_jax import cli
 from magnet_jax.errors import UserError
@@ -86,7 +85,3 @@ def test_every_heading_that_is_linked_is_there():
 
 def test_the_readme_is_a_page_for_newcomers():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
-
-
-def test_commands_are_listed_with_a_line_each():
-    assert all(known_commands().values())

@@ -2,9 +2,7 @@
 
 import dataclasses
 
-import jax
 import numpy as np
-import pytest
 import tiny
 
 from magnet_jax.checkpoints import pretrained
@@ -19,7 +17,6 @@ from magnet_jax.config import (
     with_hybrid_objective,
 )
 from magnet_jax.decode import sampling
-from magnet_jax.model import transformer
 from magnet_jax.train import loop
 
 SMALLER = ModelConfig(
@@ -53,40 +50,27 @@ def learning(tokens, steps, *, batch_size, peak_lr):
     }
 
 
-@pytest.fixture
-def optimised_programs():
-    """This test computes more than it compiles."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
-def test_a_model_that_knows_four_clips_gives_each_for_its_caption(
-    optimised_programs, tmp_path, monkeypatch
-):
+def test_a_model_that_knows_four_clips_gives_each_for_its_caption(tmp_path, monkeypatch):
     tiny.use_one_device(monkeypatch)
     examples = tiny.write_clips(tmp_path / "tokens", 4)
     captions = [example["caption"] for example in examples]
     assert len(set(captions)) == 4
-    steps = 320
+    steps, decoding = 240, DecodeConfig(steps=(10, 4), greedy=True, max_guidance=3.0)
     config = dataclasses.replace(
-        tiny.run_config(tmp_path / "tokens", tmp_path / "run"),
-        model=ModelConfig(codebook_size=1024, width=128, num_heads=4, num_layers=3, text_width=128),
-        **learning(tmp_path / "tokens", steps, batch_size=8, peak_lr=2e-3),
+        tiny.run_config(tmp_path / "tokens", tmp_path / "run", decode=decoding, model=SMALLER),
+        **learning(tmp_path / "tokens", steps, batch_size=8, peak_lr=5e-3),
     )
     loop.train(config)
 
-    loaded = pretrained.load(tmp_path / "run")
-    assert transformer.count_params(loaded.params) <= 3_000_000
-    truth = np.stack([example["codes"] for example in examples])
-    generated = sampling.generate(
-        loaded,
+    truth_BKT = np.stack([example["codes"][:2] for example in examples])
+    codes_BKT = sampling.generate(
+        pretrained.load(tmp_path / "run"),
         captions,
-        num_frames=truth.shape[-1],
-        decoding=DecodeConfig(greedy=True, max_guidance=3.0),
+        num_frames=truth_BKT.shape[-1],
+        decoding=decoding,
         seed=0,
     ).codes_BKT
-    agreement = (generated[:, None, 0] == truth[None, :, 0]).mean(-1)
+    agreement = (codes_BKT[:, None, 0] == truth_BKT[None, :, 0]).mean(-1)
     print(agreement.round(2))
     assert (np.diag(agreement) >= 0.8).all()
     assert (agreement[~np.eye(4, dtype=bool)] <= 0.3).all()
