@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import XLA_FLAGS
+import numpy as np
+from conftest import EIGHT
 
 from magnet_jax.train import watch
 
@@ -21,6 +22,13 @@ with errors.reported():
 """
 
 
+def drawn() -> np.random.Generator:
+    """Gives the moments of signals: others each time, or those of MAGNET_JAX_TEST_SEED."""
+    seed = int(os.environ.get("MAGNET_JAX_TEST_SEED") or int.from_bytes(os.urandom(4)))
+    print("moments of signals: MAGNET_JAX_TEST_SEED =", seed)
+    return np.random.default_rng(seed)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -33,7 +41,7 @@ def begin(file: Path, count: int) -> list[subprocess.Popen]:
     processes = []
     for index in range(count):
         environ = {
-            "XLA_FLAGS": XLA_FLAGS,
+            "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(EIGHT, ""),  # compiled as here
             "MAGNET_JAX_COORDINATOR": f"127.0.0.1:{port}",
             "MAGNET_JAX_PROCESS_ID": str(index),
             "MAGNET_JAX_NUM_PROCESSES": str(count),
@@ -48,6 +56,18 @@ def begin(file: Path, count: int) -> list[subprocess.Popen]:
                 )
             )
     return processes
+
+
+def finish(processes: list[subprocess.Popen], folder: Path) -> list[int]:
+    """Their exit statuses, and an end to those that hang."""
+    try:
+        return [process.wait(timeout=240) for process in processes]
+    except subprocess.TimeoutExpired:
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log_*")))
+        raise AssertionError(f"a process hangs:\n{logs}") from None
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def losses(run: Path) -> dict[int, float]:

@@ -848,7 +848,7 @@ def test_of_several_devices_that_report_a_step_one_is_heard():
 
 
 def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_path, monkeypatch):
-    """200 steps of LoRA from an imported checkpoint, by the commands that a user has."""
+    """LoRA from an imported checkpoint, by the commands that a user has."""
     tiny.use_one_device(monkeypatch)
     base_folder = tmp_path / "base"
     shutil.copytree(imported / "magnet", base_folder)
@@ -869,11 +869,13 @@ def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_pat
     command = [
         "--config", "demo", "--init-from", str(base_folder), "--data",
         str(tmp_path / "tokens"), "--out", str(run), "--lora.rank", "4", "--sample-every", "0",
-        "--batch-size", "4", "--save-every", "100", "--condition-dropout", "0",
+        "--batch-size", "4", "--save-every", "20", "--condition-dropout", "0", "--log-every", "1",
+        "--optimizer.peak-lr", "1e-2", "--optimizer.warmup-steps", "1",
     ]  # fmt: skip
-    launch_train.main([*command, "--steps", "200"])
+    launch_train.main([*command, "--steps", "40"])
     lines = [line for line in watch.read_scalars(run) if "train/loss" in line]
-    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+    losses = [line["train/loss"] for line in lines]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
     tuned = pretrained.load(run)
     assert tuned.lineage["init_from"] == "base" and tuned.lineage["lora_rank"] == 4
     before, after = (trees.flatten(m.params["lm"]) for m in (base, tuned))
@@ -904,8 +906,8 @@ def test_adapters_of_an_import_are_trained_merged_and_exported(imported, tmp_pat
 
     # The run has what it needs: the base may be gone.
     shutil.rmtree(base_folder)
-    launch_train.main([*command, "--steps", "202"])
-    assert pretrained.load(run).step == 202
+    launch_train.main([*command, "--steps", "41"])
+    assert pretrained.load(run).step == 41
 
 
 def test_what_does_not_match_is_refused_or_listed(imported, tmp_path, monkeypatch, capsys):

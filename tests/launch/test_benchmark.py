@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import GOLDEN
+from refusals import refused
 
 from launch.benchmark import __main__ as command
 from launch.benchmark import (
@@ -30,7 +31,7 @@ from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from launch.compile import flops
 from magnet_jax import cli
 from magnet_jax.checkpoints import pretrained
-from magnet_jax.config import ASSETS, DecodeConfig, EditConfig, ModelConfig
+from magnet_jax.config import ASSETS, DecodeConfig, EditConfig, ModelConfig, TextConfig
 from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.convert.audiocraft import read_file
 from magnet_jax.errors import UserError
@@ -284,7 +285,7 @@ def test_rescoring_is_measured_against_the_rescorers_own_passes(small, tmp_path,
     ],
 )
 def test_mistakes_are_one_line(words, message):
-    with pytest.raises(UserError, match=message):
+    with refused(words, message):
         command.main(["decode", *words])
 
 
@@ -303,7 +304,7 @@ def test_mistakes_are_one_line(words, message):
     ],
 )
 def test_mistakes_are_said_before_anything_is_measured(words, message):
-    with pytest.raises(UserError, match=message):
+    with refused(words, message):
         command.main(words)
 
 
@@ -360,7 +361,7 @@ def test_the_tradeoff_of_a_magnet_that_rescores_itself(run, tmp_path):
     ],
 )
 def test_mistakes_about_the_tradeoff(words, message):
-    with pytest.raises(UserError, match=message):
+    with refused(words, message):
         command.main(["tradeoff", *words])
 
 
@@ -417,7 +418,7 @@ def test_the_loader_is_measured(run, capsys, monkeypatch):
     monkeypatch.setattr(
         loading,
         "load_config",
-        lambda name: dataclasses.replace(tiny.run_config("", ""), decode=DecodeConfig()),
+        lambda name: tiny.run_config("", "", text=TextConfig(max_tokens=16)),
     )
     loading.measure(options.Loader(data=run.parent / "tokens", batches=3, steps=2))
     assert "ratio" in capsys.readouterr().out
@@ -425,7 +426,8 @@ def test_the_loader_is_measured(run, capsys, monkeypatch):
 
 def test_training_is_measured(run, capsys, monkeypatch, tmp_path):
     tiny.use_one_device(monkeypatch)
-    monkeypatch.setattr(training, "load_config", lambda name: tiny.run_config("", ""))
+    text = TextConfig(max_tokens=16)
+    monkeypatch.setattr(training, "load_config", lambda name: tiny.run_config("", "", text=text))
     monkeypatch.setattr(training, "jax_peak", lambda dtype: 1e9)
     file = tmp_path / "found.json"
     training.measure(options.Train(data=run.parent / "tokens", steps=2, json=file))

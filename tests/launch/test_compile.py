@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from refusals import refused
 
 from launch.compile import __main__ as launch_compile
 from launch.compile import flops, hlo, targets
@@ -124,7 +125,7 @@ def test_the_program_ends_in_samples(tiny, tmp_path):
     ],
 )
 def test_mistakes_are_named(tiny, arguments, message):
-    with pytest.raises(UserError, match=message):
+    with refused(arguments, message):
         launch_compile.main(["decode", *arguments])
 
 
@@ -276,7 +277,7 @@ def test_a_training_step_for_the_cpu(tmp_path, capsys):
 )
 def test_mistakes_about_training_are_named(arguments, message):
     given = ["train", "--topology", "cpu:1", "--config", "demo", *arguments]
-    with pytest.raises(UserError, match=message):
+    with refused(arguments, message):
         launch_compile.main(given)
 
 

@@ -1,4 +1,4 @@
-"""Runs in a bucket, against an emulator of Google's in a process of its own."""
+"""Runs of several processes, and in a bucket: of an emulator of Google's, a process of its own."""
 
 import dataclasses
 import itertools
@@ -19,11 +19,11 @@ from gcsfs.retry import HttpError
 from google.api_core import exceptions
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud.storage.exceptions import DataCorruption
-from several import begin, free_port, losses
+from several import begin, drawn, finish, free_port, losses
 
 from launch import export, sample
 from magnet_jax.checkpoints import run_folder
-from magnet_jax.config import DecodeConfig, MeshConfig, RunConfig, to_json
+from magnet_jax.config import DecodeConfig, LoraConfig, MeshConfig, RunConfig, to_json
 from magnet_jax.errors import PassingError, UserError
 from magnet_jax.io import bucket, lock
 from magnet_jax.train import loop, steps
@@ -54,7 +54,7 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data") / "tokens"
-    tiny.write_noise(directory, {"train": 20})
+    tiny.write_noise(directory, {"train": 20, "validation": 5})
     return directory
 
 
@@ -66,13 +66,13 @@ def steps_in(url: str) -> list[int]:
     )
 
 
-def losing(config: RunConfig, server: subprocess.Popen, last: int) -> Callable:
-    """A train step that once finds the server gone, with no save under way."""
+def losing(number: int, url: str, server: subprocess.Popen, last: int) -> Callable:
+    """A train step whose call of a number finds the server gone, with no save under way."""
     step, count = steps.train_step, itertools.count(1)
 
     def losing_step(*args, **keywords):
-        if next(count) == config.save_every + 2:
-            while last not in steps_in(config.out):
+        if next(count) == number:
+            while last not in steps_in(url):
                 time.sleep(0.05)
             time.sleep(1)  # until what the checkpoint replaces is deleted
             server.kill()
@@ -81,36 +81,65 @@ def losing(config: RunConfig, server: subprocess.Popen, last: int) -> Callable:
     return losing_step
 
 
-def test_killed_cut_off_and_resumed_as_if_nothing_had_been(server, tokens, tmp_path, capfd):
-    """Two processes, killed; one, whose bucket vanishes; and one more. Then samples and exports."""
-    running, again = server
-    url, file = "gs://music/runs/one", tmp_path / "config.json"
+def wait_for_step(url: str, step: int, processes: list[subprocess.Popen], folder: Path) -> None:
+    deadline = time.monotonic() + 240
+    while max(steps_in(url), default=0) < step:
+        logs = "\n".join(path.read_text()[-2000:] for path in sorted(folder.glob("log_*")))
+        assert all(process.poll() is None for process in processes), logs
+        assert time.monotonic() < deadline, logs
+        time.sleep(0.05)
+
+
+def assert_as_if_uninterrupted(config: RunConfig, folder: Path) -> None:
+    """Trains it once more, in one go, and compares the losses of all steps."""
+    whole = dataclasses.replace(config, out=str(folder / "whole"), sample_every=0)
+    loop.train(whole)
+    bucket.fetch(config.out, folder / "fetched", {"checkpoints"})
+    found, expected = losses(folder / "fetched"), losses(folder / "whole")
+    assert found.keys() == expected.keys() == set(range(1, config.steps + 1))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert list((folder / "fetched" / "tensorboard").iterdir())
+
+
+@pytest.fixture(scope="module")
+def rng():
+    return drawn()
+
+
+@pytest.fixture(scope="module")
+def run(server, tokens, rng, tmp_path_factory):
+    """A run that one process has begun, and two went on with, of which one was stopped."""
+    folder = tmp_path_factory.mktemp("run")
+    url, file = "gs://music/runs/one", folder / "config.json"
     config = tiny.run_config(
-        tokens, url, steps=400, log_every=1, mesh=MeshConfig(data=1, fsdp=2),
+        tokens, url, steps=3, log_every=1, save_every=3, eval_every=3, mesh=MeshConfig(data=-1),
         decode=DecodeConfig(steps=(1, 1, 1, 1)),
     )  # fmt: skip
-    text = dataclasses.replace(config.text, finetune=False)
-    config = dataclasses.replace(config, text=text)
+    loop.train(config)
+
+    config = dataclasses.replace(config, steps=400)
     file.write_text(to_json(config))
     two = begin(file, 2)
-    deadline = time.monotonic() + 240
-    while not steps_in(url) and time.monotonic() < deadline:
-        assert all(p.poll() is None for p in two), (tmp_path / "log_0").read_text()
-        time.sleep(0.05)
-    for process in two:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    killed_at = steps_in(url)[-1]
-    held = bucket.names(f"{url}/checkpoints/{killed_at}/params")
-    assert {"ocdbt.process_0", "ocdbt.process_1"} <= held  # each wrote its own
+    wait_for_step(url, 6, two, folder)
+    time.sleep(rng.uniform(0, 0.3))
+    two[rng.integers(2)].send_signal(signal.SIGTERM)
+    assert finish(two, folder) == [128 + signal.SIGTERM] * 2
+    assert "the same command goes on" in (folder / "log_0").read_text()
+    assert "the same command" not in (folder / "log_1").read_text()
+    return config
 
-    config = dataclasses.replace(config, mesh=MeshConfig())
-    last = killed_at + config.save_every
+
+def test_stopped_cut_off_and_resumed_as_if_nothing_had_been(server, run, tmp_path, capfd):
+    """By one process, whose bucket vanishes, and one more. Then samples and exports."""
+    running, again = server
+    url = run.out
+    stopped_at = steps_in(url)[-1]
+    last = stopped_at + run.save_every - stopped_at % run.save_every
     capfd.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "train_step", losing(config, running[0], last))
+        patch.setattr(steps, "train_step", losing(last + 2 - stopped_at, url, running[0], last))
         with pytest.raises(UserError, match=f"^{url}: out of reach .*mend the network"):
-            loop.train(config)
+            loop.train(run)
     shown = re.split(r"[\r\n]+", capfd.readouterr().err)
     # TensorStore's own line on credentials stays: to hide it would hide other threads' lines.
     shown = [line for line in shown if "google_auth_provider" not in line]
@@ -118,16 +147,10 @@ def test_killed_cut_off_and_resumed_as_if_nothing_had_been(server, tokens, tmp_p
     again()
     assert steps_in(url)[-1] == last
 
-    config = dataclasses.replace(config, steps=last + 5)
+    config = dataclasses.replace(run, steps=last + 3)
     loop.train(config)
-    assert steps_in(url) == [last, last + 5]
-    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
-    loop.train(whole)
-    bucket.fetch(url, tmp_path / "fetched", {"checkpoints"})
-    found, expected = losses(tmp_path / "fetched"), losses(tmp_path / "whole")
-    assert found.keys() == expected.keys() == set(range(1, config.steps + 1))
-    assert found == pytest.approx(expected, rel=1e-5)
-    assert list((tmp_path / "fetched" / "tensorboard").iterdir())
+    assert steps_in(url) == [last, last + 3]
+    assert_as_if_uninterrupted(config, tmp_path)
 
     options = ["--out", str(tmp_path / "wavs"), "--prompt", "noise", "--weights", "raw"]
     (wav,) = sample.sample(sample.parse(["--checkpoint", url, *options]))
@@ -137,6 +160,35 @@ def test_killed_cut_off_and_resumed_as_if_nothing_had_been(server, tokens, tmp_p
     export.main(export.Args(checkpoint=url, out=out, audiocraft=False))
     lineage = json.loads((out / "config.json").read_text())["lineage"]
     assert (lineage["run"], lineage["step"]) == ("one", config.steps)
+
+
+def test_two_processes_fine_tune_are_killed_and_one_goes_on(run, rng, tmp_path):
+    """Adapters, on a mesh over both processes, of which the first one samples."""
+    file, url = tmp_path / "config.json", "gs://music/runs/tuned"
+    config = dataclasses.replace(
+        run, out=url, init_from=run.out, lora=LoraConfig(rank=2), mesh=MeshConfig(data=1, fsdp=2),
+        text=dataclasses.replace(run.text, finetune=False),
+        steps=400, eval_every=0, sample_every=3, sample_prompts=("noise",),
+    )  # fmt: skip
+    file.write_text(to_json(config))
+    two = begin(file, 2)
+    wait_for_step(url, 3, two, tmp_path)
+    time.sleep(rng.uniform(0, 0.3))
+    two[rng.integers(2)].send_signal(signal.SIGKILL)
+    time.sleep(0.3)
+    for process in two:  # as a scheduler does when one is gone
+        process.kill()
+        process.wait()
+    killed_at = steps_in(url)[-1]
+    held = bucket.names(f"{url}/checkpoints/{killed_at}/params")
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= held  # each wrote its own
+    assert "00.wav" in bucket.names(f"{url}/samples/step_0000003")
+
+    config = dataclasses.replace(
+        config, mesh=MeshConfig(), steps=killed_at + 3, sample_every=0, sample_prompts=()
+    )
+    loop.train(config)
+    assert_as_if_uninterrupted(config, tmp_path)
 
 
 def test_the_best_and_every_nth_checkpoint_stay(server, tokens):

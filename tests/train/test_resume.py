@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from conftest import XLA_FLAGS
+from several import drawn
 
 from magnet_jax.checkpoints import run_folder
 from magnet_jax.config import RunConfig, to_json
@@ -55,9 +56,7 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(tmp_path):
         "from magnet_jax.config import RunConfig, from_json; "
         "loop.train(from_json(RunConfig, Path(sys.argv[1])))"
     )
-    seed = int.from_bytes(os.urandom(4))
-    print("moment of the kill drawn with seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = drawn()
     for wanted in (rng.integers(1, 16),):
         process = subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "config.json")],
