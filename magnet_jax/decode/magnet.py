@@ -115,6 +115,24 @@ def guided_network(
     return Network(trunk, head)
 
 
+def network_of_task(
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    task: parallel.Task,
+    rules: parallel.Rules,
+    **how,
+) -> Network:
+    """`guided_network`, whose other arguments are `how`, for what is decoded."""
+    num_frames, length = task.canvas.codes_BKT.shape[-1], task.length
+    if rules.ring is not None:
+        num_frames, length = max(num_frames, rules.ring.window), task.end
+    return guided_network(
+        config, params, text, num_frames, length=length, ring=rules.ring,
+        frames_axis=rules.frames_axis, **how,
+    )  # fmt: skip
+
+
 @transformer.exact_products
 def generate(
     params: dict,
@@ -135,12 +153,9 @@ def generate(
     text. The numbers of `schedule` may change without a new program. For the other arguments see
     `guided_network` and `parallel.decode`.
     """
-    num_frames, length = task.canvas.codes_BKT.shape[-1], task.length
-    if rules.ring is not None:
-        num_frames, length = max(num_frames, rules.ring.window), task.end
-    network = guided_network(
-        config, params, transformer.bind(config, params).read_text(*text_states, dtype=dtype),
-        num_frames, kernels=kernels, length=length, ring=rules.ring, savings=savings,
-        guidance_axis=guidance_axis, frames_axis=rules.frames_axis,
+    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    network = network_of_task(
+        config, params, text, task, rules, kernels=kernels, savings=savings,
+        guidance_axis=guidance_axis,
     )  # fmt: skip
     return parallel.decode(network, rules, task, schedule)

@@ -89,7 +89,7 @@ class Task(NamedTuple):
 
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
-    limit: jax.Array | float  # see `choose.choose_token`
+    limit: jax.Array | float  # see `choose.choose_token`; one for all, or [B]
     length: jax.Array | int | None = None  # frames that exist, in whole spans; None is all
     end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise
     rescoring: Rescoring | None = None
@@ -166,7 +166,10 @@ def draw(
         said_R = jnp.take_along_axis(codes_BT, frame_BM, axis=1, mode="clip").reshape(-1)
         token_R = choose.replay(keys_R, probs_RV, said_R, task.limit)
     else:
-        token_R = choose.choose_token(keys_R, probs_RV, rules.choice, task.limit)
+        limit = task.limit
+        if jnp.ndim(limit):  # one a clip
+            limit = jnp.repeat(limit, frame_BM.shape[1])
+        token_R = choose.choose_token(keys_R, probs_RV, rules.choice, limit)
     prob_R = jnp.take_along_axis(probs_RV, token_R[:, None], axis=-1)
     return token_R.reshape(frame_BM.shape), prob_R.reshape(frame_BM.shape)
 
@@ -317,6 +320,20 @@ def step(
     return state._replace(codes_BKT=codes_BKT, score_BU=score_BU), hidden_BT
 
 
+def start(rules: Rules, task: Task, stage: jax.Array) -> State:
+    """The state before the first step of codebook `stage`; its tokens are those of the canvas."""
+    free_BT = ~codebook(task.canvas.given_BKT, stage)
+    if task.end is not None:  # what is cut off makes no span worth a step
+        free_BT &= (jnp.arange(free_BT.shape[-1]) < task.end)[None]
+    return State(task.canvas.codes_BKT, *spans.start(rules.spans, free_BT, task.exists_T))
+
+
+def checked(rules: Rules, state: State) -> jax.Array:
+    """The tokens after a codebook; as in `choose_token`, but of the second model's numbers."""
+    overflown_B = jnp.isnan(state.score_BU).any(-1)
+    return jnp.where(overflown_B[:, None, None], rules.mask_id, state.codes_BKT)
+
+
 def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule, ...]) -> Decoded:
     """Runs the schedule over a canvas; T is a multiple of the spans' length unless they overlap."""
     given_BKT = task.canvas.given_BKT
@@ -336,27 +353,21 @@ def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule,
 
     def decode_stage(codes_BKT: jax.Array, rows: Schedule, *, local: bool):
         """All steps of one codebook; the last of several is traced apart where it is unlike."""
-        free_BT = ~codebook(given_BKT, rows.stage[0])
-        if task.end is not None:  # what is cut off makes no span worth a step
-            free_BT &= (jnp.arange(num_frames) < task.end)[None]
-        start = spans.start(rules.spans, free_BT, task.exists_T)
+        state = start(rules, task, rows.stage[0])._replace(codes_BKT=codes_BKT)
         num_steps = len(rows.stage)
         unlike = rules.spans.on_grid or rules.guided == "all_but_last" or task.rescoring is not None
         apart = num_steps > 1 and unlike
         first = functools.partial(run, local=local, last=False, only=num_steps == 1)
         state, hidden_PBT = jax.lax.scan(
             first,
-            State(codes_BKT, *start),
+            state,
             jax.tree.map(lambda x: x[: num_steps - apart], rows),
         )
         if apart:
             row = jax.tree.map(lambda x: x[-1], rows)
             state, last_BT = run(state, row, local=local, last=True, only=False)
             hidden_PBT = jnp.concatenate([hidden_PBT, last_BT[None]])
-        codes_BKT = state.codes_BKT
-        if task.rescoring is not None:  # as in `choose_token`, of the second model's numbers
-            overflown_B = jnp.isnan(state.score_BU).any(-1)
-            codes_BKT = jnp.where(overflown_B[:, None, None], rules.mask_id, codes_BKT)
+        codes_BKT = state.codes_BKT if task.rescoring is None else checked(rules, state)
         return codes_BKT, hidden_PBT
 
     hidden = []

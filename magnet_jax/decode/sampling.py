@@ -33,7 +33,7 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     decode_of,
 )
-from magnet_jax.decode import autoregressive, canvas, choose, placement
+from magnet_jax.decode import autoregressive, canvas, choose, placement, segments
 from magnet_jax.decode import schedule as schedules
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.parallel import Rules
@@ -62,10 +62,14 @@ class Batch:
     text: Text
     sample_B: np.ndarray
     """Numbers of the clips, which with the seed decide their random numbers."""
-    seed: int
+    seed: int | np.ndarray
+    """One for all clips, or [B]."""
     canvas: Canvas
     """As long as the clips."""
     decoding: SamplingConfig
+    own: tuple[DecodeConfig, ...] = ()
+    """In place of `decoding`, how each clip is decoded; one program must do for all, see
+    `shared`."""
     decoder: encodec.Decoder | None = None
     """Makes the program end in samples."""
     rescorer: Rescorer | None = None
@@ -123,9 +127,9 @@ def generate(
     texts: Sequence[str],
     *,
     num_frames: int,
-    decoding: SamplingConfig,
-    seed: int,
-    first_sample: int = 0,
+    decoding: SamplingConfig | Sequence[DecodeConfig],
+    seed: int | Sequence[int],
+    first_sample: int | Sequence[int] = 0,
     given: Canvas | None = None,
     text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
@@ -140,8 +144,10 @@ def generate(
       loaded: the model.
       texts: descriptions; an empty one is generated without text.
       num_frames: frames of a clip, the given ones included.
-      decoding: schedule and sampling, of the model's kind.
-      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
+      decoding: schedule and sampling, of the model's kind; of a MAGNeT also a list, one a clip, of
+        which all are `shared` alike.
+      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone. Lists have
+        one a clip, which then depends on (seed[i], first_sample[i]).
       given: tokens that the clips have already, such as `canvas.beginning_with(prompt_BKP, T)`; a
         model that is not MAGNeT goes on from a beginning alone.
       text_pad_len: see `tokenize_texts`.
@@ -157,7 +163,15 @@ def generate(
       UserError: the decoding, what is given, the rescorer or the hardware does not fit the model.
     """
     model, count = loaded.config.model, len(texts)
-    seed = arguments.check(Seed, seed, "seed")
+    own = () if isinstance(decoding, SamplingConfig) else tuple(decoding)
+    decoding = own[0] if own else decoding
+    if own and (len(own) != count or len({shared(one) for one in own}) > 1 or editing is not None):
+        raise ValueError("clips of one program need settings that are shared alike, one a clip")
+    seed = (
+        arguments.check(Seed, seed, "seed")
+        if isinstance(seed, int) or not hasattr(seed, "__len__")
+        else np.array([arguments.check(Seed, one, "seed") for one in seed], np.int32)
+    )
     if not isinstance(decoding, SAMPLING_CONFIGS[model.kind]):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if given is None:
@@ -174,14 +188,18 @@ def generate(
     split = execution.mesh != SamplingMeshConfig()
     if replays and (split or model.autoregressive or rescorer is not None):
         raise UserError("replay is for a MAGNeT on one device, without a rescorer")
+    samples_B = np.asarray(first_sample)
+    if not samples_B.ndim:
+        samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
     if editing is not None and editing.ring:
         check_ring(loaded, num_frames, decoder, execution)
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
-        sample_B=first_sample + np.arange(count) % (count // 2 if replays else count),
+        sample_B=samples_B,
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
+        own=own,
         decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
         rescorer=rescorer,
         rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
@@ -192,6 +210,16 @@ def generate(
     if isinstance(decoder, encodec.Codec):
         return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
     return generated
+
+
+def shared(decode: DecodeConfig) -> tuple:
+    """What clips must have in common to be made by one program; temperature and guidance, say, are
+    each clip's own."""
+    choice = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0]
+    numbers = {"temperature": 1.0, "anneal_temperature": True, "top_p": 1.0, "top_k": 0,
+               "max_guidance": 1.0, "min_guidance": 1.0}  # fmt: skip
+    same = dataclasses.replace(decode, **numbers)
+    return dataclasses.astuple(same), choice, schedules.guided_steps(decode, True)
 
 
 def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Execution) -> None:
@@ -359,16 +387,26 @@ def make_program(
     given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
     if batch.is_ring:  # which has nothing behind its end
         given.given_BKT[..., num_frames:] = True
-    limit = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1]
+    schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
+    limit = np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
+    if batch.own:
+        limit = fill(
+            np.float32([choose.choice_of(d.greedy, d.top_k, d.top_p)[1] for d in batch.own])
+        )
+        schedule = schedules.of_clips(
+            [schedules.make_schedule(one, sampler.rules.first_codebook) for one in batch.own]
+        )
     inputs = Inputs(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
         text=Text(*map(fill, text)) if mesh is not None else text,
         canvas=given,
-        keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
-        schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
-        limit=np.float32(limit),
+        keys_B=choose.sample_keys(
+            fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
+        ),
+        schedule=schedule,
+        limit=limit,
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
@@ -568,13 +606,11 @@ def _run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
         loaded, batch, execution, platform=jax.default_backend(), mesh=mesh
     )
     count, num_frames = len(batch.sample_B), sampler.audio_frames or int(inputs.audio_length)
-    sampled = programs.call(
-        sampler_program,
-        inputs,
-        what=_clips(count, num_frames, loaded),
-        say=execution.say,
-        sampler=sampler,
-    )
+    told = {"what": _clips(count, num_frames, loaded), "say": execution.say}
+    if execution.between is not None and segments.in_segments(sampler):
+        sampled = segments.run(inputs, sampler, execution.between, **told)
+    else:
+        sampled = programs.call(sampler_program, inputs, sampler=sampler, **told)
     codes_BKT = np.asarray(sampled.codes_BKT)[:count, :, :num_frames]
     if (codes_BKT >= sampler.model.codebook_size).any():  # see `choose.choose_token`
         raise UserError(
