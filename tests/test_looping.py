@@ -85,13 +85,21 @@ def test_files_say_that_they_are_loops(model, tmp_path):
         loops.write(tmp_path / "a.mp3")
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2}, {"guidance": 2}])
-def test_devices_make_the_same_loops(model, mesh):
+def test_devices_make_the_same_loops(model):
     expected = model.generate_loop(TEXTS, **HOW)
-    model = make(execution=Execution(mesh=SamplingMeshConfig(**mesh)))
+    model = make(execution=Execution(mesh=SamplingMeshConfig(data=2, guidance=2)))
     found = model.generate_loop(TEXTS, **HOW)
     same = (found.tokens_BKT == expected.tokens_BKT).mean()
     assert same > 0.99  # (where two tokens are all but as likely, rounding decides)
+
+
+def test_loops_are_made_in_segments_alike(model):
+    heard = []
+    expected = model.generate_loop(TEXTS, **HOW)
+    execution = dataclasses.replace(model.execution, between=heard.append)
+    found = MAGNeT(model.loaded, model.decoder, execution).generate_loop(TEXTS, **HOW)
+    np.testing.assert_array_equal(found.tokens_BKT, expected.tokens_BKT)
+    assert heard[-1].done == heard[-1].total == 6
 
 
 def test_spans_at_any_frame(model):
@@ -100,22 +108,20 @@ def test_spans_at_any_frame(model):
 
 
 @pytest.mark.parametrize("kind", ["musicgen", "magnet"])
-def test_a_rescorer_hears_the_ring(kind):
-    model = make(steps=(8, 1, 1, 1))
+def test_a_rescorer_hears_the_ring(model, kind):
     expected = model.generate_loop(TEXTS[:1], **HOW)
-    partner = make(kind)
-    model.set_rescorer(partner, 1.0)
+    model.set_rescorer(make(kind), 1.0)
     found = model.generate_loop(TEXTS[:1], **HOW)
+    model.set_rescorer(None)
     assert (found.tokens_BKT != expected.tokens_BKT).any()
     assert (found.tokens_BKT < 1024).all()
 
 
 def test_a_hybrid_makes_loops_in_parallel(model):
-    loops = make("hybrid").generate_loop(TEXTS[:1], **HOW)
+    hybrid = make("hybrid")
+    loops = hybrid.generate_loop(TEXTS[:1], **HOW)
     assert loops.tokens_BKT.shape == (1, 4, 60) and (loops.tokens_BKT < 1024).all()
-    given = make("hybrid").loops(
-        TEXTS[:1], loops.length, seed=2, start_BKP=loops.tokens_BKT[..., :20]
-    )
+    given = hybrid.loops(TEXTS[:1], loops.length, seed=2, start_BKP=loops.tokens_BKT[..., :20])
     np.testing.assert_array_equal(given.tokens_BKT[..., :20], loops.tokens_BKT[..., :20])
 
 

@@ -26,7 +26,7 @@ def test_loops_are_named_by_their_tempo(run, tmp_path):
     prompts = ("--prompt", "A tune!", "--prompt", "A tune!", "--unconditional", "1")
     paths = made(run, tmp_path, *LOOP, *prompts)
     assert [path.name for path in paths] == [
-        "a-tune_400bpm_1bars.wav", "a-tune_400bpm_1bars_2.wav", "loop_400bpm_1bars.wav",
+        "a-tune_400bpm_1bar.wav", "a-tune_400bpm_1bar_2.wav", "loop_400bpm_1bar.wav",
     ]  # fmt: skip
     with soundfile.SoundFile(paths[0]) as file:
         assert file.frames == 9600 and "Tempo     : 400" in file.extra_info
@@ -40,7 +40,7 @@ def test_loops_are_named_by_their_tempo(run, tmp_path):
     # Another seed has a name of its own; a loop begins with another.
     start = ("--start", str(paths[0]), "--start-seconds", "0.2", "--seed", "3", "--format", "flac")
     (other,) = made(run, tmp_path, *LOOP, "--prompt", "A tune!", *start)
-    assert other.name == "a-tune_400bpm_1bars_seed3.flac"
+    assert other.name == "a-tune_400bpm_1bar_seed3.flac"
     assert soundfile.info(other).frames == 9600
     assert json.loads(other.with_suffix(".json").read_text())["loop"]["start_seconds"] == 0.2
 
