@@ -25,7 +25,7 @@ from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec.encodec import load_codec
 from magnet_jax.config import LoraConfig
 from magnet_jax.convert import audiocraft, lm_rules, t5_files
-from magnet_jax.decode import sampling
+from magnet_jax.decode import long
 from magnet_jax.errors import UserError
 from magnet_jax.io import files, trees
 from magnet_jax.io.torch_env import import_torch
@@ -718,10 +718,10 @@ def test_the_command_generates_long_clips_in_windows_as_the_api_does(musicgen, i
     found, _ = soundfile.read(path, always_2d=True)
     np.testing.assert_allclose(found.T, expected.clip(-1, 1), atol=1e-4)  # (of 16 bits)
     assert json.loads(path.with_suffix(".json").read_text())["extend_stride"] == stride
-    assert sampling.window_stride(musicgen.loaded, None, "x") == 0.6 * window
+    assert long.window_stride(musicgen.loaded, None, "x") == 0.6 * window
     for more, complaint in (
         ((str(seconds), "--extend-stride", "999"), "--extend-stride must lie between 0 and"),
-        (("0.4", "--extend-stride", "0.5"), "--extend-stride is for a MusicGen's clips of more"),
+        (("0.4", "--extend-stride", "0.5"), "--extend-stride is for clips of more than"),
     ):
         with pytest.raises(UserError, match=complaint):
             sample.sample(sample.parse([*words, *more]))

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import KernelConfig, ModelConfig
-from magnet_jax.decode import parallel
+from magnet_jax.decode import joint, parallel
+from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.parallel import Network
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import TextStates
@@ -120,17 +121,22 @@ def generate(
     kernels: KernelConfig,
     savings: Savings = ALL_SAVINGS,
     guidance_axis: str | None = None,
+    windows: Windows | None = None,
     dtype: jnp.dtype = jnp.float32,
 ) -> parallel.Decoded:
     """From text encoder states to tokens; to be traced.
 
     A row without any token of text is generated unconditionally; of no rows at all, no clip has a
-    text. The numbers of `schedule` may change without a new program. For the other arguments see
-    `guided_network` and `parallel.decode`.
+    text. The numbers of `schedule` may change without a new program. Of `windows` that share a
+    canvas each has a row of text. For the other arguments see `guided_network` and
+    `parallel.decode`.
     """
+    num_frames = task.canvas.codes_BKT.shape[-1] if windows is None else windows.size
     network = guided_network(
         config, params, transformer.bind(config, params).read_text(*text_states, dtype=dtype),
-        task.canvas.codes_BKT.shape[-1], kernels=kernels, length=task.length, savings=savings,
+        num_frames, kernels=kernels, length=task.length, savings=savings,
         guidance_axis=guidance_axis, frames_axis=rules.frames_axis,
     )  # fmt: skip
+    if windows is not None:
+        network = joint.joined(network, windows)
     return parallel.decode(network, rules, task, schedule)

@@ -21,6 +21,7 @@ from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import autoregressive, hybrid, magnet, parallel
 from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import Text, TextStates
 from magnet_jax.model import t5
@@ -55,6 +56,7 @@ class Inputs(NamedTuple):
     text: Text  # of no rows where no clip has a text
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
+    origin_B: jax.Array  # see `parallel.Task`
     schedule: tuple[Schedule, ...]
     limit: jax.Array  # see `choose.choose_token`
     length: jax.Array | None  # frames in whole spans, where those are fewer than T
@@ -68,7 +70,7 @@ class Inputs(NamedTuple):
     replayed_BKT: jax.Array | None = None  # likewise
 
 
-SPLIT = ("text", "canvas", "keys_B", "rescorer_texts", "first_B")
+SPLIT = ("text", "canvas", "keys_B", "origin_B", "rescorer_texts", "first_B")
 SPECS = Inputs(*(P("data") if name in SPLIT else P() for name in Inputs._fields))
 
 
@@ -94,6 +96,7 @@ class Sampler:
     mesh: Mesh | None
     beginning: autoregressive.Beginning | None
     read_rescorer: Callable[..., Callable[..., jax.Array]] | None
+    windows: Windows | None = None  # that share a canvas
 
     def __call__(self, inputs: Inputs) -> Sampled:
         """From the tokens of texts to tokens of audio, and to audio; on one device of the mesh."""
@@ -103,6 +106,7 @@ class Sampler:
         task = parallel.Task(
             canvas=inputs.canvas,
             keys_B=inputs.keys_B,
+            origin_B=inputs.origin_B,
             limit=inputs.limit,
             length=inputs.length,
             end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
@@ -121,6 +125,7 @@ class Sampler:
                 inputs.schedule,
                 kernels=self.kernels,
                 guidance_axis="guidance" if self.splits_guidance else None,
+                windows=self.windows,
                 **how,
             )
         else:
