@@ -102,7 +102,7 @@ def windows(
         return
     num_frames = _whole_frames(loaded, batch, batch.num_frames)
     batch = dataclasses.replace(batch, canvas=canvas.resized(batch.canvas, num_frames))
-    shape = _shape(loaded, how, seconds, size=_whole_frames(loaded, batch, _window(loaded)))
+    shape = shape_of(loaded, batch, how, seconds)
     made = _joint if how.mode == "joint" else _in_rounds
     for part in made(loaded, batch, how, shape, execution):
         codes_BKT, made_BT = part.codes_BKT[..., :num_frames], part.made_BT[:, :num_frames]
@@ -174,15 +174,17 @@ def _whole_frames(loaded: Loaded, batch: Batch, num_frames: int) -> int:
     return sampling.model_for(loaded.config.model, dataclasses.replace(batch, canvas=given))[1]
 
 
-def _shape(loaded: Loaded, how: LongConfig, stride: float, *, size: int) -> Shape:
-    """Windows at whole spans, so that all share a grid."""
+def shape_of(loaded: Loaded, batch: Batch, how: LongConfig, stride: float | None = None) -> Shape:
+    """Windows that begin at whole spans, so that all share a grid."""
     span = loaded.config.model.span_length
+    stride = window_stride(loaded, stride, "extend_stride", how)
 
     def frames(seconds: float) -> int:
         return max(round(seconds * loaded.codec.frame_rate / span), 1) * span
 
     lead = how.lead * loaded.config.data.segment_seconds
     lead, gap = (frames(lead), frames(GAP * lead)) if how.mode == "anchors" and lead else (0, 0)
+    size = _whole_frames(loaded, batch, _window(loaded))
     return Shape(size=size, stride=frames(stride), lead=lead, gap=gap)
 
 
@@ -288,7 +290,7 @@ def _joint(
         raise UserError("joint windows are for a MAGNeT, without a rescorer: take mode sliding")
     if execution.mesh.frames > 1:
         raise UserError("joint windows cannot be split by frames: leave out mesh.frames")
-    windows = _joint_windows(loaded, batch, shape)
+    windows = joint_windows(loaded, batch, shape)
     whole = canvas.resized(batch.canvas, windows.num_frames)
     codes_BKT, made_BT = whole.codes_BKT.copy(), whole.given_BKT.all(1)
     clips = max(ROWS // windows.count, 1)
@@ -309,7 +311,7 @@ def _joint(
         yield Part(codes_BKT, made_BT, done, len(groups))
 
 
-def _joint_windows(loaded: Loaded, batch: Batch, shape: Shape) -> Windows:
+def joint_windows(loaded: Loaded, batch: Batch, shape: Shape) -> Windows:
     """Windows of whole spans that cover the clips."""
     decode = batch.decode
     model = sampling.model_for(loaded.config.model, batch)[0]
