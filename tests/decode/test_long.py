@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from magnet_jax import programs
+from magnet_jax import MAGNeT, programs
+from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import LongConfig, SamplingMeshConfig
 from magnet_jax.decode import canvas, joint, long, sampling
 from magnet_jax.decode.placement import Execution
@@ -188,3 +189,30 @@ def test_texts_of_windows(loaded):
     found = long.texts_of_windows(text, np.array([0, 0, 1]), np.array([0, 60, 0]), WINDOW)
     np.testing.assert_array_equal(found.ids_BS[:2], text.ids_BS[[0, 0]])
     assert found.mask_BS.any(-1).tolist() == [True, True, False]
+
+
+def test_from_python(loaded, clip):
+    """Progress counts all windows, and what is heard is the whole of the tokens, without a seam."""
+    decoder = encodec.load_decoder("embedded")
+    model, seen = MAGNeT(loaded, decoder), []
+    model.set_generation_params(decoding_steps=(2, 1, 1, 1), duration=3.0)
+    model.set_custom_progress_callback(lambda *step: seen.append(step))
+    wav_BCN, tokens_BKT = model.generate(TEXTS, True, return_tokens=True, seed=3)
+    assert wav_BCN.shape == (2, 1, 48_000) and tokens_BKT.shape == (2, 4, 150)
+    np.testing.assert_array_equal(tokens_BKT[..., :WINDOW], clip)
+    assert sorted(seen) == [(step, 10) for step in range(1, 11)]
+    np.testing.assert_array_equal(wav_BCN, decoding.decode_audio(decoder, tokens_BKT))
+    model.set_custom_progress_callback(None)
+    _, again_BKT = model.generate_continuation(
+        wav_BCN[..., :16_000], model.sample_rate, TEXTS, True, True, seed=3
+    )
+    assert again_BKT.shape == tokens_BKT.shape
+    np.testing.assert_array_equal(
+        again_BKT[0, :, :50], model._encode(wav_BCN[0, :, :16_000], 16_000)
+    )
+    with pytest.raises(UserError, match="drafts are of clips up to 2 seconds"):
+        model.draft("a waltz")
+    model.set_long_params("anchors", 2.5, lead=0.0, anneal="rate", steps="auto")
+    assert model.longer == LongConfig(mode="anchors", lead=0.0, anneal="rate", steps="auto")
+    with pytest.raises(UserError, match="extend_stride must lie between 2 and 4 seconds"):
+        model.set_long_params("anchors", 1.5, lead=0.0)
