@@ -7,11 +7,10 @@ for models that mask.)
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-
-from magnet_jax.decode.parallel import Network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +48,8 @@ class Windows:
         return [(number_T, place_T, weight_T / total_T) for number_T, place_T, weight_T in found]
 
 
-def joined(network: Network, windows: Windows) -> Network:
-    """The network of the whole canvas: its rows are clips, those of `network` all their windows."""
+def joined(network: Any, windows: Windows) -> Any:
+    """The `parallel.Network` of a whole canvas, whose rows are clips, from one of their windows."""
     frame_NW = windows.starts_N[:, None] + np.arange(windows.size)
 
     def trunk(codes_BKT, *, stage, local, guided, first_B):
@@ -65,4 +64,4 @@ def joined(network: Network, windows: Windows) -> Network:
             mean_BTD += there_BTD.astype(jnp.float32) * weight_1T1
         return mean_BTD.astype(states_RWD.dtype)
 
-    return Network(trunk, network.head)
+    return network._replace(trunk=trunk)

@@ -272,13 +272,22 @@ def _rows(
             codes[-1][:, : round_.lead] = lead_BKT[clip]
             given[-1][:] = np.arange(size) < round_.lead
     return dataclasses.replace(
-        batch,
+        _clips(batch, clip_R),
         text=texts_of_windows(batch.text, clip_R, first_R, size),
-        rescorer_texts=jax.tree.map(lambda x: x[clip_R], batch.rescorer_texts),
-        sample_B=batch.sample_B[clip_R],
         origin_B=first_R,
         canvas=Canvas(np.stack(codes), np.stack(given)),
         editing=round_.editing,
+    )
+
+
+def _clips(batch: Batch, clip_R: np.ndarray) -> Batch:
+    """A batch of some of the clips, but for their texts and canvases."""
+    return dataclasses.replace(
+        batch,
+        sample_B=batch.sample_B[clip_R],
+        seed=np.broadcast_to(batch.seed, len(batch.sample_B))[clip_R],
+        own=tuple(batch.own[clip] for clip in clip_R) if batch.own else (),
+        rescorer_texts=jax.tree.map(lambda x: x[clip_R], batch.rescorer_texts),
     )
 
 
@@ -300,9 +309,8 @@ def _joint(
         clip_R = np.repeat(clip_G, windows.count)
         first_R = np.tile(windows.starts_N, len(clip_G)).astype(np.int32)
         part = dataclasses.replace(
-            batch,
+            _clips(batch, clip_G),
             text=texts_of_windows(batch.text, clip_R, first_R, windows.size),
-            sample_B=batch.sample_B[clip_G],
             canvas=Canvas(*(x[clip_G] for x in whole)),
             windows=windows,
         )

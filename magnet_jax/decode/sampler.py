@@ -21,7 +21,6 @@ from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import autoregressive, hybrid, magnet, parallel
 from magnet_jax.decode.canvas import Canvas
-from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import Text, TextStates
 from magnet_jax.model import t5
@@ -58,7 +57,7 @@ class Inputs(NamedTuple):
     keys_B: jax.Array  # from `choose.sample_keys`
     origin_B: jax.Array  # see `parallel.Task`
     schedule: tuple[Schedule, ...]
-    limit: jax.Array  # see `choose.choose_token`
+    limit: jax.Array  # see `choose.choose_token`; one for all clips, or [B]
     length: jax.Array | None  # frames in whole spans, where those are fewer than T
     audio_length: jax.Array | None  # frames of the audio, likewise
     beginning: autoregressive.Sampling | None  # of clips that begin one step after another
@@ -96,25 +95,13 @@ class Sampler:
     mesh: Mesh | None
     beginning: autoregressive.Beginning | None
     read_rescorer: Callable[..., Callable[..., jax.Array]] | None
-    windows: Windows | None = None  # that share a canvas
 
     def __call__(self, inputs: Inputs) -> Sampled:
         """From the tokens of texts to tokens of audio, and to audio; on one device of the mesh."""
         text = inputs.text
         states_BSE = t5.encode(inputs.t5, self.t5, text.ids_BS, text.mask_BS, dtype=self.dtype)
         states = TextStates(states_BSE, text.mask_BS, text.num_zero_keys_B)
-        task = parallel.Task(
-            canvas=inputs.canvas,
-            keys_B=inputs.keys_B,
-            origin_B=inputs.origin_B,
-            limit=inputs.limit,
-            length=inputs.length,
-            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
-            rescoring=self._rescoring(inputs),
-            first_B=inputs.first_B,
-            min_guidance=inputs.min_guidance,
-            replayed_BKT=inputs.replayed_BKT,
-        )
+        task = self.task(inputs)
         how = {"config": self.model, "rules": self.rules, "savings": self.savings}
         how["dtype"] = self.dtype
         if self.beginning is None:
@@ -125,7 +112,6 @@ class Sampler:
                 inputs.schedule,
                 kernels=self.kernels,
                 guidance_axis="guidance" if self.splits_guidance else None,
-                windows=self.windows,
                 **how,
             )
         else:
@@ -144,15 +130,31 @@ class Sampler:
             )
         return Sampled(*decoded, wav_BCN)
 
+    def task(self, inputs: Inputs) -> parallel.Task:
+        """What is decoded."""
+        return parallel.Task(
+            canvas=inputs.canvas,
+            keys_B=inputs.keys_B,
+            origin_B=inputs.origin_B,
+            limit=inputs.limit,
+            length=inputs.length,
+            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
+            rescoring=self._rescoring(inputs),
+            first_B=inputs.first_B,
+            min_guidance=inputs.min_guidance,
+            replayed_BKT=inputs.replayed_BKT,
+        )
+
     def _rescoring(self, inputs: Inputs) -> parallel.Rescoring | None:
         """The whole rescorer on every device: of its axes a mesh splits it by 'data' alone."""
         if self.read_rescorer is None:
             return None
+        ring = self.rules.ring
         probabilities = self.read_rescorer(
             inputs.rescorer,
             inputs.rescorer_texts,
-            num_frames=inputs.canvas.codes_BKT.shape[-1],
-            length=inputs.length,
+            num_frames=ring.window if ring else inputs.canvas.codes_BKT.shape[-1],
+            length=None if ring else inputs.length,
         )
         return parallel.Rescoring(probabilities, inputs.rescorer_weight)
 

@@ -33,12 +33,13 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     decode_of,
 )
-from magnet_jax.decode import autoregressive, canvas, choose, placement
+from magnet_jax.decode import autoregressive, canvas, choose, placement, segments
 from magnet_jax.decode import schedule as schedules
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.parallel import Rules
 from magnet_jax.decode.placement import Execution
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.sampler import Inputs, Rescorer, Sampler
 from magnet_jax.decode.sampler import sample as sampler_program
 from magnet_jax.decode.spans import Spans
@@ -62,7 +63,8 @@ class Batch:
     text: Text
     sample_B: np.ndarray
     """Numbers of the clips, which with the seed decide their random numbers."""
-    seed: int
+    seed: int | np.ndarray
+    """One for all clips, or [B]."""
     canvas: Canvas
     """As long as the clips."""
     decoding: SamplingConfig
@@ -71,6 +73,9 @@ class Batch:
     is the first."""
     windows: Windows | None = None
     """Those that share the canvas, of which `text` has a row each; None is a canvas by itself."""
+    own: tuple[DecodeConfig, ...] = ()
+    """In place of `decoding`, how each clip is decoded; one program must do for all, see
+    `shared`."""
     decoder: encodec.Decoder | None = None
     """Makes the program end in samples."""
     rescorer: Rescorer | None = None
@@ -83,6 +88,11 @@ class Batch:
     def replays(self) -> bool:
         """Whether the second half of the clips says the first half's tokens under other texts."""
         return self.editing is not None and self.editing.replay is not None
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the clips' ends lead to their beginnings."""
+        return self.editing is not None and self.editing.ring
 
     @property
     def num_frames(self) -> int:
@@ -139,6 +149,8 @@ def generate(
       UserError: the decoding, what is given, the rescorer or the hardware does not fit the model.
     """
     batch = make_batch(loaded, texts, **asked)
+    if batch.is_ring:
+        check_ring(loaded, batch.num_frames, decoder, execution)
     if isinstance(decoder, encodec.Decoder):
         batch = dataclasses.replace(batch, decoder=decoder)
     generated = run(loaded, batch, execution)
@@ -152,9 +164,9 @@ def make_batch(
     texts: Sequence[str],
     *,
     num_frames: int,
-    decoding: SamplingConfig,
-    seed: int,
-    first_sample: int = 0,
+    decoding: SamplingConfig | Sequence[DecodeConfig],
+    seed: int | Sequence[int],
+    first_sample: int | Sequence[int] = 0,
     given: Canvas | None = None,
     text_pad_len: TextPadLen = None,
     rescorer: Rescorer | None = None,
@@ -166,8 +178,10 @@ def make_batch(
     Args:
       loaded, texts: see `generate`.
       num_frames: frames of a clip, the given ones included.
-      decoding: schedule and sampling, of the model's kind.
-      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
+      decoding: schedule and sampling, of the model's kind; of a MAGNeT also a list, one a clip, of
+        which all are `shared` alike.
+      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone. Lists have
+        one a clip, which then depends on (seed[i], first_sample[i]).
       given: tokens that the clips have already, such as `canvas.beginning_with(prompt_BKP, T)`; a
         model that is not MAGNeT goes on from a beginning alone.
       text_pad_len: see `tokenize_texts`.
@@ -178,7 +192,15 @@ def make_batch(
         one program.
     """
     model, count = loaded.config.model, len(texts)
-    seed = arguments.check(Seed, seed, "seed")
+    own = () if isinstance(decoding, SamplingConfig) else tuple(decoding)
+    decoding = own[0] if own else decoding
+    if own and (len(own) != count or len({shared(one) for one in own}) > 1 or editing is not None):
+        raise ValueError("clips of one program need settings that are shared alike, one a clip")
+    seed = (
+        arguments.check(Seed, seed, "seed")
+        if isinstance(seed, int) or not hasattr(seed, "__len__")
+        else np.array([arguments.check(Seed, one, "seed") for one in seed], np.int32)
+    )
     if not isinstance(decoding, SAMPLING_CONFIGS[model.kind]):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if given is None:
@@ -194,12 +216,16 @@ def make_batch(
     replays = editing is not None and editing.replay is not None
     if replays and (model.autoregressive or rescorer is not None):
         raise UserError(NO_REPLAY)
+    samples_B = np.asarray(first_sample)
+    if not samples_B.ndim:
+        samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
     return Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
-        sample_B=first_sample + np.arange(count) % (count // 2 if replays else count),
+        sample_B=samples_B,
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
+        own=own,
         rescorer=rescorer,
         rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
         editing=editing,
@@ -208,6 +234,38 @@ def make_batch(
 
 
 NO_REPLAY = "replay is for a MAGNeT on one device, without a rescorer"
+
+
+def shared(decode: DecodeConfig) -> tuple:
+    """What clips must have in common to be made by one program; temperature and guidance, say, are
+    each clip's own."""
+    choice = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0]
+    numbers = {"temperature": 1.0, "anneal_temperature": True, "top_p": 1.0, "top_k": 0,
+               "max_guidance": 1.0, "min_guidance": 1.0}  # fmt: skip
+    same = dataclasses.replace(decode, **numbers)
+    return dataclasses.astuple(same), choice, schedules.guided_steps(decode, True)
+
+
+def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Execution) -> None:
+    """Raises `UserError` where clips of so many frames cannot be rings."""
+    kind, rate = loaded.config.model.kind, loaded.codec.frame_rate
+    if not loaded.config.model.parallel:
+        raise UserError(
+            f"a model of kind {kind} goes on from a beginning, which is all that it hears, and "
+            "makes no loops: take a MAGNeT"
+        )
+    most = segment_frames(loaded.config, loaded.codec)
+    if num_frames > most:
+        raise UserError(
+            f"a loop of {num_frames / rate:g} s is longer than the {most / rate:g} s that the "
+            "model hears at once: ask for fewer bars, or a faster tempo"
+        )
+    if execution.mesh.frames > 1:
+        raise UserError("a loop has all of its frames on one device: leave out mesh.frames")
+    if execution.kernels.local == "splash":
+        raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
+    if decoder is not None:
+        raise ValueError("a ring's audio is made of its tokens by codec.decoding.ring_audio")
 
 
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
@@ -268,17 +326,30 @@ def make_program(
         last = x[-max(len(x) // count, 1) :]  # of windows, all its rows
         return np.concatenate([x, *[last] * idle])
 
-    limit = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1]
+    given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
+    if batch.is_ring:  # which has nothing behind its end
+        given.given_BKT[..., num_frames:] = True
+    schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
+    limit = np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
+    if batch.own:
+        limit = fill(
+            np.float32([choose.choice_of(d.greedy, d.top_k, d.top_p)[1] for d in batch.own])
+        )
+        schedule = schedules.of_clips(
+            [schedules.make_schedule(one, sampler.rules.first_codebook) for one in batch.own]
+        )
     inputs = Inputs(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
         text=Text(*map(fill, text)) if mesh is not None else text,
-        canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
-        keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
+        canvas=given,
+        keys_B=choose.sample_keys(
+            fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
+        ),
         origin_B=fill(np.zeros(count, np.int32) if batch.origin_B is None else batch.origin_B),
-        schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
-        limit=np.float32(limit),
+        schedule=schedule,
+        limit=limit,
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
@@ -310,6 +381,8 @@ def model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Decod
             f"span_length {decode.span_length} is longer than the clip, which has {num_frames} "
             "frames: give fewer"
         )
+    if batch.is_ring:  # whose length is what is asked for
+        decode = dataclasses.replace(decode, whole_spans=False)
     if decode.span_length:
         model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
@@ -346,7 +419,8 @@ def _make_sampler(
         guided = "all"
     reach = model.num_layers * model.local_context or None
     windows = batch.windows
-    if model.autoregressive or windows is not None or not savings.last_window:
+    whole = model.autoregressive or batch.is_ring or windows is not None
+    if whole or not savings.last_window:
         reach = None
     heard = num_frames if windows is None else windows.size
     rules = Rules(
@@ -362,6 +436,7 @@ def _make_sampler(
         reach=reach,
         order=decode.order,
         first_codebook=0 if model.autoregressive else canvas.given_below(batch.canvas),
+        windows=windows,
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
@@ -378,6 +453,9 @@ def _make_sampler(
             size = frame_bucket(size, 0, model.span_length)
             if size + 2 * rules.reach < num_frames:
                 rules = dataclasses.replace(rules, extent=size)
+    if batch.is_ring:
+        rules = dataclasses.replace(rules, ring=_ring(loaded, model))
+        num_frames = max(num_frames, rules.ring.window)
     kernels = choose_kernels(
         execution.kernels, platform, model, heard // shards, dtype, split=shards > 1
     )
@@ -394,7 +472,15 @@ def _make_sampler(
         mesh=mesh,
         beginning=beginning,
         read_rescorer=batch.rescorer and batch.rescorer.read,
-        windows=windows,
+    )
+
+
+def _ring(loaded: Loaded, model: ModelConfig) -> Ring:
+    """How a model hears a ring: around it where it attends to near frames, or in its window."""
+    near = (model.context(False) is not None, model.context(True) is not None)
+    return Ring(
+        window=segment_frames(loaded.config, loaded.codec),
+        around=(False, False) if model.autoregressive else near,
     )
 
 
@@ -435,7 +521,7 @@ def _beginning(
     loaded: Loaded, batch: Batch, num_frames: int, platform: str
 ) -> tuple[autoregressive.Beginning, autoregressive.Sampling]:
     """How clips of a model that can be autoregressive begin."""
-    decoding, num_given = batch.decoding, batch.num_given
+    decoding, num_given = batch.decoding, 0 if batch.is_ring else batch.num_given
     if isinstance(decoding, AutoregressiveConfig):
         how, first_frames = decoding, num_frames
     else:
@@ -473,13 +559,11 @@ def run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
         loaded, batch, execution, platform=jax.default_backend(), mesh=mesh
     )
     count, num_frames = len(batch.sample_B), sampler.audio_frames or int(inputs.audio_length)
-    sampled = programs.call(
-        sampler_program,
-        inputs,
-        what=_clips(count, num_frames, loaded),
-        say=execution.say,
-        sampler=sampler,
-    )
+    told = {"what": _clips(count, num_frames, loaded), "say": execution.say}
+    if execution.between is not None and segments.in_segments(sampler):
+        sampled = segments.run(inputs, sampler, execution.between, **told)
+    else:
+        sampled = programs.call(sampler_program, inputs, sampler=sampler, **told)
     codes_BKT = np.asarray(sampled.codes_BKT)[:count, :, :num_frames]
     if (codes_BKT >= sampler.model.codebook_size).any():  # see `choose.choose_token`
         raise UserError(
