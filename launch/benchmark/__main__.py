@@ -13,6 +13,7 @@ from launch.benchmark.options import (
     Editing,
     Loader,
     Loops,
+    Long,
     Tokenize,
     Tradeoff,
     Train,
@@ -29,6 +30,7 @@ MODULES = {
     Tradeoff: "tradeoff",
     Editing: "editing",
     Loops: "loops",
+    Long: "long",
 }
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
@@ -39,6 +41,7 @@ Command = (
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
     | Annotated[Loops, tyro.conf.subcommand("loops")]
+    | Annotated[Long, tyro.conf.subcommand("long")]
 )
 
 
