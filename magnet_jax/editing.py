@@ -410,6 +410,11 @@ class Editing:
         """
         if self.loaded.config.model.autoregressive:
             raise UserError("drafts are made by a MAGNeT: a hybrid goes on from whole frames alone")
+        if self.num_frames > self._window:
+            raise UserError(
+                f"drafts are of clips up to {self.max_duration:g} seconds, not {self.duration:g}: "
+                "set a shorter duration"
+            )
         texts = [""] if descriptions is None else descriptions
         texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps
@@ -462,7 +467,9 @@ class Editing:
             except ValueError as error:
                 raise UserError(str(error)) from None
             if found is not None:
-                tokens, text = found.codes_KT[None], found.text
+                text = found.text
+                # The samples of a loop are more than its tokens, which do not say where it closes.
+                tokens = None if found.settings.get("loop") else found.codes_KT[None]
             sources = [source]
         else:
             if sample_rate is None:

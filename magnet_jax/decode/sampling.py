@@ -33,11 +33,13 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     decode_of,
 )
-from magnet_jax.decode import autoregressive, canvas, choose, placement
+from magnet_jax.decode import autoregressive, canvas, choose, placement, segments
 from magnet_jax.decode import schedule as schedules
 from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.parallel import Rules
 from magnet_jax.decode.placement import Execution
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.sampler import Inputs, Rescorer, Sampler
 from magnet_jax.decode.sampler import sample as sampler_program
 from magnet_jax.decode.spans import Spans
@@ -61,10 +63,19 @@ class Batch:
     text: Text
     sample_B: np.ndarray
     """Numbers of the clips, which with the seed decide their random numbers."""
-    seed: int
+    seed: int | np.ndarray
+    """One for all clips, or [B]."""
     canvas: Canvas
     """As long as the clips."""
     decoding: SamplingConfig
+    origin_B: np.ndarray | None = None
+    """At which frame of its clip each canvas begins, as random numbers go by a clip's frames; None
+    is the first."""
+    windows: Windows | None = None
+    """Those that share the canvas, of which `text` has a row each; None is a canvas by itself."""
+    own: tuple[DecodeConfig, ...] = ()
+    """In place of `decoding`, how each clip is decoded; one program must do for all, see
+    `shared`."""
     decoder: encodec.Decoder | None = None
     """Makes the program end in samples."""
     rescorer: Rescorer | None = None
@@ -77,6 +88,11 @@ class Batch:
     def replays(self) -> bool:
         """Whether the second half of the clips says the first half's tokens under other texts."""
         return self.editing is not None and self.editing.replay is not None
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the clips' ends lead to their beginnings."""
+        return self.editing is not None and self.editing.ring
 
     @property
     def num_frames(self) -> int:
@@ -116,42 +132,75 @@ def generate(
     loaded: Loaded,
     texts: Sequence[str],
     *,
-    num_frames: int,
-    decoding: SamplingConfig,
-    seed: int,
-    first_sample: int = 0,
-    given: Canvas | None = None,
-    text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
-    rescorer: Rescorer | None = None,
-    editing: EditConfig | None = None,
     execution: Execution = Execution(),
-    on_step: Callable[[int, int], None] | None = None,
+    **asked,
 ) -> Generated:
     """Generates the tokens of one clip a text and, with a `decoder`, its audio.
 
     Args:
       loaded: the model.
       texts: descriptions; an empty one is generated without text.
-      num_frames: frames of a clip, the given ones included.
-      decoding: schedule and sampling, of the model's kind.
-      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
-      given: tokens that the clips have already, such as `canvas.beginning_with(prompt_BKP, T)`; a
-        model that is not MAGNeT goes on from a beginning alone.
-      text_pad_len: see `tokenize_texts`.
       decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
-      rescorer: a second model that takes part in scoring spans, of MAGNeT.
-      editing: how the rest of a clip is decoded of which much is given; by default as AudioCraft
-        goes on from a prompt.
       execution: how to run on the hardware.
-      on_step: called with (steps done, steps in all) while the program runs; one function object,
-        one program.
+      asked: what else is asked for, as of `make_batch`.
 
     Raises:
       UserError: the decoding, what is given, the rescorer or the hardware does not fit the model.
     """
+    batch = make_batch(loaded, texts, **asked)
+    if batch.is_ring:
+        check_ring(loaded, batch.num_frames, decoder, execution)
+    if isinstance(decoder, encodec.Decoder):
+        batch = dataclasses.replace(batch, decoder=decoder)
+    generated = run(loaded, batch, execution)
+    if isinstance(decoder, encodec.Codec):
+        return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
+    return generated
+
+
+def make_batch(
+    loaded: Loaded,
+    texts: Sequence[str],
+    *,
+    num_frames: int,
+    decoding: SamplingConfig | Sequence[DecodeConfig],
+    seed: int | Sequence[int],
+    first_sample: int | Sequence[int] = 0,
+    given: Canvas | None = None,
+    text_pad_len: TextPadLen = None,
+    rescorer: Rescorer | None = None,
+    editing: EditConfig | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Batch:
+    """What is asked of a model, checked.
+
+    Args:
+      loaded, texts: see `generate`.
+      num_frames: frames of a clip, the given ones included.
+      decoding: schedule and sampling, of the model's kind; of a MAGNeT also a list, one a clip, of
+        which all are `shared` alike.
+      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone. Lists have
+        one a clip, which then depends on (seed[i], first_sample[i]).
+      given: tokens that the clips have already, such as `canvas.beginning_with(prompt_BKP, T)`; a
+        model that is not MAGNeT goes on from a beginning alone.
+      text_pad_len: see `tokenize_texts`.
+      rescorer: a second model that takes part in scoring spans, of MAGNeT.
+      editing: how the rest of a clip is decoded of which much is given; by default as AudioCraft
+        goes on from a prompt.
+      on_step: called with (steps done, steps in all) while the program runs; one function object,
+        one program.
+    """
     model, count = loaded.config.model, len(texts)
-    seed = arguments.check(Seed, seed, "seed")
+    own = () if isinstance(decoding, SamplingConfig) else tuple(decoding)
+    decoding = own[0] if own else decoding
+    if own and (len(own) != count or len({shared(one) for one in own}) > 1 or editing is not None):
+        raise ValueError("clips of one program need settings that are shared alike, one a clip")
+    seed = (
+        arguments.check(Seed, seed, "seed")
+        if isinstance(seed, int) or not hasattr(seed, "__len__")
+        else np.array([arguments.check(Seed, one, "seed") for one in seed], np.int32)
+    )
     if not isinstance(decoding, SAMPLING_CONFIGS[model.kind]):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if given is None:
@@ -165,110 +214,58 @@ def generate(
         if RescoreConfig(weight=rescorer.weight).weight == 0:
             rescorer = None
     replays = editing is not None and editing.replay is not None
-    split = execution.mesh != SamplingMeshConfig()
-    if replays and (split or model.autoregressive or rescorer is not None):
-        raise UserError("replay is for a MAGNeT on one device, without a rescorer")
-    batch = Batch(
+    if replays and (model.autoregressive or rescorer is not None):
+        raise UserError(NO_REPLAY)
+    samples_B = np.asarray(first_sample)
+    if not samples_B.ndim:
+        samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
+    return Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
-        sample_B=first_sample + np.arange(count) % (count // 2 if replays else count),
+        sample_B=samples_B,
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
-        decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
+        own=own,
         rescorer=rescorer,
         rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
         editing=editing,
         on_step=on_step,
     )
-    generated = _run(loaded, batch, execution)
-    if isinstance(decoder, encodec.Codec):
-        return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
-    return generated
 
 
-_SAMPLES = 2**16  # by which the numbers of a clip's windows lie apart
+NO_REPLAY = "replay is for a MAGNeT on one device, without a rescorer"
 
 
-def window_stride(loaded: Loaded, seconds: float | None, name: str) -> float:
-    """Seconds by which the windows of `generate_in_windows` lie apart; None is 0.6 of a window.
+def shared(decode: DecodeConfig) -> tuple:
+    """What clips must have in common to be made by one program; temperature and guidance, say, are
+    each clip's own."""
+    choice = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0]
+    numbers = {"temperature": 1.0, "anneal_temperature": True, "top_p": 1.0, "top_k": 0,
+               "max_guidance": 1.0, "min_guidance": 1.0}  # fmt: skip
+    same = dataclasses.replace(decode, **numbers)
+    return dataclasses.astuple(same), choice, schedules.guided_steps(decode, True)
 
-    Raises `UserError`, which calls the number `name`, for what is no part of a window.
-    """
-    window, frames = loaded.config.data.segment_seconds, segment_frames(loaded.config, loaded.codec)
-    if seconds is None:
-        return 0.6 * window
-    if not 0 < seconds < window or not 1 <= round(seconds * loaded.codec.frame_rate) < frames:
+
+def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Execution) -> None:
+    """Raises `UserError` where clips of so many frames cannot be rings."""
+    kind, rate = loaded.config.model.kind, loaded.codec.frame_rate
+    if not loaded.config.model.parallel:
         raise UserError(
-            f"{name} must lie between 0 and {window:g} seconds, the length of a window, not "
-            f"{seconds:g}"
+            f"a model of kind {kind} goes on from a beginning, which is all that it hears, and "
+            "makes no loops: take a MAGNeT"
         )
-    return seconds
-
-
-def stride_of_clip(
-    loaded: Loaded, num_frames: int, seconds: float | None, name: str
-) -> float | None:
-    """`window_stride` of a clip that a MusicGen makes in windows; None of any other clip.
-
-    Raises `UserError`, which calls the number `name`, where it would have no effect.
-    """
-    in_windows = num_frames > segment_frames(loaded.config, loaded.codec)
-    if loaded.config.model.kind == "musicgen" and in_windows:
-        return window_stride(loaded, seconds, name)
-    if seconds is not None:
+    most = segment_frames(loaded.config, loaded.codec)
+    if num_frames > most:
         raise UserError(
-            f"{name} is for a MusicGen's clips of more than "
-            f"{loaded.config.data.segment_seconds:g} seconds: leave it out"
+            f"a loop of {num_frames / rate:g} s is longer than the {most / rate:g} s that the "
+            "model hears at once: ask for fewer bars, or a faster tempo"
         )
-    return None
-
-
-def generate_in_windows(
-    loaded: Loaded,
-    texts: Sequence[str],
-    *,
-    num_frames: int,
-    stride_seconds: float,
-    decoder: encodec.Decoder | encodec.Codec,
-    first_sample: int = 0,
-    prompt_BKP: np.ndarray | None = None,
-    **keywords,
-) -> Generated:
-    """`generate` of a MusicGen, which knows no positions beyond the length it was trained on.
-
-    Longer clips are made in windows of that length, each of which goes on from what the one before
-    made of it.
-
-    Args:
-      stride_seconds: by which windows lie apart, see `window_stride`.
-      loaded, texts, num_frames, decoder, first_sample, prompt_BKP, keywords: see `generate`.
-    """
-    rate, window = loaded.codec.frame_rate, segment_frames(loaded.config, loaded.codec)
-    if prompt_BKP is None:
-        prompt_BKP = np.zeros((len(texts), loaded.config.model.num_codebooks, 0), np.int32)
-    if prompt_BKP.shape[-1] >= min(window, num_frames):
-        raise UserError(
-            f"a prompt of {prompt_BKP.shape[-1] / rate:g} s leaves nothing to generate of "
-            f"{min(window, num_frames) / rate:g} s"
-        )
-    if first_sample + len(texts) > _SAMPLES:
-        raise UserError(f"clips longer than a window are numbered up to {_SAMPLES - 1}")
-    stride = max(1, round(stride_seconds * rate))
-    codes_BKT, start, number = prompt_BKP, 0, 0
-    while codes_BKT.shape[-1] < num_frames:
-        frames = min(window, num_frames - start)
-        generated_BKT = generate(
-            loaded,
-            texts,
-            num_frames=frames,
-            # each window has random numbers of its own
-            first_sample=first_sample + number * _SAMPLES,
-            given=canvas.beginning_with(codes_BKT[..., start:], frames),
-            **keywords,
-        ).codes_BKT
-        codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
-        start, number = start + stride, number + 1
-    return Generated(codes_BKT, None, audio.decode_audio(decoder, codes_BKT))
+    if execution.mesh.frames > 1:
+        raise UserError("a loop has all of its frames on one device: leave out mesh.frames")
+    if execution.kernels.local == "splash":
+        raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
+    if decoder is not None:
+        raise ValueError("a ring's audio is made of its tokens by edit.closing.audio")
 
 
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
@@ -289,7 +286,7 @@ def make_program(
     mesh: Mesh | None,
 ) -> tuple[Inputs, Sampler]:
     """What a batch takes, and the program for it."""
-    model, num_frames, decode = _model_for(loaded.config.model, batch)
+    model, num_frames, decode = model_for(loaded.config.model, batch)
     if batch.num_given >= num_frames and (model.autoregressive or num_frames < batch.num_frames):
         raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
     beginning, beginning_sampling = None, None
@@ -311,6 +308,8 @@ def make_program(
         usual = decoded_frames(model, decode, segment_frames(loaded.config, loaded.codec))[1]
         grid = 1 if decode.span_arrangement == "stride1" else model.span_length
         bucket = frame_bucket(num_decoded, usual, math.lcm(shards["frames"], grid))
+    if batch.windows is not None:
+        num_decoded = bucket = usual = num_frames  # whole windows
     # A bucket that is full by chance shares its program with shorter clips.
     exact = bucket == num_decoded == usual
     sampler = _make_sampler(
@@ -324,18 +323,33 @@ def make_program(
     idle = -count % shards["data"]
 
     def fill(x):  # the last clip again, where devices would be idle
-        return np.concatenate([x, np.repeat(x[-1:], idle, axis=0)]) if idle else x
+        last = x[-max(len(x) // count, 1) :]  # of windows, all its rows
+        return np.concatenate([x, *[last] * idle])
 
-    limit = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1]
+    given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
+    if batch.is_ring:  # which has nothing behind its end
+        given.given_BKT[..., num_frames:] = True
+    schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
+    limit = np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
+    if batch.own:
+        limit = fill(
+            np.float32([choose.choice_of(d.greedy, d.top_k, d.top_p)[1] for d in batch.own])
+        )
+        schedule = schedules.of_clips(
+            [schedules.make_schedule(one, sampler.rules.first_codebook) for one in batch.own]
+        )
     inputs = Inputs(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
         text=Text(*map(fill, text)) if mesh is not None else text,
-        canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
-        keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
-        schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
-        limit=np.float32(limit),
+        canvas=given,
+        keys_B=choose.sample_keys(
+            fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
+        ),
+        origin_B=fill(np.zeros(count, np.int32) if batch.origin_B is None else batch.origin_B),
+        schedule=schedule,
+        limit=limit,
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
@@ -357,7 +371,7 @@ def make_program(
     return inputs, sampler
 
 
-def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, DecodeConfig]:
+def model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, DecodeConfig]:
     """The model with the span length that is asked for, frames of a clip, and how it is decoded."""
     decode, num_frames = batch.decode, batch.num_frames
     if decode is None:
@@ -367,6 +381,8 @@ def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Deco
             f"span_length {decode.span_length} is longer than the clip, which has {num_frames} "
             "frames: give fewer"
         )
+    if batch.is_ring:  # whose length is what is asked for
+        decode = dataclasses.replace(decode, whole_spans=False)
     if decode.span_length:
         model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
@@ -402,18 +418,25 @@ def _make_sampler(
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
     reach = model.num_layers * model.local_context or None
-    if model.autoregressive or not savings.last_window:
+    windows = batch.windows
+    whole = model.autoregressive or batch.is_ring or windows is not None
+    if whole or not savings.last_window:
         reach = None
+    heard = num_frames if windows is None else windows.size
     rules = Rules(
         mask_id=model.mask_id,
         spans=Spans(
-            length=model.span_length, arrangement=decode.span_arrangement, score=decode.span_score
+            length=model.span_length,
+            arrangement=decode.span_arrangement,
+            score=decode.span_score,
+            stretch=windows and windows.size,
         ),
         choice=choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0],
         guided=guided,
         reach=reach,
         order=decode.order,
         first_codebook=0 if model.autoregressive else canvas.given_below(batch.canvas),
+        windows=windows,
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
@@ -430,8 +453,11 @@ def _make_sampler(
             size = frame_bucket(size, 0, model.span_length)
             if size + 2 * rules.reach < num_frames:
                 rules = dataclasses.replace(rules, extent=size)
+    if batch.is_ring:
+        rules = dataclasses.replace(rules, ring=_ring(loaded, model))
+        num_frames = max(num_frames, rules.ring.window)
     kernels = choose_kernels(
-        execution.kernels, platform, model, num_frames // shards, dtype, split=shards > 1
+        execution.kernels, platform, model, heard // shards, dtype, split=shards > 1
     )
     return Sampler(
         model=model,
@@ -446,6 +472,15 @@ def _make_sampler(
         mesh=mesh,
         beginning=beginning,
         read_rescorer=batch.rescorer and batch.rescorer.read,
+    )
+
+
+def _ring(loaded: Loaded, model: ModelConfig) -> Ring:
+    """How a model hears a ring: around it where it attends to near frames, or in its window."""
+    near = (model.context(False) is not None, model.context(True) is not None)
+    return Ring(
+        window=segment_frames(loaded.config, loaded.codec),
+        around=(False, False) if model.autoregressive else near,
     )
 
 
@@ -486,7 +521,7 @@ def _beginning(
     loaded: Loaded, batch: Batch, num_frames: int, platform: str
 ) -> tuple[autoregressive.Beginning, autoregressive.Sampling]:
     """How clips of a model that can be autoregressive begin."""
-    decoding, num_given = batch.decoding, batch.num_given
+    decoding, num_given = batch.decoding, 0 if batch.is_ring else batch.num_given
     if isinstance(decoding, AutoregressiveConfig):
         how, first_frames = decoding, num_frames
     else:
@@ -508,7 +543,10 @@ def _beginning(
     return beginning, autoregressive.Sampling(*map(np.float32, numbers))
 
 
-def _run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
+def run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
+    """What the model makes of a batch."""
+    if batch.replays and execution.mesh != SamplingMeshConfig():
+        raise UserError(NO_REPLAY)
     mesh = placement.sampling_mesh(execution.mesh)
     if mesh.size == 1:
         mesh = None  # a mesh of one would pin to it what lies elsewhere, such as a run's
@@ -521,13 +559,11 @@ def _run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
         loaded, batch, execution, platform=jax.default_backend(), mesh=mesh
     )
     count, num_frames = len(batch.sample_B), sampler.audio_frames or int(inputs.audio_length)
-    sampled = programs.call(
-        sampler_program,
-        inputs,
-        what=_clips(count, num_frames, loaded),
-        say=execution.say,
-        sampler=sampler,
-    )
+    told = {"what": _clips(count, num_frames, loaded), "say": execution.say}
+    if execution.between is not None and segments.in_segments(sampler):
+        sampled = segments.run(inputs, sampler, execution.between, **told)
+    else:
+        sampled = programs.call(sampler_program, inputs, sampler=sampler, **told)
     codes_BKT = np.asarray(sampled.codes_BKT)[:count, :, :num_frames]
     if (codes_BKT >= sampler.model.codebook_size).any():  # see `choose.choose_token`
         raise UserError(
