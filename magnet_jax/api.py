@@ -524,7 +524,7 @@ class HybridMAGNeT(MAGNeT):
         )
 
 
-class MusicGen(Generator):
+class MusicGen(Editing, Generator):
     """Text to audio one step after another; AudioGen's checkpoints as well."""
 
     kind = "musicgen"
