@@ -246,7 +246,7 @@ def test_a_region_lies_within_the_samples(model):
     """The last frame of a clip may be longer than the clip, and nothing is there to be edited."""
     wav_CN = upload(1.483)
     for region in ((1.2, 1.5), (1.49, None)):
-        with pytest.raises(UserError, match="the clip is 1.483.* s long"):
+        with pytest.raises(UserError, match="the clip is 1.48"):
             model.generate_inpainting(wav_CN, 22_050, [region])
     edit = model.generate_inpainting(wav_CN, 22_050, [(1.2, None)])
     assert_changed_alone(edit, wav_CN[None], within=(seconds(1.16, 22_050), wav_CN.shape[1]))

@@ -75,7 +75,9 @@ def _steps(config: DecodeConfig, steps: int) -> list[tuple[int, float, float, fl
 def own_steps(config: DecodeConfig, steps_BK: np.ndarray) -> OwnSteps | None:
     """The steps of clips of which some have fewer than the schedule: these begin later.
 
-    So what is made of a clip does not depend on its neighbours. None where all have as many.
+    So what is made of a clip does not depend on its neighbours. None where all have as many. A
+    clip has several steps of a codebook that has several, as the only one and the last of several
+    are unlike (`parallel.step`).
     """
     if (steps_BK == config.steps).all():
         return None

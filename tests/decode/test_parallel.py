@@ -313,7 +313,7 @@ def test_a_clip_with_fewer_steps_than_its_neighbours_is_what_it_is_alone(arrange
         given_KT[:, :count] = False
     codes_BKT = np.random.default_rng(3).integers(0, 16, given_BKT.shape, np.int32)
     canvas = Canvas(codes_BKT, given_BKT)
-    steps_BK = np.array([[2, 2, 1, 1], [4, 3, 1, 2], [6, 3, 1, 3]])
+    steps_BK = np.array([[2, 2, 1, 2], [4, 3, 1, 2], [6, 3, 1, 3]])
     steps = tuple(steps_BK.max(0).tolist())
     own = schedule.own_steps(DecodeConfig(steps=steps), steps_BK)
     together = run(range(3), canvas=canvas, steps=steps, own_steps=own)
@@ -322,7 +322,7 @@ def test_a_clip_with_fewer_steps_than_its_neighbours_is_what_it_is_alone(arrange
         alone = run([i], canvas=one, steps=tuple(steps_K))
         np.testing.assert_array_equal(together.codes_BKT[i], alone.codes_BKT[0])
         assert together.hidden_PBT[:, i].any(-1).sum() == sum(steps_K)
-    assert schedule.own_steps(DecodeConfig(steps=(2, 2, 1, 1)), steps_BK[:1]) is None
+    assert schedule.own_steps(DecodeConfig(steps=(2, 2, 1, 2)), steps_BK[:1]) is None
 
 
 def telltale_network():

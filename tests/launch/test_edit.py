@@ -146,6 +146,7 @@ def test_masks_of_files(clip, tmp_path):
         ("restyle", (), "give --prompt TEXT"),
         ("between", ("--then", "none.wav", "--seconds", "1"), "--then none.wav: cannot be read"),
         ("repair", ("--worst", "2"), "--worst must lie"),
+        ("vary", ("--count", "101"), "--count must be a whole number from 1 to 100"),
         ("repair", ("--out", "{clip}"), "--out .*: is the file that is edited, or has its name"),
         ("repair", ("--out", "{folder}/clip.flac"), "is the file that is edited, or has its name"),
         ("vary", ("--audio", "{clip}", "--out", "{folder}/x.mp3"), "cannot hold PCM_16"),
