@@ -159,4 +159,6 @@ def _read(path: Path, digest: str) -> Kept | None:
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in reason:  # NumPy takes whatever it does not know for that, and would load it
+            reason = "it holds no arrays of numbers"
         raise UserError(f"{path}: is damaged ({reason}); remove it to edit without it") from None
