@@ -277,11 +277,8 @@ def open_model(args: Options) -> "MAGNeT":
     decoder = pretrained.load_decoder(loaded, str(args.checkpoint), "jax")
     execution = placement.Execution(say=functools.partial(print, flush=True))
     model = api.of_kind(loaded, decoder, execution)
-    if not isinstance(model, api.MAGNeT):
-        raise UserError(
-            f"a model of kind {model.kind} goes on from a beginning alone (generate_continuation): "
-            "take a MAGNeT"
-        )
+    if not isinstance(args, Extend):
+        model.check_parallel(type(args).__name__.lower().strip("_"))
     model.set_edit_params(
         args.edge, args.fade, args.side, getattr(args, "context", None),
         above=args.above, anneal=args.anneal, steps=args.steps,
@@ -343,7 +340,9 @@ def main(args: Options) -> None:
             edit.as_float(0),
             edit.sample_rate,
             edit.changed[0],
-            confidence_KT=model.confidence(edit.tokens_BKT[:1], text)[0],
+            confidence_KT=(
+                model.confidence(edit.tokens_BKT[:1], text)[0] if model.is_parallel else None
+            ),
             frame_rate=model.frame_rate,
         )
         print(args.picture)

@@ -58,6 +58,7 @@ from magnet_jax.config import (
     with_decode,
 )
 from magnet_jax.decode import canvas, long, placement, rescore, sampling, tokens_of_text
+from magnet_jax.editing import Editing
 from magnet_jax.errors import UserError
 from magnet_jax.looping import Looping
 
@@ -567,7 +568,7 @@ class HybridMAGNeT(MAGNeT):
         )
 
 
-class MusicGen(Generator):
+class MusicGen(Editing, Generator):
     """Text to audio one step after another; AudioGen's checkpoints as well."""
 
     kind = "musicgen"

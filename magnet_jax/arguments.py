@@ -180,7 +180,8 @@ def _unpacked(hint: Any) -> tuple[Any, tuple, Between | None]:
     limits = None
     if typing.get_origin(hint) is Annotated:
         hint, *notes = typing.get_args(hint)
-        limits = next((note for note in notes if isinstance(note, Between)), None)
+        # A type with limits that is given others has these, which come last.
+        limits = next((note for note in reversed(notes) if isinstance(note, Between)), None)
     return typing.get_origin(hint) or hint, typing.get_args(hint), limits
 
 

@@ -18,7 +18,8 @@ from magnet_jax.decode.tokens_of_text import TextPadLen
 from magnet_jax.edit import bars as lengths
 from magnet_jax.edit import closing
 from magnet_jax.edit.bars import Bars
-from magnet_jax.editing import Audio, Editing
+from magnet_jax.edit.clip import Audio
+from magnet_jax.editing import Editing
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio as files
 from magnet_jax.io import chunks, exact

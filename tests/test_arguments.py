@@ -125,6 +125,13 @@ def test_limits_belong_to_the_range_or_do_not():
                 check(hint, value, "x")
 
 
+def test_limits_of_a_type_with_limits_are_the_narrower_ones():
+    few = Annotated[arguments.Count, Between(1, 100)]
+    assert check(few, 100, "n") == 100
+    with pytest.raises(UserError, match="n must be a whole number from 1 to 100, not 101"):
+        check(few, 101, "n")
+
+
 def test_functions_are_held_to_what_they_declare():
     @checked
     def add(a: int, b: SHARE | None = None, *, c: str = "") -> float:

@@ -9,8 +9,9 @@ import sounds
 import tiny
 
 from magnet_jax import HybridMAGNeT, MAGNeT, MusicGen, programs
-from magnet_jax.codec import encodec
+from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import SamplingMeshConfig
+from magnet_jax.decode import canvas, sampling
 from magnet_jax.decode.placement import Execution
 from magnet_jax.edit import kept
 from magnet_jax.editing import Drafts
@@ -166,12 +167,14 @@ def test_one_program_edits_any_region(model, own):
     assert (programs.count(), programs.seconds()) == (count, seconds)
 
 
-@pytest.mark.parametrize(("arrangement", "devices"), [("nonoverlap", 2), ("stride1", 1)])
-def test_a_clip_is_edited_alike_in_any_batch(own, arrangement, devices):
-    """And by two devices, which have a clip each."""
+@pytest.mark.parametrize(
+    ("arrangement", "mesh"), [("nonoverlap", {"data": 2, "guidance": 2}), ("stride1", {})]
+)
+def test_a_clip_is_edited_alike_in_any_batch(own, arrangement, mesh):
+    """And by several devices, of which two have a clip each."""
     wav_BCN, tokens_BKT = own
     args = RATE, [(0.4, 0.7)], "a waltz"
-    execution = Execution(mesh=SamplingMeshConfig(data=devices))
+    execution = Execution(mesh=SamplingMeshConfig(**mesh))
     both = make(execution=execution, span_arrangement=arrangement).generate_inpainting(
         wav_BCN, *args, tokens=tokens_BKT
     )
@@ -213,12 +216,40 @@ def test_a_mask_and_codebooks_free_what_lies_above(model, own):
 
 
 def test_each_clip_has_regions_of_its_own(model, own):
-    wav_BCN, tokens_BKT = own
-    edit = model.generate_inpainting(
-        wav_BCN, RATE, [[(0, 0.12)], [(0.6, 0.72), (1.2, 1.32)]], tokens=tokens_BKT
+    """Or none; and it comes out as it does by itself."""
+    wav_BCN, tokens_BKT = (np.concatenate([x, x[:1]]) for x in own)
+    regions = [[(0, 0.12)], [(0.6, 0.72), (1.2, 1.32)], []]
+    model.set_generation_params(decoding_steps=(12, 2, 1, 1))  # more of them for the second
+    edit = model.generate_inpainting(wav_BCN, RATE, regions, tokens=tokens_BKT)
+    assert [len(changed) for changed in edit.changed] == [1, 2, 0]
+    np.testing.assert_array_equal(edit.wav_BCN[2], wav_BCN[2])
+    alone = model.generate_inpainting(wav_BCN[:1], RATE, regions[0], tokens=tokens_BKT[:1])
+    assert_changed_alone(alone, wav_BCN[:1])
+    np.testing.assert_array_equal(alone.tokens_BKT[0], edit.tokens_BKT[0])
+    np.testing.assert_array_equal(alone.wav_BCN[0], edit.wav_BCN[0])
+
+
+@pytest.mark.parametrize("edge", ["outside", "inside"])
+def test_regions_that_touch_are_one(model, edge):
+    wav_CN = upload(1.5)
+    model.set_edit_params(edge=edge)
+    parts, whole = (
+        model.generate_inpainting(wav_CN, 22_050, regions)
+        for regions in ([(0.8, 1.2), (0.2, 0.6), (0.5, 0.8)], [(0.2, 1.2)])
     )
-    assert_changed_alone(edit, wav_BCN)
-    assert [len(changed) for changed in edit.changed] == [1, 2]
+    np.testing.assert_array_equal(parts.tokens_BKT, whole.tokens_BKT)
+    np.testing.assert_array_equal(parts.wav_BCN, whole.wav_BCN)
+    assert parts.changed == whole.changed and len(whole.changed[0]) == 1
+
+
+def test_a_region_lies_within_the_samples(model):
+    """The last frame of a clip may be longer than the clip, and nothing is there to be edited."""
+    wav_CN = upload(1.483)
+    for region in ((1.2, 1.5), (1.49, None)):
+        with pytest.raises(UserError, match="the clip is 1.48"):
+            model.generate_inpainting(wav_CN, 22_050, [region])
+    edit = model.generate_inpainting(wav_CN, 22_050, [(1.2, None)])
+    assert_changed_alone(edit, wav_CN[None], within=(seconds(1.16, 22_050), wav_CN.shape[1]))
 
 
 def test_how_it_is_decoded_can_be_set(own):
@@ -285,6 +316,7 @@ def test_a_hybrid_begins_with_what_lies_before(own):
 @pytest.mark.parametrize(
     ("method", "how"),
     [
+        ("generate_inpainting", {"regions": []}),
         ("generate_restyle", {"strength": 0}),
         ("generate_variations", {"variation": 0, "n": 2}),
         ("repair", {"worst": 0}),
@@ -325,6 +357,28 @@ def test_a_clip_is_made_longer_to_the_sample(model, own, source, before, after):
         assert (changed[0][0] == 0) == bool(before) and (changed[-1][1] == end) == bool(after)
 
 
+@pytest.mark.parametrize("source", ["own", "upload"])
+def test_a_musicgen_goes_on_from_a_clip(own, source):
+    """By more than it hears at once, and all else is as it was."""
+    musicgen = make("musicgen")
+    rate, how = (RATE, {"tokens": own[1]}) if source == "own" else (22_050, {})
+    wav_BCN = own[0] if source == "own" else np.stack([upload(1.5), -upload(1.5)])
+    edit = musicgen.generate_extension(wav_BCN, rate, "a jig", after=1.6, **how)
+    count, old_BKT = wav_BCN.shape[-1], edit.tokens_BKT[..., :FRAMES]
+    assert edit.tokens_BKT.shape == (2, 4, 155) and edit.wav_BCN.shape[-1] == round(3.1 * rate)
+    np.testing.assert_array_equal(old_BKT, own[1] if how else old_BKT)
+    for changed in edit.changed:
+        ((first, end),) = changed
+        assert 0.9 * count < first <= count and end == edit.wav_BCN.shape[-1]
+        np.testing.assert_array_equal(edit.wav_BCN[..., :first], wav_BCN[..., :first])
+    # It goes on as it always does from these tokens.
+    expected_BKT = sampling.generate(
+        musicgen.loaded, ["a jig", "a jig"], num_frames=100, decoding=musicgen.generation, seed=0,
+        given=canvas.beginning_with(old_BKT, 100),
+    ).codes_BKT  # fmt: skip
+    np.testing.assert_array_equal(edit.tokens_BKT[..., :100], expected_BKT)
+
+
 def test_two_clips_are_joined(model):
     first_CN, second_CN = upload(0.9), -upload(0.8)
     edit = model.generate_between(first_CN, second_CN, 0.5, 22_050, "a bridge")
@@ -342,9 +396,12 @@ def test_two_clips_are_joined(model):
 # --- other versions -------------------------------------------------------------------------------
 
 
-def test_variations_are_siblings(model, own):
+def test_variations_are_siblings(model, own, monkeypatch):
     wav_BCN, tokens_BKT = (x[:1] for x in own)
+    decode, calls = decoding.decode_audio, []
+    monkeypatch.setattr(decoding, "decode_audio", lambda *args: calls.append(1) or decode(*args))
     edit = model.generate_variations(wav_BCN, RATE, 3, variation=0.2, tokens=tokens_BKT)
+    assert len(calls) == 1  # for all of them
     assert_changed_alone(edit, np.repeat(wav_BCN, 3, axis=0))
     differs_BKT = edit.tokens_BKT != tokens_BKT
     assert 0.1 < differs_BKT[:, 0].mean() < 0.22
@@ -437,7 +494,6 @@ WAV = upload(1.5, RATE)
         ("generate_inpainting", [[(1, 0.5)]], {}, "region 1:0.5: must end after it begins"),
         ("generate_inpainting", [(0.5, 1)], {}, r"regions must be \(begin, end\)"),
         ("generate_inpainting", ["0:1"], {}, r"regions must be \(begin, end\)"),
-        ("generate_inpainting", [[]], {}, "regions"),
         ("generate_inpainting", [[[(0, 1)], [(0, 1)]]], {}, "regions"),
         ("generate_inpainting", [[(0, 1)], ["a", "b"]], {}, "descriptions"),
         ("generate_inpainting", [[(0, 1)], 3], {}, "descriptions must be"),
@@ -485,6 +541,7 @@ def test_a_line_for_what_is_wrong(model, method, args, how, message):
     [
         (WAV, None, "give audio_sample_rate"),
         (WAV, 0, "audio_sample_rate must"),
+        (WAV[:, :1], 44_100, "audio: is shorter than a sample at 16000 Hz"),
         (WAV.T, RATE, "audio has 24000 channels of 1 samples"),
         (WAV[0], RATE, r"audio must be a file, or samples \[B, C, N\]"),
         (WAV[:, :0], RATE, "audio must be a file, or samples"),
@@ -521,6 +578,10 @@ def test_a_line_for_the_rest(model, own, tmp_path):
     model.set_edit_params("inside")
     with says("region 0.5:0.7: too short for edge='inside', which needs up to"):
         model.generate_inpainting(wav_BCN, RATE, [(0.5, 0.7)], tokens=tokens_BKT)
+    edit = model.generate_inpainting(wav_BCN, RATE, [], tokens=tokens_BKT)
+    for name in ("none", "a.mp3"):
+        with says("cannot hold FLOAT samples exactly: the name must end in .wav or .aiff"):
+            edit.write(tmp_path / name)
     with says("edge must be"):
         model.set_edit_params("beside")
     with says("fade must lie"):
@@ -548,7 +609,23 @@ def test_models_that_cannot_edit_say_so(own):
         hybrid.generate_restyle(wav_BCN, RATE, "a jig", how="replay", tokens=tokens_BKT)
     with pytest.raises(UserError, match="drafts are made by a MAGNeT"):
         hybrid.draft("a jig")
-    assert not hasattr(make("musicgen"), "generate_inpainting")
+    musicgen = make("musicgen")
+    for name, args in (
+        ("generate_inpainting", (wav_BCN, RATE, [(0, 1)])),
+        ("generate_between", (wav_BCN, wav_BCN, 1, RATE)),
+        ("generate_restyle", (wav_BCN, RATE, "a jig")),
+        ("generate_variations", (wav_BCN, RATE)),
+        ("repair", (wav_BCN, RATE)),
+        ("confidence", (tokens_BKT,)),
+        ("generate_extension", (wav_BCN, RATE)),
+    ):
+        how = {"before": 1} if name == "generate_extension" else {}
+        message = "of kind musicgen makes what comes behind a clip alone .*; take a MAGNeT"
+        with pytest.raises(UserError, match=message) as error:
+            getattr(musicgen, name)(*args, **how)
+        assert str(error.value).startswith("before:" if how else f"{name}:")
+    with pytest.raises(UserError, match="drafts are made by a MAGNeT"):
+        musicgen.draft("a jig")
     norming = make()
     norming.decoder = norming.decoder._replace(
         config=dataclasses.replace(norming.decoder.config, norm_type="time_group_norm")

@@ -73,13 +73,27 @@ def resized(canvas: Canvas, num_frames: int) -> Canvas:
     return Canvas(*(np.pad(x[..., :num_frames], ((0, 0), (0, 0), (0, more))) for x in canvas))
 
 
-def free_units(canvas: Canvas, span: int) -> tuple[list[int], int]:
-    """How many spans of `span` frames are free of each codebook, of the clip that has most, and how
-    many there are."""
+def completed(canvas: Canvas, num_frames: int, span: int, mask_id: int) -> Canvas:
+    """The canvas with the rest of its last span, up to `num_frames`, which will be cut off.
+
+    It is free where a frame of that span is, and decoded with it. Where the span is given nothing
+    is decoded behind it, and the mask id stands there.
+    """
+    rest = num_frames - canvas.codes_BKT.shape[-1]
+    if not rest:
+        return canvas
+    given_BKR = canvas.given_BKT[..., rest - span :].all(-1, keepdims=True).repeat(rest, axis=-1)
+    more = np.where(given_BKR, mask_id, 0), given_BKR
+    return Canvas(*(np.concatenate([x, y], axis=-1) for x, y in zip(canvas, more)))
+
+
+def free_units(canvas: Canvas, span: int) -> tuple[np.ndarray, int]:
+    """How many spans of `span` frames are free of each clip's codebooks [B, K], and how many there
+    are."""
     free_BKT = ~canvas.given_BKT
     free_BKT = np.pad(free_BKT, ((0, 0), (0, 0), (0, -free_BKT.shape[-1] % span)))
     free_BKU = free_BKT.reshape(*free_BKT.shape[:2], -1, span).any(-1)
-    return free_BKU.sum(-1).max(0).tolist(), free_BKU.shape[-1]
+    return free_BKU.sum(-1), free_BKU.shape[-1]
 
 
 def extent(canvas: Canvas) -> tuple[np.ndarray, int]:

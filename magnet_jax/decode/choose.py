@@ -130,7 +130,13 @@ def sample_keys(seed: jax.Array | int, sample_B: jax.Array) -> jax.Array:
 def frame_keys(
     keys_B: jax.Array, stage: jax.Array, step: jax.Array, frame_BM: jax.Array
 ) -> jax.Array:
-    """One key [B, M] a frame: no frame's token depends on which others are drawn, or how."""
+    """One key [B, M] a frame: no frame's token depends on which others are drawn, or how.
+
+    The number of the step may be each clip's own, [B].
+    """
     fold = jax.random.fold_in
-    own = lambda key, frame_M: jax.vmap(fold, (None, 0))(fold(fold(key, stage), step), frame_M)  # noqa: E731
-    return jax.vmap(own)(keys_B, frame_BM)
+
+    def own(key, step, frame_M):
+        return jax.vmap(fold, (None, 0))(fold(fold(key, stage), step), frame_M)
+
+    return jax.vmap(own)(keys_B, jnp.broadcast_to(step, keys_B.shape), frame_BM)

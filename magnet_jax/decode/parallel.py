@@ -23,7 +23,7 @@ from magnet_jax.decode import ring as rings
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.choose import Choice
 from magnet_jax.decode.joint import Windows
-from magnet_jax.decode.schedule import MIN_TEMPERATURE, GuidedSteps, Schedule
+from magnet_jax.decode.schedule import MIN_TEMPERATURE, GuidedSteps, OwnSteps, Schedule
 from magnet_jax.decode.spans import Order, Spans
 
 
@@ -100,6 +100,7 @@ class Task(NamedTuple):
     first_B: jax.Array | None = None  # see `Rules.extent`
     replayed_BKT: jax.Array | None = None  # tokens of both halves of the rows, see `choose.replay`
     min_guidance: jax.Array | None = None  # where the schedule goes by what is known, `annealed`
+    own_steps: OwnSteps | None = None  # of clips that have fewer steps than the schedule
 
     @property
     def exists_T(self) -> jax.Array:
@@ -131,24 +132,32 @@ def with_codebook(x_BKT: jax.Array, x_BT: jax.Array, stage: jax.Array) -> jax.Ar
 
 
 def annealed(task: Task, state: State, row: Schedule) -> Schedule:
-    """The step with guidance and temperature [B, 1, 1] for what of each clip is hidden.
+    """The step as each clip has it, guidance and temperature [B, 1, 1].
+
+    Of clips with steps of their own it is another one each, or none yet.
 
     The schedule anneals both from a clip of which nothing is known. Where most of it is given, the
     model is sure from the first step on, and what suits a blank canvas would be far too much. So
     both are those of the step of a whole clip that hides as large a share of it.
     """
-    if task.min_guidance is None:
+    if task.own_steps is not None:
+        step, rate, guidance, temperature = (x[:, row.stage, row.step] for x in task.own_steps)
+        row = row._replace(step=step, rate=rate, guidance=guidance, temperature=temperature)
+    guidance_B, temperature_B = row.guidance, row.temperature
+    if task.min_guidance is not None:
+        free_B = state.free_BG.sum(-1)
+        share_B = free_B / state.num_units
+        left = lambda rate: 1 - jnp.arccos(jnp.clip(rate, 0, 1)) * (2 / jnp.pi)  # noqa: E731
+        guidance_B = task.min_guidance + (row.guidance - task.min_guidance) * share_B
+        cooler_B = left(row.rate * share_B) / jnp.maximum(left(row.rate), 1e-6)
+        temperature_B = jnp.maximum(row.temperature * cooler_B, MIN_TEMPERATURE)
+        whole_B = free_B == state.num_units  # then it is the schedule, to the bit
+        guidance_B = jnp.where(whole_B, row.guidance, guidance_B)
+        temperature_B = jnp.where(whole_B, row.temperature, temperature_B)
+    if task.min_guidance is None and task.own_steps is None:
         return row
-    free_B = state.free_BG.sum(-1)
-    share_B = free_B / state.num_units
-    left = lambda rate: 1 - jnp.arccos(jnp.clip(rate, 0, 1)) * (2 / jnp.pi)  # noqa: E731
-    guidance_B = task.min_guidance + (row.guidance - task.min_guidance) * share_B
-    cooler_B = left(row.rate * share_B) / jnp.maximum(left(row.rate), 1e-6)
-    temperature_B = jnp.maximum(row.temperature * cooler_B, MIN_TEMPERATURE)
-    whole_B = free_B == state.num_units  # then it is the schedule, to the bit
     return row._replace(
-        guidance=jnp.where(whole_B, row.guidance, guidance_B)[:, None, None],
-        temperature=jnp.where(whole_B, row.temperature, temperature_B)[:, None, None],
+        guidance=guidance_B[:, None, None], temperature=temperature_B[:, None, None]
     )
 
 
@@ -286,7 +295,8 @@ def step(
     """
     given_BT = codebook(task.canvas.given_BKT, row.stage)
     codes_BT = codebook(state.codes_BKT, row.stage)
-    count_BG = spans.count(rules.spans, row.rate, state.free_BG)
+    row = annealed(task, state, row)
+    count_BG = spans.count(rules.spans, jnp.reshape(row.rate, (-1, 1)), state.free_BG)
     hidden_BU = spans.hide(rules.spans, state.score_BU, count_BG)
     # Given frames of a span that is hidden stay. What no step has reached yet is predicted too:
     # stride1 may leave some at the first step.
@@ -299,7 +309,6 @@ def step(
     if rules.above_hidden:
         above_K = jnp.arange(codes_BKT.shape[1]) > row.stage
         seen_BKT = jnp.where(above_K[None, :, None], rules.mask_id, codes_BKT)
-    row = annealed(task, state, row)
     guided = rules.guided == "all" or (rules.guided == "all_but_last" and not last)
     count, begin_B = rules.extent, task.first_B
     if last and rules.spans.on_grid and rules.reach:
@@ -323,6 +332,11 @@ def step(
     else:
         unsure_BU = spans.priority(rules.order, task.keys_B, row.stage, scored_BU.shape[-1])
     score_BU = jnp.where(scored_BU, unsure_BU, kept_BU)
+    if task.own_steps is not None:  # who has not begun waits
+        waits_B = row.step < 0
+        codes_BKT = jnp.where(waits_B[:, None, None], state.codes_BKT, codes_BKT)
+        score_BU = jnp.where(waits_B[:, None], state.score_BU, score_BU)
+        hidden_BT &= ~waits_B[:, None]
     return state._replace(codes_BKT=codes_BKT, score_BU=score_BU), hidden_BT
 
 

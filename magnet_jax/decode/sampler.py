@@ -21,7 +21,7 @@ from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.decode import autoregressive, hybrid, magnet, parallel
 from magnet_jax.decode.canvas import Canvas
-from magnet_jax.decode.schedule import Schedule
+from magnet_jax.decode.schedule import OwnSteps, Schedule
 from magnet_jax.decode.tokens_of_text import Text, TextStates
 from magnet_jax.model import t5
 
@@ -67,9 +67,10 @@ class Inputs(NamedTuple):
     first_B: jax.Array | None = None  # of an edit, see `parallel.Task`
     min_guidance: jax.Array | None = None  # likewise
     replayed_BKT: jax.Array | None = None  # likewise
+    own_steps: OwnSteps | None = None  # likewise
 
 
-SPLIT = ("text", "canvas", "keys_B", "origin_B", "rescorer_texts", "first_B")
+SPLIT = ("text", "canvas", "keys_B", "origin_B", "rescorer_texts", "first_B", "own_steps")
 SPECS = Inputs(*(P("data") if name in SPLIT else P() for name in Inputs._fields))
 
 
@@ -143,6 +144,7 @@ class Sampler:
             first_B=inputs.first_B,
             min_guidance=inputs.min_guidance,
             replayed_BKT=inputs.replayed_BKT,
+            own_steps=inputs.own_steps,
         )
 
     def _rescoring(self, inputs: Inputs) -> parallel.Rescoring | None:

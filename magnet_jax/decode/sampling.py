@@ -301,13 +301,19 @@ def make_program(
         )
     if batch.rescorer is not None:
         check_rescored(batch.decoding, whole=whole)
+    steps_BK = _steps_of_each(model, batch, decode, num_frames)
+    decode = dataclasses.replace(decode, steps=tuple(map(int, steps_BK.max(0))))
     shards = mesh.shape if mesh else dict.fromkeys(placement.AXES, 1)
     num_decoded = bucket = usual = num_frames
+    given = canvas.resized(batch.canvas, num_frames)
     if not whole:
         num_decoded = decoded_frames(model, decode, num_frames)[1]
         usual = decoded_frames(model, decode, segment_frames(loaded.config, loaded.codec))[1]
         grid = 1 if decode.span_arrangement == "stride1" else model.span_length
         bucket = frame_bucket(num_decoded, usual, math.lcm(shards["frames"], grid))
+        if batch.editing is not None and grid > 1 and not batch.is_ring and batch.windows is None:
+            given = canvas.completed(given, num_decoded, grid, model.mask_id)
+            batch = dataclasses.replace(batch, canvas=given)
     if batch.windows is not None:
         num_decoded = bucket = usual = num_frames  # whole windows
     # A bucket that is full by chance shares its program with shorter clips.
@@ -326,7 +332,7 @@ def make_program(
         last = x[-max(len(x) // count, 1) :]  # of windows, all its rows
         return np.concatenate([x, *[last] * idle])
 
-    given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
+    given = jax.tree.map(fill, canvas.resized(given, bucket))
     if batch.is_ring:  # which has nothing behind its end
         given.given_BKT[..., num_frames:] = True
     schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
@@ -356,6 +362,8 @@ def make_program(
     )
     if sampler.rules.extent is not None:
         inputs = inputs._replace(first_B=fill(canvas.extent(batch.canvas)[0]))
+    if (own := schedules.own_steps(decode, steps_BK)) is not None:
+        inputs = inputs._replace(own_steps=jax.tree.map(fill, own))
     if batch.editing is not None and batch.editing.anneal == "rate":
         inputs = inputs._replace(min_guidance=np.float32(decode.min_guidance))
     if batch.replays:
@@ -387,14 +395,23 @@ def model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Decod
         model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
     num_frames = decoded_frames(model, decode, num_frames)[0]
-    if batch.editing is not None and batch.editing.steps == "auto":
-        span = 1 if decode.span_arrangement == "stride1" else model.span_length
-        free_K, total = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
+    return model, num_frames, decode
+
+
+def _steps_of_each(
+    model: ModelConfig, batch: Batch, decode: DecodeConfig, num_frames: int
+) -> np.ndarray:
+    """Decoding steps [B, K] of the clips, fewer where less of them is free."""
+    steps_BK = np.tile(decode.steps, (len(batch.sample_B), 1))
+    if batch.editing is None or batch.editing.steps != "auto":
+        return steps_BK
+    span = 1 if decode.span_arrangement == "stride1" else model.span_length
+    free_BK, total = canvas.free_units(canvas.resized(batch.canvas, num_frames), span)
+    for steps_K, free_K in zip(steps_BK, free_BK.tolist()):
         # Rounded up, so that edits of about one size share a program.
         free_K = [min(frame_bucket(free, 0, 1), total) for free in free_K]
-        steps = schedules.steps_for(decode.steps, free_K, total)
-        decode = dataclasses.replace(decode, steps=steps)
-    return model, num_frames, decode
+        steps_K[:] = schedules.steps_for(decode.steps, free_K, total)
+    return steps_BK
 
 
 def _make_sampler(

@@ -24,6 +24,15 @@ class Schedule(NamedTuple):
     number: np.ndarray  # of the step in the whole schedule, from 1
 
 
+class OwnSteps(NamedTuple):
+    """What `Schedule` has of each step, for clips with steps of their own; arrays [B, K, steps]."""
+
+    step: np.ndarray  # -1 where the clip has not begun
+    rate: np.ndarray
+    guidance: np.ndarray
+    temperature: np.ndarray
+
+
 def hidden_rates(steps: int) -> np.ndarray:
     """The share of a codebook's units that each of its steps hides, float32 [steps].
 
@@ -50,6 +59,36 @@ def hidden_rates(steps: int) -> np.ndarray:
     return (x + x * odd).astype(np.float32)
 
 
+def _steps(config: DecodeConfig, steps: int) -> list[tuple[int, float, float, float]]:
+    """Number, rate, guidance and temperature of each step of a codebook that has so many."""
+    rows = []
+    for step, rate in enumerate(hidden_rates(steps)):
+        share = float(rate)
+        temperature = config.temperature
+        if config.anneal_temperature:
+            temperature *= (steps - 1 - step) / steps
+        guidance = share * config.max_guidance + (1 - share) * config.min_guidance
+        rows.append((step, rate, guidance, max(temperature, MIN_TEMPERATURE)))
+    return rows
+
+
+def own_steps(config: DecodeConfig, steps_BK: np.ndarray) -> OwnSteps | None:
+    """The steps of clips of which some have fewer than the schedule: these begin later.
+
+    So what is made of a clip does not depend on its neighbours. None where all have as many. A
+    clip has several steps of a codebook that has several, as the only one and the last of several
+    are unlike (`parallel.step`).
+    """
+    if (steps_BK == config.steps).all():
+        return None
+    found = np.tile(np.float32([-1, 1, 1, 1]), (*steps_BK.shape, max(config.steps), 1))
+    for b, k in np.ndindex(steps_BK.shape):
+        count = int(steps_BK[b, k])
+        found[b, k, config.steps[k] - count : config.steps[k]] = _steps(config, count)
+    step_BKS, *others = np.moveaxis(found, -1, 0)
+    return OwnSteps(step_BKS.astype(np.int32), *others)
+
+
 def make_schedule(config: DecodeConfig, first: int = 0) -> tuple[Schedule, ...]:
     """The steps of the first codebook, then those of the others; from codebook `first` on.
 
@@ -62,15 +101,8 @@ def make_schedule(config: DecodeConfig, first: int = 0) -> tuple[Schedule, ...]:
     for stage, steps in enumerate(config.steps):
         if stage < first:
             continue
-        rows = []
-        for step, rate in enumerate(hidden_rates(steps)):
-            share = float(rate)
-            temperature = config.temperature
-            if config.anneal_temperature:
-                temperature *= (steps - 1 - step) / steps
-            number += 1
-            guidance = share * config.max_guidance + (1 - share) * config.min_guidance
-            rows.append((stage, step, rate, guidance, max(temperature, MIN_TEMPERATURE), number))
+        rows = [(stage, *row, number + 1 + i) for i, row in enumerate(_steps(config, steps))]
+        number += steps
         if stage > 1 and groups and len(groups[-1][0]) == steps:
             groups[-1].append(rows)
         else:

@@ -1,5 +1,6 @@
 """Tokens that are kept beside the sound file that was made of them, and found by what it holds."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -113,13 +114,15 @@ def find(audio: Path, spec: CodecSpec | None = None) -> Kept | None:
     except OSError as error:
         raise UserError(f"{audio}: cannot be read ({error.strerror})") from None
     own = audio.with_suffix(SUFFIX)
+    found = _read(own, digest) if own.exists() else None
     others = (path for path in sorted(audio.parent.glob(f"*{SUFFIX}")) if path != own)
-    for path in (own, *others):
-        if path.exists() and (found := _read(path, digest)) is not None:
-            if spec is not None:
-                _check(found, spec)
-            return found
-    return None
+    while found is None and (path := next(others, None)) is not None:
+        # What is damaged there is another clip's, or not ours.
+        with contextlib.suppress(UserError):
+            found = _read(path, digest)
+    if found is not None and spec is not None:
+        _check(found, spec)
+    return found
 
 
 def _check(found: Kept, spec: CodecSpec) -> None:
@@ -156,4 +159,6 @@ def _read(path: Path, digest: str) -> Kept | None:
         )
     except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "pickle" in reason:  # NumPy takes whatever it does not know for that, and would load it
+            reason = "it holds no arrays of numbers"
         raise UserError(f"{path}: is damaged ({reason}); remove it to edit without it") from None

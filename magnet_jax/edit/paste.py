@@ -14,15 +14,13 @@ import scipy.linalg
 import scipy.signal
 import soxr
 
-from magnet_jax.edit.splice import GUARD, Piece, Reach, put
-from magnet_jax.errors import UserError
+from magnet_jax.edit.regions import Edge
+from magnet_jax.edit.splice import Piece, put
 from magnet_jax.io.audio import KNEE, soft_limit
 from magnet_jax.io.exact import Source, as_written
 
-Edge = Literal["outside", "inside"]
 Side = Literal["fade", "keep"]
 
-LEAST_FRAMES = 3  # that an edit regenerates: a span
 FADE = 0.03  # seconds
 MOST_GAIN = 10 ** (1.5 / 20)
 MOST_SHIFT = 0.002  # seconds
@@ -36,67 +34,6 @@ class Pasted(NamedTuple):
 
     samples_NC: np.ndarray  # of the source's dtype
     changed: list[tuple[int, int]]  # samples [first, end), sorted; all others are the source's
-
-
-def frames_of(
-    region: tuple[float, float | None],
-    *,
-    frame_rate: float,
-    num_frames: int,
-    edge: Edge,
-    reach: Reach,
-    guard: int = GUARD,
-    least: int = LEAST_FRAMES,
-    seconds: float | None = None,
-) -> tuple[int, int]:
-    """Frames [first, end) whose tokens are regenerated for a region in seconds.
-
-    Args:
-      region: its begin and end; None is the clip's end.
-      frame_rate: of the codec.
-      num_frames: of the clip.
-      edge: 'outside' makes all of the region new, and a little around it changes as well; 'inside'
-        changes no sample outside the region, and regenerates less than all of it.
-      reach: of the codec, see `splice.reach_of`.
-      guard: frames, as `splice.spliced` takes it.
-      least: frames without which there is nothing to regenerate.
-      seconds: length of the clip, which may end within its last frame; None is all frames.
-
-    Raises:
-      UserError: a region outside the clip, or one that is too short.
-    """
-    total = num_frames / frame_rate if seconds is None else seconds
-    first, last = region[0], total if region[1] is None else region[1]
-    name = f"region {first:g}:{last:g}"
-    if not 0 <= first <= total or last > total + 1e-6:
-        raise UserError(
-            f"{name}: the clip is {total:g} s long, and its region must lie within; to make it "
-            "longer, use extend"
-        )
-    if not first < last:
-        raise UserError(f"{name}: must end after it begins")
-    start, end = _floor(first * frame_rate), min(_ceil(last * frame_rate), num_frames)
-    end = num_frames if last >= total - 1e-6 else end
-    if edge == "inside":
-        if first > 0:
-            start = _ceil(first * frame_rate) + reach.before
-        if last < total - 1e-6:
-            end = _floor(last * frame_rate) - guard - reach.after
-        if end - start < least:
-            needed = (reach.before + guard + reach.after + least + 1) / frame_rate
-            raise UserError(
-                f"{name}: too short for edge='inside', which needs up to {needed:.2g} s; use "
-                "edge='outside'"
-            )
-    return start, end
-
-
-def _floor(frames: float) -> int:
-    return math.floor(frames + 1e-6)
-
-
-def _ceil(frames: float) -> int:
-    return math.ceil(frames - 1e-6)
 
 
 # --- clips that were made here --------------------------------------------------------------------

@@ -49,6 +49,7 @@ class Source(NamedTuple):
 def read(path: Path) -> Source:
     """Reads a whole sound file; `UserError` for one that is damaged, cut off or no sound."""
     path = Path(path)
+    # Read twice: libsndfile, which alone gives a file's own integers, believes its header.
     try:
         wav_CN, sample_rate = formats.read_whole(str(path))
     except formats.RejectedError as error:
@@ -66,6 +67,8 @@ def read(path: Path) -> Source:
                         f"{path}: holds more than its header tells, or less: convert it, as with "
                         "'ffmpeg -i FILE NEW.flac'"
                     )
+                if subtype in _FLOATS and not np.isfinite(samples_NC).all():
+                    raise UserError(f"{path}: holds NaN or infinite samples: mend it first")
                 return Source(path, samples_NC, sample_rate, subtype)
     except soundfile.LibsndfileError:  # a format that FFmpeg reads
         pass
@@ -140,14 +143,15 @@ def write(path: Path, source: Source, samples_NC: np.ndarray, *, before: int = 0
         new = chunks.rewritten(str(source.path), content, old, samples_NC, source.subtype, before)
     else:
         new = _encoded(path, source, samples_NC)
-        if content[:4] == b"fLaC":
+        if content[:4] == new[:4] == b"fLaC":  # (names may lie)
             new = _with_flac_blocks(new, content, len(samples_NC) == len(source.samples_NC))
     with replacing_file(path) as temporary:
         temporary.write_bytes(new)
 
 
 def _is_same_kind(source: Source, path: Path) -> bool:
-    return path.suffix.lower() == source.path.suffix.lower() and not source.lossy
+    suffix = path.suffix.lower()
+    return suffix == source.path.suffix.lower() != "" and not source.lossy
 
 
 def _held_as(suffix: str, subtype: str) -> str | None:

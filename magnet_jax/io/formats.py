@@ -1213,7 +1213,9 @@ def _is_encoded(block: np.ndarray) -> bool:
     samples = block.ravel()
     begin = np.flatnonzero(samples)[:1]
     samples = samples[begin[0] :][: _ENCODED_BYTES // 2] if len(begin) else samples[:0]
-    words = np.clip(np.round(samples * 2**15), -(2**15), 2**15 - 1).astype("<i2")
+    words = np.clip(
+        np.round(np.nan_to_num(samples, posinf=1, neginf=-1) * 2**15), -(2**15), 2**15 - 1
+    ).astype("<i2")
     data = words.tobytes()
     if not _has_ac3_words(words) and not any(word in data for word in _SYNC_WORDS):
         return False

@@ -46,7 +46,7 @@ LAW_OF_EDITS = {"given_have_say": False, "above_hidden": True}
 
 def run_toy(
     samples, *, seed=0, top_p=0.9, steps=(6, 3, 3, 3), prompt=0, num_frames=30, canvas=None,
-    on_step=None, law=None, min_guidance=None, **settings,
+    on_step=None, law=None, min_guidance=None, own_steps=None, **settings,
 ):  # fmt: skip
     """Clips of four codebooks; the prompt is ones. `law` has fields of `Rules`."""
     decoding = DecodeConfig(steps=steps, **settings)
@@ -56,6 +56,8 @@ def run_toy(
     )  # fmt: skip
     if canvas is not None:
         task = task._replace(canvas=canvas)
+    if own_steps is not None:
+        task = task._replace(own_steps=own_steps)
     if min_guidance is not None:
         task = task._replace(min_guidance=np.float32(min_guidance))
     rules = tiny.rules(decoding, 3, 16, on_step=on_step, **law or {})
@@ -298,6 +300,29 @@ def test_edits_keep_what_is_given_and_decode_the_rest_from_the_first_step_on(arr
             spans_SBU = steps_SBT.reshape(counts[k], 2, -1, 3).any(-1)
             np.testing.assert_array_equal(spans_SBU[-1].sum(-1), free_BT.any(-1))
     assert decode_toy._cache_size() == 1
+
+
+@pytest.mark.parametrize("min_guidance", [None, 1.0])
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_a_clip_with_fewer_steps_than_its_neighbours_is_what_it_is_alone(arrangement, min_guidance):
+    run = functools.partial(
+        run_toy, span_arrangement=arrangement, law=LAW_OF_EDITS, min_guidance=min_guidance
+    )
+    given_BKT = np.ones((3, 4, 30), bool)
+    for given_KT, count in zip(given_BKT, (5, 14, 30)):
+        given_KT[:, :count] = False
+    codes_BKT = np.random.default_rng(3).integers(0, 16, given_BKT.shape, np.int32)
+    canvas = Canvas(codes_BKT, given_BKT)
+    steps_BK = np.array([[2, 2, 1, 2], [4, 3, 1, 2], [6, 3, 1, 3]])
+    steps = tuple(steps_BK.max(0).tolist())
+    own = schedule.own_steps(DecodeConfig(steps=steps), steps_BK)
+    together = run(range(3), canvas=canvas, steps=steps, own_steps=own)
+    for i, steps_K in enumerate(steps_BK.tolist()):
+        one = Canvas(*(x[i : i + 1] for x in canvas))
+        alone = run([i], canvas=one, steps=tuple(steps_K))
+        np.testing.assert_array_equal(together.codes_BKT[i], alone.codes_BKT[0])
+        assert together.hidden_PBT[:, i].any(-1).sum() == sum(steps_K)
+    assert schedule.own_steps(DecodeConfig(steps=(2, 2, 1, 2)), steps_BK[:1]) is None
 
 
 def telltale_network():

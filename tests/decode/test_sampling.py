@@ -14,11 +14,12 @@ from magnet_jax import programs
 from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import (
     PRESETS,
+    EditConfig,
     KernelConfig,
     SamplingMeshConfig,
     preset_steps,
 )
-from magnet_jax.decode import canvas, placement, sampling, tokens_of_text
+from magnet_jax.decode import canvas, magnet, placement, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.model import kernels
 
@@ -149,6 +150,36 @@ def test_a_first_codebook_that_sees_near_frames_is_the_same_on_a_mesh(loaded):
     assert (one[:, 0] != clips(loaded).codes_BKT[:, 0]).any()
     with pytest.raises(UserError, match="frames a device, fewer than the 40 seen to each side"):
         clips(see_near_frames(loaded, 40), execution=placement.Execution(mesh=mesh))
+
+
+def test_edits_are_the_same_on_any_mesh_and_in_any_window(loaded):
+    """Of clips whose last span is cut: a region before it, one up to the end, and one that ends
+    within that span.
+    """
+    rng, width = np.random.default_rng(0), 9
+    given_BKT = np.ones((3, 4, 100), bool)
+    for given_KT, first in zip(given_BKT, (84, 100 - width, 98 - width)):
+        given_KT[:, first : first + width] = False
+    codes_BKT = rng.integers(0, 128, given_BKT.shape)
+    found = []
+    for mesh, whole in (
+        ({}, True),
+        ({}, False),
+        ({"data": 2}, False),
+        ({"data": 2, "guidance": 2, "frames": 2}, False),
+    ):
+        savings = magnet.Savings(last_window=not whole)
+        execution = placement.Execution(mesh=SamplingMeshConfig(**mesh), savings=savings)
+        found.append(
+            clips(
+                loaded, given=canvas.Canvas(codes_BKT, given_BKT), editing=EditConfig(),
+                execution=execution,
+            ).codes_BKT
+        )  # fmt: skip
+    for made_BKT in found:
+        np.testing.assert_array_equal(made_BKT, found[0])
+    np.testing.assert_array_equal(found[0][given_BKT], codes_BKT[given_BKT])
+    assert ((found[0] != codes_BKT).mean((1, 2)) > 0.05).all()
 
 
 def test_a_mesh_that_does_not_fit_is_refused(loaded):

@@ -74,6 +74,11 @@ def test_damaged_tokens_are_named(tmp_path, damage):
         path.write_bytes({"cut": content[:200], "empty": b"", "noise": b"\1" * 500}[damage])
     with pytest.raises(UserError, match=r"clip\.tokens\.npz: is damaged"):
         kept.find(tmp_path / "clip.wav")
+    # It is no matter to the clips beside it.
+    (tmp_path / "upload.wav").write_bytes(b"another")
+    assert kept.find(tmp_path / "upload.wav", SPEC) is None
+    save(tmp_path / "other.wav", b"a third")
+    assert kept.find(tmp_path / "other.wav", SPEC) is not None
 
 
 def test_codes_that_are_none_are_not_kept(tmp_path):

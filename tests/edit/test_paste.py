@@ -12,8 +12,7 @@ import soxr
 
 from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import ASSETS
-from magnet_jax.edit import paste, splice
-from magnet_jax.errors import UserError
+from magnet_jax.edit import paste, regions, splice
 from magnet_jax.io import audio, exact
 
 SECONDS, FADE = 4, 0.03
@@ -52,17 +51,18 @@ def clips(decoder):
     return found
 
 
-def frames(decoder, regions, edge, least=1):
+def frames(decoder, asked, edge, least=1):
     return [
-        paste.frames_of(
+        regions.frames_of(
             region,
+            seconds=SECONDS,
             frame_rate=decoder.spec.frame_rate,
             num_frames=round(SECONDS * decoder.spec.frame_rate),
             edge=edge,
             reach=splice.reach_of(decoder.config),
             least=least,
         )
-        for region in regions
+        for region in regions.joined(asked, SECONDS)
     ]
 
 
@@ -80,14 +80,14 @@ def raw(path):
         return file.read(dtype=dtype, always_2d=True)
 
 
-def assert_exact(path, edited, changed, regions, rate, before, after):
+def assert_exact(path, edited, changed, asked, rate, before, after):
     """Equal outside `changed`, other in the regions, and `changed` no larger than it may be."""
     old_NC, new_NC = raw(path), raw(edited)
     assert old_NC.shape == new_NC.shape and old_NC.dtype == new_NC.dtype
     differ_N, is_changed_N, may_N = (old_NC != new_NC).any(1), *np.zeros((2, len(old_NC)), bool)
     for first, end in changed:
         is_changed_N[first:end] = True
-    for first, end in regions:
+    for first, end in asked:
         end = SECONDS if end is None else end
         may_N[max(0, round((first - before) * rate)) : round((end + after) * rate)] = True
     assert not differ_N[~is_changed_N].any()
@@ -137,15 +137,15 @@ def made_of(clip, subtype="PCM_16"):
 def test_a_clip_made_here(tmp_path, decoder, clips, subtype, kind, edge):
     if edge == "inside" and kind in ("short", "two"):
         return  # (too short: see below)
-    path, rate, regions = tmp_path / "a.wav", decoder.spec.sample_rate, REGIONS[kind]
+    path, rate, asked = tmp_path / "a.wav", decoder.spec.sample_rate, REGIONS[kind]
     audio.write(path, clips[0].decoded_CN, rate, format="WAV", subtype=subtype)
     source = exact.read(path)
-    parts = frames(decoder, regions, edge)
+    parts = frames(decoder, asked, edge)
     pieces = pieces_of(decoder, clips[0], clips[1], parts)
     samples_NC, changed = paste.own(source, clips[0].decoded_CN, pieces)
     exact.write(tmp_path / "b.wav", source, samples_NC)
     around = (0, 0) if edge == "inside" else (5 / 50 + 0.02, 7 / 50 + 0.02)
-    assert_exact(path, tmp_path / "b.wav", changed, regions, rate, *around)
+    assert_exact(path, tmp_path / "b.wav", changed, asked, rate, *around)
 
 
 def test_what_stays_is_what_the_tokens_are_written_as(decoder, clips):
@@ -255,17 +255,17 @@ def test_an_upload(tmp_path, decoder, clips, subtype, rate, channels, kind, edge
     if edge == "inside" and kind in ("short", "two"):
         return
     source = upload(tmp_path / "a.wav", clips[0], rate, channels, subtype)
-    regions = REGIONS[kind]
-    pieces = pieces_of(decoder, clips[0], clips[1], frames(decoder, regions, edge))
+    asked = REGIONS[kind]
+    pieces = pieces_of(decoder, clips[0], clips[1], frames(decoder, asked, edge))
     samples_NC, changed = paste.pasted(
-        source, clips[0].decoded_CN, pieces, regions, codec_rate=16_000, edge=edge, fade=FADE
+        source, clips[0].decoded_CN, pieces, asked, codec_rate=16_000, edge=edge, fade=FADE
     )
     exact.write(tmp_path / "b.wav", source, samples_NC)
     around = FADE + 1 / rate if edge == "outside" else 0
     is_changed_N = assert_exact(
-        tmp_path / "a.wav", tmp_path / "b.wav", changed, regions, rate, around, around
+        tmp_path / "a.wav", tmp_path / "b.wav", changed, asked, rate, around, around
     )
-    for first, end in regions:
+    for first, end in asked:
         assert is_changed_N[round(first * rate) : end and round(end * rate)].all()
     assert max(jumps(source, source._replace(samples_NC=samples_NC), changed), default=0) <= 3
 
@@ -460,47 +460,3 @@ def test_a_sound_goes_on_as_it_was():
     wav_NC = np.stack([np.sin(2 * np.pi * 440 * time), 0.2 * np.cos(2 * np.pi * 1234 * time)], 1)
     found_NC = paste._predicted(wav_NC[:2500], 300)
     np.testing.assert_allclose(found_NC, wav_NC[2500:2800], atol=0.12)
-
-
-# --- regions --------------------------------------------------------------------------------------
-
-
-REACH = splice.Reach(5, 2)
-
-
-def frames_at(region, edge, **how):
-    how = {"frame_rate": 50, "num_frames": 200, "reach": REACH} | how
-    return paste.frames_of(region, edge=edge, **how)
-
-
-def test_regions_as_frames():
-    assert frames_at((1.0, 2.0), "outside") == (50, 100)
-    assert frames_at((1.001, 1.999), "outside") == (50, 100)
-    assert frames_at((0.58, 1.16), "outside") == (29, 58)  # 0.58 * 50 is a little less than 29
-    assert frames_at((1.0, None), "outside") == (50, 200)
-    assert frames_at((1.0, 2.0), "inside") == (55, 93)
-    assert frames_at((1.001, 1.999), "inside") == (56, 92)
-    assert frames_at((0.0, None), "inside") == (0, 200)  # a clip's ends border on nothing
-    assert frames_at((0.0, 0.2), "inside") == (0, 3)
-    assert frames_at((1.0, 2.0), "inside", guard=2) == (55, 96)
-    # A clip that ends within its last frame.
-    assert frames_at((1.0, 3.99), "inside", seconds=3.99) == (55, 200)
-    assert frames_at((1.0, 3.988), "inside", seconds=3.99) == (55, 192)
-    assert frames_at((1.0, 3.99), "inside") == (55, 192)
-
-
-@pytest.mark.parametrize(
-    ("region", "edge", "match"),
-    [
-        ((-1.0, 2.0), "outside", "region -1:2: the clip is 4 s long.* use extend"),
-        ((3.0, 4.5), "outside", "region 3:4.5: .*extend"),
-        ((5.0, None), "outside", "region 5:4: .*extend"),
-        ((2.0, 2.0), "outside", "must end after"),
-        ((4.0, None), "inside", "must end after"),
-        ((1.0, 1.28), "inside", "use edge='outside'"),
-        ((float("nan"), 2.0), "outside", "extend"),
-    ],
-)
-def test_regions_that_are_refused(region, edge, match):
-    with pytest.raises(UserError, match=match):
-        frames_at(region, edge)

@@ -162,6 +162,16 @@ def test_a_name_that_cannot_hold_the_samples_is_refused(tmp_path, subtype, name,
     assert not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("kind", ["FLAC", "WAV", "AIFF"])
+def test_a_name_that_lies(tmp_path, kind):
+    """The file is read as what it is, and what is written can be read."""
+    for name in ("a.wav", "a.flac", "a.aiff"):
+        path = put(tmp_path / name, format=kind)
+        source = exact.read(path)
+        exact.write(tmp_path / f"b{path.suffix}", source, changed(source, 5, 50))
+        np.testing.assert_array_equal(raw(tmp_path / f"b{path.suffix}"), changed(source, 5, 50))
+
+
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_24"])
 def test_from_one_kind_to_another(tmp_path, subtype):
     source = exact.read(put(tmp_path / "a.wav", subtype))
@@ -200,6 +210,22 @@ def test_a_file_that_changed_meanwhile_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"a\.wav: was changed since"):
         exact.write(path, source, changed(source, 1, 9))
     assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("sample", [np.nan, -np.inf])
+def test_samples_that_are_no_numbers_are_refused(tmp_path, sample):
+    soundfile.write(tmp_path / "a.wav", np.r_[np.zeros(99), sample], RATE, "FLOAT")
+    with pytest.raises(UserError, match="a.wav: holds NaN or infinite samples"):
+        exact.read(tmp_path / "a.wav")
+
+
+def test_floats_beyond_full_scale_stay(tmp_path):
+    wav_NC = 7 * np.random.default_rng(0).normal(size=(4000, 2)).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", wav_NC, RATE, "FLOAT")
+    source = exact.read(tmp_path / "a.wav")
+    exact.write(tmp_path / "b.wav", source, changed(source, 9, 70))
+    np.testing.assert_array_equal(raw(tmp_path / "b.wav"), changed(source, 9, 70))
+    assert np.abs(source.as_float()).max() > 20
 
 
 def test_what_is_no_sound_or_cut_off_is_refused(tmp_path):

@@ -146,6 +146,7 @@ def test_masks_of_files(clip, tmp_path):
         ("restyle", (), "give --prompt TEXT"),
         ("between", ("--then", "none.wav", "--seconds", "1"), "--then none.wav: cannot be read"),
         ("repair", ("--worst", "2"), "--worst must lie"),
+        ("vary", ("--count", "101"), "--count must be a whole number from 1 to 100"),
         ("repair", ("--out", "{clip}"), "--out .*: is the file that is edited, or has its name"),
         ("repair", ("--out", "{folder}/clip.flac"), "is the file that is edited, or has its name"),
         ("vary", ("--audio", "{clip}", "--out", "{folder}/x.mp3"), "cannot hold PCM_16"),
@@ -186,12 +187,27 @@ def test_what_lies_beside_a_new_file_is_not_replaced(clip, tmp_path, monkeypatch
         path.unlink()
 
 
-def test_a_region_beyond_the_clip_and_a_model_that_cannot(clip, tmp_path, monkeypatch):
+def test_a_region_beyond_the_clip(clip, tmp_path):
     with pytest.raises(UserError, match="region 1:2: the clip is 1.2 s long"):
         do("inpaint", clip, tmp_path / "out.wav", "--region", "1:2")
-    from magnet_jax import api
-
-    monkeypatch.setattr(api, "of_kind", lambda *_: object.__new__(api.MusicGen))
-    with pytest.raises(UserError, match="a model of kind musicgen goes on from a beginning alone"):
-        do("inpaint", clip, tmp_path / "out.wav", "--region", "0:1")
     assert not (tmp_path / "out.wav").exists() and not (tmp_path / "out.json").exists()
+
+
+def test_a_musicgen_goes_on_from_a_clip_and_does_nothing_else(clip, tmp_path, monkeypatch):
+    musicgen = tiny.loaded_model("musicgen")
+    monkeypatch.setattr(pretrained, "load", lambda *_, **__: musicgen)
+    out, picture = tmp_path / "out.wav", tmp_path / "out.png"
+    for command, more in (
+        ("inpaint", ("--region", "0:1")),
+        ("extend", ("--before", "1")),
+        ("restyle", ("--prompt", "x")),
+        ("between", ("--then", str(clip), "--seconds", "1")),
+    ):
+        with pytest.raises(UserError, match="musicgen makes what comes behind a clip alone"):
+            do(command, clip, out, *more)
+        assert not out.exists() and not out.with_suffix(".json").exists()
+    about = do("extend", clip, out, "--after", "0.4", "--picture", str(picture))
+    ((first, end),) = about["changed"]
+    assert 1.0 * 16_000 < first < 1.2 * 16_000 and end == len(samples(out)) == 1.6 * 16_000
+    np.testing.assert_array_equal(samples(out)[:first], samples(clip)[:first])
+    assert kept.find(out).codes_KT.shape == (4, 80) and picture.exists()
