@@ -8,6 +8,7 @@ import ast
 import re
 import runpy
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from magnet_jax import errors
@@ -40,7 +41,10 @@ def main(words: list[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     with errors.reported():
         known = commands()
-        if not words or words[0] in ("-h", "--help"):
+        if words[:1] in (["--version"], ["version"]):
+            print(version("magnet-jax"))
+            return
+        if not words or words[0] in ("-h", "--help", "help"):
             print(__doc__)
             width = max(map(len, known))
             print(*(f"  {name:{width}}  {what}" for name, what in known.items()), sep="\n")

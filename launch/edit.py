@@ -19,7 +19,7 @@ from magnet_jax import cli
 from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import CodecSpec, EditConfig, Share
 from magnet_jax.errors import UserError, reported
-from magnet_jax.io.files import check_new_file, replacing_file
+from magnet_jax.io.files import check_new_file, make_folder, replacing_file
 
 if TYPE_CHECKING:
     from magnet_jax.api import MAGNeT
@@ -221,6 +221,7 @@ def check_out(args: Options, settings: dict[str, Any]) -> None:
     from magnet_jax.io import exact
 
     exact.check_name(exact.read(args.audio), args.out)
+    make_folder("--out", args.out.parent)
     sources = [path for path in (args.audio, getattr(args, "then", None)) if path is not None]
     names = {source.with_suffix("").resolve() for source in sources}
     for path in files_of(args):

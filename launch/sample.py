@@ -38,7 +38,7 @@ from magnet_jax.config import (
 )
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio, bucket, machine
-from magnet_jax.io.files import replacing_file
+from magnet_jax.io.files import make_folder, replacing_file
 
 if TYPE_CHECKING:
     from magnet_jax.api import Generator
@@ -412,6 +412,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     """
     texts = check(args)
     model, about = open_model(args)
+    make_folder("--out", args.out)
     for note in model.notes(texts):
         print(note)
     length = length_of(args, model)

@@ -260,7 +260,8 @@ def wanted(hint: Any) -> str:
     """What a value of the type must do, in words: 'be ...' or 'lie ...'."""
     origin, options, limits = _unpacked(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(wanted(o) for o in options if o is not type(None))
+        first, *others = (wanted(o) for o in options if o is not type(None))
+        return " or ".join([first, *(other.removeprefix("be ") for other in others)])
     if origin is Literal:
         return f"be one of {', '.join(map(str, options))}" if options[1:] else f"be {options[0]!r}"
     if origin is tuple:

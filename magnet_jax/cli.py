@@ -9,12 +9,13 @@ import difflib
 import functools
 import inspect
 import itertools
+import re
 import shutil
 import sys
 import textwrap
 import typing
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from tyro import _errors as events
@@ -28,7 +29,15 @@ from magnet_jax.errors import UserError
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' did you mean X?' of the known word that is nearest, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    known = list(known)
+    group, _, name = word.lstrip("-").rpartition(".")
+    # A name that holds the one given as a word, such as --optimizer.peak-lr of --optimizer.lr.
+    holding = [
+        other
+        for other in known
+        if name and name in re.split(r"[-.]", other) and other.lstrip("-").startswith(group)
+    ]
+    near = difflib.get_close_matches(word, holding or known, n=1, cutoff=0 if holding else 0.6)
     return f" did you mean {near[0]}?" if near else ""
 
 
@@ -39,8 +48,17 @@ def _members(cls: Any) -> Iterator[tuple[str, type]]:
         yield next(filter(None, names), ""), getattr(member, "__origin__", member)
 
 
-def _options(cls: type, prefix: str = "--") -> Iterator[tuple[str, Any, bool]]:
-    """Each option of a dataclass and of those within: spelling, type, and whether it is rare."""
+class _Option(NamedTuple):
+    """An option of a dataclass, or of one within it."""
+
+    word: str  # as it is typed
+    kind: Any
+    is_rare: bool
+    field: str  # such as data.batch_size
+
+
+def _options(cls: type, prefix: str = "--", within: str = "") -> Iterator[_Option]:
+    """Each option of a dataclass and of those within."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         notes = getattr(hint, "__metadata__", ())
         kind = hint.__origin__ if notes else hint
@@ -48,15 +66,15 @@ def _options(cls: type, prefix: str = "--") -> Iterator[tuple[str, Any, bool]]:
         option = "--" if named else prefix
         option += (named[0].name if named and named[0].name else name).replace("_", "-")
         if dataclasses.is_dataclass(kind):
-            for one, its_hint, rare in _options(kind, option + "."):
-                yield one, its_hint, rare or RARE in notes
+            for one in _options(kind, option + ".", f"{within}{name}."):
+                yield one._replace(is_rare=one.is_rare or RARE in notes)
         else:
-            yield option, kind, RARE in notes
+            yield _Option(option, kind, RARE in notes, within + name)
 
 
 def setting_names(cls: type) -> list[str]:
     """The options of a dataclass and of those within it, as tyro spells them."""
-    return [option for option, _, _ in _options(cls)]
+    return [option.word for option in _options(cls)]
 
 
 def parse(
@@ -89,19 +107,29 @@ def parse(
         _describe(text, hides=hides and _has_rare(cls))
     registry = ConstructorRegistry()
     registry.struct_rule(functools.partial(_fields, hides_rare=bool(asked) and hides))
-    with events.on_parse_error(functools.partial(_refuse, cls, words)):
-        return tyro.cli(
-            cls,
-            args=words,
-            prog=prog,
-            description="",
-            registry=registry,
-            **({} if default is tyro.MISSING else {"default": default}),
-        )
+    try:
+        with events.on_parse_error(functools.partial(_refuse, cls, words)):
+            return tyro.cli(
+                cls,
+                args=words,
+                prog=prog,
+                description="",
+                registry=registry,
+                **({} if default is tyro.MISSING else {"default": default}),
+            )
+    except UserError as error:
+        raise UserError(_as_typed(cls, str(error))) from None
+
+
+def _as_typed(cls: Any, message: str) -> str:
+    """A message that begins with the name of a field, with its option in place of that."""
+    field, space, rest = message.partition(" ")
+    words = {one.field: one.word for _, member in _members(cls) for one in _options(member)}
+    return f"{words[field]}{space}{rest}" if field in words and space else message
 
 
 def _has_rare(cls: Any) -> bool:
-    return any(rare for _, member in _members(cls) for *_, rare in _options(member))
+    return any(option.is_rare for _, member in _members(cls) for option in _options(member))
 
 
 def _describe(text: str, *, hides: bool) -> None:
@@ -159,6 +187,8 @@ def _refuse(cls: Any, words: list[str], event: events.ParseErrorEvent) -> None:
         return
     name = argument.display_name()
     given = _values(words, argument.lowered.name_or_flags)
+    if not given and not name.startswith("-") and any(w.startswith("--") for w in words):
+        raise UserError(f"{name}: must be given, by itself and without an option's name; {see}")
     if not given:
         raise UserError(f"{name}: a value is missing; {see}")
     near = did_you_mean(given, getattr(event, "choices", ()))
@@ -173,9 +203,9 @@ def _unknown(cls: Any, word: str, see: str) -> str:
         listed = f" there are {', '.join(commands)}" if commands else f" {see}"
         what = "command" if commands else "word"
         return f"unknown {what} {word}:{near or listed}"
-    known = []
+    known = ["--help", "--help-all"]
     for _, member in _members(cls):
-        for option, kind, _ in _options(member):
+        for option, kind, *_ in _options(member):
             group, dot, name = option.removeprefix("--").rpartition(".")
             known += [option] + [f"--{group}{dot}no-{name}"] * (kind is bool)
     return f"unknown setting {word}:{did_you_mean(word, known) or f' {see}'}"

@@ -9,6 +9,7 @@ What would be rejected is what tokenization.job rejects with the same settings.
 
 import dataclasses
 import json
+import math
 import statistics
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -31,13 +32,14 @@ from tokenization.intake.audio import (
     Facts,
     RejectedError,
 )
-from tokenization.settings import IntakeLimits
+from tokenization.settings import IntakeLimits, Job
 from tokenization.source.manifest import Manifest
 from tokenization.source.scan import describe_ignored, scan
 from tokenization.source.settings import Source
 from tokenization.track import Reject, Track, rejected
 
 _MOST = 8  # kinds that a row names
+_MOST_REJECTS = 20  # files named below the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,8 +230,17 @@ def run(settings: Check) -> str:
     table = rows(summary)
     width = max(len(name) for name, _ in table)
     lines = [str(settings.audio), *(f"  {name:{width}}  {value}" for name, value in table)]
-    if found.rejects and not settings.json:
-        lines.append("--json FILE names each file that would be rejected")
+    listed = sorted(found.rejects, key=lambda reject: reject.path)
+    lines += [f"  {one.path}: {one.reason} ({one.detail})" for one in listed[:_MOST_REJECTS]]
+    if len(listed) > _MOST_REJECTS and not settings.json:
+        lines.append(f"  and {len(listed) - _MOST_REJECTS} more: --json FILE names each")
+    total = len(found.facts) + len(listed)
+    if len(listed) > Job.max_reject_ratio * total:
+        share = math.ceil(100 * len(listed) / total) / 100
+        lines.append(
+            f"tokenization.job stops where more than {Job.max_reject_ratio:.0%} are rejected: mend "
+            f"them, or give it --max-reject-ratio {share:g}"
+        )
     return "\n".join(lines)
 
 

@@ -36,7 +36,7 @@ def match(folder: Path, listed: list[prompts.Prompt] | None, reference: Mapping[
     if reference and len(row.pairs) < len(row.files):
         print(
             f"note: {len(row.pairs)} of the {len(row.files)} clips have a reference clip of their "
-            "name: KL is of these"
+            + ("name: KL is of these" if row.pairs else "name: KL is left out")
         )
     return row
 

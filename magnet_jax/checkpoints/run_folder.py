@@ -13,6 +13,7 @@ folder that stands for it, `run` below.
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from safetensors.numpy import save_file
 from magnet_jax.checkpoints import items
 from magnet_jax.config import CodecSpec, LoraConfig, ModelConfig, RunConfig, from_json, to_json
 from magnet_jax.convert import t5_files
+from magnet_jax.data import records
 from magnet_jax.errors import UserError, silenced
 from magnet_jax.io import bucket, files, lock, trees
 from magnet_jax.model import lora, t5, transformer
@@ -82,6 +84,61 @@ def has_begun(out: str) -> bool:
     return bool(steps)
 
 
+def check_place(out: str) -> None:
+    """Raises `UserError` where a folder holds something else than a run, or the beginnings of one.
+
+    Until a run has begun, its folder may hold what another would have left.
+    """
+    if has_begun(out):
+        return
+    names = _names(out)
+    if records.COMPLETE in names:
+        raise UserError(
+            f"--out {out}: is a data set, and a run needs a folder of its own; give a new --out"
+        )
+    if foreign := sorted(n for n in names - OWN_NAMES if not files.is_left_over(n)):
+        raise UserError(
+            f"{out} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
+        )
+
+
+def check_begun(run: Path, config: RunConfig, codec: CodecSpec) -> None:
+    """Raises `UserError` where a run that has begun is not the one that is to go on.
+
+    For the arguments see `prepare_run`.
+    """
+    out, path = config.out, config.data.path
+    if changes := changed_settings(from_json(RunConfig, run / "config.json"), config):
+        raise UserError(
+            f"{out} holds a run with other settings: {'; '.join(changes)}; "
+            "give these values, or another --out"
+        )
+    known = from_json(CodecSpec, run / "codec.json")
+    if known.interleaved != codec.interleaved:
+        raise UserError(
+            f"{path} holds {codec.layout}, but the run {out} learns {known.layout}; tokenize again "
+            "in the same way (--stereo)"
+        )
+    if known.sha256 != codec.sha256:
+        raise UserError(
+            f"{path} was tokenized with {codec.source}, but the run {out} learns the tokens of "
+            f"{known.source}; tokenize again with that codec"
+        )
+    step = max(int(name) for name in _names(f"{out}/checkpoints") if name.isdigit())
+    position = _checkpoints(out) / str(step) / "data" / "metadata"  # as Orbax writes `JsonSave`
+    if position.exists():
+        check_data_set(config, step, json.loads(position.read_text()).get("data_set"))
+
+
+def check_data_set(config: RunConfig, step: int, data_set: str) -> None:
+    """Raises `UserError` unless the data set, a `records.digest`, is the one at hand."""
+    if data_set != records.digest(config.data.path):
+        raise UserError(
+            f"{config.data.path} is not the data set that {config.out} was trained on up "
+            f"to step {step}: go on with that one, or begin another run"
+        )
+
+
 def prepare_run(
     run: Path, config: RunConfig, codec: CodecSpec, text: tuple, base: dict | None = None
 ) -> None:
@@ -101,28 +158,10 @@ def prepare_run(
     """
     out = config.out
     if has_begun(out):
-        if changes := changed_settings(from_json(RunConfig, run / "config.json"), config):
-            raise UserError(
-                f"{out} holds a run with other settings: {'; '.join(changes)}; "
-                "give these values, or another --out"
-            )
-        known = from_json(CodecSpec, run / "codec.json")
-        if known.interleaved != codec.interleaved:
-            raise UserError(
-                f"{config.data.path} holds {codec.layout}, but the run {out} learns "
-                f"{known.layout}; tokenize again in the same way (--stereo)"
-            )
-        if known.sha256 != codec.sha256:
-            raise UserError(
-                f"{config.data.path} was tokenized with {codec.source}, but the run {out} learns "
-                f"the tokens of {known.source}; tokenize again with that codec"
-            )
+        check_begun(run, config, codec)
     else:
+        check_place(out)
         run.mkdir(parents=True, exist_ok=True)
-        if foreign := sorted(n for n in _names(out) - OWN_NAMES if not files.is_left_over(n)):
-            raise UserError(
-                f"{out} is not empty and holds no run ({foreign[0]}); give an empty or new --out"
-            )
         with files.not_half_written(run / "text"):
             t5_files.save(run / "text", *text)
         if Path(codec.source).is_dir():

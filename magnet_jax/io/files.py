@@ -289,6 +289,19 @@ def check_new_folder(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: is there already; name a new folder")
 
 
+def make_folder(option: str, path: Path) -> None:
+    """Makes a folder in which files will be written, before the work that goes into them.
+
+    Raises `UserError`, which names the option, where it cannot be made or written to.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: may not be written to; name another folder")
+
+
 def check_holds_only(folder: Path, names: Collection[str]) -> None:
     """Raises `UserError` for a folder that is to be replaced, and holds more than what is made."""
     if others := sorted({path.name for path in folder.iterdir()} - set(names)):

@@ -113,6 +113,7 @@ def held(out: str) -> Iterator[Callable[[], None]]:
         def take() -> None:
             if Path(out).exists() and not Path(out).is_dir():
                 raise UserError(f"--out {out}: is a file, and a run needs a folder")
+            run_folder.check_place(out)
             locks.append(stack.enter_context(lock.held(out, tqdm.write)))
 
         distributed.first_does(take)
@@ -163,7 +164,7 @@ def _train(config: RunConfig, setup: Setup, stop: Stop, check_held: Callable[[],
         stack.enter_context(run_folder.closing(manager))  # waits for the last save
         step = start = manager.latest_step() or 0
         if start:
-            state, position = restored_state(config, setup, manager, start, data_set)
+            state, position = restored_state(config, setup, manager, start)
             batches.set_state(position)
         else:
             state = first_state(setup, key)

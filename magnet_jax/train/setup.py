@@ -37,7 +37,8 @@ def check_data_fits(config: RunConfig, spec: CodecSpec) -> None:
         raise UserError(
             f"{config.data.path} holds {spec.num_codebooks} codebooks of {spec.codebook_size} "
             f"(codec {spec.source}), the model wants {model.num_codebooks} of "
-            f"{model.codebook_size}: set --model.codebook-size, or tokenize with the model's codec"
+            f"{model.codebook_size}: tokenize with the model's codec (tokenization.job --codec), "
+            f"or set --model.codebook-size {spec.codebook_size}"
         )
     if sampling.segment_frames(config, spec) < model.span_length:
         raise UserError(
@@ -151,6 +152,8 @@ def set_up(config: RunConfig) -> Setup:
         return spec, (text[0], jax.tree.map(np.asarray, text[1]), text[2]), lm
 
     spec, text, lm = distributed.all_do(read)
+    if begun:  # before a step is compiled, which may take minutes
+        distributed.first_does(lambda: run_folder.check_begun(run, config, spec))
     frames, dtype = sampling.segment_frames(config, spec), precision.compute_dtype(config)
     # All must choose the same mesh and parts; devices may differ in what is free on them.
     device = distributed.broadcast_json(plan.device_memory())
@@ -226,9 +229,7 @@ def frozen_params(setup: Setup) -> dict:
     return place({name: given[name] for name in where}, where)
 
 
-def restored_state(
-    config: RunConfig, setup: Setup, manager: Any, step: int, data_set: str
-) -> tuple[dict, dict]:
+def restored_state(config: RunConfig, setup: Setup, manager: Any, step: int) -> tuple[dict, dict]:
     """The state and the data position of a checkpoint."""
     abstract, _ = steps.state_shardings(setup.settings)
     state = run_folder.restore(manager, step, **abstract, data=None)
@@ -243,11 +244,7 @@ def restored_state(
                 f"{manager.directory / str(step)}: the tensor {name} holds NaN or infinity; move "
                 "that folder away to go on from an earlier step, or begin anew"
             )
-    if position.pop("data_set") != data_set:
-        raise UserError(
-            f"{config.data.path} is not the data set that {config.out} was trained on up "
-            f"to step {step}: go on with that one, or begin another run"
-        )
+    run_folder.check_data_set(config, step, position.pop("data_set"))
     return state, position
 
 

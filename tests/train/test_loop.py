@@ -141,6 +141,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(tokens, tmp_path):
         set_up(dataclasses.replace(config, out=str(tmp_path / "other")))
 
 
+def test_a_data_set_is_no_folder_for_a_run(tokens, tmp_path):
+    tiny.write_noise(tmp_path / "tokens", {"train": 2})
+    held = sorted(path.name for path in (tmp_path / "tokens").iterdir())
+    with pytest.raises(UserError, match="^--out .*/tokens: is a data set"):
+        loop.train(tiny.run_config(tokens, tmp_path / "tokens", steps=1))
+    assert sorted(path.name for path in (tmp_path / "tokens").iterdir()) == held
+
+
 def test_a_file_is_no_folder_for_a_run(tokens, tmp_path):
     (tmp_path / "run").touch()
     with pytest.raises(UserError, match="^--out .*/run: is a file, and a run needs a folder$"):
@@ -152,8 +160,10 @@ def test_going_on_with_another_data_set_is_refused(tokens, tmp_path):
     loop.train(config)
     tiny.write_noise(tmp_path / "other", {"train": 9})
     moved = dataclasses.replace(config.data, path=str(tmp_path / "other"))
+    before = (tmp_path / "run" / "config.json").read_text()
     with pytest.raises(UserError, match="is not the data set"):
-        loop.train(dataclasses.replace(config, steps=2, data=moved))
+        set_up(dataclasses.replace(config, steps=2, data=moved))  # before anything is compiled
+    assert (tmp_path / "run" / "config.json").read_text() == before
     shutil.copytree(tokens, tmp_path / "copy")
     copied = dataclasses.replace(config.data, path=str(tmp_path / "copy"))
     loop.train(dataclasses.replace(config, steps=2, data=copied))

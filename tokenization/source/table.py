@@ -95,7 +95,10 @@ class _Table:
         else:
             self.patterns = tuple(name for name in PATH_NAMES if name in names)[:1]
         if not self.patterns:
-            raise UserError(f"{path}: no column of paths; name one, --columns.path ({has})")
+            raise UserError(
+                f"{path}: no column of paths; name one, --columns.path, or give a pattern such as "
+                f"'wavs/{{id}}.wav' there ({has})"
+            )
         plain = [n for n in (columns.start, columns.duration, columns.end, columns.id) if n]
         for name in (*pattern_fields(self.patterns[0]), *self.captions, *plain):
             if name not in names:
