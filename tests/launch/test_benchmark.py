@@ -275,7 +275,7 @@ def test_rescoring_is_measured_against_the_rescorers_own_passes(small, tmp_path,
         (["--checkpoint", "nowhere"], "nowhere: no such folder"),
         (["--model", "small", "--batch-sizes", "1", "-2"], "--batch-sizes must be"),
         (["--model", "small", "--batch-sizes", "0"], "--batch-sizes must be"),
-        (["--model", "small", "--decode.steps", "0"], "steps must be"),
+        (["--model", "small", "--decode.steps", "0"], "--decode.steps must be"),
         (["--model", "small", "--repeats", "0"], "--repeats must be"),
         (["--model", "small", "--seconds", "nan"], "--seconds must be a positive"),
         (["--model", "small", "--peer-steps", "1"], "needs --peer"),
@@ -490,7 +490,7 @@ def test_each_way_of_editing_differs_from_the_default_in_one_setting():
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"clips": 1}, "--clips"), ({"holes": ()}, "--holes"), ({"steps": (0,)}, "--steps")],
+    [({"clips": 1}, "--clips"), ({"holes": ()}, "--holes"), ({"steps": (0,)}, "--decode.steps")],
 )
 def test_what_cannot_be_edited_is_named_before_a_model_is_loaded(given, named):
     with pytest.raises(UserError, match=named):
