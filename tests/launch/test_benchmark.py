@@ -490,7 +490,7 @@ def test_each_way_of_editing_differs_from_the_default_in_one_setting():
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({"clips": 1}, "--clips"), ({"holes": ()}, "--holes"), ({"steps": (0,)}, "--decode.steps")],
+    [({"clips": 1}, "--clips"), ({"holes": ()}, "--holes"), ({"steps": (0,)}, "--steps")],
 )
 def test_what_cannot_be_edited_is_named_before_a_model_is_loaded(given, named):
     with pytest.raises(UserError, match=named):
