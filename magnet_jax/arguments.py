@@ -74,9 +74,15 @@ def check_fields(instance: Any, prefix: str) -> None:
     After the prefix '--' names are spelled as options.
     """
     for name, hint in _hints(type(instance)).items():
-        spelled = name.replace("_", "-") if prefix == "--" else name
+        spelled = _option_of(name, hint) if prefix == "--" else name
         value = check(hint, getattr(instance, name), prefix + spelled)
         object.__setattr__(instance, name, value)  # which works on frozen ones as well
+
+
+def _option_of(name: str, hint: Any) -> str:
+    """How the command line calls a field: by its name, or as a note of tyro's says."""
+    notes = getattr(hint, "__metadata__", ())
+    return next(filter(None, (getattr(n, "name", None) for n in notes)), name.replace("_", "-"))
 
 
 def checked(function: Callable) -> Callable:

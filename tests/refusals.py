@@ -15,7 +15,8 @@ def refused(words: Sequence[str], match: str) -> Iterator[None]:
         yield
     line = str(caught.value)
     assert "\n" not in line
-    names = [word.lstrip("-") for word in words if word.startswith("--")]
+    names = [word.lstrip("-").split(".") for word in words if word.startswith("--")]
     values = [word for word in words if len(word) > 3 and not word.startswith("--")]
     plain = line.replace("_", "-")
-    assert not words or any(n in plain for n in names) or any(v in line for v in values), line
+    named = any(all(part in plain for part in name) for name in names)
+    assert not words or named or any(value in line for value in values), line
