@@ -315,7 +315,7 @@ CALLS = {
         {},
         {"mode": (["anchors", "joint"], CHOICE), "anneal": (["rate"], CHOICE),
          "steps": (["auto"], CHOICE), "lead": ([np.float32(0.5), 0], [-0.1, 0.8]),
-         "extend_stride": ([np.float32(2.5), 4], [0, -1, 10, 1e-9])},
+         "extend_stride": ([np.float32(2.5), 10], [0, -1, 10.1, 1e-9])},
     ),
     (MusicGen, "set_custom_progress_callback"): (
         {}, {"progress_callback": ([None, print], ["x", 3])},

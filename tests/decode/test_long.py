@@ -83,6 +83,15 @@ def test_anchors_that_share_nothing_are_windows_by_themselves(loaded, clip):
     np.testing.assert_array_equal(made(loaded, 200, how), found[..., :200])
 
 
+def test_sliding_windows_that_hear_nothing_are_windows_by_themselves(loaded, clip):
+    found = made(loaded, 250, stride=2.0)
+    alone = dataclasses.replace(batch_of(loaded, WINDOW), origin_B=np.full(2, 100, np.int32))
+    np.testing.assert_array_equal(found[..., :WINDOW], clip)
+    np.testing.assert_array_equal(
+        found[..., 100:200], sampling.run(loaded, alone, Execution()).codes_BKT
+    )
+
+
 def test_a_window_hears_what_is_there(loaded):
     """Sliding windows are continuations of what they begin with, with the law of edits."""
     found = made(loaded, 190, stride=1.2)
@@ -166,7 +175,7 @@ def test_what_does_not_go_together(loaded):
     anchors, joined = LongConfig(mode="anchors"), LongConfig(mode="joint")
     for call, message in (
         (lambda: made(hybrid, 150, joined), "joint windows are for a MAGNeT"),
-        (lambda: made(loaded, 150, stride=2.0), "extend_stride must lie between 0 and 2 seconds"),
+        (lambda: made(loaded, 150, stride=2.1), "extend_stride must lie between 0 and 2 seconds"),
         (lambda: made(loaded, 150, anchors, 1.0), "must lie between 1.2 and 3.2 seconds"),
         (
             lambda: made(loaded, 150, joined,
