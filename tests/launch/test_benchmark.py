@@ -523,7 +523,7 @@ def test_borders_of_windows_lie_where_they_are_put_together():
     model = SimpleNamespace(loaded=tiny.loaded_model(), generation=DecodeConfig())
     found = {way: longer.borders(model, how, 250) for way, how in longer.WAYS.items()}
     assert found["sliding"] == found["sliding, rate"] == [100, 160, 220]
-    assert found["anchors"] == [100, 139, 199, 238] and found["joint"][:3] == [51, 102, 153]
+    assert found["anchors"] == [100, 138, 199, 237] and found["joint"][:3] == [51, 102, 153]
     assert options.Long(ways=("joint",)).ways == ("joint",)
     with pytest.raises(UserError, match="--ways must be some of: sliding; "):
         options.Long(ways=("wavy",))
