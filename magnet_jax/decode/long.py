@@ -37,7 +37,7 @@ _SAMPLES = 2**16  # by which the numbers of a MusicGen's windows lie apart
 
 
 class Part(NamedTuple):
-    """What there is of clips after some of their windows."""
+    """What there is of clips after some of their windows; the arrays change as there is more."""
 
     codes_BKT: np.ndarray  # int32, as long as the clips; anything where nothing is made yet
     made_BT: np.ndarray  # True at frames that are there, and stay as they are
@@ -69,11 +69,6 @@ class Shape:
     stride: int
     lead: int
     gap: int
-
-    @property
-    def hole(self) -> int:
-        """Between anchors."""
-        return self.stride - (self.size - self.lead - self.gap)
 
 
 def windows(
@@ -236,7 +231,7 @@ def _in_rounds(
     """The modes whose windows are those of a plan: each is made given what is there, for good."""
     prompts = loaded.config.model.autoregressive
     rounds = plan(how, shape, batch.num_given, batch.num_frames, prompts=prompts)
-    total = max(window.end for round_ in rounds for window in round_.windows)
+    total = max(window.first for round_ in rounds for window in round_.windows) + shape.size
     there = canvas.resized(batch.canvas, total)
     there = Canvas(there.codes_BKT.copy(), there.given_BKT.copy())
     calls = [(round_, rows) for round_ in rounds for rows in _calls(round_, len(there.codes_BKT))]
@@ -254,9 +249,14 @@ def _in_rounds(
 
 
 def _calls(round_: Round, count: int) -> list[list[tuple[int, Window]]]:
-    """The windows of so many clips, each with the number of its clip: a list for each call."""
+    """The windows of so many clips, each with the number of its clip: a list for each call.
+
+    All calls have as many, the last one of them several times.
+    """
     rows = [(clip, window) for clip in range(count) for window in round_.windows]
-    size = -(-len(rows) // -(-len(rows) // max(ROWS, count)))
+    calls = -(-len(rows) // max(ROWS, count))
+    size = -(-len(rows) // calls)
+    rows += rows[-1:] * (calls * size - len(rows))
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
@@ -310,8 +310,9 @@ def _joint(
     windows = joint_windows(loaded, batch, shape)
     whole = canvas.resized(batch.canvas, windows.num_frames)
     codes_BKT, made_BT = whole.codes_BKT.copy(), whole.given_BKT.all(1)
-    clips = max(ROWS // windows.count, 1)
-    groups = [np.arange(len(codes_BKT))[i : i + clips] for i in range(0, len(codes_BKT), clips)]
+    count = len(codes_BKT)
+    size = min(max(ROWS // windows.count, 1), count)
+    groups = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
     yield Part(codes_BKT, made_BT, 0, len(groups))
     for done, clip_G in enumerate(groups, 1):
         clip_R = np.repeat(clip_G, windows.count)

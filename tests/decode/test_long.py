@@ -153,7 +153,7 @@ def test_what_comes_after_a_prompt_of_any_length(loaded):
 
 def test_plans_cover_clips():
     """Every frame is made once, within what its window hears, after what is beside it."""
-    for mode, lead in (("sliding", 0), ("anchors", 0), ("anchors", 30)):
+    for mode, lead in (("sliding", 0), ("anchors", 0), ("anchors", 30), ("anchors", 66)):
         gap = lead // 3
         shape = long.Shape(size=100, stride=60 if mode == "sliding" else 140 - lead - gap,
                            lead=lead, gap=gap)  # fmt: skip
@@ -168,6 +168,12 @@ def test_plans_cover_clips():
                     times_T[window.begin : window.end] += 1
             assert (times_T[:num_frames] == 1).all() and times_T.max() == 1
             assert len(rounds) <= 3 or mode == "sliding"
+            # Few shapes: calls have as many rows, and every row is in one of them.
+            for round_ in rounds:
+                calls = long._calls(round_, 7)
+                assert len({len(rows) for rows in calls}) == 1 and len(calls[0]) <= long.ROWS
+                found = {(clip, window.first) for rows in calls for clip, window in rows}
+                assert len(found) == 7 * len(round_.windows)
 
 
 def test_what_does_not_go_together(loaded):
