@@ -13,6 +13,7 @@ from launch.benchmark.options import (
     Editing,
     Loader,
     Long,
+    Loops,
     Tokenize,
     Tradeoff,
     Train,
@@ -28,6 +29,7 @@ MODULES = {
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
     Editing: "editing",
+    Loops: "loops",
     Long: "long",
 }
 Command = (
@@ -38,6 +40,7 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
+    | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Long, tyro.conf.subcommand("long")]
 )
 
