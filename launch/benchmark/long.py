@@ -157,7 +157,7 @@ def drift(wav_N: np.ndarray, rate: int, window: int, heard: tagger.Tagger) -> di
 
 COLUMNS = {
     "flops": ("GFLOP", 1e-9, 0),
-    "cpu_seconds": ("CPU s", 1, 0),
+    "cpu_seconds": ("CPU s, the first with compilation", 1, 0),
     "sigmas": ("seams, sigmas", 1, 2),
     "beyond": ("seams beyond, %", 100, 0),
     "others_beyond": ("other frames, %", 100, 1),

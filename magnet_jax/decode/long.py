@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from magnet_jax.checkpoints.pretrained import Loaded
-from magnet_jax.config import EditConfig, LongConfig
+from magnet_jax.config import EditConfig, LongConfig, ModelConfig
 from magnet_jax.decode import canvas, sampling
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.joint import Windows
@@ -37,7 +37,7 @@ _SAMPLES = 2**16  # by which the numbers of a MusicGen's windows lie apart
 
 
 class Part(NamedTuple):
-    """What there is of clips after some of their windows."""
+    """What there is of clips after some of their windows; the arrays change as there is more."""
 
     codes_BKT: np.ndarray  # int32, as long as the clips; anything where nothing is made yet
     made_BT: np.ndarray  # True at frames that are there, and stay as they are
@@ -70,11 +70,6 @@ class Shape:
     lead: int
     gap: int
 
-    @property
-    def hole(self) -> int:
-        """Between anchors."""
-        return self.stride - (self.size - self.lead - self.gap)
-
 
 def windows(
     loaded: Loaded,
@@ -100,7 +95,7 @@ def windows(
     if loaded.config.model.kind == "musicgen":
         yield from _one_after_another(loaded, batch, seconds, execution)
         return
-    num_frames = _whole_frames(loaded, batch, batch.num_frames)
+    num_frames = _whole(loaded, batch, batch.num_frames)[1]
     batch = dataclasses.replace(batch, canvas=canvas.resized(batch.canvas, num_frames))
     shape = shape_of(loaded, batch, how, seconds)
     made = _joint if how.mode == "joint" else _in_rounds
@@ -124,8 +119,11 @@ def window_stride(
         most, default = least + window, least + HOLE * window
     if seconds is None:
         return default
-    frames = round((seconds - least) * rate)
-    if not least < seconds < most or not 1 <= frames < round(window * rate):
+    frames, last = round((seconds - least) * rate), round(window * rate)
+    # Sliding windows may have nothing in common. A MusicGen's go on from something, at least.
+    if seconds == window and how.mode == "sliding" and loaded.config.model.parallel:
+        return seconds
+    if not least < seconds < most or not 1 <= frames < last:
         raise UserError(
             f"{name} must lie between {least:g} and {most:g} seconds for windows of {window:g} "
             f"seconds, not {seconds:g}"
@@ -168,24 +166,29 @@ def _window(loaded: Loaded) -> int:
     return segment_frames(loaded.config, loaded.codec)
 
 
-def _whole_frames(loaded: Loaded, batch: Batch, num_frames: int) -> int:
-    """What is left of so many frames, where clips are cut to whole spans."""
+def _whole(loaded: Loaded, batch: Batch, num_frames: int) -> tuple[ModelConfig, int]:
+    """The model, and what is left of so many frames, where clips are cut to whole spans."""
     given = canvas.resized(batch.canvas, num_frames)
-    return sampling.model_for(loaded.config.model, dataclasses.replace(batch, canvas=given))[1]
+    batch = dataclasses.replace(batch, canvas=given)
+    return sampling.model_for(loaded.config.model, batch)[:2]
 
 
 def shape_of(loaded: Loaded, batch: Batch, how: LongConfig, stride: float | None = None) -> Shape:
     """Windows that begin at whole spans, so that all share a grid."""
-    span = loaded.config.model.span_length
-    stride = window_stride(loaded, stride, "extend_stride", how)
+    model, size = _whole(loaded, batch, _window(loaded))
+    span, stride = model.span_length, window_stride(loaded, stride, "extend_stride", how)
 
     def frames(seconds: float) -> int:
         return max(round(seconds * loaded.codec.frame_rate / span), 1) * span
 
     lead = how.lead * loaded.config.data.segment_seconds
     lead, gap = (frames(lead), frames(GAP * lead)) if how.mode == "anchors" and lead else (0, 0)
-    size = _whole_frames(loaded, batch, _window(loaded))
-    return Shape(size=size, stride=frames(stride), lead=lead, gap=gap)
+    least, most = 1, size
+    if how.mode == "anchors":  # a hole has two sides
+        least, most = size - lead - gap + 1, 2 * size - lead - gap - 2 * span
+    alone = how.mode == "sliding" and stride == loaded.config.data.segment_seconds
+    apart = size if alone else min(max(frames(stride), least), most)
+    return Shape(size=size, stride=apart, lead=lead, gap=gap)
 
 
 def plan(
@@ -228,7 +231,7 @@ def _in_rounds(
     """The modes whose windows are those of a plan: each is made given what is there, for good."""
     prompts = loaded.config.model.autoregressive
     rounds = plan(how, shape, batch.num_given, batch.num_frames, prompts=prompts)
-    total = max(window.end for round_ in rounds for window in round_.windows)
+    total = max(window.first for round_ in rounds for window in round_.windows) + shape.size
     there = canvas.resized(batch.canvas, total)
     there = Canvas(there.codes_BKT.copy(), there.given_BKT.copy())
     calls = [(round_, rows) for round_ in rounds for rows in _calls(round_, len(there.codes_BKT))]
@@ -246,9 +249,14 @@ def _in_rounds(
 
 
 def _calls(round_: Round, count: int) -> list[list[tuple[int, Window]]]:
-    """The windows of so many clips, each with the number of its clip: a list for each call."""
+    """The windows of so many clips, each with the number of its clip: a list for each call.
+
+    All calls have as many, the last one of them several times.
+    """
     rows = [(clip, window) for clip in range(count) for window in round_.windows]
-    size = -(-len(rows) // -(-len(rows) // max(ROWS, count)))
+    calls = -(-len(rows) // max(ROWS, count))
+    size = -(-len(rows) // calls)
+    rows += rows[-1:] * (calls * size - len(rows))
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
@@ -302,8 +310,9 @@ def _joint(
     windows = joint_windows(loaded, batch, shape)
     whole = canvas.resized(batch.canvas, windows.num_frames)
     codes_BKT, made_BT = whole.codes_BKT.copy(), whole.given_BKT.all(1)
-    clips = max(ROWS // windows.count, 1)
-    groups = [np.arange(len(codes_BKT))[i : i + clips] for i in range(0, len(codes_BKT), clips)]
+    count = len(codes_BKT)
+    size = min(max(ROWS // windows.count, 1), count)
+    groups = [np.minimum(np.arange(i, i + size), count - 1) for i in range(0, count, size)]
     yield Part(codes_BKT, made_BT, 0, len(groups))
     for done, clip_G in enumerate(groups, 1):
         clip_R = np.repeat(clip_G, windows.count)
@@ -321,9 +330,8 @@ def _joint(
 
 def joint_windows(loaded: Loaded, batch: Batch, shape: Shape) -> Windows:
     """Windows of whole spans that cover the clips."""
-    decode = batch.decode
-    model = sampling.model_for(loaded.config.model, batch)[0]
-    size = sampling.decoded_frames(model, decode, shape.size)[1]
+    model = _whole(loaded, batch, shape.size)[0]
+    size = sampling.decoded_frames(model, batch.decode, shape.size)[1]
     count = 1 + max(0, -(-(batch.num_frames - size) // shape.stride))
     return Windows(size=size, stride=shape.stride, count=count)
 

@@ -83,6 +83,15 @@ def test_anchors_that_share_nothing_are_windows_by_themselves(loaded, clip):
     np.testing.assert_array_equal(made(loaded, 200, how), found[..., :200])
 
 
+def test_sliding_windows_that_hear_nothing_are_windows_by_themselves(loaded, clip):
+    found = made(loaded, 250, stride=2.0)
+    alone = dataclasses.replace(batch_of(loaded, WINDOW), origin_B=np.full(2, 100, np.int32))
+    np.testing.assert_array_equal(found[..., :WINDOW], clip)
+    np.testing.assert_array_equal(
+        found[..., 100:200], sampling.run(loaded, alone, Execution()).codes_BKT
+    )
+
+
 def test_a_window_hears_what_is_there(loaded):
     """Sliding windows are continuations of what they begin with, with the law of edits."""
     found = made(loaded, 190, stride=1.2)
@@ -144,7 +153,7 @@ def test_what_comes_after_a_prompt_of_any_length(loaded):
 
 def test_plans_cover_clips():
     """Every frame is made once, within what its window hears, after what is beside it."""
-    for mode, lead in (("sliding", 0), ("anchors", 0), ("anchors", 30)):
+    for mode, lead in (("sliding", 0), ("anchors", 0), ("anchors", 30), ("anchors", 66)):
         gap = lead // 3
         shape = long.Shape(size=100, stride=60 if mode == "sliding" else 140 - lead - gap,
                            lead=lead, gap=gap)  # fmt: skip
@@ -159,6 +168,12 @@ def test_plans_cover_clips():
                     times_T[window.begin : window.end] += 1
             assert (times_T[:num_frames] == 1).all() and times_T.max() == 1
             assert len(rounds) <= 3 or mode == "sliding"
+            # Few shapes: calls have as many rows, and every row is in one of them.
+            for round_ in rounds:
+                calls = long._calls(round_, 7)
+                assert len({len(rows) for rows in calls}) == 1 and len(calls[0]) <= long.ROWS
+                found = {(clip, window.first) for rows in calls for clip, window in rows}
+                assert len(found) == 7 * len(round_.windows)
 
 
 def test_what_does_not_go_together(loaded):
@@ -166,7 +181,7 @@ def test_what_does_not_go_together(loaded):
     anchors, joined = LongConfig(mode="anchors"), LongConfig(mode="joint")
     for call, message in (
         (lambda: made(hybrid, 150, joined), "joint windows are for a MAGNeT"),
-        (lambda: made(loaded, 150, stride=2.0), "extend_stride must lie between 0 and 2 seconds"),
+        (lambda: made(loaded, 150, stride=2.1), "extend_stride must lie between 0 and 2 seconds"),
         (lambda: made(loaded, 150, anchors, 1.0), "must lie between 1.2 and 3.2 seconds"),
         (
             lambda: made(loaded, 150, joined,

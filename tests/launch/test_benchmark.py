@@ -27,6 +27,7 @@ from launch.benchmark import (
     tradeoff,
     training,
 )
+from launch.benchmark import long as longer
 from launch.benchmark.musicgen_peer import Peer as MusicgenPeer
 from launch.benchmark.torch_peer import Peer, check_device, sample_top_p, torch
 from launch.compile import flops
@@ -36,6 +37,7 @@ from magnet_jax.config import ASSETS, DecodeConfig, EditConfig, ModelConfig, Tex
 from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.convert.audiocraft import read_file
 from magnet_jax.errors import UserError
+from magnet_jax.evaluation import metrics
 from magnet_jax.train.flops import training_flops
 
 MAGNET = GOLDEN / "magnet_tiny"
@@ -495,6 +497,39 @@ def test_each_way_of_editing_differs_from_the_default_in_one_setting():
 def test_what_cannot_be_edited_is_named_before_a_model_is_loaded(given, named):
     with pytest.raises(UserError, match=named):
         options.Editing(**given)
+
+
+# --- clips longer than the window -----------------------------------------------------------------
+
+
+def test_a_cut_is_heard_as_a_seam_and_music_that_goes_on_is_not():
+    """A tone that changes its pitch at 1 s; and what is measured of its first and last second."""
+    rate, time_N = 16_000, np.arange(48_000) / 16_000
+    rng = np.random.default_rng(0)
+    wav_N = np.where(time_N < 1, np.sin(880 * np.pi * time_N), np.sin(1760 * np.pi * time_N))
+    wav_N = np.where(time_N < 1, wav_N, 0.5 * wav_N) + 0.01 * rng.normal(size=48_000)
+    unlike_T = longer.unlike(wav_N, rate, 1 / 50)
+    assert len(unlike_T) == 149 and unlike_T.argmax() == 49
+    piece = longer.Piece(np.zeros((4, 150), int), [50], 0.0, 0.0)
+    cut = longer.seams(wav_N, piece, rate, 50)
+    assert cut["seams"] == 1 and cut["beyond"] == 1 and cut["sigmas"] > 4
+    whole = longer.seams(wav_N, piece._replace(seams=[100, 120]), rate, 50)
+    assert whole["seams"] == 2 and whole["beyond"] == 0
+    drifted = longer.drift(wav_N, rate, rate, longer.tagger.load())
+    assert drifted["level"] == pytest.approx(6, abs=0.1) and drifted["key"] < 0.1  # an octave
+    assert drifted["tagger"] > 0.05
+    fifth_N = np.sin(1320 * np.pi * time_N)
+    assert 1 - metrics.cosine(longer.chroma(fifth_N, rate), longer.chroma(wav_N, rate)) > 0.9
+
+
+def test_borders_of_windows_lie_where_they_are_put_together():
+    model = SimpleNamespace(loaded=tiny.loaded_model(), generation=DecodeConfig())
+    found = {way: longer.borders(model, how, 250) for way, how in longer.WAYS.items()}
+    assert found["sliding"] == found["sliding, rate"] == [100, 160, 220]
+    assert found["anchors"] == [100, 138, 199, 237] and found["joint"][:3] == [51, 102, 153]
+    assert options.Long(ways=("joint",)).ways == ("joint",)
+    with pytest.raises(UserError, match="--ways must be some of: sliding; "):
+        options.Long(ways=("wavy",))
 
 
 # --- loops ----------------------------------------------------------------------------------------
