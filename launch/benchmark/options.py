@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from launch.benchmark import report
-from magnet_jax.arguments import Between, Count, Seconds, check_fields
+from magnet_jax.arguments import Between, Count, Seconds, Seed, check_fields
 from magnet_jax.config import ASSETS, EMBEDDED, ComputeDtype, Preset, RescoreConfig
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import check_new_file
@@ -228,3 +228,42 @@ class Editing:
             raise UserError("--steps must be numbers of at least 1")
         report.check_parent("--json", self.json)
         check_new_file("--picture", self.picture, (".png", ".pdf", ".svg"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Whether blends, texts over time and negative texts do what they say, and what they cost."""
+
+    checkpoint: str | Path = "demo"
+    """A MAGNeT, as for launch.sample."""
+    texts: tuple[str, str] = (
+        "A moderate melody played on the harpsichord",
+        "A moderate melody played on the flute",
+    )
+    """Two texts that name a tag of the tagger each."""
+    neither: str = "A moderate melody"
+    """A text that names neither."""
+    shares: tuple[Annotated[float, Between(0, 1)], ...] = (0.25, 0.5, 0.75)
+    """Shares of the second text in blends, rising."""
+    clips: Annotated[Count, Between(4, 1024)] = 16
+    """Clips of each row, and of each text for the probe."""
+    seconds: Annotated[float, Between(6, 600)] = 6.0
+    """Length of a clip; a text over time changes in its middle."""
+    fade: Annotated[float, Between(0, 60)] = 0.5
+    """Seconds in which it does."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default the paper's."""
+    batch_size: Count = 8
+    """Clips at once."""
+    seed: Seed = 0
+    """Of the clips and of the intervals."""
+    costs: bool = True
+    """Count FLOPs as well, which compiles a few programs more."""
+    json: Path | None = None
+    """File for all figures."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+        if list(self.shares) != sorted(set(self.shares)):
+            raise UserError("--shares must rise")
+        report.check_parent("--json", self.json)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magnet_jax import arguments, programs
+from magnet_jax import arguments, programs, prompts
 from magnet_jax.arguments import Seed
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.codec import decoding as audio
@@ -45,6 +45,7 @@ from magnet_jax.decode.tokens_of_text import Text, TextPadLen, tokenize_texts
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 from magnet_jax.model.kernels import choose_kernels
+from magnet_jax.prompts import Description
 
 
 class Generated(NamedTuple):
@@ -114,7 +115,7 @@ def frame_bucket(num_frames: int, usual: int, multiple: int) -> int:
 
 def generate(
     loaded: Loaded,
-    texts: Sequence[str],
+    texts: Sequence[Description],
     *,
     num_frames: int,
     decoding: SamplingConfig,
@@ -132,7 +133,8 @@ def generate(
 
     Args:
       loaded: the model.
-      texts: descriptions; an empty one is generated without text.
+      texts: descriptions; an empty one is generated without text. Those of a part of a longer
+        clip are `prompts.within` it.
       num_frames: frames of a clip, the given ones included.
       decoding: schedule and sampling, of the model's kind.
       seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
@@ -225,7 +227,7 @@ def stride_of_clip(
 
 def generate_in_windows(
     loaded: Loaded,
-    texts: Sequence[str],
+    texts: Sequence[Description],
     *,
     num_frames: int,
     stride_seconds: float,
@@ -259,7 +261,7 @@ def generate_in_windows(
         frames = min(window, num_frames - start)
         generated_BKT = generate(
             loaded,
-            texts,
+            [prompts.within(text, start / rate, (start + frames) / rate) for text in texts],
             num_frames=frames,
             # each window has random numbers of its own
             first_sample=first_sample + number * _SAMPLES,
@@ -318,8 +320,8 @@ def make_program(
         audio_frames=num_frames if exact else None, num_frames=bucket, platform=platform, mesh=mesh,
     )  # fmt: skip
     text = batch.text
-    if not text.mask_BS.any() and mesh is None and sampler.skips_null_text:
-        text = Text(*(x[:0] for x in text))
+    if not text.any and mesh is None and sampler.skips_null_text:
+        text = jax.tree.map(lambda x: x[:0], text)
     count = len(batch.sample_B)
     idle = -count % shards["data"]
 
@@ -331,7 +333,7 @@ def make_program(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
-        text=Text(*map(fill, text)) if mesh is not None else text,
+        text=jax.tree.map(fill, text) if mesh is not None else text,
         canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
         keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
         schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
@@ -398,7 +400,7 @@ def _make_sampler(
     shards = mesh.shape["frames"] if mesh else 1
     dtype = precision.compute_dtype(loaded.config, platform)
     savings = execution.savings
-    guided = schedules.guided_steps(decode, bool(batch.text.mask_BS.any()))
+    guided = schedules.guided_steps(decode, batch.text.any)
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
     reach = model.num_layers * model.local_context or None
@@ -501,7 +503,7 @@ def _beginning(
         num_frames=first_frames,
         whole=first_frames == num_frames,
         choice=choice,
-        guided=bool(batch.text.mask_BS.any()) and how.guidance != 1,
+        guided=batch.text.any and how.guidance != 1,
         apart=platform == "cpu",
     )
     numbers = (how.temperature, limit, how.guidance)
