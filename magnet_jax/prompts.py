@@ -231,6 +231,20 @@ def texts_in(found: Iterable[Section]) -> list[str]:
     return list(dict.fromkeys(text for section in found for text, _ in section.parts))
 
 
+def changes(description: Description) -> bool:
+    """Whether there is more than one text or blend over time."""
+    if isinstance(description, str):
+        return False
+    return len(description.sections) > 1 or len(description.negatives) > 1
+
+
+def in_words(description: Description) -> str:
+    """The texts of a description in a row, without what it is not to be."""
+    if isinstance(description, str):
+        return description
+    return ", ".join(filter(None, texts_in(description.sections)))
+
+
 def all_texts(description: Description) -> list[str]:
     """Every text of a description, negative ones included."""
     if isinstance(description, str):

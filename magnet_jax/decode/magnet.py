@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from magnet_jax.config import KernelConfig, ModelConfig
 from magnet_jax.decode import parallel, tokens_of_text
 from magnet_jax.decode.parallel import Network
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import transformer
@@ -42,6 +43,7 @@ def guided_network(
     *,
     kernels: KernelConfig,
     length: jax.Array | int | None = None,
+    ring: Ring | None = None,
     savings: Savings = ALL_SAVINGS,
     guidance_axis: str | None = None,
     frames_axis: str | None = None,
@@ -50,9 +52,10 @@ def guided_network(
     """The transformer as `parallel.decode` wants it.
 
     Args:
-      num_frames: of a whole clip.
+      num_frames: of a whole clip, or of the longest line of a ring's frames that is heard.
       kernels: from `kernels.choose_kernels`.
-      length: frames that exist; all by default.
+      length: frames that exist, all by default; of a ring, its frames.
+      ring: how the clip is heard whose last frame leads to its first.
       savings: see `Savings`; of them `null_text` is the network's.
       guidance_axis: mesh axis of two devices, of which the second computes the rows without text.
       frames_axis: mesh axis over which the frames are split.
@@ -69,7 +72,7 @@ def guided_network(
     null_rows = transformer.with_null_rows(text, negative)
     null_text = savings.null_text and config.null_text_adds_nothing and negative is None
 
-    def trunk(codes_BKT, *, stage, local, guided, first_B):
+    def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T=None):
         rows_text = text
         if guided and guidance_axis is not None:
             here = jax.lax.axis_index(guidance_axis) == 0
@@ -86,7 +89,12 @@ def guided_network(
         near = config.context(local) is not None  # a model may see everything at all stages
         attend = with_kernels(kernels, near=near)
         positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
-        if first_B is not None:
+        if ring is not None:
+            positions_BTD = positions_BTD[:, :num_frames]
+            rows_text = rows_text.at(frame_1T)
+            if ring.around[local]:
+                attend = functools.partial(attend, around=length)
+        elif first_B is not None:
             frame_BT = first_B[:, None] + jnp.arange(num_frames)[None]
             positions_BTD = position_TD[frame_BT]
             rows_text = rows_text.at(frame_BT[: len(rows_text.mask_BS)])
@@ -116,6 +124,39 @@ def guided_network(
     return Network(trunk, head)
 
 
+def read_texts(
+    config: ModelConfig,
+    params: dict,
+    text_states: TextStates,
+    task: parallel.Task,
+    *,
+    dtype: jnp.dtype,
+) -> tuple[transformer.TextKeys, transformer.TextKeys | None]:
+    """What the network of a task needs of its texts, and of negative ones."""
+    num_frames = task.canvas.codes_BKT.shape[-1]
+    return tokens_of_text.read(
+        transformer.bind(config, params), text_states, num_frames, dtype=dtype
+    )
+
+
+def network_of_task(
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    task: parallel.Task,
+    rules: parallel.Rules,
+    **how,
+) -> Network:
+    """`guided_network`, whose other arguments are `how`, for what is decoded."""
+    num_frames, length = task.canvas.codes_BKT.shape[-1], task.length
+    if rules.ring is not None:
+        num_frames, length = max(num_frames, rules.ring.window), task.end
+    return guided_network(
+        config, params, text, num_frames, length=length, ring=rules.ring,
+        frames_axis=rules.frames_axis, **how,
+    )  # fmt: skip
+
+
 @transformer.exact_products
 def generate(
     params: dict,
@@ -136,11 +177,9 @@ def generate(
     text. The numbers of `schedule` may change without a new program. For the other arguments see
     `guided_network` and `parallel.decode`.
     """
-    num_frames = task.canvas.codes_BKT.shape[-1]
-    model = transformer.bind(config, params)
-    text, negative = tokens_of_text.read(model, text_states, num_frames, dtype=dtype)
-    network = guided_network(
-        config, params, text, num_frames, kernels=kernels, length=task.length, savings=savings,
-        guidance_axis=guidance_axis, frames_axis=rules.frames_axis, negative=negative,
+    text, negative = read_texts(config, params, text_states, task, dtype=dtype)
+    network = network_of_task(
+        config, params, text, task, rules, kernels=kernels, savings=savings,
+        guidance_axis=guidance_axis, negative=negative,
     )  # fmt: skip
     return parallel.decode(network, rules, task, schedule)

@@ -57,7 +57,7 @@ class Inputs(NamedTuple):
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
     schedule: tuple[Schedule, ...]
-    limit: jax.Array  # see `choose.choose_token`
+    limit: jax.Array  # see `choose.choose_token`; one for all clips, or [B]
     length: jax.Array | None  # frames in whole spans, where those are fewer than T
     audio_length: jax.Array | None  # frames of the audio, likewise
     beginning: autoregressive.Sampling | None  # of clips that begin one step after another
@@ -99,17 +99,7 @@ class Sampler:
     def __call__(self, inputs: Inputs) -> Sampled:
         """From the tokens of texts to tokens of audio, and to audio; on one device of the mesh."""
         states = tokens_of_text.encode(inputs.t5, self.t5, inputs.text, dtype=self.dtype)
-        task = parallel.Task(
-            canvas=inputs.canvas,
-            keys_B=inputs.keys_B,
-            limit=inputs.limit,
-            length=inputs.length,
-            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
-            rescoring=self._rescoring(inputs),
-            first_B=inputs.first_B,
-            min_guidance=inputs.min_guidance,
-            replayed_BKT=inputs.replayed_BKT,
-        )
+        task = self.task(inputs)
         how = {"config": self.model, "rules": self.rules, "savings": self.savings}
         how["dtype"] = self.dtype
         if self.beginning is None:
@@ -138,15 +128,30 @@ class Sampler:
             )
         return Sampled(*decoded, wav_BCN)
 
+    def task(self, inputs: Inputs) -> parallel.Task:
+        """What is decoded."""
+        return parallel.Task(
+            canvas=inputs.canvas,
+            keys_B=inputs.keys_B,
+            limit=inputs.limit,
+            length=inputs.length,
+            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
+            rescoring=self._rescoring(inputs),
+            first_B=inputs.first_B,
+            min_guidance=inputs.min_guidance,
+            replayed_BKT=inputs.replayed_BKT,
+        )
+
     def _rescoring(self, inputs: Inputs) -> parallel.Rescoring | None:
         """The whole rescorer on every device: of its axes a mesh splits it by 'data' alone."""
         if self.read_rescorer is None:
             return None
+        ring = self.rules.ring
         probabilities = self.read_rescorer(
             inputs.rescorer,
             inputs.rescorer_texts,
-            num_frames=inputs.canvas.codes_BKT.shape[-1],
-            length=inputs.length,
+            num_frames=ring.window if ring else inputs.canvas.codes_BKT.shape[-1],
+            length=None if ring else inputs.length,
         )
         return parallel.Rescoring(probabilities, inputs.rescorer_weight)
 

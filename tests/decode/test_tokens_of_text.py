@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 
-from magnet_jax.config import AutoregressiveConfig, SamplingMeshConfig
+from magnet_jax.config import AutoregressiveConfig, EditConfig, SamplingMeshConfig
 from magnet_jax.decode import magnet, rescore, sampling, tokens_of_text
 from magnet_jax.decode.magnet import NO_SAVINGS
 from magnet_jax.decode.placement import Execution
 from magnet_jax.decode.tokens_of_text import tokenize_texts
+from magnet_jax.errors import UserError
 from magnet_jax.model import transformer
 from magnet_jax.model.kernels import choose_kernels
 from magnet_jax.prompts import Prompt
@@ -118,6 +119,15 @@ def test_frames_are_steered_by_the_text_of_their_time():
         np.testing.assert_allclose(found[: change - reach], jig[: change - reach], atol=1e-5)
         np.testing.assert_allclose(found[change + reach :], harp[change + reach :], atol=1e-5)
         assert abs(found - jig)[change - reach : change].max() > 1e-4  # (so the test bites)
+    # On a line that begins at another frame of a ring, each place has its frame's shares.
+    model = loaded()
+    tokens = tokenize_texts(model, [OVER_TIME, "a waltz"])
+    states = tokens_of_text.encode(model.t5_params, model.t5_config, tokens, dtype=jnp.float32)
+    bound = transformer.bind(model.config.model, model.params["lm"])
+    keys, _ = tokens_of_text.read(bound, states, FRAMES, dtype=jnp.float32)
+    place_1W = (np.arange(FRAMES) + 40)[None] % FRAMES
+    shares_WG = keys.at(jnp.asarray(place_1W)).weight_BTG[0]
+    np.testing.assert_array_equal(shares_WG[:, 0], place_1W[0] < change)
     # Of a part of the clip, likewise.
     part = logits(["a waltz", text], local=True, first=20, frames=30)[0][1]
     np.testing.assert_allclose(part[reach:-reach], found[20 + reach : 50 - reach], atol=1e-5)
@@ -137,8 +147,20 @@ def test_clips_do_not_depend_on_their_neighbours_nor_on_the_devices():
     np.testing.assert_array_equal(generate([RICH[1]], first_sample=1)[0], expected[1])
     assert len({row.tobytes() for row in expected}) == 4
     mesh = SamplingMeshConfig(data=2, guidance=2, frames=2)
-    for execution in (Execution(mesh=mesh), Execution(savings=NO_SAVINGS)):
+    in_segments = Execution(between=lambda progress: None)
+    for execution in (Execution(mesh=mesh), Execution(savings=NO_SAVINGS), in_segments):
         np.testing.assert_array_equal(generate(RICH, execution=execution), expected)
+
+
+def test_loops_have_texts_that_come_round_again():
+    ring = {"editing": EditConfig(ring=True)}
+    found = generate(RICH, **ring)
+    np.testing.assert_array_equal(generate([RICH[1]], first_sample=1, **ring)[0], found[1])
+    turned = Prompt([(0, "a harp"), (0.6, "a jig")], negative="a drum", fade=0)
+    assert (generate([turned, *RICH[1:]], **ring)[0] != found[0]).any()
+    other = rescore.from_model(loaded(), loaded())
+    with pytest.raises(UserError, match="leave out the rescorer, or give each loop one text"):
+        generate([OVER_TIME], rescorer=other, **ring)
 
 
 @pytest.mark.parametrize("kind", ["musicgen", "hybrid"])
