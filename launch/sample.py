@@ -426,11 +426,9 @@ def _write(
         wav_CN, loudness = closing.levelled(wav_CN, rate, wanted)
     about = settings | {"reached_lufs": loudness}
     told = {name: settings[name] for name in ("seed", "sample", "parameters", "decode")}
-    info = {
-        "title": prompts.in_words(prompts.from_json(settings["prompt"])),
-        "software": "magnet_jax",
-        "comment": json.dumps(told),
-    }
+    text = prompts.from_json(settings["prompt"])
+    title = prompts.in_words(text)
+    info = {"title": title, "software": "magnet_jax", "comment": json.dumps(told)}
     content = looping.encoded(wav, wav_CN, rate, length, info)
     about["sha256"] = hashlib.sha256(content).hexdigest()
     tokens = kept.encoded(
