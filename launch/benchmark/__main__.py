@@ -12,6 +12,8 @@ from launch.benchmark.options import (
     Decode,
     Editing,
     Loader,
+    Long,
+    Loops,
     Texts,
     Tokenize,
     Tradeoff,
@@ -29,6 +31,8 @@ MODULES = {
     Tradeoff: "tradeoff",
     Editing: "editing",
     Texts: "steering",
+    Loops: "loops",
+    Long: "long",
 }
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
@@ -39,6 +43,8 @@ Command = (
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
     | Annotated[Texts, tyro.conf.subcommand("text")]
+    | Annotated[Loops, tyro.conf.subcommand("loops")]
+    | Annotated[Long, tyro.conf.subcommand("long")]
 )
 
 

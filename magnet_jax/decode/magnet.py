@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import KernelConfig, ModelConfig
-from magnet_jax.decode import parallel, tokens_of_text
+from magnet_jax.decode import joint, parallel, tokens_of_text
 from magnet_jax.decode.parallel import Network
 from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.schedule import Schedule
@@ -129,6 +129,7 @@ def read_texts(
     params: dict,
     text_states: TextStates,
     task: parallel.Task,
+    rules: parallel.Rules,
     *,
     dtype: jnp.dtype,
 ) -> tuple[transformer.TextKeys, transformer.TextKeys | None]:
@@ -151,10 +152,13 @@ def network_of_task(
     num_frames, length = task.canvas.codes_BKT.shape[-1], task.length
     if rules.ring is not None:
         num_frames, length = max(num_frames, rules.ring.window), task.end
-    return guided_network(
+    if rules.windows is not None:
+        num_frames = rules.windows.size
+    network = guided_network(
         config, params, text, num_frames, length=length, ring=rules.ring,
         frames_axis=rules.frames_axis, **how,
     )  # fmt: skip
+    return network if rules.windows is None else joint.joined(network, rules.windows)
 
 
 @transformer.exact_products
@@ -174,10 +178,10 @@ def generate(
     """From text encoder states to tokens; to be traced.
 
     A row without any token of text is generated unconditionally; of no rows at all, no clip has a
-    text. The numbers of `schedule` may change without a new program. For the other arguments see
-    `guided_network` and `parallel.decode`.
+    text. The numbers of `schedule` may change without a new program. Of windows that share a canvas
+    each has a row of text. For the other arguments see `guided_network` and `parallel.decode`.
     """
-    text, negative = read_texts(config, params, text_states, task, dtype=dtype)
+    text, negative = read_texts(config, params, text_states, task, rules, dtype=dtype)
     network = network_of_task(
         config, params, text, task, rules, kernels=kernels, savings=savings,
         guidance_axis=guidance_axis, negative=negative,

@@ -48,7 +48,7 @@ class Carry(NamedTuple):
 
     codes_BKT: jax.Array
     score_BU: jax.Array  # see `parallel.State`
-    free_B: jax.Array
+    free_BG: jax.Array
 
 
 def in_segments(sampler: Sampler) -> bool:
@@ -138,8 +138,8 @@ def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[Texts, Carry]:
     codes_BKT, given_BKT = inputs.canvas
     codes_BKT = jnp.where(given_BKT, codes_BKT, rules.mask_id)
     state = parallel.start(rules, task, 0)
-    texts = read(sampler.model, inputs.lm, states, task, dtype=dtype)
-    return texts, Carry(codes_BKT, state.score_BU, state.free_B)
+    texts = read(sampler.model, inputs.lm, states, task, rules, dtype=dtype)
+    return texts, Carry(codes_BKT, state.score_BU, state.free_BG)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "local"), donate_argnames="carry")
@@ -187,7 +187,7 @@ def _advance(inputs, task, texts, carry, rows, kinds_S, *, sampler, local, dtype
         if task.rescoring is not None:
             ended = (kind == LAST) | (kind == ONLY)
             codes_BKT = jnp.where(ended, parallel.checked(rules, state), codes_BKT)
-        return Carry(codes_BKT, state.score_BU, state.free_B), hidden_BT
+        return Carry(codes_BKT, state.score_BU, state.free_BG), hidden_BT
 
     return jax.lax.scan(take, carry, (rows, kinds_S))
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from magnet_jax.config import AutoregressiveConfig, EditConfig, SamplingMeshConfig
-from magnet_jax.decode import magnet, rescore, sampling, tokens_of_text
+from magnet_jax.decode import long, magnet, rescore, sampling, tokens_of_text
 from magnet_jax.decode.magnet import NO_SAVINGS
 from magnet_jax.decode.placement import Execution
 from magnet_jax.decode.tokens_of_text import tokenize_texts
@@ -131,6 +131,26 @@ def test_frames_are_steered_by_the_text_of_their_time():
     # Of a part of the clip, likewise.
     part = logits(["a waltz", text], local=True, first=20, frames=30)[0][1]
     np.testing.assert_allclose(part[reach:-reach], found[20 + reach : 50 - reach], atol=1e-5)
+
+
+def test_windows_of_longer_clips_have_their_part_of_the_whole():
+    two = Prompt([(0, "a"), (0.5, "b"), (0.8, "c")], negative=[(0, "d"), (0.7, "e")], fade=0.2)
+    text = tokenize_texts(loaded(), ["a waltz", two])
+    clip_R, first_R = np.array([0, 1, 1]), np.array([10, 0, 25], np.int32)
+    windows = long.texts_of_windows(text, clip_R, first_R, 30)
+    assert jax.tree.structure(windows) == jax.tree.structure(text)
+
+    def shares(text, row, frames):
+        knot_P, weight_PG = (x[row] for x in text.shares)
+        return np.stack([np.interp(frames, knot_P, weight_P) for weight_P in weight_PG.T])
+
+    for one, whole in ((windows, text), (windows.negative, text.negative)):
+        for row, (clip, first) in enumerate(zip(clip_R, first_R)):
+            np.testing.assert_array_equal(one.ids_BS[row], whole.ids_BS[clip])
+            np.testing.assert_allclose(
+                shares(one, row, np.arange(30)), shares(whole, clip, first + np.arange(30)),
+                atol=1e-6,
+            )  # fmt: skip
 
 
 RICH = [
