@@ -204,8 +204,8 @@ def description_of(args: Options) -> Description | None:
 
 def text_of(args: Options, clip: "Clip") -> Description:
     """The text that a clip was edited with."""
-    own, given = prompts.later(clip.text, getattr(args, "before", 0.0)), description_of(args)
-    return own if given is None else prompts.completed(given, own)
+    given = description_of(args)
+    return clip.text if given is None else prompts.completed(given, clip.text)
 
 
 def files_of(args: Options) -> list[Path]:

@@ -45,10 +45,10 @@ def generate(
     """
     num_steps = patterns.num_steps(task.canvas.codes_BKT.shape[-1], config.delays)
     model = transformer.bind(config, params)
-    text, negative = tokens_of_text.read(model, text_states, num_steps, dtype=dtype)
+    text = tokens_of_text.read(model, text_states, num_steps, dtype=dtype)
     both = text  # rows with text and, where these count, rows without
-    if negative is not None or not (savings.null_text and config.null_text_adds_nothing):
-        both = transformer.with_null_rows(text, negative)
+    if text.negative is not None or not (savings.null_text and config.null_text_adds_nothing):
+        both = transformer.with_null_rows(text)
     # Both halves read one cache, and either may want the rows without text.
     guided = beginning.guided or (rules.guided != "none" and not beginning.whole)
     num_first = beginning.num_steps(config.delays) - beginning.num_known_steps

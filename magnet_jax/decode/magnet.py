@@ -47,7 +47,6 @@ def guided_network(
     savings: Savings = ALL_SAVINGS,
     guidance_axis: str | None = None,
     frames_axis: str | None = None,
-    negative: transformer.TextKeys | None = None,
 ) -> Network:
     """The transformer as `parallel.decode` wants it.
 
@@ -59,7 +58,6 @@ def guided_network(
       savings: see `Savings`; of them `null_text` is the network's.
       guidance_axis: mesh axis of two devices, of which the second computes the rows without text.
       frames_axis: mesh axis over which the frames are split.
-      negative: what the rows without text have in its place.
     """
     # One array for all uses: as constants they would be in the program once a use.
     position_TD = jnp.asarray(transformer.sinusoids(num_frames, config.width))
@@ -69,7 +67,8 @@ def guided_network(
 
     # The general path. A model with biases in attention takes it whatever may be saved: to it, no
     # text is something. With norms of queries and keys alone the values of no text are still zeros.
-    null_rows = transformer.with_null_rows(text, negative)
+    null_rows, negative = transformer.with_null_rows(text), text.negative
+    text = text._replace(negative=None)
     null_text = savings.null_text and config.null_text_adds_nothing and negative is None
 
     def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T=None):
@@ -132,8 +131,8 @@ def read_texts(
     rules: parallel.Rules,
     *,
     dtype: jnp.dtype,
-) -> tuple[transformer.TextKeys, transformer.TextKeys | None]:
-    """What the network of a task needs of its texts, and of negative ones."""
+) -> transformer.TextKeys:
+    """What the network of a task needs of its texts."""
     num_frames = task.canvas.codes_BKT.shape[-1]
     return tokens_of_text.read(
         transformer.bind(config, params), text_states, num_frames, dtype=dtype
@@ -181,9 +180,9 @@ def generate(
     text. The numbers of `schedule` may change without a new program. Of windows that share a canvas
     each has a row of text. For the other arguments see `guided_network` and `parallel.decode`.
     """
-    text, negative = read_texts(config, params, text_states, task, rules, dtype=dtype)
+    text = read_texts(config, params, text_states, task, rules, dtype=dtype)
     network = network_of_task(
         config, params, text, task, rules, kernels=kernels, savings=savings,
-        guidance_axis=guidance_axis, negative=negative,
+        guidance_axis=guidance_axis,
     )  # fmt: skip
     return parallel.decode(network, rules, task, schedule)

@@ -138,7 +138,7 @@ def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
 @transformer.exact_products
 def _read_text(
     params: dict, text: Text, num_frames: int, *, reading: _Reading, dtype: jnp.dtype
-) -> tuple[transformer.TextKeys, transformer.TextKeys | None]:
+) -> transformer.TextKeys:
     """`tokens_of_text.read` by the rescorer, through its own text encoder."""
     states = tokens_of_text.encode(params["text"], reading.t5_config, text, dtype=dtype)
     model = transformer.bind(reading.model, params["lm"])
@@ -165,9 +165,9 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
         # Past `length` the candidate has mask ids, which is what steps without a code hold anyway.
         # As many as generation takes: up to the last frame of the most delayed codebook.
         num_steps = patterns.num_steps(num_frames, config.delays) - 1
-        keys, negative = _read_text(params, text, num_steps, reading=reading, dtype=reading.dtype)
-        if reading.guided and (negative is not None or not config.null_text_adds_nothing):
-            keys = transformer.with_null_rows(keys, negative)
+        keys = _read_text(params, text, num_steps, reading=reading, dtype=reading.dtype)
+        if reading.guided and (keys.negative is not None or not config.null_text_adds_nothing):
+            keys = transformer.with_null_rows(keys)
         positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
@@ -200,11 +200,10 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
         kernels = choose_kernels(
             reading.kernels, reading.platform, config, num_frames, reading.dtype
         )
-        keys, negative = _read_text(params, text, num_frames, reading=reading, dtype=reading.dtype)
+        keys = _read_text(params, text, num_frames, reading=reading, dtype=reading.dtype)
         network = magnet.guided_network(
-            config, params["lm"], keys, num_frames, kernels=kernels, length=length,
-            negative=negative,
-        )  # fmt: skip
+            config, params["lm"], keys, num_frames, kernels=kernels, length=length
+        )
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
             token_BT = codebook(codes_BKT, stage)

@@ -105,13 +105,13 @@ def run(
     # Programs of tokens are the same whatever becomes of them.
     tokens = dataclasses.replace(sampler, codec=None)
     given = inputs._replace(t5=None, codec=None, schedule=(), text=None)
-    texts, carry = call(begin, inputs._replace(codec=None, schedule=()), sampler=tokens)
+    text, carry = call(begin, inputs._replace(codec=None, schedule=()), sampler=tokens)
     parts = list(segments_of(inputs.schedule, sampler))
     total = sum(int((kinds > NO_STEP).sum()) for _, _, kinds in parts)
     done, hidden = 0, []
     for local, rows, kinds in parts:
         carry, hidden_SBT = call(
-            advance, given, texts, carry, rows, kinds, sampler=tokens, local=local
+            advance, given, text, carry, rows, kinds, sampler=tokens, local=local
         )
         steps = int((kinds > NO_STEP).sum())
         done += steps
@@ -126,11 +126,8 @@ def run(
     return Sampled(carry.codes_BKT, np.concatenate([np.asarray(x) for x in hidden]), wav_BCN)
 
 
-Texts = tuple[transformer.TextKeys, transformer.TextKeys | None]  # and negative ones
-
-
 @functools.partial(jax.jit, static_argnames="sampler")
-def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[Texts, Carry]:
+def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[transformer.TextKeys, Carry]:
     """What all steps need of the texts, and the canvas before the first one."""
     rules, task, dtype = sampler.rules, sampler.task(inputs), sampler.dtype
     states = tokens_of_text.encode(inputs.t5, sampler.t5, inputs.text, dtype=dtype)
@@ -138,14 +135,14 @@ def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[Texts, Carry]:
     codes_BKT, given_BKT = inputs.canvas
     codes_BKT = jnp.where(given_BKT, codes_BKT, rules.mask_id)
     state = parallel.start(rules, task, 0)
-    texts = read(sampler.model, inputs.lm, states, task, rules, dtype=dtype)
-    return texts, Carry(codes_BKT, state.score_BU, state.free_BG)
+    text = read(sampler.model, inputs.lm, states, task, rules, dtype=dtype)
+    return text, Carry(codes_BKT, state.score_BU, state.free_BG)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "local"), donate_argnames="carry")
 def advance(
     inputs: Inputs,
-    texts: Texts,
+    text: transformer.TextKeys,
     carry: Carry,
     rows: Schedule,
     kinds_S: jax.Array,
@@ -155,15 +152,15 @@ def advance(
 ) -> tuple[Carry, jax.Array]:
     """The steps of a segment; and True [S, B, T] where each of them predicted."""
     how = {"sampler": sampler, "local": local, "dtype": sampler.dtype}
-    return _advance(inputs, sampler.task(inputs), texts, carry, rows, kinds_S, **how)
+    return _advance(inputs, sampler.task(inputs), text, carry, rows, kinds_S, **how)
 
 
 @transformer.exact_products
-def _advance(inputs, task, texts, carry, rows, kinds_S, *, sampler, local, dtype):
+def _advance(inputs, task, text, carry, rows, kinds_S, *, sampler, local, dtype):
     rules, (batch, _, num_frames) = sampler.rules, task.canvas.codes_BKT.shape
     network = magnet.network_of_task(
-        sampler.model, inputs.lm, texts[0], task, rules, kernels=sampler.kernels,
-        savings=sampler.savings, negative=texts[1],
+        sampler.model, inputs.lm, text, task, rules, kernels=sampler.kernels,
+        savings=sampler.savings,
     )  # fmt: skip
 
     def take(carry: Carry, row_and_kind: tuple[Schedule, jax.Array]) -> tuple[Carry, jax.Array]:

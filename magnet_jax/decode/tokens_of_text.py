@@ -155,17 +155,15 @@ def encode(params: dict, config: t5.T5Config, text: Text, *, dtype: jnp.dtype) -
     return TextStates(states, text.mask_BS, text.num_zero_keys_B, text.shares, negative)
 
 
-def read(
-    model: Transformer, text: TextStates, num_frames: int, *, dtype: jnp.dtype
-) -> tuple[TextKeys, TextKeys | None]:
-    """What cross-attention needs of texts, and of negative ones if there are any. To be traced.
+def read(model: Transformer, text: TextStates, num_frames: int, *, dtype: jnp.dtype) -> TextKeys:
+    """What cross-attention needs of texts. To be traced.
 
     `num_frames` are those of a clip, or the steps of a model that predicts the next one, of which
     number t predicts frame t of the first codebook.
     """
-    negative = text.negative and read(model, text.negative, num_frames, dtype=dtype)[0]
+    negative = text.negative and read(model, text.negative, num_frames, dtype=dtype)
     if text.shares is None:
-        return model.read_text(*text[:3], dtype=dtype), negative
+        return model.read_text(*text[:3], dtype=dtype)._replace(negative=negative)
     batch, groups = text.mask_BS.shape[:2]
     rows = (x.reshape(batch * groups, *x.shape[2:]) for x in text[:3])
     keys = model.read_text(*rows, dtype=dtype)
@@ -173,4 +171,4 @@ def read(
     at = jax.vmap(jnp.interp, (None, None, 1), 1)  # of all texts,
     at = jax.vmap(at, (None, 0, 0))  # and of all clips
     weight_BTG = at(jnp.arange(num_frames, dtype=jnp.float32), *text.shares)
-    return TextKeys(key, value, text.mask_BS, text.num_zero_keys_B, weight_BTG), negative
+    return TextKeys(key, value, text.mask_BS, text.num_zero_keys_B, weight_BTG, negative)

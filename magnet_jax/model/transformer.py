@@ -20,7 +20,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +57,8 @@ class TextKeys(NamedTuple):
     weight_BTG: jax.Array | None = None
     """Where rows have G texts each, how much each counts in each frame. Then there are [L, B, G, S]
     keys, a mask [B, G, S], and zero keys [B, G]."""
+    negative: Optional["TextKeys"] = None
+    """What guidance leads away from in place of no text, in the same shapes."""
 
     def at(self, frame_BT: jax.Array) -> "TextKeys":
         """The same for other frames than all, of each row or (B = 1) of all rows."""
@@ -67,17 +69,18 @@ class TextKeys(NamedTuple):
         return self._replace(weight_BTG=weight_BTG)
 
 
-def with_null_rows(text: TextKeys, negative: TextKeys | None = None) -> TextKeys:
-    """The rows of `text`, then those of `negative`, by default as many without text.
+def with_null_rows(text: TextKeys) -> TextKeys:
+    """The rows of `text`, then as many of its negative one, or without text.
 
-    Those have keys, of which none counts.
+    Those without have keys, of which none counts.
     """
+    negative = text.negative
     if negative is None:
         negative = text._replace(
             mask_BS=jnp.zeros_like(text.mask_BS),
             num_zero_keys_B=jnp.zeros_like(text.num_zero_keys_B),
         )
-    (keys, rows), (more_keys, more_rows) = ((x[:2], x[2:]) for x in (text, negative))
+    (keys, rows), (more_keys, more_rows) = ((x[:2], x[2:5]) for x in (text, negative))
     return TextKeys(
         *(jnp.concatenate(both, axis=1) for both in zip(keys, more_keys)),
         *jax.tree.map(lambda *both: jnp.concatenate(both), rows, more_rows),
@@ -316,7 +319,7 @@ class Block(nnx.Module):
             return x_BTD
         query_BTNH = self.cross_attn.to_query(self.norm_cross_attn(x_BTD[:num_texts]))
         zero_11NH = self.cross_attn.key_value_of_zeros(x_BTD.dtype)
-        *keys, weight_BTG = text
+        *keys, weight_BTG, _ = text
         if weight_BTG is None:
             attended = cross_attention(query_BTNH, *keys, zero_11NH)
         else:

@@ -49,10 +49,8 @@ def logits(texts, *, local=False, first=0, frames=FRAMES):
     def run(params, t5_params, text, codes_BKT):
         states = tokens_of_text.encode(t5_params, model.t5_config, text, dtype=jnp.float32)
         bound = transformer.bind(config, params)
-        keys, negative = tokens_of_text.read(bound, states, FRAMES, dtype=jnp.float32)
-        network = magnet.guided_network(
-            config, params, keys, FRAMES, kernels=kernels, negative=negative
-        )
+        keys = tokens_of_text.read(bound, states, FRAMES, dtype=jnp.float32)
+        network = magnet.guided_network(config, params, keys, FRAMES, kernels=kernels)
         how = {"local": local, "guided": True, "first_B": first_B}
         found = network.trunk(codes_BKT, stage=int(local), **how)
         return network.head(found, int(local), guided=True)
@@ -124,7 +122,7 @@ def test_frames_are_steered_by_the_text_of_their_time():
     tokens = tokenize_texts(model, [OVER_TIME, "a waltz"])
     states = tokens_of_text.encode(model.t5_params, model.t5_config, tokens, dtype=jnp.float32)
     bound = transformer.bind(model.config.model, model.params["lm"])
-    keys, _ = tokens_of_text.read(bound, states, FRAMES, dtype=jnp.float32)
+    keys = tokens_of_text.read(bound, states, FRAMES, dtype=jnp.float32)
     place_1W = (np.arange(FRAMES) + 40)[None] % FRAMES
     shares_WG = keys.at(jnp.asarray(place_1W)).weight_BTG[0]
     np.testing.assert_array_equal(shares_WG[:, 0], place_1W[0] < change)
