@@ -13,11 +13,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
+from magnet_jax import prompts
 from magnet_jax.arguments import (
     Array,
     Between,
     Count,
-    Descriptions,
     Rate,
     Seconds,
     Seed,
@@ -30,6 +30,7 @@ from magnet_jax.edit import regions as places
 from magnet_jax.edit.clip import Audio, Clip, Edit
 from magnet_jax.edit.retouch import Retouching, later
 from magnet_jax.errors import UserError
+from magnet_jax.prompts import Description, Descriptions
 
 NOISE = 1.0  # of the choice of spans that a variation makes anew, in nats
 
@@ -39,7 +40,7 @@ class Drafts(NamedTuple):
 
     wav_BCN: np.ndarray
     tokens_BKT: np.ndarray  # of whole spans, of which the last may end after the clip
-    texts: list[str]
+    texts: list[Description]
     seed: int
 
 
@@ -90,7 +91,8 @@ class Editing(Retouching):
           audio_sample_rate: samples per second of an array.
           regions: (begin, end) in seconds, several of them for all clips or a list of them for
             each; an end of None is the clip's. Those that touch are one, and none change nothing.
-          descriptions: texts, one a clip; None is the text that is kept with a clip, if any.
+          descriptions: texts, one a clip, see `generate`; None is the text that is kept with a
+            clip, if any, and so is a `Prompt`'s text of None.
           progress: show a bar, or call the callback.
           codebooks: made anew, with those above them; None is all.
           mask: in place of regions, bool [T] or [K, T], True where a token is made anew.
@@ -151,10 +153,11 @@ class Editing(Retouching):
         total = lead + count
         if more[1]:
             total = lead + round((old + more[1]) * source.sample_rate / rate)
+        clips = [clip._replace(text=prompts.later(clip.text, more[0] / rate)) for clip in clips]
         codes_BKT = np.stack([clip.codes_KT for clip in clips])
         codes_BKT = np.pad(codes_BKT, ((0, 0), (0, 0), more))
         made_BKT = self._drawn_out(
-            codes_BKT, more, self._texts(clips, descriptions), seed, progress
+            codes_BKT, more, self._texts(clips, descriptions, sum(more)), seed, progress
         )
         ends = [(0.0, lead / source.sample_rate)] * (lead > 0)
         ends += [((lead + count) / source.sample_rate, total / source.sample_rate)] * (more[1] > 0)
@@ -299,6 +302,7 @@ class Editing(Retouching):
         self.check_parallel("confidence")
         codes_BKT = self._checked_tokens(tokens)
         texts = [""] * len(codes_BKT) if descriptions is None else list(descriptions)
+        prompts.check_times(texts, codes_BKT.shape[-1] / self.frame_rate)
         if len(texts) != len(codes_BKT):
             raise UserError(f"{len(codes_BKT)} clips need as many descriptions, not {len(texts)}")
         return self._confidence(codes_BKT, texts)
@@ -354,6 +358,7 @@ class Editing(Retouching):
                 "set a shorter duration"
             )
         texts = [""] if descriptions is None else descriptions
+        prompts.check_times(texts, self.duration)
         texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps
         few = dataclasses.replace(self._decode, steps=(steps[0], *(1 for _ in steps[1:])))

@@ -14,6 +14,7 @@ from launch.benchmark.options import (
     Loader,
     Long,
     Loops,
+    Texts,
     Tokenize,
     Tradeoff,
     Train,
@@ -29,6 +30,7 @@ MODULES = {
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
     Editing: "editing",
+    Texts: "steering",
     Loops: "loops",
     Long: "long",
 }
@@ -40,6 +42,7 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
+    | Annotated[Texts, tyro.conf.subcommand("text")]
     | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Long, tyro.conf.subcommand("long")]
 )

@@ -18,12 +18,11 @@ import numpy as np
 
 from magnet_jax import programs
 from magnet_jax.codec import decoding
-from magnet_jax.decode import magnet, parallel
+from magnet_jax.decode import magnet, parallel, tokens_of_text
 from magnet_jax.decode.parallel import State
 from magnet_jax.decode.sampler import Inputs, Sampled, Sampler
 from magnet_jax.decode.schedule import Schedule
-from magnet_jax.decode.tokens_of_text import TextStates
-from magnet_jax.model import t5, transformer
+from magnet_jax.model import transformer
 
 STEPS = 5  # of a segment, at most
 
@@ -130,15 +129,14 @@ def run(
 @functools.partial(jax.jit, static_argnames="sampler")
 def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[transformer.TextKeys, Carry]:
     """What all steps need of the texts, and the canvas before the first one."""
-    text, rules = inputs.text, sampler.rules
-    states_BSE = t5.encode(inputs.t5, sampler.t5, text.ids_BS, text.mask_BS, dtype=sampler.dtype)
-    states = TextStates(states_BSE, text.mask_BS, text.num_zero_keys_B)
-    model = transformer.bind(sampler.model, inputs.lm)
-    read = transformer.exact_products(model.read_text)
+    rules, task, dtype = sampler.rules, sampler.task(inputs), sampler.dtype
+    states = tokens_of_text.encode(inputs.t5, sampler.t5, inputs.text, dtype=dtype)
+    read = transformer.exact_products(magnet.read_texts)
     codes_BKT, given_BKT = inputs.canvas
     codes_BKT = jnp.where(given_BKT, codes_BKT, rules.mask_id)
-    state = parallel.start(rules, sampler.task(inputs), 0)
-    return read(*states, dtype=sampler.dtype), Carry(codes_BKT, state.score_BU, state.free_BG)
+    state = parallel.start(rules, task, 0)
+    text = read(sampler.model, inputs.lm, states, task, rules, dtype=dtype)
+    return text, Carry(codes_BKT, state.score_BU, state.free_BG)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "local"), donate_argnames="carry")

@@ -9,6 +9,7 @@ from magnet_jax.arguments import as_array, as_name, check_samples
 from magnet_jax.errors import UserError
 from magnet_jax.io import exact
 from magnet_jax.io.exact import Source
+from magnet_jax.prompts import Description
 
 _SUBTYPES = {
     np.dtype(np.int16): "PCM_16",
@@ -43,7 +44,7 @@ class Clip(NamedTuple):
     source: Source
     codes_KT: np.ndarray
     own: bool  # the samples are what the codec makes of the tokens
-    text: str
+    text: Description
 
 
 class Edit(NamedTuple):

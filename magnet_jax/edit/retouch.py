@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from magnet_jax import prompts
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import decoding, encodec
 from magnet_jax.config import DecodeConfig, EditConfig, decode_of
@@ -17,6 +18,7 @@ from magnet_jax.edit import kept, paste, regions, splice
 from magnet_jax.edit.clip import Clip, Edit, as_given, source_of
 from magnet_jax.errors import UserError
 from magnet_jax.io import exact
+from magnet_jax.prompts import Description
 
 GROUPS = 4  # in which a clip's tokens are hidden to be judged
 
@@ -80,13 +82,25 @@ class Retouching:
     def _checked_tokens(self, tokens: np.ndarray) -> np.ndarray:
         return self._tokens(tokens[None] if tokens.ndim == 2 else tokens, "tokens")
 
-    def _texts(self, clips: list[Clip], descriptions: Sequence[str] | None) -> list[str]:
+    def _texts(
+        self, clips: list[Clip], descriptions: Sequence[Description] | None, more: int = 0
+    ) -> list[Description]:
+        """The texts of clips that become so many frames longer."""
         texts = [clip.text for clip in clips] if descriptions is None else list(descriptions)
         if len(texts) == 1:
             texts *= len(clips)
         if len(texts) != len(clips):
             raise UserError(f"{len(clips)} clips need as many descriptions, not {len(texts)}")
+        texts = [prompts.completed(text, clip.text) for text, clip in zip(texts, clips)]
+        if descriptions is not None:
+            seconds = (clips[0].codes_KT.shape[-1] + more) / self.frame_rate
+            prompts.check_times(texts, seconds)
         return texts
+
+    def _within(self, texts: list[Description], first: int, num_frames: int) -> list[Description]:
+        """What steers so many frames of each clip, from `first` on."""
+        begin, end = first / self.frame_rate, (first + num_frames) / self.frame_rate
+        return [prompts.within(text, begin, end) for text in texts]
 
     @functools.cached_property
     def _splicer(self) -> encodec.Decoder:
@@ -207,9 +221,13 @@ class Retouching:
         def cut(x_BKT: np.ndarray) -> np.ndarray:
             return np.stack([x[:, first : first + window] for x, first in zip(x_BKT, firsts)])
 
-        canvas = Canvas(cut(codes_BKT), ~cut(free_BKT))
+        def heard(texts: list[Description]) -> list[Description]:
+            pairs = zip(texts, firsts, strict=True)
+            return [self._within([text], int(first), window)[0] for text, first in pairs]
+
+        canvas, texts = Canvas(cut(codes_BKT), ~cut(free_BKT)), heard(texts)
         if originals is not None:
-            texts = [*originals, *texts]
+            texts = [*heard(originals), *texts]
             canvas = Canvas(*(np.concatenate([x, x]) for x in canvas))
         editing = (editing or self.editing) if self.is_parallel else None
         made_BKT = self._generated(
@@ -238,8 +256,9 @@ class Retouching:
             free_BKT = np.zeros(part_BKT.shape, bool)
             free_BKT[..., new[0] - first : new[1] - first] = True
             codes_BKT[..., first:last] = self._redo(
-                part_BKT, free_BKT, texts, later(seed, number), progress
-            )
+                part_BKT, free_BKT, self._within(texts, first, last - first),
+                later(seed, number), progress,
+            )  # fmt: skip
             number += 1
         return codes_BKT
 
@@ -248,7 +267,7 @@ class Retouching:
         """The model itself, to judge tokens."""
         return rescore.from_model(self.loaded, self.loaded, execution=self.execution)
 
-    def _confidence(self, codes_BKT: np.ndarray, texts: list[str]) -> np.ndarray:
+    def _confidence(self, codes_BKT: np.ndarray, texts: list[Description]) -> np.ndarray:
         model, window = self.loaded.config.model, self._window
         # What predicts one step after another has read all that comes before without a mask.
         groups = 1 if model.autoregressive else GROUPS
@@ -259,8 +278,9 @@ class Retouching:
             part_BKT = codes_BKT[..., first : first + window]
             hidden_G1T = likelihood.interleaved(part_BKT.shape[-1], self._span, groups)
             log_BKT[..., first : first + window] = likelihood.log_probabilities(
-                self._reader, texts, part_BKT, hidden_G1T, mask_id=model.mask_id
-            )
+                self._reader, self._within(texts, first, part_BKT.shape[-1]), part_BKT, hidden_G1T,
+                mask_id=model.mask_id,
+            )  # fmt: skip
         return log_BKT
 
     # --- audio ------------------------------------------------------------------------------------
