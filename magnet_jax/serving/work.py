@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from magnet_jax import programs
 from magnet_jax.api import MAGNeT, MusicGen
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
@@ -25,7 +27,7 @@ from magnet_jax.config import (
     replaced,
     with_decode,
 )
-from magnet_jax.decode import sampling, tokens_of_text
+from magnet_jax.decode import sampling, segments, tokens_of_text
 from magnet_jax.decode.segments import Between
 from magnet_jax.edit import kept
 from magnet_jax.editing import Edit
@@ -147,6 +149,17 @@ def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
     ]
 
 
+def preview(model: Model, codes_KT: jax.Array, num_frames: int) -> np.ndarray:
+    """What the first codebook alone sounds like, [C, N]."""
+    decoder = model.decoder
+    params = decoder.params | {"codebooks": decoder.params["codebooks"][:1]}
+    how = {"config": decoder.config, "frames": None, "platform": jax.default_backend()}
+    wav_1CN = programs.call(
+        segments.finish, params, codes_KT[None, :1], np.int32(num_frames), what="a preview", **how
+    )
+    return np.asarray(wav_1CN)[0, :, : round(num_frames * model.sample_rate / model.frame_rate)]
+
+
 class Editor(NamedTuple):
     """Where an edit finds what it edits."""
 
@@ -156,7 +169,7 @@ class Editor(NamedTuple):
     def path(self, file: str | None, clip: requests.Result | None) -> Path:
         if file is not None:
             return self.files.upload(file) / "audio.wav"
-        return self.files.job(clip.id) / f"{clip.index}.wav"
+        return self.files.clip(clip.id, clip.index)
 
     def run(self, job: Job, between: Between) -> Edit:
         """Makes an edit."""

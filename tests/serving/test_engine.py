@@ -43,7 +43,7 @@ def test_jobs_of_two_programs_are_made_in_batches_and_in_turn(engine, gate, batc
     """Clips equal those made alone, whoever shares their batch."""
     with gate.shut():
         jobs = [engine.submit(request("first"), client="other")]
-        while engine._rows:  # the device holds it at the gate
+        while engine._queue:  # the device holds it at the gate
             time.sleep(0.01)
         for i in range(8):
             # A client who asks for much does not keep another waiting.
@@ -124,7 +124,7 @@ def test_a_device_that_fails_fails_its_own_jobs_alone(engine, gate, monkeypatch)
 
 
 def test_a_job_that_takes_too_long_is_ended(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_speed", {})
+    monkeypatch.setattr(engine._pace, "_speed", {})
     limits = dataclasses.replace(engine.limits, job_seconds=1e-9)
     monkeypatch.setattr(engine, "limits", limits)
     job = engine.submit(request())
@@ -149,8 +149,9 @@ def test_results_expire_and_the_oldest_go_first(engine, monkeypatch):
     assert all(job.wait(60) for job in jobs)
     with monkeypatch.context() as patch:
         patch.setattr(engine.files, "keep_bytes", engine.files.size() - 1)
-        with engine.files.holding(engine.files.job(jobs[0].id)):
-            engine.expire()
+        engine.files.hold(engine.files.job(jobs[0].id))
+        engine.expire()
+        engine.files.release(engine.files.job(jobs[0].id))
     assert engine.audio_path(jobs[0], 0).exists() and engine.audio_path(jobs[1], 0).exists()
     with monkeypatch.context() as patch:
         patch.setattr(engine.files, "keep_seconds", 0)
