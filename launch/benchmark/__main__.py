@@ -12,6 +12,7 @@ from launch.benchmark.options import (
     Decode,
     Editing,
     Loader,
+    Serving,
     Tokenize,
     Tradeoff,
     Train,
@@ -27,6 +28,7 @@ MODULES = {
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
     Editing: "editing",
+    Serving: "serving",
 }
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
@@ -36,6 +38,7 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
+    | Annotated[Serving, tyro.conf.subcommand("serving")]
 )
 
 
