@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.decode import choose, spans
+from magnet_jax.decode import ring as rings
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.choose import Choice
 from magnet_jax.decode.schedule import MIN_TEMPERATURE, GuidedSteps, Schedule
@@ -75,6 +76,8 @@ class Rules:
     extent: int | None = None
     """Frames from `Task.first_B` on within which local stages have anything to predict; None is
     all. What cannot be seen from there is not computed."""
+    ring: rings.Ring | None = None
+    """How the clip is heard whose last frame leads to its first, one of `Task.end` frames."""
     frames_axis: str | None = None
     """The mesh axis over which the network's states are split by frames."""
     on_step: Callable[[int, int], None] | None = None
@@ -183,7 +186,13 @@ def predict(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens of codebook `row.stage` at all frames, and their probabilities, [B, T]."""
     batch, _, num_frames = codes_BKT.shape
+    home_T = None
+    if rules.ring is not None:
+        around = rules.ring.around[local]
+        place_W, home_T = rings.view(rules.ring, num_frames, task.end, row.number, around=around)
+        codes_BKT = codes_BKT[..., place_W]
     states_RTD = network.trunk(codes_BKT, stage=row.stage, local=local, guided=guided, first_B=None)
+    states_RTD = states_RTD if home_T is None else states_RTD[:, home_T]
     frame_T = jnp.arange(num_frames)
     if rules.frames_axis is not None:  # every device draws for its own frames
         share = states_RTD.shape[1]
@@ -229,7 +238,7 @@ def predict_within(
 
 def rescored(
     rules: Rules,
-    rescoring: Rescoring,
+    task: Task,
     state_codes_BKT: jax.Array,
     hidden_BT: jax.Array,
     prob_BT: jax.Array,
@@ -238,7 +247,13 @@ def rescored(
     local: bool,
 ) -> jax.Array:
     """The probabilities that decide what is kept where a second model has a say (equation 5)."""
-    other_BT = rescoring.probabilities(state_codes_BKT, hidden_BT, row.stage, local=local)
+    rescoring, num_frames = task.rescoring, hidden_BT.shape[-1]
+    if rules.ring is None:
+        other_BT = rescoring.probabilities(state_codes_BKT, hidden_BT, row.stage, local=local)
+    else:
+        place_W, home_T = rings.view(rules.ring, num_frames, task.end, row.number, around=False)
+        seen = state_codes_BKT[..., place_W], hidden_BT[:, place_W]
+        other_BT = rescoring.probabilities(*seen, row.stage, local=local)[:, home_T]
     # In this form, weights of 0 and 1 leave the bits of one side as they are.
     mixed_BT = (1 - rescoring.weight) * prob_BT + rescoring.weight * other_BT
     # Given frames have no say, unless the weight of 0 asks for what no rescorer does.
@@ -294,7 +309,7 @@ def step(
     if not rules.given_have_say:
         prob_BT = jnp.where(hidden_BT, prob_BT, rules.spans.no_say)
     if task.rescoring is not None and not (last or only):
-        prob_BT = rescored(rules, task.rescoring, codes_BKT, hidden_BT, prob_BT, row, local=local)
+        prob_BT = rescored(rules, task, codes_BKT, hidden_BT, prob_BT, row, local=local)
     scored_BU = hidden_BU if rules.spans.on_grid else hidden_BT
     kept_BU = jnp.minimum(state.score_BU, spans.KEPT)
     if rules.order == "confidence":

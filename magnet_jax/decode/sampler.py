@@ -147,11 +147,12 @@ class Sampler:
         """The whole rescorer on every device: of its axes a mesh splits it by 'data' alone."""
         if self.read_rescorer is None:
             return None
+        ring = self.rules.ring
         probabilities = self.read_rescorer(
             inputs.rescorer,
             inputs.rescorer_texts,
-            num_frames=inputs.canvas.codes_BKT.shape[-1],
-            length=inputs.length,
+            num_frames=ring.window if ring else inputs.canvas.codes_BKT.shape[-1],
+            length=None if ring else inputs.length,
         )
         return parallel.Rescoring(probabilities, inputs.rescorer_weight)
 

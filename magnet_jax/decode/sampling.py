@@ -38,6 +38,7 @@ from magnet_jax.decode import schedule as schedules
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.parallel import Rules
 from magnet_jax.decode.placement import Execution
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.sampler import Inputs, Rescorer, Sampler
 from magnet_jax.decode.sampler import sample as sampler_program
 from magnet_jax.decode.spans import Spans
@@ -81,6 +82,11 @@ class Batch:
     def replays(self) -> bool:
         """Whether the second half of the clips says the first half's tokens under other texts."""
         return self.editing is not None and self.editing.replay is not None
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the clips' ends lead to their beginnings."""
+        return self.editing is not None and self.editing.ring
 
     @property
     def num_frames(self) -> int:
@@ -185,6 +191,8 @@ def generate(
     samples_B = np.asarray(first_sample)
     if not samples_B.ndim:
         samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
+    if editing is not None and editing.ring:
+        check_ring(loaded, num_frames, decoder, execution)
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
         sample_B=samples_B,
@@ -212,6 +220,28 @@ def shared(decode: DecodeConfig) -> tuple:
                "max_guidance": 1.0, "min_guidance": 1.0}  # fmt: skip
     same = dataclasses.replace(decode, **numbers)
     return dataclasses.astuple(same), choice, schedules.guided_steps(decode, True)
+
+
+def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Execution) -> None:
+    """Raises `UserError` where clips of so many frames cannot be rings."""
+    kind, rate = loaded.config.model.kind, loaded.codec.frame_rate
+    if not loaded.config.model.parallel:
+        raise UserError(
+            f"a model of kind {kind} goes on from a beginning, which is all that it hears, and "
+            "makes no loops: take a MAGNeT"
+        )
+    most = segment_frames(loaded.config, loaded.codec)
+    if num_frames > most:
+        raise UserError(
+            f"a loop of {num_frames / rate:g} s is longer than the {most / rate:g} s that the "
+            "model hears at once: ask for fewer bars, or a faster tempo"
+        )
+    if execution.mesh.frames > 1:
+        raise UserError("a loop has all of its frames on one device: leave out mesh.frames")
+    if execution.kernels.local == "splash":
+        raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
+    if decoder is not None:
+        raise ValueError("a ring's audio is made of its tokens by codec.decoding.ring_audio")
 
 
 _SAMPLES = 2**16  # by which the numbers of a clip's windows lie apart
@@ -354,6 +384,9 @@ def make_program(
     def fill(x):  # the last clip again, where devices would be idle
         return np.concatenate([x, np.repeat(x[-1:], idle, axis=0)]) if idle else x
 
+    given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
+    if batch.is_ring:  # which has nothing behind its end
+        given.given_BKT[..., num_frames:] = True
     schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
     limit = np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
     if batch.own:
@@ -368,7 +401,7 @@ def make_program(
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
         text=Text(*map(fill, text)) if mesh is not None else text,
-        canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
+        canvas=given,
         keys_B=choose.sample_keys(
             fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
         ),
@@ -405,6 +438,8 @@ def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Deco
             f"span_length {decode.span_length} is longer than the clip, which has {num_frames} "
             "frames: give fewer"
         )
+    if batch.is_ring:  # whose length is what is asked for
+        decode = dataclasses.replace(decode, whole_spans=False)
     if decode.span_length:
         model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
@@ -440,7 +475,7 @@ def _make_sampler(
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
     reach = model.num_layers * model.local_context or None
-    if model.autoregressive or not savings.last_window:
+    if model.autoregressive or batch.is_ring or not savings.last_window:
         reach = None
     rules = Rules(
         mask_id=model.mask_id,
@@ -468,6 +503,9 @@ def _make_sampler(
             size = frame_bucket(size, 0, model.span_length)
             if size + 2 * rules.reach < num_frames:
                 rules = dataclasses.replace(rules, extent=size)
+    if batch.is_ring:
+        rules = dataclasses.replace(rules, ring=_ring(loaded, model))
+        num_frames = max(num_frames, rules.ring.window)
     kernels = choose_kernels(
         execution.kernels, platform, model, num_frames // shards, dtype, split=shards > 1
     )
@@ -484,6 +522,15 @@ def _make_sampler(
         mesh=mesh,
         beginning=beginning,
         read_rescorer=batch.rescorer and batch.rescorer.read,
+    )
+
+
+def _ring(loaded: Loaded, model: ModelConfig) -> Ring:
+    """How a model hears a ring: around it where it attends to near frames, or in its window."""
+    near = (model.context(False) is not None, model.context(True) is not None)
+    return Ring(
+        window=segment_frames(loaded.config, loaded.codec),
+        around=(False, False) if model.autoregressive else near,
     )
 
 
@@ -524,7 +571,7 @@ def _beginning(
     loaded: Loaded, batch: Batch, num_frames: int, platform: str
 ) -> tuple[autoregressive.Beginning, autoregressive.Sampling]:
     """How clips of a model that can be autoregressive begin."""
-    decoding, num_given = batch.decoding, batch.num_given
+    decoding, num_given = batch.decoding, 0 if batch.is_ring else batch.num_given
     if isinstance(decoding, AutoregressiveConfig):
         how, first_frames = decoding, num_frames
     else:

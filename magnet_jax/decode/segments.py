@@ -160,8 +160,8 @@ def advance(
 @transformer.exact_products
 def _advance(inputs, task, text, carry, rows, kinds_S, *, sampler, local, dtype):
     rules, (batch, _, num_frames) = sampler.rules, task.canvas.codes_BKT.shape
-    network = magnet.guided_network(
-        sampler.model, inputs.lm, text, num_frames, kernels=sampler.kernels, length=task.length,
+    network = magnet.network_of_task(
+        sampler.model, inputs.lm, text, task, rules, kernels=sampler.kernels,
         savings=sampler.savings,
     )  # fmt: skip
 
