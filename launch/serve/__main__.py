@@ -196,7 +196,7 @@ def _tell(engine: "Engine", server: Any, args: Args) -> None:
     if server.servers:
         port = server.servers[0].sockets[0].getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"ready: http://{host}:{port} (the API: /docs)", flush=True)
+    print(f"ready: http://{host}:{port}", flush=True)
 
 
 def parse(words: list[str]) -> Args:

@@ -25,7 +25,7 @@ class Server(Protocol):
 
 def sources_of(request: Request) -> list[tuple[str | None, requests.Result | None]]:
     """What a request edits: ids of uploads, or clips of jobs."""
-    pairs = (("file", "job"), ("then_file", "then_job"))
+    pairs = (("file", "job"), ("then_file", "then_job"), ("start_file", "start_job"))
     found = [tuple(getattr(request, name, None) for name in pair) for pair in pairs]
     return [pair for pair in found if any(pair)]
 
@@ -46,12 +46,12 @@ def check(job: Job, server: Server) -> None:
         require(len(text) <= limits.text, name, f"is longer than {limits.text} characters")
     lengths = [getattr(request, name, None) or 0 for name in ("seconds", "before", "after")]
     most = limits.seconds
-    if job.kind == "generate":
+    if job.kind in ("generate", "loop"):
         most = min(most, server.model.max_duration)
     require(sum(lengths) <= most, "seconds", f"must be at most {most:g}")
     if job.kind == "generate":
         return
-    require(server.edits, "model", f"a {server.model.kind} edits nothing: take a MAGNeT")
+    require(server.edits, "model", f"a {server.model.kind} makes clips of texts alone")
     for file, clip in sources_of(request):
         if file is not None:
             server.files.about(file, job.owner)

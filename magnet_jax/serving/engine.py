@@ -32,6 +32,7 @@ from magnet_jax.api import MAGNeT
 from magnet_jax.decode.segments import Progress
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio
+from magnet_jax.looping import Loops
 from magnet_jax.serving import admission, requests, store, work
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import ENDED, Job, from_record, new_id, new_job, record_of
@@ -354,7 +355,12 @@ class Engine:
             if progress.done < progress.total and progress.codebook == 0:
                 self._previews(batch, progress)
 
-        made = work.generate(self.model, batch, between)
+        try:
+            made = work.generate(self.model, batch, between)
+        except Exception:
+            for job in jobs:  # what is made once more is counted once
+                job.done = before[job.id]
+            raise
         for row, one in zip(batch, made):
             job = row.job
             if job.state in ENDED:
@@ -381,13 +387,15 @@ class Engine:
             job.stage = f"codebook {progress.codebook + 1}"
             job.changed()
 
-        edit = self._editor.run(job, between)
+        made = self._editor.run(job, between)
         self._live([job])
-        sures = [None] * len(edit.clips)
+        count, text = len(made.tokens_BKT), job.request.input
+        if text is None:
+            text = made.clips[0].text
+        sures = [None] * count
         if job.request.confidence:
-            text = edit.clips[0].text if job.request.input is None else job.request.input
-            sures = [work.confidence(self.model, codes, text) for codes in edit.tokens_BKT]
-        self._write(job, self._keep_edit, job, edit, sures)
+            sures = [work.confidence(self.model, codes, text) for codes in made.tokens_BKT]
+        self._write(job, self._keep_edit, job, made, sures)
 
     def _live(self, jobs: list[Job]) -> list[Job]:
         """Those jobs that are still wanted; raises `LeftError` where none is."""
@@ -409,14 +417,11 @@ class Engine:
             number = new_id()[:8]
             log.error("job %s failed, error %s", job.id, number, exc_info=error)
             out = OUT_OF_MEMORY in str(error)
-            message = (
-                "the device ran out of memory: ask for fewer or shorter clips"
-                if out
-                else (f"the device failed; the server's log has it as error {number}")
-            )
-            known = RequestError(
-                message, status=500, code="out_of_memory" if out else "device_error"
-            )
+            message, code = f"the device failed; the log has it as error {number}", "device_error"
+            if out:
+                message = "the device ran out of memory: ask for fewer or shorter clips"
+                code = "out_of_memory"
+            known = RequestError(message, status=500, code=code)
         self._end(job, "failed", known)
 
     def _say(self, line: str) -> None:
@@ -462,10 +467,11 @@ class Engine:
 
     def _keep_edit(self, job: Job, edit: Any, sures: list) -> None:
         folder, spec = self.files.job(job.id), self.model.loaded.codec
+        keep = work.keep_loop if isinstance(edit, Loops) else work.keep_edit
         clips = []
-        for number in range(len(edit.clips)):
-            clips.append(work.keep_edit(folder, job, edit, number, self._about, spec))
-            clips[-1].confidence = sures[number]
+        for number, sure in enumerate(sures):
+            clips.append(keep(folder, job, edit, number, self._about, spec))
+            clips[-1].confidence = sure
         self._kept(job, clips, len(clips))
 
     def _keep_preview(self, job: Job, wav_CN: Any) -> None:
@@ -492,6 +498,7 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Numbers for whoever runs the server."""
+        stored = self.files.size()
         with self._lock:
             states = collections.Counter(self._ended)
             batches = self._batches.total()
@@ -508,7 +515,7 @@ class Engine:
                 "batches": batches,
                 "mean_batch": round(rows / batches, 2) if batches else 0,
                 "programs": programs.count(),
-                "stored_bytes": self.files.size(),
+                "stored_bytes": stored,
             }
 
     def _keep_house(self) -> None:

@@ -33,6 +33,7 @@ class Clip:
     changed: list[list[float]] | None = None  # seconds; None of a clip that is new altogether
     confidence: list[float] | None = None  # mean of each frame's log probabilities, in nats
     has_tokens: bool = True
+    loop: dict[str, Any] | None = None  # bpm, bars, beats_per_bar and samples of a loop
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -108,6 +109,7 @@ class Job:
                     "settings": f"{base}/settings/{clip.index}.json",
                     "changed": clip.changed,
                     "confidence": clip.confidence,
+                    "loop": clip.loop,
                 }
                 for clip in self.clips
             ],

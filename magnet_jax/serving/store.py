@@ -136,13 +136,21 @@ def _remove(path: Path) -> None:
 
 def write(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file, never half of it; `RequestError` 507 where the disk is full."""
+    with written(), replacing_file(path) as file:
+        if isinstance(content, str):
+            file.write_text(content, encoding="utf-8")
+        else:
+            file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def written() -> Iterator[None]:
+    """Makes a `RequestError` of whatever keeps a file from being written meanwhile."""
     try:
-        with replacing_file(path) as file:
-            if isinstance(content, str):
-                file.write_text(content, encoding="utf-8")
-            else:
-                file.write_bytes(content)
-    except UserError as error:
+        yield
+    except RequestError:
+        raise
+    except (UserError, OSError) as error:
         log.error("%s", error)  # which names a path of the server, and is not for clients
         raise RequestError(
             "the server cannot write to its disk, which may be full: try later",

@@ -155,6 +155,27 @@ def test_a_clip_is_varied_and_repaired(client):
     assert len(sound(two)[0]) >= 1.4 * 16000
 
 
+def test_a_loop_is_as_long_as_its_bars(client):
+    answer = ask(
+        client, "loop", input="a jig", bpm=240, bars=1, n=2, seed=3, response_format="flac"
+    )
+    job = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()
+    assert [r["loop"]["samples"] for r in job["results"]] == [16000, 16000]
+    name = "a-jig-240bpm-1bars-seed3-1.flac"
+    file = zipfile.ZipFile(io.BytesIO(answer.content)).read(name)
+    assert soundfile.info(io.BytesIO(file)).frames == 16000 and b"BPM=240" in file
+    audio = job["results"][0]["audio"]
+    wav = client.get(audio).content
+    assert b"acid" in wav and b"smpl" in wav
+    failed(client.get(audio, params={"format": "mp3"}), 400, param="format")
+    begun = ask(client, "loop", input="a jig", seconds=1.0, start_job={"id": job["id"]}, seed=3)
+    assert len(sound(begun)[0]) == 16000
+    failed(ask(client, "loop", bars=4), 400)
+    failed(ask(client, "loop", bpm=240, response_format="mp3"), 400, param="response_format")
+    failed(ask(client, "loop", bpm=240, start_seconds=1.0), 400, param="start_seconds")
+    failed(ask(client, "loop", bpm=240, start_file="a" * 26), 404)
+
+
 def test_what_is_wrong_with_a_request_is_said(client):
     """Every 4xx by a request that deserves it."""
     failed(ask(client, tempo=3), 400, param="tempo")
@@ -268,7 +289,8 @@ def test_threads_ask_at_once(client):
 
 
 def test_pages_elsewhere_and_other_hosts_may_not_ask(client):
-    failed(client.get("/v1/jobs", headers={"Host": "evil.example"}), 403, "forbidden_host")
+    for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
+        failed(client.get("/v1/jobs", headers={"Host": host}), 403, "forbidden_host")
     for origin in ("https://evil.example", "null", f"{client.base_url}x"):
         answer = ask(client, headers={"Origin": origin})
         failed(answer, 403, "forbidden_origin")
