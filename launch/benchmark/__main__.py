@@ -12,6 +12,7 @@ from launch.benchmark.options import (
     Decode,
     Editing,
     Loader,
+    Long,
     Serving,
     Tokenize,
     Tradeoff,
@@ -29,6 +30,7 @@ MODULES = {
     Tradeoff: "tradeoff",
     Editing: "editing",
     Serving: "serving",
+    Long: "long",
 }
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
@@ -39,6 +41,7 @@ Command = (
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
     | Annotated[Serving, tyro.conf.subcommand("serving")]
+    | Annotated[Long, tyro.conf.subcommand("long")]
 )
 
 
