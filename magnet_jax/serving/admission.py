@@ -46,7 +46,7 @@ def check(job: Job, server: Server) -> None:
         require(len(text) <= limits.text, name, f"is longer than {limits.text} characters")
     lengths = [getattr(request, name, None) or 0 for name in ("seconds", "before", "after")]
     most = limits.seconds
-    if job.kind in ("generate", "loop"):
+    if job.kind == "loop":
         most = min(most, server.model.max_duration)
     require(sum(lengths) <= most, "seconds", f"must be at most {most:g}")
     if job.kind == "generate":

@@ -21,6 +21,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ import jax
 
 from magnet_jax import programs
 from magnet_jax.api import MAGNeT
+from magnet_jax.codec import decoding
+from magnet_jax.decode import long
 from magnet_jax.decode.segments import Progress
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio
@@ -87,6 +90,9 @@ class Engine:
         self._queue = Queue()
         self._pace = Pace(model.max_duration, model.frame_rate)
         self._running: list[Job] = []
+        # Of longer clips that were begun: what makes more of them, and what there is.
+        self._begun: dict[str, tuple[Iterator[long.Part], long.Part]] = {}
+        self._share = 1.0  # of a job that is made alone: how much the device has just made
         self.draining = self._closed = False
         self._keys: dict[tuple[str, str], tuple[str, bytes]] = {}  # of idempotent requests
         self._batches: collections.Counter = collections.Counter()
@@ -185,7 +191,8 @@ class Engine:
             first = self._pace.seconds_of(waiting[0]) if waiting else None
             admission.check_room(job, waiting, self, first)
             self.files.hold(*self._sources(job))
-            job.total = sum(row.steps for row in rows)
+            if rows[0].key[0] == "generate":  # others tell as they go
+                job.total = sum(row.steps for row in rows)
             self._jobs[job.id] = job
             self._queue.add(job, rows)
             if idempotency_key is not None:
@@ -288,6 +295,7 @@ class Engine:
             if job.state in ENDED:
                 return
             self._queue.drop(job)
+            self._begun.pop(job.id, None)
             self.files.release(*self._sources(job))
             job.state, job.error, job.ended, job.stage = state, error, time.time(), ""
             self._ended[state] += 1
@@ -309,7 +317,7 @@ class Engine:
         self._warm()
         while batch := self._next():
             started, compiled = time.monotonic(), programs.count()
-            self._since = started
+            self._since, self._share = started, 1.0
             try:
                 self._run(batch)
             finally:
@@ -320,15 +328,17 @@ class Engine:
                     self._made["busy_seconds"] += took
                     self._running = []
                     if programs.count() == compiled:  # nothing was compiled meanwhile
-                        self._pace.took(batch, took)
+                        self._pace.took(batch, self._share, took)
                     self._batches[len(batch)] += 1
                     self._lock.notify_all()
 
     def _run(self, batch: list[Row]) -> None:
         """Makes a batch; what cannot be made fails the jobs whose fault it is, and no others."""
         try:
-            if batch[0].job.kind == "generate":
+            if batch[0].key[0] == "generate":
                 self._generate(batch)
+            elif batch[0].key[0] == work.LONG:
+                self._go_on(batch[0])
             else:
                 self._edit(batch[0].job)
         except LeftError:
@@ -365,10 +375,7 @@ class Engine:
             job = row.job
             if job.state in ENDED:
                 continue
-            sure = None
-            if job.request.confidence and isinstance(self.model, MAGNeT):
-                sure = work.confidence(self.model, one.codes_KT, row.text)
-            self._write(job, self._keep_row, row, one, sure)
+            self._write(job, self._keep_row, row, one, self._sure(job, one))
 
     def _previews(self, batch: list[Row], progress: Progress) -> None:
         """Keeps what the first codebook sounds like, for those who want to hear it."""
@@ -379,6 +386,41 @@ class Engine:
         for i in wanted:
             wav_CN = work.preview(self.model, progress.codes_BKT[i], batch[i].num_frames)
             self._write(batch[i].job, self._keep_preview, batch[i].job, wav_CN)
+
+    def _go_on(self, row: Row) -> None:
+        """Makes the next windows of longer clips; what is left of them waits for its next turn."""
+        job = row.job
+        if job.id not in self._begun:
+            parts = work.parts(self.model, row, lambda progress: self._tell(job, progress))
+            self._begun[job.id] = parts, next(parts)  # before any is made
+        parts, _ = self._begun[job.id]
+        part = next(parts)
+        self._begun[job.id] = parts, part
+        self._share = 1 / part.total
+        with self._lock:
+            if job.state in ENDED:
+                return
+            if part.done < part.total:
+                self._queue.add(job, [row])
+                return
+        wav_BCN = decoding.decode_audio(self.model.decoder, part.codes_BKT)
+        for index, (wav_CN, codes_KT) in enumerate(zip(wav_BCN, part.codes_BKT)):
+            made = work.Made(wav_CN, codes_KT)
+            self._write(job, self._keep_row, row._replace(index=index), made, self._sure(job, made))
+
+    def _tell(self, job: Job, progress: Progress) -> None:
+        """How far the windows are that the device is at."""
+        self._live([job])
+        _, part = self._begun[job.id]
+        job.done = part.done * progress.total + progress.done
+        job.total = part.total * progress.total
+        job.stage = f"part {part.done + 1} of {part.total}"
+        job.changed()
+
+    def _sure(self, job: Job, made: work.Made) -> list[float] | None:
+        if not job.request.confidence or not self.edits:
+            return None
+        return work.confidence(self.model, made.codes_KT, job.request.input)
 
     def _edit(self, job: Job) -> None:
         def between(progress: Progress) -> None:

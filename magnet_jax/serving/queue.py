@@ -5,7 +5,7 @@ import itertools
 from collections import OrderedDict
 
 from magnet_jax.serving.jobs import Job
-from magnet_jax.serving.work import Row
+from magnet_jax.serving.work import LONG, Row
 
 
 class Queue:
@@ -63,23 +63,31 @@ class Queue:
 class Pace:
     """How long work takes, by what such work took; of each kind a moving average."""
 
-    def __init__(self, usual_seconds: float, frame_rate: float):
-        self._usual, self._rate = usual_seconds, frame_rate
-        self._speed: dict[str, float] = {}  # seconds of a frame's step, or of an edit
+    def __init__(self, window_seconds: float, frame_rate: float):
+        self._window, self._rate = window_seconds, frame_rate
+        self._speed: dict[str, float] = {}  # seconds of a frame's step; or of a frame, of an edit
+
+    def _size(self, job: Job) -> tuple[str, float]:
+        """What a job is like, and how much of it there is in all."""
+        if job.kind != "generate":
+            return job.kind, 1.0
+        seconds = job.request.seconds or self._window
+        if seconds > self._window:
+            return LONG, seconds * self._rate * job.request.n
+        return job.kind, seconds * self._rate * job.total
 
     def seconds_of(self, job: Job) -> float | None:
         """Seconds that what is left of a job takes; None where nothing like it was made yet."""
-        speed = self._speed.get(job.kind)
-        if speed is None:
-            return None
-        if job.kind == "generate":
-            frames = (job.request.seconds or self._usual) * self._rate
-            return frames * (job.total - job.done) * speed
-        return speed * (1 - job.done / job.total if job.total else 1.0)
+        kind, size = self._size(job)
+        speed = self._speed.get(kind)
+        left = 1 - job.done / job.total if job.total else 1.0
+        return None if speed is None else size * left * speed
 
-    def took(self, batch: list[Row], seconds: float) -> None:
-        """Notes what a batch took."""
-        kind = batch[0].job.kind
-        units = sum(row.num_frames * row.steps for row in batch) if kind == "generate" else 1
-        before = self._speed.get(kind, seconds / units)
-        self._speed[kind] = 0.7 * before + 0.3 * seconds / units
+    def took(self, batch: list[Row], share: float, seconds: float) -> None:
+        """Notes what a batch took, or such a share of a job that is made alone."""
+        kind, size = self._size(batch[0].job)
+        size *= share
+        if kind == "generate":
+            size = sum(row.num_frames * row.steps for row in batch)
+        before = self._speed.get(kind, seconds / size)
+        self._speed[kind] = 0.7 * before + 0.3 * seconds / size

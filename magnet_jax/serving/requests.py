@@ -95,6 +95,9 @@ class Generate(Request):
 
     input: str = alias("input", "prompt", default="", description="The text; empty is none.")
     seconds: Seconds | None = alias("seconds", "audio_length", default=None)
+    windows: Literal["sliding", "anchors", "joint"] = Field(
+        "sliding", description="How clips longer than the model hears at once are made."
+    )
     preview: bool = Field(
         False, description="Let the first codebook be heard as soon as it is there."
     )

@@ -7,7 +7,7 @@ files.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,13 +21,14 @@ from magnet_jax.config import (
     CodecSpec,
     DecodeConfig,
     EditConfig,
+    LongConfig,
     SamplingConfig,
     decode_of,
     preset_steps,
     replaced,
     with_decode,
 )
-from magnet_jax.decode import sampling, segments, tokens_of_text
+from magnet_jax.decode import long, sampling, segments, tokens_of_text
 from magnet_jax.decode.segments import Between
 from magnet_jax.edit import closing, kept
 from magnet_jax.editing import Edit
@@ -39,6 +40,7 @@ from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import Clip, Job
 
 Model = MAGNeT | MusicGen
+LONG = "long"  # begins the key of a row that stands for all clips of a job, made in windows
 
 
 class Row(NamedTuple):
@@ -109,6 +111,8 @@ def rows_of(job: Job, model: Model) -> list[Row]:
         model_span = decoding.span_length or model.loaded.config.model.span_length
         if num_frames < model_span:
             raise RequestError(f"seconds: {seconds:g} is shorter than a span", param="seconds")
+    if num_frames > sampling.segment_frames(model.loaded.config, model.loaded.codec):
+        return [Row(job, 0, (LONG, job.id), decoding, num_frames, request.input)]
     text = tokens_of_text.tokenize_texts(model.loaded, [request.input])
     width = text.ids_BS.shape[1], bool(text.mask_BS.any())
     alone = job.id if request.deterministic else None
@@ -117,6 +121,20 @@ def rows_of(job: Job, model: Model) -> list[Row]:
         key = ("generate", num_frames, how, width, alone and f"{alone}-{index}")
         rows.append(Row(job, index, key, decoding, num_frames, request.input))
     return rows
+
+
+def parts(model: Model, row: Row, between: Between) -> Iterator[long.Part]:
+    """The clips of a job that are longer than a window, a call of the network's program at a time.
+
+    The first part is what there is before any.
+    """
+    batch = sampling.make_batch(
+        model.loaded, [row.text] * row.job.request.n, num_frames=row.num_frames,
+        decoding=row.decoding, seed=row.job.seed, rescorer=getattr(model, "rescorer", None),
+    )  # fmt: skip
+    how = LongConfig(mode=row.job.request.windows)
+    execution = dataclasses.replace(model.execution, between=between)
+    return long.windows(model.loaded, batch, how, execution=execution)
 
 
 def padded(count: int) -> int:
