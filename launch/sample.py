@@ -139,7 +139,7 @@ def _loop_names(texts: Sequence[str], seed: int, length: "Bars") -> list[str]:
     """Names such as a-lively-jig_128bpm_4bars; the seed is said where it is not 0."""
     bars = f"{float(length.seconds):g}s"
     if length.bars is not None:
-        bars = f"{length.bpm:g}bpm_{length.bars}bars"
+        bars = f"{length.bpm:g}bpm_{length.bars}bar{'s' * (length.bars > 1)}"
     names: list[str] = []
     for text in texts:
         name = f"{_slug(text) or 'loop'}_{bars}" + f"_seed{seed}" * (seed > 0)

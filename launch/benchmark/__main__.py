@@ -13,6 +13,7 @@ from launch.benchmark.options import (
     Editing,
     Loader,
     Long,
+    Loops,
     Serving,
     Tokenize,
     Tradeoff,
@@ -30,6 +31,7 @@ MODULES = {
     Tradeoff: "tradeoff",
     Editing: "editing",
     Serving: "serving",
+    Loops: "loops",
     Long: "long",
 }
 Command = (
@@ -41,6 +43,7 @@ Command = (
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
     | Annotated[Serving, tyro.conf.subcommand("serving")]
+    | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Long, tyro.conf.subcommand("long")]
 )
 

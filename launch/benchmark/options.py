@@ -292,3 +292,27 @@ class Serving:
 
     def __post_init__(self):
         check_fields(self, "--")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loops:
+    """How well loops close beside clips of the same texts played twice, and the cost of one."""
+
+    checkpoint: str | Path = "demo"
+    """A MAGNeT, as for launch.sample."""
+    clips: Annotated[int, Between(2, 1000)] = 30
+    """How many of each."""
+    bpm: Annotated[float, Between(20, 400)] = 120.0
+    """Quarters a minute."""
+    bars: Count = 2
+    """Of a loop."""
+    steps: tuple[Count, ...] = (10, 5, 5, 5)
+    """Decoding steps of each codebook."""
+    seed: int = 0
+    """Of the decoding and of the intervals."""
+    json: Path | None = None
+    """File for all figures."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+        report.check_parent("--json", self.json)

@@ -265,7 +265,7 @@ def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Executi
     if execution.kernels.local == "splash":
         raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
     if decoder is not None:
-        raise ValueError("a ring's audio is made of its tokens by codec.decoding.ring_audio")
+        raise ValueError("a ring's audio is made of its tokens by edit.closing.audio")
 
 
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
