@@ -110,11 +110,15 @@ def test_a_job_that_is_cancelled_midway_leaves_its_batch_alone(engine, gate, mon
 
     monkeypatch.setattr(engine, "_live", cancelling)
     with gate.shut():
+        engine.submit(request("at the gate"))
+        while engine._queue:
+            time.sleep(0.01)
         wanted = engine.submit(request("wanted"))
         unwanted = [engine.submit(request("unwanted")) for _ in range(2)]
         queued = engine.submit(request("never"))
         engine.cancel(queued)
     assert wanted.wait(300) and wanted.state == "done"
+    assert all(job.wait(300) for job in unwanted)
     assert [job.state for job in (*unwanted, queued)] == ["cancelled"] * 3
     engine.cancel(wanted)
     assert wanted.state == "done"
