@@ -15,6 +15,7 @@ from launch.benchmark.options import (
     Long,
     Loops,
     Serving,
+    Texts,
     Tokenize,
     Tradeoff,
     Train,
@@ -31,6 +32,7 @@ MODULES = {
     Tradeoff: "tradeoff",
     Editing: "editing",
     Serving: "serving",
+    Texts: "steering",
     Loops: "loops",
     Long: "long",
 }
@@ -43,6 +45,7 @@ Command = (
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
     | Annotated[Serving, tyro.conf.subcommand("serving")]
+    | Annotated[Texts, tyro.conf.subcommand("text")]
     | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Long, tyro.conf.subcommand("long")]
 )

@@ -316,3 +316,42 @@ class Loops:
     def __post_init__(self):
         check_fields(self, "--")
         report.check_parent("--json", self.json)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Texts:
+    """Whether blends, texts over time and negative texts do what they say, and what they cost."""
+
+    checkpoint: str | Path = "demo"
+    """A MAGNeT, as for launch.sample."""
+    texts: tuple[str, str] = (
+        "A moderate melody played on the harpsichord",
+        "A moderate melody played on the flute",
+    )
+    """Two texts that name a tag of the tagger each."""
+    neither: str = "A moderate melody"
+    """A text that names neither."""
+    shares: tuple[Annotated[float, Between(0, 1)], ...] = (0.25, 0.5, 0.75)
+    """Shares of the second text in blends, rising."""
+    clips: Annotated[Count, Between(4, 1024)] = 16
+    """Clips of each row, and of each text for the probe."""
+    seconds: Annotated[float, Between(6, 600)] = 6.0
+    """Length of a clip; a text over time changes in its middle."""
+    fade: Annotated[float, Between(0, 60)] = 0.5
+    """Seconds in which it does."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default the paper's."""
+    batch_size: Count = 8
+    """Clips at once."""
+    seed: Seed = 0
+    """Of the clips and of the intervals."""
+    costs: bool = True
+    """Count FLOPs as well, which compiles a few programs more."""
+    json: Path | None = None
+    """File for all figures."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+        if list(self.shares) != sorted(set(self.shares)):
+            raise UserError("--shares must rise")
+        report.check_parent("--json", self.json)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from magnet_jax import programs
+from magnet_jax import programs, prompts
 from magnet_jax.api import MAGNeT, MusicGen
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
@@ -290,7 +290,7 @@ def keep_edit(
     if clip.own:
         tokens = kept.encoded(content, edit.tokens_BKT[number], spec, text=text, seed=job.seed)
         store.write(path.with_suffix(kept.SUFFIX), tokens)
-    note = {"prompt": text, "seed": job.seed, "sample": number, "changed": changed}
+    note = {"prompt": prompts.as_json(text), "seed": job.seed, "sample": number, "changed": changed}
     _note(path, job, about | note | {"sample_rate": edit.sample_rate}, content)
     seconds = edit.wav_BCN.shape[-1] / edit.sample_rate
     return Clip(
