@@ -223,7 +223,7 @@ def test_edits_are_the_methods_of_the_api(engine, monkeypatch):
         engine._editor.run(job, lambda progress: None)
         found, given, how, editing, generation = called.pop()
         assert (found, given) == (name, (engine.files.clip("a" * 26, 0),))
-        assert how == {"descriptions": "x", "seed": 5} | wanted
+        assert how == {"descriptions": ["x"], "seed": 5} | wanted
         assert editing.edge == "inside" and editing.context == fields.get("context", 4.0)
         assert generation.steps == (1, 1, 1, 1)
     monkeypatch.setattr(model, "generate_between", method("between"))

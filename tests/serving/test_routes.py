@@ -16,6 +16,7 @@ import soundfile
 from launch.make import openapi
 from launch.make.docs_check import blocks
 from magnet_jax.config import ASSETS
+from magnet_jax.prompts import Prompt
 from magnet_jax.serving.access import Access
 from magnet_jax.serving.requests import KINDS
 
@@ -81,6 +82,24 @@ def test_names_of_similar_services_and_drawn_seeds(client):
     answers = [client.post("/v1/audio/generate", json=fields) for _ in range(2)]
     assert answers[0].headers["x-seed"] != answers[1].headers["x-seed"]
     assert sound(answers[0])[1] == 16000
+
+
+def test_texts_over_time_and_what_a_clip_is_not_to_be(client, model):
+    timeline = [[0, "a harp"], [0.3, [["a fiddle", 0.5], ["an organ", 0.5]]]]
+    answer = ask(client, input="", timeline=timeline, text_fade=0.1, negative_prompt="noise")
+    assert answer.headers["content-disposition"].count("a-harp-a-fiddle-an-organ-seed7-0.wav")
+    job = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()
+    tokens = np.load(io.BytesIO(client.get(job["results"][0]["tokens"]).content))
+    model.set_generation_params(duration=SECONDS)
+    prompt = Prompt([(0, "a harp"), (0.3, [("a fiddle", 0.5), ("an organ", 0.5)])], "noise", 0.1)
+    codes_BKT = model.generate([prompt], return_tokens=True, seed=7)[1]
+    model.set_generation_params()
+    np.testing.assert_array_equal(tokens["codes_KT"], codes_BKT[0])
+    assert client.get(job["results"][0]["settings"]).json()["prompt"]["negative"] == "noise"
+    failed(ask(client, timeline=timeline), 400, param="timeline")
+    failed(ask(client, input="", timeline=[[1, "a harp"]]), 400)
+    failed(ask(client, input="", timeline=[[0, "a harp"], [5, "a fiddle"]]), 400)
+    failed(ask(client, input="", blend=[["a harp", -1]]), 400)
 
 
 def test_several_clips_are_a_zip(client):
