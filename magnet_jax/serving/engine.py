@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 WAIT = {"cpu": 0.0}  # seconds for which a batch waits for more; a CPU gains nothing from batches
 WAIT_ELSEWHERE = 0.02
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # stands in what XLA says then
+LAST_SECONDS = 60.0  # at the end, for what the device is at: a compilation cannot be stopped
 HOUSEKEEPING = 30.0  # seconds between two looks at what has expired
 
 
@@ -123,8 +124,10 @@ class Engine:
             for seconds, size in self._to_warm:
                 request = requests.Generate(input="a calm melody", seconds=seconds, seed=0)
                 row = work.rows_of(new_job(request, "", ""), self.model)[0]
-                work.generate(self.model, [row] * size, lambda progress: None)
+                work.generate(self.model, [row] * size, lambda progress: self._go_on_warming())
             self.ready = True
+        except LeftError:
+            pass
         except Exception as error:
             if size > 1 and OUT_OF_MEMORY in str(error):
                 # What is longer than what was tried is made one clip at a time when it fails.
@@ -134,6 +137,10 @@ class Engine:
             else:
                 self.failure = error
         self.warmed.set()
+
+    def _go_on_warming(self) -> None:
+        if self._closed:
+            raise LeftError
 
     @property
     def alive(self) -> bool:
@@ -157,7 +164,7 @@ class Engine:
                 self.cancel(job)
             self._lock.notify_all()
         if self._device.is_alive():
-            self._device.join()
+            self._device.join(LAST_SECONDS)
         self._writer.shutdown()
 
     # --- jobs -------------------------------------------------------------------------------------
