@@ -14,6 +14,7 @@ from launch.benchmark.options import (
     Loader,
     Long,
     Loops,
+    Serving,
     Texts,
     Tokenize,
     Tradeoff,
@@ -30,6 +31,7 @@ MODULES = {
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
     Editing: "editing",
+    Serving: "serving",
     Texts: "steering",
     Loops: "loops",
     Long: "long",
@@ -42,6 +44,7 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
+    | Annotated[Serving, tyro.conf.subcommand("serving")]
     | Annotated[Texts, tyro.conf.subcommand("text")]
     | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Long, tyro.conf.subcommand("long")]

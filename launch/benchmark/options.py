@@ -274,6 +274,27 @@ class Editing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The server's clips in a time against those of batches without it, and of single requests."""
+
+    checkpoint: str | Path = "demo"
+    """The model, as for launch.sample."""
+    seconds: Annotated[float, Between(0, 600, above=True)] = 2.0
+    """Length of a clip."""
+    steps: tuple[int, ...] = (20, 10, 10, 10)
+    """Decoding steps of each codebook."""
+    requests: Count = 48
+    """Clips of each way, in each repeat."""
+    concurrency: Count = 8
+    """Requests at a time, and clips in a batch."""
+    repeats: Count = 3
+    """How often all ways are measured, in turn."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loops:
     """How well loops close beside clips of the same texts played twice, and the cost of one."""
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def create_app(
       log_prompts: write texts to the log.
     """
     version = importlib.metadata.version("magnet-jax")
-    app = FastAPI(title="magnet_jax", version=version, description=ABOUT, redoc_url=None)
+    app = FastAPI(
+        title="magnet_jax", version=version, description=ABOUT, docs_url=None, redoc_url=None
+    )
     app.state.engine, app.state.read, app.state.log_prompts = engine, read, log_prompts
     for part in (route_audio, route_jobs, route_files, route_server):
         app.include_router(part.router)
@@ -69,8 +72,8 @@ def _answer_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
         message = first["msg"].removeprefix("Value error, ")
         param = ".".join(place) or None
-        if param is None and ":" in message:  # of rules that several fields share
-            param = message.partition(":")[0]
+        rule = re.match(r"(\w+): ", message)  # that several fields share
+        param = rule[1] if param is None and rule else param
         if first["type"] == "extra_forbidden":
             message = "is no field of this request"
         if place:

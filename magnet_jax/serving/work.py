@@ -7,36 +7,41 @@ files.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from magnet_jax import prompts
+from magnet_jax import programs, prompts
 from magnet_jax.api import MAGNeT, MusicGen
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
     CodecSpec,
     DecodeConfig,
     EditConfig,
+    LongConfig,
     SamplingConfig,
     decode_of,
     preset_steps,
     replaced,
     with_decode,
 )
-from magnet_jax.decode import sampling, tokens_of_text
+from magnet_jax.decode import long, sampling, segments, tokens_of_text
 from magnet_jax.decode.segments import Between
-from magnet_jax.edit import kept
+from magnet_jax.edit import closing, kept
 from magnet_jax.editing import Edit
-from magnet_jax.errors import UserError
 from magnet_jax.io import audio
+from magnet_jax.looping import Loops
+from magnet_jax.looping import encoded as encoded_loop
+from magnet_jax.prompts import Description
 from magnet_jax.serving import requests, store
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import Clip, Job
 
 Model = MAGNeT | MusicGen
+LONG = "long"  # begins the key of a row that stands for all clips of a job, made in windows
 
 
 class Row(NamedTuple):
@@ -47,7 +52,7 @@ class Row(NamedTuple):
     key: tuple  # rows of one key are made by one program
     decoding: SamplingConfig
     num_frames: int
-    text: str
+    text: Description
 
     @property
     def steps(self) -> int:
@@ -102,19 +107,38 @@ def rows_of(job: Job, model: Model) -> list[Row]:
         raise RequestError(f"seconds: {seconds:g} is shorter than a frame", param="seconds")
     decoding = decoding_of(model, request)
     how: Any = decoding
+    description = request.description or ""
+    prompts.check_times([description], seconds)
     if model.kind == "magnet":
         how = sampling.shared(decoding)
         model_span = decoding.span_length or model.loaded.config.model.span_length
         if num_frames < model_span:
             raise RequestError(f"seconds: {seconds:g} is shorter than a span", param="seconds")
-    text = tokens_of_text.tokenize_texts(model.loaded, [request.input])
-    width = text.ids_BS.shape[1], bool(text.mask_BS.any())
+    if num_frames > sampling.segment_frames(model.loaded.config, model.loaded.codec):
+        return [Row(job, 0, (LONG, job.id), decoding, num_frames, description)]
+    text = tokens_of_text.tokenize_texts(model.loaded, [description])
+    shapes = tuple(x.shape[1:] for x in jax.tree.leaves(text))
+    width = shapes, jax.tree.structure(text), text.any
     alone = job.id if request.deterministic else None
     rows = []
     for index in range(request.n):
         key = ("generate", num_frames, how, width, alone and f"{alone}-{index}")
-        rows.append(Row(job, index, key, decoding, num_frames, request.input))
+        rows.append(Row(job, index, key, decoding, num_frames, description))
     return rows
+
+
+def parts(model: Model, row: Row, between: Between) -> Iterator[long.Part]:
+    """The clips of a job that are longer than a window, a call of the network's program at a time.
+
+    The first part is what there is before any.
+    """
+    batch = sampling.make_batch(
+        model.loaded, [row.text] * row.job.request.n, num_frames=row.num_frames,
+        decoding=row.decoding, seed=row.job.seed, rescorer=getattr(model, "rescorer", None),
+    )  # fmt: skip
+    how = LongConfig(mode=row.job.request.windows)
+    execution = dataclasses.replace(model.execution, between=between)
+    return long.windows(model.loaded, batch, how, execution=execution)
 
 
 def padded(count: int) -> int:
@@ -148,8 +172,19 @@ def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
     ]
 
 
+def preview(model: Model, codes_KT: jax.Array, num_frames: int) -> np.ndarray:
+    """What the first codebook alone sounds like, [C, N]."""
+    decoder = model.decoder
+    params = decoder.params | {"codebooks": decoder.params["codebooks"][:1]}
+    how = {"config": decoder.config, "frames": None, "platform": jax.default_backend()}
+    wav_1CN = programs.call(
+        segments.finish, params, codes_KT[None, :1], np.int32(num_frames), what="a preview", **how
+    )
+    return np.asarray(wav_1CN)[0, :, : round(num_frames * model.sample_rate / model.frame_rate)]
+
+
 class Editor(NamedTuple):
-    """Where an edit finds what it edits."""
+    """What makes edits and loops, and where it finds what they are of."""
 
     model: MAGNeT
     files: store.Store
@@ -157,46 +192,59 @@ class Editor(NamedTuple):
     def path(self, file: str | None, clip: requests.Result | None) -> Path:
         if file is not None:
             return self.files.upload(file) / "audio.wav"
-        return self.files.job(clip.id) / f"{clip.index}.wav"
+        return self.files.clip(clip.id, clip.index)
 
-    def run(self, job: Job, between: Between) -> Edit:
-        """Makes an edit."""
-        request = job.request
-        model = self.model
-        audio_ = self.path(request.file, request.job)
-        how = {"descriptions": request.input, "seed": job.seed}
+    def run(self, job: Job, between: Between) -> Edit | Loops:
+        """Makes an edit, or loops."""
+        request, model = job.request, self.model
         old = model.editing, model.generation, model.execution
-        model.editing = replaced(
-            EditConfig(), edge=request.edge, fade=request.fade, side=request.side,
-            context=getattr(request, "context", None),
-        )  # fmt: skip
+        names = ("edge", "fade", "side", "context")
+        how = {name: getattr(request, name, None) for name in names}
+        model.editing = replaced(EditConfig(), **how)
         model.generation = decoding_of(model, request)
         model.execution = dataclasses.replace(model.execution, between=between)
         try:
-            match request:
-                case requests.Inpaint():
-                    return model.generate_inpainting(
-                        audio_, regions=request.regions,
-                        codebooks=request.codebooks and tuple(request.codebooks), **how,
-                    )  # fmt: skip
-                case requests.Extend():
-                    ends = {"before": request.before, "after": request.after}
-                    return model.generate_extension(audio_, **ends, **how)
-                case requests.Between():
-                    then = self.path(request.then_file, request.then_job)
-                    return model.generate_between(audio_, then, request.seconds, **how)
-                case requests.Restyle():
-                    more = {"how": request.how, "original": request.original}
-                    return model.generate_restyle(audio_, strength=request.strength, **more, **how)
-                case requests.Vary():
-                    return model.generate_variations(
-                        audio_, n=request.n, variation=request.variation, **how
-                    )
-                case requests.Repair():
-                    more = {"worst": request.worst, "rounds": request.rounds}
-                    return model.repair(audio_, **more, **how)
+            if isinstance(request, requests.Loop):
+                return self._loops(request, job.seed)
+            return self._edit(request, job.seed)
         finally:
             model.editing, model.generation, model.execution = old
+
+    def _loops(self, request: requests.Loop, seed: int) -> Loops:
+        start = None
+        if request.start_file is not None or request.start_job is not None:
+            start = self.path(request.start_file, request.start_job)
+        return self.model.generate_loop(
+            [request.description or ""] * request.n, bpm=request.bpm, bars=request.bars,
+            seconds=request.seconds, beats_per_bar=request.beats_per_bar, start=start,
+            start_seconds=request.start_seconds, seed=seed,
+        )  # fmt: skip
+
+    def _edit(self, request: requests.Source, seed: int) -> Edit:
+        model, source = self.model, self.path(request.file, request.job)
+        description = request.description
+        how = {"descriptions": None if description is None else [description], "seed": seed}
+        match request:
+            case requests.Inpaint():
+                codebooks = request.codebooks and tuple(request.codebooks)
+                more = {"regions": request.regions, "codebooks": codebooks}
+                return model.generate_inpainting(source, **more, **how)
+            case requests.Extend():
+                ends = {"before": request.before, "after": request.after}
+                return model.generate_extension(source, **ends, **how)
+            case requests.Between():
+                then = self.path(request.then_file, request.then_job)
+                return model.generate_between(source, then, request.seconds, **how)
+            case requests.Restyle():
+                names = ("strength", "how", "original")
+                more = {name: getattr(request, name) for name in names}
+                return model.generate_restyle(source, **more, **how)
+            case requests.Vary():
+                more = {"n": request.n, "variation": request.variation}
+                return model.generate_variations(source, **more, **how)
+            case requests.Repair():
+                more = {"worst": request.worst, "rounds": request.rounds}
+                return model.repair(source, **more, **how)
         raise AssertionError(request)
 
 
@@ -221,7 +269,7 @@ def keep_clip(folder: Path, row: Row, made: Made, about: dict[str, Any], spec: C
     tokens = kept.encoded(content, made.codes_KT, spec, text=row.text, seed=row.job.seed)
     store.write(path.with_suffix(kept.SUFFIX), tokens)
     note = {
-        "prompt": row.text,
+        "prompt": prompts.as_json(row.text),
         "seed": row.job.seed,
         "sample": row.index,
         "decode": dataclasses.asdict(row.decoding),
@@ -232,20 +280,25 @@ def keep_clip(folder: Path, row: Row, made: Made, about: dict[str, Any], spec: C
     return Clip(index=row.index, seed=row.job.seed, number=row.index, seconds=round(seconds, 6))
 
 
+def edited_text(job: Job, edit: Edit, number: int) -> Description:
+    """The text that a clip was edited with."""
+    own = prompts.later(edit.clips[number].text, getattr(job.request, "before", 0.0))
+    given = job.request.description
+    return own if given is None else prompts.completed(given, own)
+
+
 def keep_edit(
     folder: Path, job: Job, edit: Edit, number: int, about: dict, spec: CodecSpec
 ) -> Clip:
     """Writes a clip of an edit, its tokens where the samples are theirs, and its settings."""
     path = folder / f"{number}.wav"
-    try:
+    with store.written():
         folder.mkdir(parents=True, exist_ok=True)
         edit.write(path, number)
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     clip = edit.clips[number]
     changed = [[a / edit.sample_rate, b / edit.sample_rate] for a, b in edit.changed[number]]
-    text = clip.text if job.request.input is None else job.request.input
+    text = edited_text(job, edit, number)
     if clip.own:
         tokens = kept.encoded(content, edit.tokens_BKT[number], spec, text=text, seed=job.seed)
         store.write(path.with_suffix(kept.SUFFIX), tokens)
@@ -258,6 +311,36 @@ def keep_edit(
     )  # fmt: skip
 
 
+def keep_loop(
+    folder: Path, job: Job, loops: Loops, number: int, about: dict[str, Any], spec: CodecSpec
+) -> Clip:
+    """Writes a loop as WAV and as FLAC, with what music programs read, its tokens and settings."""
+    request, length, loudness = job.request, loops.length, None
+    wav_CN, rate, text = loops.wav_BCN[number], loops.sample_rate, loops.texts[number]
+    if request.lufs is not None:
+        wav_CN, loudness = closing.levelled(wav_CN, rate, request.lufs)
+    told = json.dumps({"seed": job.seed, "sample": number})
+    info = {"title": prompts.in_words(text), "software": "magnet_jax", "comment": told}
+    path = folder / f"{number}.wav"
+    for suffix in (".flac", ".wav"):
+        content = encoded_loop(path.with_suffix(suffix), wav_CN, rate, length, info)
+        store.write(path.with_suffix(suffix), content)
+    loop = {
+        "bpm": length.bpm,
+        "bars": length.bars,
+        "beats_per_bar": length.beats_per_bar,
+        "samples": length.samples(rate),
+    }
+    codes_KT, settings = loops.tokens_BKT[number], {"loop": loop}
+    tokens = kept.encoded(content, codes_KT, spec, text=text, seed=job.seed, settings=settings)
+    store.write(path.with_suffix(kept.SUFFIX), tokens)
+    note = {"prompt": prompts.as_json(text), "seed": job.seed, "sample": number}
+    note["reached_lufs"] = loudness
+    _note(path, job, about | note | settings, content)
+    seconds = round(wav_CN.shape[-1] / rate, 6)
+    return Clip(index=number, seed=job.seed, number=number, seconds=seconds, loop=loop)
+
+
 def _note(path: Path, job: Job, about: dict[str, Any], content: Any) -> None:
     request = job.request.model_dump(mode="json", by_alias=True) | {"seed": job.seed}
     about = about | {"kind": job.kind, "request": request}
@@ -265,7 +348,7 @@ def _note(path: Path, job: Job, about: dict[str, Any], content: Any) -> None:
     store.write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
-def confidence(model: MAGNeT, codes_KT: np.ndarray, text: str) -> list[float]:
+def confidence(model: MAGNeT, codes_KT: np.ndarray, text: Description) -> list[float]:
     """How sure the model is of each frame, in nats."""
     log_KT = model.confidence(codes_KT[None], [text])[0]
     return [round(float(x), 3) for x in log_KT.mean(0)]
