@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test lint size docs-check clean
+.PHONY: setup demo serve test lint size docs-check clean
 
 setup: $(STAMP)
 
@@ -12,12 +12,15 @@ $(STAMP): requirements.txt requirements-beam.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --editable ".[dev,serve]"
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement requirements-beam.txt
 	touch $(STAMP)
 
 demo: setup
 	$(BIN)/python -m launch.demo --out demo
+
+serve: setup
+	$(BIN)/python -m launch.serve --checkpoint demo
 
 test: setup
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest

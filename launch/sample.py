@@ -41,6 +41,7 @@ from magnet_jax.io.files import replacing_file
 
 if TYPE_CHECKING:
     from magnet_jax.api import Generator
+    from magnet_jax.edit.bars import Bars
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,21 @@ class Args:
     extend_stride: float | None = None
     """Seconds by which the windows of a MusicGen's longer clip lie apart. By default it is 0.6 of a
     window."""
+    loop: bool = False
+    """Make loops: clips whose end leads to their beginning, as long as their bars to the sample,
+    with what music programs read of them."""
+    bpm: Annotated[float | None, Between(20, 400)] = None
+    """Of a loop, quarters a minute. They are its length; what is heard may have another tempo."""
+    bars: Annotated[int | None, Between(1, 1024)] = None
+    """Of a loop, how many. By default as many of 8, 4, 2 or 1 as the model hears at once."""
+    beats_per_bar: Annotated[int, Between(1, 16)] = 4
+    """Of a loop, quarters a bar."""
+    start: Path | None = None
+    """Sound file that a loop begins with. It sounds as its tokens do, and not as it was."""
+    start_seconds: Seconds | None = None
+    """How much of that file. By default it is half of the loop, or all that there is."""
+    format: Literal["wav", "flac"] = "wav"
+    """Kind of the sound files, of 16 bits."""
     step: Index | None = None
     """Checkpoint of a run to use. By default it is the newest."""
     weights: Literal["ema", "raw"] | None = None
@@ -108,9 +124,25 @@ class Args:
 
 
 def _file_name(index: int, prompt: str, seed: int) -> str:
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-    words = words or ("clip" if prompt else "unconditional")
+    words = _slug(prompt) or ("clip" if prompt else "unconditional")
     return f"{index:03d}-{words}-seed{seed}"
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+
+
+def _loop_names(texts: Sequence[str], seed: int, length: "Bars") -> list[str]:
+    """Names such as a-lively-jig_128bpm_4bars; the seed is said where it is not 0."""
+    bars = f"{float(length.seconds):g}s"
+    if length.bars is not None:
+        bars = f"{length.bpm:g}bpm_{length.bars}bars"
+    names: list[str] = []
+    for text in texts:
+        name = f"{_slug(text) or 'loop'}_{bars}" + f"_seed{seed}" * (seed > 0)
+        like = sum(other == name or other.startswith(f"{name}_") for other in names)
+        names.append(f"{name}_{like + 1}" if like else name)
+    return names
 
 
 def is_made(path: Path, notes: Path, settings: dict, by: str = "launch.sample") -> bool:
@@ -164,7 +196,55 @@ def check(args: Args) -> list[str]:
     rescoring = (args.rescorer_weight, args.rescorer_guidance)
     if args.rescorer is None and rescoring != (RescoreConfig.weight, RescoreConfig.guidance):
         raise UserError("--rescorer-weight and --rescorer-guidance need --rescorer MODEL")
+    for name in ("bpm", "bars", "beats_per_bar", "start", "start_seconds"):
+        if not args.loop and getattr(args, name) != getattr(Args, name):
+            raise UserError(f"--{name.replace('_', '-')} is of a loop: give --loop as well")
+    if args.start_seconds is not None and args.start is None:
+        raise UserError("--start-seconds needs --start FILE")
+    if args.loop and args.prompt_seconds is not None:
+        raise UserError("--prompt-seconds has no effect on loops: leave it out")
     return texts
+
+
+def length_of(args: Args, model: "Generator") -> "Bars | None":
+    """How long the loops are; None of clips that are none."""
+    if not args.loop:
+        return None
+    from magnet_jax.edit import bars
+
+    if not hasattr(model, "loops"):
+        raise UserError(
+            f"--loop: a model of kind {model.kind} goes on from a beginning, which is all that it "
+            "hears, and makes no loops: take a MAGNeT"
+        )
+    return bars.of(
+        args.bpm, args.bars, args.seconds, beats_per_bar=args.beats_per_bar,
+        most=model.max_duration,
+    )  # fmt: skip
+
+
+def _about_loop(args: Args, length: "Bars", model: "Generator") -> dict[str, Any]:
+    """What the JSON files say of loops."""
+    content = b"" if args.start is None else _read(args.start)
+    return {
+        "loop": {
+            "bpm": length.bpm,
+            "bars": length.bars,
+            "beats_per_bar": length.beats_per_bar,
+            "samples": length.samples(model.sample_rate),
+            "start": args.start and str(args.start),
+            "start_sha256": args.start and hashlib.sha256(content).hexdigest(),
+            "start_seconds": args.start_seconds,
+        },
+        "seconds": float(length.seconds),
+    }
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--start {path}: cannot be read ({error.strerror})") from None
 
 
 def decoding_of(args: Args, config: RunConfig, seconds: float) -> SamplingConfig:
@@ -270,20 +350,33 @@ def _about(loaded: Any, source: str | Path) -> dict[str, Any]:
 
 
 def _write(
-    wav: Path, notes: Path, wav_CN: np.ndarray, codes_KT: np.ndarray, settings: dict[str, Any]
+    wav: Path,
+    notes: Path,
+    wav_CN: np.ndarray,
+    codes_KT: np.ndarray,
+    settings: dict[str, Any],
+    length: "Bars | None" = None,
 ) -> None:
-    """Writes a clip, and beside its JSON file its tokens, with which launch.edit edits it."""
-    from magnet_jax.edit import kept
+    """Writes a clip, and beside its JSON file its tokens, with which launch.edit edits it.
 
-    rate, loudness = settings["sample_rate"], None
-    if settings["wanted_lufs"] is not None:
-        wav_CN, loudness = audio.normalize_loudness(wav_CN, rate, settings["wanted_lufs"])
-    content = audio.encoded(wav, wav_CN, rate, **audio.WAV)
-    digest = hashlib.sha256(content).hexdigest()
-    about = settings | {"reached_lufs": loudness, "sha256": digest}
+    Of a loop `length` says how long it is.
+    """
+    from magnet_jax import looping
+    from magnet_jax.edit import closing, kept
+
+    rate, wanted, loudness = settings["sample_rate"], settings["wanted_lufs"], None
+    if wanted is not None and length is None:
+        wav_CN, loudness = audio.normalize_loudness(wav_CN, rate, wanted)
+    elif wanted is not None:
+        wav_CN, loudness = closing.levelled(wav_CN, rate, wanted)
+    about = settings | {"reached_lufs": loudness}
+    told = {name: settings[name] for name in ("seed", "sample", "parameters", "decode")}
+    info = {"title": settings["prompt"], "software": "magnet_jax", "comment": json.dumps(told)}
+    content = looping.encoded(wav, wav_CN, rate, length, info)
+    about["sha256"] = hashlib.sha256(content).hexdigest()
     tokens = kept.encoded(
-        content, codes_KT, CodecSpec(**settings["codec"]),
-        text=settings["prompt"], seed=settings["seed"],
+        content, codes_KT, CodecSpec(**settings["codec"]), text=settings["prompt"],
+        seed=settings["seed"], settings=None if length is None else {"loop": settings["loop"]},
     )  # fmt: skip
     # All are whole before one has its name. The JSON has it before the WAV, as a WAV without one is
     # somebody else's.
@@ -315,8 +408,15 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
             f"note: {model.duration:g} s are asked of a model that was trained on clips of "
             f"{model.max_duration:g} s: it takes them, but has not learnt such lengths"
         )
+    length = length_of(args, model)
+    start_BKP = None
     stems = names or [_file_name(i, text, args.seed) for i, text in enumerate(texts)]
-    files = [args.out / f"{stem}.wav" for stem in stems]
+    if length is not None:
+        stems = names or _loop_names(texts, args.seed, length)
+        about |= _about_loop(args, length, model)
+        if args.start is not None:
+            start_BKP = model.start_of(length, args.start, seconds=args.start_seconds)
+    files = [args.out / f"{stem}.{args.format}" for stem in stems]
     jsons = [(notes or args.out) / f"{stem}.json" for stem in stems]
     settings = [
         {"prompt": text, "seed": args.seed, "sample": i, **about} for i, text in enumerate(texts)
@@ -330,16 +430,19 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
         # A last, smaller batch is filled up: few shapes, few programs.
         filled = batch + [""] * (min(args.batch_size, len(texts)) - len(batch))
         started = time.perf_counter()
-        generated = model.clips(
-            filled, num_frames=model.num_frames, seed=args.seed, first_sample=first
-        )
+        numbers = {"seed": args.seed, "first_sample": first}
+        if length is None:
+            generated = model.clips(filled, num_frames=model.num_frames, **numbers)
+            wav_BCN = generated.wav_BCN[..., : round(model.duration * model.sample_rate)]
+            codes_BKT, what, each = generated.codes_BKT, "clip", f"{model.duration:g} s"
+        else:
+            loops = model.loops(filled, length, start_BKP=start_BKP, **numbers)
+            wav_BCN, codes_BKT, what, each = loops.wav_BCN, loops.tokens_BKT, "loop", length.words
         took = time.perf_counter() - started
-        length = round(model.duration * model.sample_rate)
-        for i, wav_CN, codes_KT in zip(clips, generated.wav_BCN, generated.codes_BKT):
-            _write(files[i], jsons[i], wav_CN[:, :length], codes_KT, settings[i])
+        for i, wav_CN, codes_KT in zip(clips, wav_BCN, codes_BKT):
+            _write(files[i], jsons[i], wav_CN, codes_KT, settings[i], length)
             print(files[i])
-        plural = "s" * (len(batch) > 1)
-        print(f"{len(batch)} clip{plural} of {model.duration:g} s in {took:.1f} s")
+        print(f"{len(batch)} {what}{'s' * (len(batch) > 1)} of {each} in {took:.1f} s")
     return files
 
 

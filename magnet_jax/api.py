@@ -57,8 +57,8 @@ from magnet_jax.config import (
     with_decode,
 )
 from magnet_jax.decode import canvas, placement, rescore, sampling, tokens_of_text
-from magnet_jax.editing import Editing
 from magnet_jax.errors import UserError
+from magnet_jax.looping import Looping
 
 Name = Annotated[str | Path, as_name]
 # As in AudioCraft, 0 switches the nucleus and the sampling off.
@@ -349,7 +349,7 @@ class Generator:
             raise UserError(f"{name}: {error}") from None
 
 
-class MAGNeT(Editing, Generator):
+class MAGNeT(Looping, Generator):
     """Text to audio in a fixed number of parallel steps."""
 
     kind = "magnet"

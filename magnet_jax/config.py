@@ -392,6 +392,9 @@ class EditConfig:
     """Say a clip once more under another text, with the chance that made it (`choose.replay`); the
     share of tokens that are drawn anew."""
 
+    ring: bool = False
+    """Whether the clip's last frame leads to its first, as a loop's does (`decode/ring.py`)."""
+
     def __post_init__(self):
         check_fields(self, "edit.")
 

@@ -462,7 +462,9 @@ class Editing:
             except ValueError as error:
                 raise UserError(str(error)) from None
             if found is not None:
-                tokens, text = found.codes_KT[None], found.text
+                text = found.text
+                # The samples of a loop are more than its tokens, which do not say where it closes.
+                tokens = None if found.settings.get("loop") else found.codes_KT[None]
             sources = [source]
         else:
             if sample_rate is None:

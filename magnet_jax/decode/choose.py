@@ -119,8 +119,12 @@ def replay(
 
 
 def sample_keys(seed: jax.Array | int, sample_B: jax.Array) -> jax.Array:
-    """One key a sample, from (seed, number of the sample): batching changes nothing."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), sample_B)
+    """One key a sample, from (seed, number of the sample): batching changes nothing.
+
+    The seed is one for all, or [B].
+    """
+    seed_B = jnp.broadcast_to(seed, sample_B.shape)
+    return jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.key)(seed_B), sample_B)
 
 
 def frame_keys(

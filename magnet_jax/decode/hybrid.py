@@ -16,6 +16,7 @@ from magnet_jax.decode import autoregressive, parallel
 from magnet_jax.decode.autoregressive import UNKNOWN, Beginning
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.magnet import ALL_SAVINGS, Savings
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import attention, patterns, transformer
@@ -62,7 +63,7 @@ def generate(
     rules = dataclasses.replace(
         rules, given_have_say=False, on_step=_counted(rules.on_step, num_first, total)
     )
-    network = _network_after(config, params, text, both, cache, beginning, task)
+    network = _network_after(config, params, text, both, cache, beginning, task, rules.ring)
     # 0 is no step of the beginning's, whose own keys are made with their numbers.
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(task.keys_B, 0)
     return parallel.decode(network, rules, task._replace(canvas=made, keys_B=keys_B), schedule)
@@ -117,11 +118,12 @@ def _network_after(
     cache: transformer.Cache,
     beginning: Beginning,
     task: parallel.Task,
+    ring: Ring | None = None,
 ) -> parallel.Network:
     """The steps after a beginning as `decode` sees them, by frames of the codebook to predict."""
     delays, first = jnp.asarray(config.delays), beginning.num_steps(config.delays)
-    num_frames = task.canvas.codes_BKT.shape[-1]
-    length = num_frames if task.length is None else task.length
+    num_frames = task.canvas.codes_BKT.shape[-1] if ring is None else ring.window
+    length = num_frames if task.length is None or ring is not None else task.length
     num_steps = patterns.num_steps(num_frames, config.delays)
     positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
 

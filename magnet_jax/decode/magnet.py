@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from magnet_jax.config import KernelConfig, ModelConfig
 from magnet_jax.decode import parallel
 from magnet_jax.decode.parallel import Network
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.schedule import Schedule
 from magnet_jax.decode.tokens_of_text import TextStates
 from magnet_jax.model import transformer
@@ -42,6 +43,7 @@ def guided_network(
     *,
     kernels: KernelConfig,
     length: jax.Array | int | None = None,
+    ring: Ring | None = None,
     savings: Savings = ALL_SAVINGS,
     guidance_axis: str | None = None,
     frames_axis: str | None = None,
@@ -49,9 +51,10 @@ def guided_network(
     """The transformer as `parallel.decode` wants it.
 
     Args:
-      num_frames: of a whole clip.
+      num_frames: of a whole clip, or of the longest line of a ring's frames that is heard.
       kernels: from `kernels.choose_kernels`.
-      length: frames that exist; all by default.
+      length: frames that exist, all by default; of a ring, its frames.
+      ring: how the clip is heard whose last frame leads to its first.
       savings: see `Savings`; of them `null_text` is the network's.
       guidance_axis: mesh axis of two devices, of which the second computes the rows without text.
       frames_axis: mesh axis over which the frames are split.
@@ -81,7 +84,11 @@ def guided_network(
         near = config.context(local) is not None  # a model may see everything at all stages
         attend = with_kernels(kernels, near=near)
         positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
-        if first_B is not None:
+        if ring is not None:
+            positions_BTD = positions_BTD[:, :num_frames]
+            if ring.around[local]:
+                attend = functools.partial(attend, around=length)
+        elif first_B is not None:
             positions_BTD = position_TD[first_B[:, None] + jnp.arange(num_frames)[None]]
             attend = functools.partial(attend, length=None if length is None else length - first_B)
         elif frames_axis is not None:
@@ -108,6 +115,24 @@ def guided_network(
     return Network(trunk, head)
 
 
+def network_of_task(
+    config: ModelConfig,
+    params: dict,
+    text: transformer.TextKeys,
+    task: parallel.Task,
+    rules: parallel.Rules,
+    **how,
+) -> Network:
+    """`guided_network`, whose other arguments are `how`, for what is decoded."""
+    num_frames, length = task.canvas.codes_BKT.shape[-1], task.length
+    if rules.ring is not None:
+        num_frames, length = max(num_frames, rules.ring.window), task.end
+    return guided_network(
+        config, params, text, num_frames, length=length, ring=rules.ring,
+        frames_axis=rules.frames_axis, **how,
+    )  # fmt: skip
+
+
 @transformer.exact_products
 def generate(
     params: dict,
@@ -128,9 +153,9 @@ def generate(
     text. The numbers of `schedule` may change without a new program. For the other arguments see
     `guided_network` and `parallel.decode`.
     """
-    network = guided_network(
-        config, params, transformer.bind(config, params).read_text(*text_states, dtype=dtype),
-        task.canvas.codes_BKT.shape[-1], kernels=kernels, length=task.length, savings=savings,
-        guidance_axis=guidance_axis, frames_axis=rules.frames_axis,
+    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    network = network_of_task(
+        config, params, text, task, rules, kernels=kernels, savings=savings,
+        guidance_axis=guidance_axis,
     )  # fmt: skip
     return parallel.decode(network, rules, task, schedule)

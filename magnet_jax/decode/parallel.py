@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.decode import choose, spans
+from magnet_jax.decode import ring as rings
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.choose import Choice
 from magnet_jax.decode.schedule import MIN_TEMPERATURE, GuidedSteps, Schedule
@@ -75,6 +76,8 @@ class Rules:
     extent: int | None = None
     """Frames from `Task.first_B` on within which local stages have anything to predict; None is
     all. What cannot be seen from there is not computed."""
+    ring: rings.Ring | None = None
+    """How the clip is heard whose last frame leads to its first, one of `Task.end` frames."""
     frames_axis: str | None = None
     """The mesh axis over which the network's states are split by frames."""
     on_step: Callable[[int, int], None] | None = None
@@ -86,7 +89,7 @@ class Task(NamedTuple):
 
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
-    limit: jax.Array | float  # see `choose.choose_token`
+    limit: jax.Array | float  # see `choose.choose_token`; one for all, or [B]
     length: jax.Array | int | None = None  # frames that exist, in whole spans; None is all
     end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise
     rescoring: Rescoring | None = None
@@ -163,7 +166,10 @@ def draw(
         said_R = jnp.take_along_axis(codes_BT, frame_BM, axis=1, mode="clip").reshape(-1)
         token_R = choose.replay(keys_R, probs_RV, said_R, task.limit)
     else:
-        token_R = choose.choose_token(keys_R, probs_RV, rules.choice, task.limit)
+        limit = task.limit
+        if jnp.ndim(limit):  # one a clip
+            limit = jnp.repeat(limit, frame_BM.shape[1])
+        token_R = choose.choose_token(keys_R, probs_RV, rules.choice, limit)
     prob_R = jnp.take_along_axis(probs_RV, token_R[:, None], axis=-1)
     return token_R.reshape(frame_BM.shape), prob_R.reshape(frame_BM.shape)
 
@@ -180,7 +186,13 @@ def predict(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens of codebook `row.stage` at all frames, and their probabilities, [B, T]."""
     batch, _, num_frames = codes_BKT.shape
+    home_T = None
+    if rules.ring is not None:
+        around = rules.ring.around[local]
+        place_W, home_T = rings.view(rules.ring, num_frames, task.end, row.number, around=around)
+        codes_BKT = codes_BKT[..., place_W]
     states_RTD = network.trunk(codes_BKT, stage=row.stage, local=local, guided=guided, first_B=None)
+    states_RTD = states_RTD if home_T is None else states_RTD[:, home_T]
     frame_T = jnp.arange(num_frames)
     if rules.frames_axis is not None:  # every device draws for its own frames
         share = states_RTD.shape[1]
@@ -226,7 +238,7 @@ def predict_within(
 
 def rescored(
     rules: Rules,
-    rescoring: Rescoring,
+    task: Task,
     state_codes_BKT: jax.Array,
     hidden_BT: jax.Array,
     prob_BT: jax.Array,
@@ -235,7 +247,13 @@ def rescored(
     local: bool,
 ) -> jax.Array:
     """The probabilities that decide what is kept where a second model has a say (equation 5)."""
-    other_BT = rescoring.probabilities(state_codes_BKT, hidden_BT, row.stage, local=local)
+    rescoring, num_frames = task.rescoring, hidden_BT.shape[-1]
+    if rules.ring is None:
+        other_BT = rescoring.probabilities(state_codes_BKT, hidden_BT, row.stage, local=local)
+    else:
+        place_W, home_T = rings.view(rules.ring, num_frames, task.end, row.number, around=False)
+        seen = state_codes_BKT[..., place_W], hidden_BT[:, place_W]
+        other_BT = rescoring.probabilities(*seen, row.stage, local=local)[:, home_T]
     # In this form, weights of 0 and 1 leave the bits of one side as they are.
     mixed_BT = (1 - rescoring.weight) * prob_BT + rescoring.weight * other_BT
     # Given frames have no say, unless the weight of 0 asks for what no rescorer does.
@@ -291,7 +309,7 @@ def step(
     if not rules.given_have_say:
         prob_BT = jnp.where(hidden_BT, prob_BT, rules.spans.no_say)
     if task.rescoring is not None and not (last or only):
-        prob_BT = rescored(rules, task.rescoring, codes_BKT, hidden_BT, prob_BT, row, local=local)
+        prob_BT = rescored(rules, task, codes_BKT, hidden_BT, prob_BT, row, local=local)
     scored_BU = hidden_BU if rules.spans.on_grid else hidden_BT
     kept_BU = jnp.minimum(state.score_BU, spans.KEPT)
     if rules.order == "confidence":
@@ -300,6 +318,20 @@ def step(
         unsure_BU = spans.priority(rules.order, task.keys_B, row.stage, scored_BU.shape[-1])
     score_BU = jnp.where(scored_BU, unsure_BU, kept_BU)
     return state._replace(codes_BKT=codes_BKT, score_BU=score_BU), hidden_BT
+
+
+def start(rules: Rules, task: Task, stage: jax.Array) -> State:
+    """The state before the first step of codebook `stage`; its tokens are those of the canvas."""
+    free_BT = ~codebook(task.canvas.given_BKT, stage)
+    if task.end is not None:  # what is cut off makes no span worth a step
+        free_BT &= (jnp.arange(free_BT.shape[-1]) < task.end)[None]
+    return State(task.canvas.codes_BKT, *spans.start(rules.spans, free_BT, task.exists_T))
+
+
+def checked(rules: Rules, state: State) -> jax.Array:
+    """The tokens after a codebook; as in `choose_token`, but of the second model's numbers."""
+    overflown_B = jnp.isnan(state.score_BU).any(-1)
+    return jnp.where(overflown_B[:, None, None], rules.mask_id, state.codes_BKT)
 
 
 def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule, ...]) -> Decoded:
@@ -321,27 +353,21 @@ def decode(network: Network, rules: Rules, task: Task, schedule: tuple[Schedule,
 
     def decode_stage(codes_BKT: jax.Array, rows: Schedule, *, local: bool):
         """All steps of one codebook; the last of several is traced apart where it is unlike."""
-        free_BT = ~codebook(given_BKT, rows.stage[0])
-        if task.end is not None:  # what is cut off makes no span worth a step
-            free_BT &= (jnp.arange(num_frames) < task.end)[None]
-        start = spans.start(rules.spans, free_BT, task.exists_T)
+        state = start(rules, task, rows.stage[0])._replace(codes_BKT=codes_BKT)
         num_steps = len(rows.stage)
         unlike = rules.spans.on_grid or rules.guided == "all_but_last" or task.rescoring is not None
         apart = num_steps > 1 and unlike
         first = functools.partial(run, local=local, last=False, only=num_steps == 1)
         state, hidden_PBT = jax.lax.scan(
             first,
-            State(codes_BKT, *start),
+            state,
             jax.tree.map(lambda x: x[: num_steps - apart], rows),
         )
         if apart:
             row = jax.tree.map(lambda x: x[-1], rows)
             state, last_BT = run(state, row, local=local, last=True, only=False)
             hidden_PBT = jnp.concatenate([hidden_PBT, last_BT[None]])
-        codes_BKT = state.codes_BKT
-        if task.rescoring is not None:  # as in `choose_token`, of the second model's numbers
-            overflown_B = jnp.isnan(state.score_BU).any(-1)
-            codes_BKT = jnp.where(overflown_B[:, None, None], rules.mask_id, codes_BKT)
+        codes_BKT = state.codes_BKT if task.rescoring is None else checked(rules, state)
         return codes_BKT, hidden_PBT
 
     hidden = []

@@ -14,6 +14,7 @@ from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.codec import encodec
 from magnet_jax.config import KernelConfig, ModelConfig, SamplingMeshConfig
 from magnet_jax.decode.magnet import ALL_SAVINGS, Savings
+from magnet_jax.decode.segments import Between
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 
@@ -29,6 +30,9 @@ class Execution:
     savings: Savings = ALL_SAVINGS
     say: programs.Say | None = None
     """Takes a line when a program is compiled, and one when it is done."""
+    between: Between | None = None
+    """Has a MAGNeT's clips made in segments, and is called after each; it may raise, and the clips
+    are left. Other kinds of models, and meshes, have no segments, and call nothing."""
 
 
 def place(decoder: encodec.Decoder, execution: Execution) -> encodec.Decoder:

@@ -56,7 +56,7 @@ class Inputs(NamedTuple):
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
     schedule: tuple[Schedule, ...]
-    limit: jax.Array  # see `choose.choose_token`
+    limit: jax.Array  # see `choose.choose_token`; one for all clips, or [B]
     length: jax.Array | None  # frames in whole spans, where those are fewer than T
     audio_length: jax.Array | None  # frames of the audio, likewise
     beginning: autoregressive.Sampling | None  # of clips that begin one step after another
@@ -100,17 +100,7 @@ class Sampler:
         text = inputs.text
         states_BSE = t5.encode(inputs.t5, self.t5, text.ids_BS, text.mask_BS, dtype=self.dtype)
         states = TextStates(states_BSE, text.mask_BS, text.num_zero_keys_B)
-        task = parallel.Task(
-            canvas=inputs.canvas,
-            keys_B=inputs.keys_B,
-            limit=inputs.limit,
-            length=inputs.length,
-            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
-            rescoring=self._rescoring(inputs),
-            first_B=inputs.first_B,
-            min_guidance=inputs.min_guidance,
-            replayed_BKT=inputs.replayed_BKT,
-        )
+        task = self.task(inputs)
         how = {"config": self.model, "rules": self.rules, "savings": self.savings}
         how["dtype"] = self.dtype
         if self.beginning is None:
@@ -139,15 +129,30 @@ class Sampler:
             )
         return Sampled(*decoded, wav_BCN)
 
+    def task(self, inputs: Inputs) -> parallel.Task:
+        """What is decoded."""
+        return parallel.Task(
+            canvas=inputs.canvas,
+            keys_B=inputs.keys_B,
+            limit=inputs.limit,
+            length=inputs.length,
+            end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,
+            rescoring=self._rescoring(inputs),
+            first_B=inputs.first_B,
+            min_guidance=inputs.min_guidance,
+            replayed_BKT=inputs.replayed_BKT,
+        )
+
     def _rescoring(self, inputs: Inputs) -> parallel.Rescoring | None:
         """The whole rescorer on every device: of its axes a mesh splits it by 'data' alone."""
         if self.read_rescorer is None:
             return None
+        ring = self.rules.ring
         probabilities = self.read_rescorer(
             inputs.rescorer,
             inputs.rescorer_texts,
-            num_frames=inputs.canvas.codes_BKT.shape[-1],
-            length=inputs.length,
+            num_frames=ring.window if ring else inputs.canvas.codes_BKT.shape[-1],
+            length=None if ring else inputs.length,
         )
         return parallel.Rescoring(probabilities, inputs.rescorer_weight)
 

@@ -33,11 +33,12 @@ from magnet_jax.config import (
     SamplingMeshConfig,
     decode_of,
 )
-from magnet_jax.decode import autoregressive, canvas, choose, placement
+from magnet_jax.decode import autoregressive, canvas, choose, placement, segments
 from magnet_jax.decode import schedule as schedules
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.parallel import Rules
 from magnet_jax.decode.placement import Execution
+from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.sampler import Inputs, Rescorer, Sampler
 from magnet_jax.decode.sampler import sample as sampler_program
 from magnet_jax.decode.spans import Spans
@@ -61,10 +62,14 @@ class Batch:
     text: Text
     sample_B: np.ndarray
     """Numbers of the clips, which with the seed decide their random numbers."""
-    seed: int
+    seed: int | np.ndarray
+    """One for all clips, or [B]."""
     canvas: Canvas
     """As long as the clips."""
     decoding: SamplingConfig
+    own: tuple[DecodeConfig, ...] = ()
+    """In place of `decoding`, how each clip is decoded; one program must do for all, see
+    `shared`."""
     decoder: encodec.Decoder | None = None
     """Makes the program end in samples."""
     rescorer: Rescorer | None = None
@@ -77,6 +82,11 @@ class Batch:
     def replays(self) -> bool:
         """Whether the second half of the clips says the first half's tokens under other texts."""
         return self.editing is not None and self.editing.replay is not None
+
+    @property
+    def is_ring(self) -> bool:
+        """Whether the clips' ends lead to their beginnings."""
+        return self.editing is not None and self.editing.ring
 
     @property
     def num_frames(self) -> int:
@@ -117,9 +127,9 @@ def generate(
     texts: Sequence[str],
     *,
     num_frames: int,
-    decoding: SamplingConfig,
-    seed: int,
-    first_sample: int = 0,
+    decoding: SamplingConfig | Sequence[DecodeConfig],
+    seed: int | Sequence[int],
+    first_sample: int | Sequence[int] = 0,
     given: Canvas | None = None,
     text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
@@ -134,8 +144,10 @@ def generate(
       loaded: the model.
       texts: descriptions; an empty one is generated without text.
       num_frames: frames of a clip, the given ones included.
-      decoding: schedule and sampling, of the model's kind.
-      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone.
+      decoding: schedule and sampling, of the model's kind; of a MAGNeT also a list, one a clip, of
+        which all are `shared` alike.
+      seed, first_sample: clip i depends on (seed, first_sample + i) and its text alone. Lists have
+        one a clip, which then depends on (seed[i], first_sample[i]).
       given: tokens that the clips have already, such as `canvas.beginning_with(prompt_BKP, T)`; a
         model that is not MAGNeT goes on from a beginning alone.
       text_pad_len: see `tokenize_texts`.
@@ -151,7 +163,15 @@ def generate(
       UserError: the decoding, what is given, the rescorer or the hardware does not fit the model.
     """
     model, count = loaded.config.model, len(texts)
-    seed = arguments.check(Seed, seed, "seed")
+    own = () if isinstance(decoding, SamplingConfig) else tuple(decoding)
+    decoding = own[0] if own else decoding
+    if own and (len(own) != count or len({shared(one) for one in own}) > 1 or editing is not None):
+        raise ValueError("clips of one program need settings that are shared alike, one a clip")
+    seed = (
+        arguments.check(Seed, seed, "seed")
+        if isinstance(seed, int) or not hasattr(seed, "__len__")
+        else np.array([arguments.check(Seed, one, "seed") for one in seed], np.int32)
+    )
     if not isinstance(decoding, SAMPLING_CONFIGS[model.kind]):
         raise UserError(f"{type(decoding).__name__} cannot steer a model of kind {model.kind}")
     if given is None:
@@ -168,12 +188,18 @@ def generate(
     split = execution.mesh != SamplingMeshConfig()
     if replays and (split or model.autoregressive or rescorer is not None):
         raise UserError("replay is for a MAGNeT on one device, without a rescorer")
+    samples_B = np.asarray(first_sample)
+    if not samples_B.ndim:
+        samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
+    if editing is not None and editing.ring:
+        check_ring(loaded, num_frames, decoder, execution)
     batch = Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
-        sample_B=first_sample + np.arange(count) % (count // 2 if replays else count),
+        sample_B=samples_B,
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
+        own=own,
         decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
         rescorer=rescorer,
         rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
@@ -184,6 +210,38 @@ def generate(
     if isinstance(decoder, encodec.Codec):
         return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
     return generated
+
+
+def shared(decode: DecodeConfig) -> tuple:
+    """What clips must have in common to be made by one program; temperature and guidance, say, are
+    each clip's own."""
+    choice = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0]
+    numbers = {"temperature": 1.0, "anneal_temperature": True, "top_p": 1.0, "top_k": 0,
+               "max_guidance": 1.0, "min_guidance": 1.0}  # fmt: skip
+    same = dataclasses.replace(decode, **numbers)
+    return dataclasses.astuple(same), choice, schedules.guided_steps(decode, True)
+
+
+def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Execution) -> None:
+    """Raises `UserError` where clips of so many frames cannot be rings."""
+    kind, rate = loaded.config.model.kind, loaded.codec.frame_rate
+    if not loaded.config.model.parallel:
+        raise UserError(
+            f"a model of kind {kind} goes on from a beginning, which is all that it hears, and "
+            "makes no loops: take a MAGNeT"
+        )
+    most = segment_frames(loaded.config, loaded.codec)
+    if num_frames > most:
+        raise UserError(
+            f"a loop of {num_frames / rate:g} s is longer than the {most / rate:g} s that the "
+            "model hears at once: ask for fewer bars, or a faster tempo"
+        )
+    if execution.mesh.frames > 1:
+        raise UserError("a loop has all of its frames on one device: leave out mesh.frames")
+    if execution.kernels.local == "splash":
+        raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
+    if decoder is not None:
+        raise ValueError("a ring's audio is made of its tokens by codec.decoding.ring_audio")
 
 
 _SAMPLES = 2**16  # by which the numbers of a clip's windows lie apart
@@ -326,16 +384,29 @@ def make_program(
     def fill(x):  # the last clip again, where devices would be idle
         return np.concatenate([x, np.repeat(x[-1:], idle, axis=0)]) if idle else x
 
-    limit = choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1]
+    given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
+    if batch.is_ring:  # which has nothing behind its end
+        given.given_BKT[..., num_frames:] = True
+    schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
+    limit = np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
+    if batch.own:
+        limit = fill(
+            np.float32([choose.choice_of(d.greedy, d.top_k, d.top_p)[1] for d in batch.own])
+        )
+        schedule = schedules.of_clips(
+            [schedules.make_schedule(one, sampler.rules.first_codebook) for one in batch.own]
+        )
     inputs = Inputs(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
         text=Text(*map(fill, text)) if mesh is not None else text,
-        canvas=jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket)),
-        keys_B=choose.sample_keys(batch.seed, jnp.asarray(fill(batch.sample_B))),
-        schedule=() if whole else schedules.make_schedule(decode, sampler.rules.first_codebook),
-        limit=np.float32(limit),
+        canvas=given,
+        keys_B=choose.sample_keys(
+            fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
+        ),
+        schedule=schedule,
+        limit=limit,
         length=None if exact else np.int32(num_decoded),
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
@@ -367,6 +438,8 @@ def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, Deco
             f"span_length {decode.span_length} is longer than the clip, which has {num_frames} "
             "frames: give fewer"
         )
+    if batch.is_ring:  # whose length is what is asked for
+        decode = dataclasses.replace(decode, whole_spans=False)
     if decode.span_length:
         model = dataclasses.replace(model, span_length=decode.span_length)
     # First of all, as a hybrid's beginning may be all that is left of a clip.
@@ -402,7 +475,7 @@ def _make_sampler(
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
     reach = model.num_layers * model.local_context or None
-    if model.autoregressive or not savings.last_window:
+    if model.autoregressive or batch.is_ring or not savings.last_window:
         reach = None
     rules = Rules(
         mask_id=model.mask_id,
@@ -430,6 +503,9 @@ def _make_sampler(
             size = frame_bucket(size, 0, model.span_length)
             if size + 2 * rules.reach < num_frames:
                 rules = dataclasses.replace(rules, extent=size)
+    if batch.is_ring:
+        rules = dataclasses.replace(rules, ring=_ring(loaded, model))
+        num_frames = max(num_frames, rules.ring.window)
     kernels = choose_kernels(
         execution.kernels, platform, model, num_frames // shards, dtype, split=shards > 1
     )
@@ -446,6 +522,15 @@ def _make_sampler(
         mesh=mesh,
         beginning=beginning,
         read_rescorer=batch.rescorer and batch.rescorer.read,
+    )
+
+
+def _ring(loaded: Loaded, model: ModelConfig) -> Ring:
+    """How a model hears a ring: around it where it attends to near frames, or in its window."""
+    near = (model.context(False) is not None, model.context(True) is not None)
+    return Ring(
+        window=segment_frames(loaded.config, loaded.codec),
+        around=(False, False) if model.autoregressive else near,
     )
 
 
@@ -486,7 +571,7 @@ def _beginning(
     loaded: Loaded, batch: Batch, num_frames: int, platform: str
 ) -> tuple[autoregressive.Beginning, autoregressive.Sampling]:
     """How clips of a model that can be autoregressive begin."""
-    decoding, num_given = batch.decoding, batch.num_given
+    decoding, num_given = batch.decoding, 0 if batch.is_ring else batch.num_given
     if isinstance(decoding, AutoregressiveConfig):
         how, first_frames = decoding, num_frames
     else:
@@ -521,13 +606,11 @@ def _run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
         loaded, batch, execution, platform=jax.default_backend(), mesh=mesh
     )
     count, num_frames = len(batch.sample_B), sampler.audio_frames or int(inputs.audio_length)
-    sampled = programs.call(
-        sampler_program,
-        inputs,
-        what=_clips(count, num_frames, loaded),
-        say=execution.say,
-        sampler=sampler,
-    )
+    told = {"what": _clips(count, num_frames, loaded), "say": execution.say}
+    if execution.between is not None and segments.in_segments(sampler):
+        sampled = segments.run(inputs, sampler, execution.between, **told)
+    else:
+        sampled = programs.call(sampler_program, inputs, sampler=sampler, **told)
     codes_BKT = np.asarray(sampled.codes_BKT)[:count, :, :num_frames]
     if (codes_BKT >= sampler.model.codebook_size).any():  # see `choose.choose_token`
         raise UserError(

@@ -82,6 +82,22 @@ def make_schedule(config: DecodeConfig, first: int = 0) -> tuple[Schedule, ...]:
     )
 
 
+def of_clips(schedules: Sequence[tuple[Schedule, ...]]) -> tuple[Schedule, ...]:
+    """One schedule of clips that have their own guidance and temperature, [stages, steps, B, 1, 1].
+
+    They have as many steps.
+    """
+
+    def stack(parts: Sequence[Schedule], name: str) -> np.ndarray:
+        return np.stack([getattr(part, name) for part in parts], -1)[..., None, None]
+
+    names = ("guidance", "temperature")
+    return tuple(
+        parts[0]._replace(**{name: stack(parts, name) for name in names})
+        for parts in zip(*schedules, strict=True)
+    )
+
+
 def steps_for(steps: tuple[int, ...], free_K: Sequence[int], num_units: int) -> tuple[int, ...]:
     """Steps of each codebook where `free_K` of its `num_units` are to be decoded.
 

@@ -1,9 +1,13 @@
-"""WAV and AIFF, files of chunks: other samples in them, and the other chunks as they were."""
+"""WAV and AIFF, files of chunks: other samples in them, and the other chunks as they were.
+
+And the chunks by which music programs know a loop: its beats and tempo, where it goes back, where
+its bars begin.
+"""
 
 import io
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -67,6 +71,63 @@ def rewritten(
     else:
         size += grown
     return content[:4] + struct.pack(f"{order}I", size) + content[8:12] + body
+
+
+def of_loop(
+    count: int,
+    sample_rate: int,
+    starts: Sequence[int],
+    *,
+    bpm: float | None = None,
+    beats: int = 0,
+    beats_per_bar: int = 4,
+    info: Mapping[str, str] | None = None,
+) -> list[tuple[bytes, bytes]]:
+    """Names and contents of the chunks that say of a WAV that it is a loop from end to end.
+
+    Args:
+      count: samples of the loop.
+      sample_rate: samples per second.
+      starts: the sample with which each bar begins; they become markers.
+      bpm, beats, beats_per_bar: quarters a minute, in the loop and in a bar; without a tempo
+        there is no 'acid' chunk, which is what has it.
+      info: texts by the names of 'LIST' 'INFO', such as INAM.
+    """
+    period, key = round(1e9 / sample_rate), 60  # in nanoseconds; it is played as it is at C4
+    loop = (0, 0, 0, count - 1, 0, 0)  # number, forwards, first, last, no part of it, for ever
+    found = [(b"smpl", struct.pack("<15I", 0, 0, period, key, 0, 0, 0, 1, 0, *loop))]
+    points = b"".join(
+        struct.pack("<II4s3I", number, start, b"data", 0, 0, start)
+        for number, start in enumerate(starts, 1)
+    )
+    labels = b"".join(
+        _chunk(b"labl", struct.pack("<I", number) + _text(f"bar {number}"))
+        for number in range(1, len(starts) + 1)
+    )
+    found += [(b"cue ", struct.pack("<I", len(starts)) + points), (b"LIST", b"adtl" + labels)]
+    if bpm is not None:
+        stretched = 4  # to the tempo of a song; the bit for "no loop" is not set
+        meter = (4, beats_per_bar)
+        acid = struct.pack("<IHHfIHHf", stretched, key, 0x8000, 0, beats, *meter, bpm)
+        found.insert(0, (b"acid", acid))
+    texts = b"".join(_chunk(k.encode(), _text(text)) for k, text in (info or {}).items())
+    return [*found, (b"LIST", b"INFO" + texts)] if texts else found
+
+
+def with_chunks(content: bytes, chunks: Sequence[tuple[bytes, bytes]]) -> bytes:
+    """A WAV with more chunks behind what it holds."""
+    if content[:4] != b"RIFF":
+        raise ValueError(f"a file that begins with {content[:4]!r} has no room for chunks")
+    body = content[8:] + b"".join(_chunk(*chunk) for chunk in chunks)
+    return content[:4] + struct.pack("<I", len(body)) + body
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return name + struct.pack("<I", len(data)) + data + b"\0" * (len(data) % 2)
+
+
+def _text(text: str) -> bytes:
+    return text.replace("\0", "").encode() + b"\0"
 
 
 def _chunks(

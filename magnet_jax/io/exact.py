@@ -6,6 +6,7 @@ tags and pictures.
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -186,6 +187,25 @@ def _encoded(path: Path, source: Source, samples_NC: np.ndarray) -> bytes:
 _APPLICATION, _TAGS, _CUES, _PICTURE = 2, 4, 5, 6
 
 
+def with_flac_tags(content: bytes, tags: Mapping[str, str]) -> bytes:
+    """A FLAC with these Vorbis comments in place of its own."""
+    texts = [f"{name}={text}".encode() for name, text in tags.items()]
+    sized = b"".join(len(text).to_bytes(4, "little") + text for text in (b"magnet_jax", *texts))
+    vendor = 4 + len(b"magnet_jax")
+    data = sized[:vendor] + len(texts).to_bytes(4, "little") + sized[vendor:]
+    blocks, sound = _flac_blocks(content)
+    blocks = [block for block in blocks if block[0] != _TAGS]
+    return _flac([*blocks, (_TAGS, data)], sound)
+
+
+def _flac(blocks: list[tuple[int, bytes]], sound: bytes) -> bytes:
+    heads = [
+        bytes([kind | (128 if i == len(blocks) - 1 else 0)]) + len(data).to_bytes(3) + data
+        for i, (kind, data) in enumerate(blocks)
+    ]
+    return b"fLaC" + b"".join(heads) + sound
+
+
 def _flac_blocks(content: bytes) -> tuple[list[tuple[int, bytes]], bytes]:
     """Kinds and contents of a FLAC's blocks, and the sound behind them."""
     blocks, at, is_last = [], 4, False
@@ -203,8 +223,4 @@ def _with_flac_blocks(new: bytes, old: bytes, is_as_long: bool) -> bytes:
     blocks, sound = _flac_blocks(new)
     blocks = [block for block in blocks if block[0] not in (*kept, 1)]  # 1: room for tags
     blocks += [block for block in _flac_blocks(old)[0] if block[0] in kept]
-    heads = [
-        bytes([kind | (128 if i == len(blocks) - 1 else 0)]) + len(data).to_bytes(3) + data
-        for i, (kind, data) in enumerate(blocks)
-    ]
-    return b"fLaC" + b"".join(heads) + sound
+    return _flac(blocks, sound)

@@ -111,6 +111,7 @@ def attend(
     context: int | None = None,
     length: jax.Array | int | None = None,
     axis: str | None = None,
+    around: jax.Array | int | None = None,
     block: int = BLOCK,
     interpret: bool = False,
 ) -> jax.Array:
@@ -120,15 +121,22 @@ def attend(
       kernel: see the module; not 'auto'.
       axis: name of the mesh axis over which the frames are split, T of them on each device; then
         `length`, which must be given, counts the frames of all.
+      around: frames of a ring, of which the last is before the first; those of the T frames that
+        are beyond it give anything. It needs a context, and goes in place of `length`.
       block: queries a block, at least twice the context. Splash has its own.
       interpret: run a Pallas kernel in Python, on any platform.
     """
     if axis is not None and (length is None or kernel == "splash"):
         raise ValueError("frames split over devices need the clip's length, and another kernel")
+    if around is not None and (context is None or axis is not None or kernel == "splash"):
+        raise ValueError("a ring needs a context, all frames on one device, and another kernel")
     if kernel == "splash":
         return _splash(query_BTNH, key_BTNH, value_BTNH, context, length, interpret)
     first, keys = 0, (key_BTNH, value_BTNH)
-    if context is not None:
+    if around is not None:
+        place_S = (jnp.arange(key_BTNH.shape[1] + 2 * context) - context) % around
+        first, length, keys = context, around + 2 * context, [x[:, place_S] for x in keys]
+    elif context is not None:
         first, *keys = _with_halo(keys, context, axis)
     elif axis is not None:
         keys = [jax.lax.all_gather(array, axis, axis=1, tiled=True) for array in keys]

@@ -213,3 +213,22 @@ def test_a_block_below_twice_the_context_is_refused():
         ).local_block
         == 10
     )
+
+
+@pytest.mark.parametrize("kernel", ["dense", "slices", "blocks"])
+@pytest.mark.parametrize("length", [100, 71, 3])
+def test_a_ring_is_attended_around(kernel, length):
+    """As the same frames repeated in a line; one program for all lengths."""
+    context, qkv = 5, tuple(heads(i, 2, 100) for i in range(3))
+    place_S = (np.arange(length + 2 * context) - context) % length
+    line = tuple(x[:, place_S] for x in qkv)
+    expected = plain_attention(*line, context, len(place_S))[:, context : context + length]
+    run = jax.jit(kernels.attend, static_argnames=("context", "kernel", "block"))
+    found = run(*qkv, context=context, kernel=kernel, block=16, around=jnp.int32(length))
+    assert_equal_where_frames_exist(found, expected, length)
+
+
+@pytest.mark.parametrize("how", [{"context": None}, {"context": 5, "kernel": "splash"}])
+def test_a_ring_needs_near_frames_and_a_kernel_that_goes_around(how):
+    with pytest.raises(ValueError, match="ring"):
+        kernels.attend(*(heads(i, 1, 8) for i in range(3)), around=8, **{"kernel": "dense"} | how)

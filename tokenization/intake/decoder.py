@@ -68,10 +68,11 @@ class Decoder:
     """A process that decodes one track at a time; started when it is needed.
 
     timeout: seconds without progress after which it is killed.
+    program: what Python is given to start it; None is this module.
     """
 
-    def __init__(self, timeout: float):
-        self._timeout = timeout
+    def __init__(self, timeout: float, program: tuple[str, ...] | None = None):
+        self._timeout, self._program = timeout, program
         self._killed = False
         self._busy = False  # with a track, as far as this process has read its answers
         self._process: subprocess.Popen | None = None
@@ -164,7 +165,7 @@ class Decoder:
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *PROGRAM, str(theirs.fileno())],
+                [sys.executable, *(self._program or PROGRAM), str(theirs.fileno())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

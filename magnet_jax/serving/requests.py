@@ -1,0 +1,197 @@
+"""What can be asked for: the fields of each request, for HTTP, the page and the engine alike."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from magnet_jax.config import Preset
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
+Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Format = Literal["wav", "flac", "mp3"]
+Region = Annotated[list[Annotated[float, Field(ge=0)] | None], Field(min_length=2, max_length=2)]
+
+
+def alias(*names: str, **more: Any) -> Any:
+    """A field that has other names as well, those of similar services."""
+    return Field(validation_alias=AliasChoices(*names), **more)
+
+
+class Request(BaseModel):
+    """What all requests have in common. What is null, or left out, is the model's default."""
+
+    # A misspelt field is an error; a number in quotes is not a number.
+    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+
+    model: str | None = Field(None, description="One of /v1/models; null is the one there is.")
+    n: Annotated[int, Field(ge=1)] = Field(1, description="Clips to make.")
+    seed: Seed | None = Field(
+        None, description="Clip i depends on it, on i and on the request; null draws one."
+    )
+    preset: Preset | None = Field(None, description="Decoding steps by name.")
+    steps: list[Annotated[int, Field(ge=1, le=1000)]] | None = Field(
+        None, description="Decoding steps of each codebook."
+    )
+    temperature: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    guidance: list[Annotated[float, Field(ge=-1000, le=1000)]] | None = Field(
+        None,
+        alias="guidance",
+        validation_alias=AliasChoices("guidance", "guidance_scale"),
+        min_length=1,
+        max_length=2,
+        description="Guidance where nothing is known of a clip, and where all is; one number is "
+        "the first.",
+    )
+    lufs: Annotated[float, Field(ge=-70, le=0)] | None = Field(
+        -14.0, description="Loudness; null keeps the level that the model gives."
+    )
+    response_format: Format = "wav"
+    confidence: bool = Field(False, description="Tell how sure the model is, frame by frame.")
+    deterministic: bool = Field(
+        False, description="Make the clips one at a time: the last bit depends on no other request."
+    )
+    asynchronous: bool = Field(
+        False,
+        alias="async",
+        validation_alias=AliasChoices("async", "asynchronous"),
+        description="Answer with a job at once.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            if values.get("num_inference_steps") is not None:
+                raise ValueError(
+                    "num_inference_steps: steps are given for each codebook here: give steps, such "
+                    "as [20, 10, 10, 10], or a preset"
+                )
+            values = {k: v for k, v in values.items() if k != "num_inference_steps"}
+            for name in ("guidance", "guidance_scale"):
+                if isinstance(values.get(name), int | float) and not isinstance(values[name], bool):
+                    values[name] = [values[name]]
+        return values
+
+    @model_validator(mode="after")
+    def _steps_or_preset(self) -> "Request":
+        if self.preset is not None and self.steps is not None:
+            raise ValueError("steps: give steps or a preset, not both")
+        return self
+
+
+class Generate(Request):
+    """A clip of a text."""
+
+    input: str = alias("input", "prompt", default="", description="The text; empty is none.")
+    seconds: Seconds | None = alias("seconds", "audio_length", default=None)
+    preview: bool = Field(
+        False, description="Let the first codebook be heard as soon as it is there."
+    )
+
+
+class Result(BaseModel):
+    """A clip of a job that is done."""
+
+    model_config = ConfigDict(extra="forbid")
+    id: str
+    index: Annotated[int, Field(ge=0)] = 0
+
+
+class Source(Request):
+    """What is edited: an uploaded file, or a clip of a job, whose tokens are known."""
+
+    file: str | None = Field(None, description="Id of an upload.")
+    job: Result | None = Field(None, description="A clip that was made here.")
+    input: str | None = alias(
+        "input",
+        "prompt",
+        default=None,
+        description="Text of what is made anew; null is the clip's.",
+    )
+    edge: Literal["outside", "inside"] | None = Field(
+        None,
+        description="outside makes all of a region new and changes a little around it, inside "
+        "changes no sample outside it.",
+    )
+    fade: Annotated[float, Field(ge=0, le=10)] | None = None
+    side: Literal["fade", "keep"] | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Source":
+        if (self.file is None) == (self.job is None):
+            raise ValueError("file: give file, the id of an upload, or job, and not both")
+        return self
+
+
+class Inpaint(Source):
+    """Makes regions anew."""
+
+    regions: list[Region] = Field(
+        min_length=1,
+        max_length=100,
+        description="Begin and end in seconds; an end of null is the clip's.",
+    )
+    codebooks: list[Annotated[int, Field(ge=0, le=100)]] | None = None
+
+
+class Extend(Source):
+    """Makes a clip longer."""
+
+    before: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    after: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    context: Annotated[float, Field(gt=0, le=1e6)] | None = None
+
+
+class Between(Source):
+    """Joins two clips."""
+
+    then_file: str | None = None
+    then_job: Result | None = None
+    seconds: Seconds
+
+    @model_validator(mode="after")
+    def _one_end(self) -> "Between":
+        if (self.then_file is None) == (self.then_job is None):
+            raise ValueError("then_file: give then_file or then_job, and not both")
+        return self
+
+
+class Restyle(Source):
+    """Gives a clip another style, that of the text."""
+
+    input: str = alias("input", "prompt", description="The new style.")
+    strength: Share = 0.5
+    how: Literal["spans", "replay"] = "spans"
+    original: str | None = Field(None, description="For replay, the text that the clip has now.")
+
+
+class Vary(Source):
+    """Makes siblings of a clip."""
+
+    n: Annotated[int, Field(ge=1)] = 4
+    variation: Share = 0.3
+
+
+class Repair(Source):
+    """Makes anew what the model finds least likely."""
+
+    worst: Share = 0.1
+    rounds: Annotated[int, Field(ge=1, le=10)] = 1
+
+
+KINDS: dict[str, type[Request]] = {
+    "generate": Generate,
+    "inpaint": Inpaint,
+    "extend": Extend,
+    "between": Between,
+    "restyle": Restyle,
+    "vary": Vary,
+    "repair": Repair,
+}
+
+
+def kind_of(request: Request) -> str:
+    return next(kind for kind, cls in KINDS.items() if type(request) is cls)

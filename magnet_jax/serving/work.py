@@ -1,0 +1,270 @@
+"""What the device does for jobs: batches of clips of texts, and edits one at a time.
+
+Here requests become calls of `api.MAGNeT` and of `decode.sampling`, and what comes out becomes
+files.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from magnet_jax.api import MAGNeT, MusicGen
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.config import (
+    CodecSpec,
+    DecodeConfig,
+    EditConfig,
+    SamplingConfig,
+    decode_of,
+    preset_steps,
+    replaced,
+    with_decode,
+)
+from magnet_jax.decode import sampling, tokens_of_text
+from magnet_jax.decode.segments import Between
+from magnet_jax.edit import kept
+from magnet_jax.editing import Edit
+from magnet_jax.errors import UserError
+from magnet_jax.io import audio
+from magnet_jax.serving import requests, store
+from magnet_jax.serving.errors import RequestError
+from magnet_jax.serving.jobs import Clip, Job
+
+Model = MAGNeT | MusicGen
+
+
+class Row(NamedTuple):
+    """A clip of a text that is to be made."""
+
+    job: Job
+    index: int
+    key: tuple  # rows of one key are made by one program
+    decoding: SamplingConfig
+    num_frames: int
+    text: str
+
+    @property
+    def steps(self) -> int:
+        how = decode_of(self.decoding)
+        return sum(how.steps) if isinstance(how, DecodeConfig) else self.num_frames
+
+
+class Made(NamedTuple):
+    """What the device made of a row."""
+
+    wav_CN: np.ndarray
+    codes_KT: np.ndarray
+
+
+def decoding_of(model: Model, request: requests.Request) -> SamplingConfig:
+    """How a request is decoded; `UserError` for what the model does not have."""
+    default = model.loaded.config.sampling
+    how = decode_of(default)
+    guidance = request.guidance or [None]
+    given: dict[str, Any] = {"top_k": request.top_k, "top_p": request.top_p or None}
+    if request.top_p:
+        given["top_k"] = 0
+    elif request.top_p == 0:  # AudioCraft's way to say so
+        given["top_p"] = 1.0
+    given["temperature"] = request.temperature or None
+    if request.temperature == 0:
+        given["greedy"] = True
+    if not isinstance(how, DecodeConfig):
+        for name in ("preset", "steps"):
+            if getattr(request, name) is not None:
+                raise RequestError(f"{name}: a {model.kind} has no steps to choose", param=name)
+        if len(guidance) > 1:
+            raise RequestError(f"guidance: a {model.kind} takes one number", param="guidance")
+        return replaced(how, **given, guidance=guidance[0])
+    steps = request.steps and tuple(request.steps)
+    if request.preset is not None:
+        steps = preset_steps(request.preset, len(how.steps))
+    if steps and len(steps) != len(how.steps):
+        raise RequestError(
+            f"steps: give one number a codebook, {len(how.steps)}, not {len(steps)}", param="steps"
+        )
+    ends = {"max_guidance": guidance[0], "min_guidance": guidance[1:] and guidance[1] or None}
+    return with_decode(default, replaced(how, **given, **ends, steps=steps or None))
+
+
+def rows_of(job: Job, model: Model) -> list[Row]:
+    """The clips that a job asks for; raises `UserError` for what cannot be made."""
+    request = job.request
+    seconds = model.max_duration if request.seconds is None else request.seconds
+    num_frames = round(seconds * model.frame_rate)
+    if num_frames < 1:
+        raise RequestError(f"seconds: {seconds:g} is shorter than a frame", param="seconds")
+    decoding = decoding_of(model, request)
+    how: Any = decoding
+    if model.kind == "magnet":
+        how = sampling.shared(decoding)
+        model_span = decoding.span_length or model.loaded.config.model.span_length
+        if num_frames < model_span:
+            raise RequestError(f"seconds: {seconds:g} is shorter than a span", param="seconds")
+    text = tokens_of_text.tokenize_texts(model.loaded, [request.input])
+    width = text.ids_BS.shape[1], bool(text.mask_BS.any())
+    alone = job.id if request.deterministic else None
+    rows = []
+    for index in range(request.n):
+        key = ("generate", num_frames, how, width, alone and f"{alone}-{index}")
+        rows.append(Row(job, index, key, decoding, num_frames, request.input))
+    return rows
+
+
+def padded(count: int) -> int:
+    """How many clips are made for `count`: 1, 2, 4, 8, ..."""
+    return 1 << (count - 1).bit_length()
+
+
+def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
+    """Makes clips in one batch."""
+    filled = [*rows, *[rows[-1]] * (padded(len(rows)) - len(rows))]
+    one = rows[0]
+    how: Any = {"decoding": one.decoding}
+    if model.kind == "magnet":
+        how = {"decoding": [row.decoding for row in filled]}
+    if isinstance(model, MAGNeT):
+        how["rescorer"] = model.rescorer
+    made = sampling.generate(
+        model.loaded,
+        [row.text for row in filled],
+        num_frames=one.num_frames,
+        seed=[row.job.seed for row in filled],
+        first_sample=[row.index for row in filled],
+        decoder=model.decoder,
+        execution=dataclasses.replace(model.execution, between=between),
+        **how,
+    )
+    length = round(one.num_frames * model.sample_rate / model.frame_rate)
+    return [
+        Made(wav_CN[:, :length], codes_KT)
+        for wav_CN, codes_KT in zip(made.wav_BCN[: len(rows)], made.codes_BKT)
+    ]
+
+
+class Editor(NamedTuple):
+    """Where an edit finds what it edits."""
+
+    model: MAGNeT
+    files: store.Store
+
+    def path(self, file: str | None, clip: requests.Result | None) -> Path:
+        if file is not None:
+            return self.files.upload(file) / "audio.wav"
+        return self.files.job(clip.id) / f"{clip.index}.wav"
+
+    def run(self, job: Job, between: Between) -> Edit:
+        """Makes an edit."""
+        request = job.request
+        model = self.model
+        audio_ = self.path(request.file, request.job)
+        how = {"descriptions": request.input, "seed": job.seed}
+        old = model.editing, model.generation, model.execution
+        model.editing = replaced(
+            EditConfig(), edge=request.edge, fade=request.fade, side=request.side,
+            context=getattr(request, "context", None),
+        )  # fmt: skip
+        model.generation = decoding_of(model, request)
+        model.execution = dataclasses.replace(model.execution, between=between)
+        try:
+            match request:
+                case requests.Inpaint():
+                    return model.generate_inpainting(
+                        audio_, regions=request.regions,
+                        codebooks=request.codebooks and tuple(request.codebooks), **how,
+                    )  # fmt: skip
+                case requests.Extend():
+                    ends = {"before": request.before, "after": request.after}
+                    return model.generate_extension(audio_, **ends, **how)
+                case requests.Between():
+                    then = self.path(request.then_file, request.then_job)
+                    return model.generate_between(audio_, then, request.seconds, **how)
+                case requests.Restyle():
+                    more = {"how": request.how, "original": request.original}
+                    return model.generate_restyle(audio_, strength=request.strength, **more, **how)
+                case requests.Vary():
+                    return model.generate_variations(
+                        audio_, n=request.n, variation=request.variation, **how
+                    )
+                case requests.Repair():
+                    more = {"worst": request.worst, "rounds": request.rounds}
+                    return model.repair(audio_, **more, **how)
+        finally:
+            model.editing, model.generation, model.execution = old
+        raise AssertionError(request)
+
+
+def about_model(model: Model, name: str) -> dict[str, Any]:
+    """Which model made a clip, for its JSON file."""
+    return {
+        "checkpoint": name,
+        "parameters": pretrained.fingerprint(model.loaded),
+        "codec": dataclasses.asdict(model.loaded.codec),
+        "sample_rate": model.sample_rate,
+    }
+
+
+def keep_clip(folder: Path, row: Row, made: Made, about: dict[str, Any], spec: CodecSpec) -> Clip:
+    """Writes a clip of a text, its tokens and its settings."""
+    request, wav_CN, loudness = row.job.request, made.wav_CN, None
+    if request.lufs is not None:
+        wav_CN, loudness = audio.normalize_loudness(wav_CN, spec.sample_rate, request.lufs)
+    path = folder / f"{row.index}.wav"
+    content = audio.encoded(path, wav_CN, spec.sample_rate, **audio.WAV)
+    store.write(path, content)
+    tokens = kept.encoded(content, made.codes_KT, spec, text=row.text, seed=row.job.seed)
+    store.write(path.with_suffix(kept.SUFFIX), tokens)
+    note = {
+        "prompt": row.text,
+        "seed": row.job.seed,
+        "sample": row.index,
+        "decode": dataclasses.asdict(row.decoding),
+        "reached_lufs": loudness,
+    }
+    _note(path, row.job, about | note, content)
+    seconds = wav_CN.shape[1] / spec.sample_rate
+    return Clip(index=row.index, seed=row.job.seed, number=row.index, seconds=round(seconds, 6))
+
+
+def keep_edit(
+    folder: Path, job: Job, edit: Edit, number: int, about: dict, spec: CodecSpec
+) -> Clip:
+    """Writes a clip of an edit, its tokens where the samples are theirs, and its settings."""
+    path = folder / f"{number}.wav"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        edit.write(path, number)
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+    clip = edit.clips[number]
+    changed = [[a / edit.sample_rate, b / edit.sample_rate] for a, b in edit.changed[number]]
+    text = clip.text if job.request.input is None else job.request.input
+    if clip.own:
+        tokens = kept.encoded(content, edit.tokens_BKT[number], spec, text=text, seed=job.seed)
+        store.write(path.with_suffix(kept.SUFFIX), tokens)
+    note = {"prompt": text, "seed": job.seed, "sample": number, "changed": changed}
+    _note(path, job, about | note | {"sample_rate": edit.sample_rate}, content)
+    seconds = edit.wav_BCN.shape[-1] / edit.sample_rate
+    return Clip(
+        index=number, seed=job.seed, number=number, seconds=round(seconds, 6), changed=changed,
+        has_tokens=clip.own,
+    )  # fmt: skip
+
+
+def _note(path: Path, job: Job, about: dict[str, Any], content: Any) -> None:
+    request = job.request.model_dump(mode="json", by_alias=True) | {"seed": job.seed}
+    about = about | {"kind": job.kind, "request": request}
+    about["sha256"] = hashlib.sha256(content).hexdigest()
+    store.write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
+
+
+def confidence(model: MAGNeT, codes_KT: np.ndarray, text: str) -> list[float]:
+    """How sure the model is of each frame, in nats."""
+    log_KT = model.confidence(codes_KT[None], [text])[0]
+    return [round(float(x), 3) for x in log_KT.mean(0)]

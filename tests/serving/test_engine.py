@@ -1,0 +1,194 @@
+"""The engine: order, fairness, batches, ends of all kinds."""
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from magnet_jax.decode import sampling
+from magnet_jax.errors import UserError
+from magnet_jax.serving import store, work
+from magnet_jax.serving.errors import RequestError
+from magnet_jax.serving.requests import Generate, Inpaint, Result
+
+SECONDS = 0.6
+
+
+def request(text="a calm harp", **fields):
+    return Generate(**{"input": text, "seconds": SECONDS, "seed": 1} | fields)
+
+
+def codes_of(engine, job, index=0):
+    path = engine.audio_path(job, index).with_suffix(".tokens.npz")
+    with np.load(path) as file:
+        return file["codes_KT"]
+
+
+@pytest.fixture
+def batches(engine, monkeypatch):
+    """The batches that the device makes, as lists of (client, text)."""
+    made, generate = [], work.generate
+
+    def watched(model, rows, between):
+        made.append([(row.job.client, row.text) for row in rows])
+        return generate(model, rows, between)
+
+    monkeypatch.setattr(work, "generate", watched)
+    return made
+
+
+def test_jobs_of_two_programs_are_made_in_batches_and_in_turn(engine, gate, batches):
+    """Clips equal those made alone, whoever shares their batch."""
+    with gate.shut():
+        jobs = [engine.submit(request("first"), client="other")]
+        while engine._rows:  # the device holds it at the gate
+            time.sleep(0.01)
+        for i in range(8):
+            # A client who asks for much does not keep another waiting.
+            jobs.append(engine.submit(request(f"greedy {i}", seed=i), client="greedy"))
+        for i in range(4):
+            fields = {"seed": i, "temperature": 1.0 + i, "guidance": [5.0, 1.0]}
+            jobs.append(engine.submit(request(f"modest {i}", **fields), client="modest"))
+        for i in range(4):
+            jobs.append(engine.submit(request(f"draft {i}", steps=[2, 1, 1, 1]), client="other"))
+        places = [engine.view(job)["position"] for job in jobs]
+        assert places == [0, *range(1, 17)]
+    assert all(job.wait(120) and job.state == "done" for job in jobs)
+    sizes = [len(batch) for batch in batches]
+    assert sum(sizes) == 17 and np.mean(sizes[1:]) >= 4
+    shared = [{client for client, _ in batch} for batch in batches]
+    assert {"greedy", "modest"} in shared  # settings of one's own share a program
+    assert shared.index({"other"}, 1) <= 3  # whose turn came before all of the others' were made
+    model = engine.model
+    for job in (jobs[3], jobs[10], jobs[14]):
+        alone = sampling.generate(
+            model.loaded, [job.request.input], num_frames=round(SECONDS * model.frame_rate),
+            decoding=work.decoding_of(model, job.request), seed=job.seed,
+        )  # fmt: skip
+        np.testing.assert_array_equal(codes_of(engine, job), alone.codes_BKT[0])
+
+
+def test_a_deterministic_job_is_made_one_clip_at_a_time(engine, gate, batches):
+    with gate.shut():
+        jobs = [engine.submit(request(n=2, deterministic=True)), engine.submit(request())]
+    assert all(job.wait(60) for job in jobs)
+    assert sorted(map(len, batches)) == [1, 1, 1]
+    first = engine.audio_path(jobs[0], 0).read_bytes()
+    assert engine.audio_path(jobs[1], 0).read_bytes() == first
+
+
+def test_a_job_that_is_cancelled_midway_leaves_its_batch_alone(engine, gate, monkeypatch):
+    """Queued, running or done: its row disturbs nobody, and a batch nobody wants is left."""
+    seen, live = [], engine._live
+
+    def cancelling(jobs):
+        seen.append(jobs)
+        for job in jobs:
+            if job.request.input == "unwanted":
+                engine.cancel(job)
+        return live(jobs)
+
+    monkeypatch.setattr(engine, "_live", cancelling)
+    with gate.shut():
+        wanted = engine.submit(request("wanted"))
+        unwanted = [engine.submit(request("unwanted")) for _ in range(2)]
+        queued = engine.submit(request("never"))
+        engine.cancel(queued)
+    assert wanted.wait(60) and wanted.state == "done"
+    assert [job.state for job in (*unwanted, queued)] == ["cancelled"] * 3
+    engine.cancel(wanted)
+    assert wanted.state == "done"
+    seen.clear()
+    lonely = engine.submit(request("unwanted"))
+    assert lonely.wait(60) and lonely.state == "cancelled"
+    assert engine.submit(request("wanted")).wait(60)
+    assert [jobs == [lonely] for jobs in seen].count(True) == 1  # after one segment of several
+
+
+def test_a_device_that_fails_fails_its_own_jobs_alone(engine, gate, monkeypatch):
+    generate = work.generate
+
+    def failing(model, rows, between):
+        if any(row.text == "bad" for row in rows):
+            raise RuntimeError("RESOURCE_EXHAUSTED: no room" if len(rows) > 9 else "it burns")
+        return generate(model, rows, between)
+
+    monkeypatch.setattr(work, "generate", failing)
+    with gate.shut():
+        jobs = [engine.submit(request(text)) for text in ("good", "bad", "also good")]
+    assert all(job.wait(60) for job in jobs)
+    assert [job.state for job in jobs] == ["done", "failed", "done"]
+    assert jobs[1].error.status == 500 and "burns" not in str(jobs[1].error)
+
+
+def test_a_job_that_takes_too_long_is_ended(engine, monkeypatch):
+    monkeypatch.setattr(engine, "_speed", {})
+    limits = dataclasses.replace(engine.limits, job_seconds=1e-9)
+    monkeypatch.setattr(engine, "limits", limits)
+    job = engine.submit(request())
+    assert job.wait(60) and job.error.status == 504
+
+
+def test_a_full_disk_fails_a_job_and_says_so(engine, monkeypatch):
+    def full(path):
+        raise UserError(f"{path}: cannot be written (No space left on device)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "replacing_file", full)
+        job = engine.submit(request())
+        assert job.wait(60)
+    assert (job.state, job.error.status) == ("failed", 507)
+    assert str(engine.files.folder) not in str(job.error)
+    assert engine.submit(request()).wait(60)  # and the server goes on
+
+
+def test_results_expire_and_the_oldest_go_first(engine, monkeypatch):
+    jobs = [engine.submit(request(seed=seed)) for seed in range(2)]
+    assert all(job.wait(60) for job in jobs)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.files, "keep_bytes", engine.files.size() - 1)
+        with engine.files.holding(engine.files.job(jobs[0].id)):
+            engine.expire()
+    assert engine.audio_path(jobs[0], 0).exists() and engine.audio_path(jobs[1], 0).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.files, "keep_seconds", 0)
+        engine.expire()
+    assert engine.files.size() == 0
+    with pytest.raises(RequestError, match="expired"):
+        engine.job(jobs[0].id)
+
+
+def test_estimates_come_of_what_was_made(engine, gate):
+    assert engine.submit(request()).wait(60)
+    with gate.shut():
+        jobs = [engine.submit(request()) for _ in range(3)]
+        views = [engine.view(job) for job in jobs]
+        assert all(view["eta_seconds"] is not None for view in views)
+        assert views[2]["eta_seconds"] >= views[0]["eta_seconds"]
+    assert all(job.wait(60) for job in jobs)
+
+
+def test_what_cannot_be_made_is_refused_before_it_waits(engine):
+    with pytest.raises(RequestError, match="no file"):
+        engine.submit(Inpaint(file="a" * 26, regions=[[0.0, 1.0]]))
+    job = engine.submit(request())
+    assert job.wait(60)
+    bad = engine.submit(Inpaint(job=Result(id=job.id), regions=[[0.0, 99.0]]))
+    assert bad.wait(60) and bad.error.status == 400 and "99" in str(bad.error)
+
+
+def test_a_server_that_ends_finishes_what_was_begun(model, started, tmp_path):
+    with started(model, tmp_path, max_batch=1) as engine:
+        jobs = [engine.submit(request(seed=seed)) for seed in range(3)]
+        waiting = threading.Thread(target=engine.drain)
+        waiting.start()
+        while not engine.draining:
+            time.sleep(0.01)
+        with pytest.raises(RequestError, match="ending") as error:
+            engine.submit(request())
+        assert error.value.status == 503
+        waiting.join(120)
+        assert [job.state for job in jobs] == ["done"] * 3
+    assert not engine._device.is_alive()

@@ -1,0 +1,298 @@
+"""The API, by real requests to a real server."""
+
+import dataclasses
+import io
+import json
+import threading
+import zipfile
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+
+from launch.make import openapi
+from magnet_jax.config import ASSETS
+from magnet_jax.serving.access import Access
+
+SECONDS = 0.6
+CLIP = ASSETS / "clips" / "02_bach.flac"
+
+
+def ask(client, kind="generate", *, headers=None, **fields):
+    if kind == "generate":
+        fields = {"input": "a calm harp", "seconds": SECONDS, "seed": 7} | fields
+    return client.post(f"/v1/audio/{kind}", json=fields, headers=headers)
+
+
+def sound(answer):
+    assert answer.status_code == 200, answer.text
+    return soundfile.read(io.BytesIO(answer.content))
+
+
+def failed(answer, status, code=None, param=None):
+    """Checks an error's form: OpenAI's, one line."""
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["message"] and "\n" not in error["message"] and "Traceback" not in error["message"]
+    assert code in (None, error["code"]) and param in (None, error["param"])
+    return error["message"]
+
+
+def test_a_clip_and_what_is_told_of_it(client, model):
+    answer = ask(client)
+    wav_N, rate = sound(answer)
+    assert (len(wav_N), rate) == (SECONDS * 16000, 16000)
+    assert answer.headers["content-type"] == "audio/wav"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["x-seed"] == "7" and answer.headers["x-sample-rate"] == "16000"
+    assert 'filename="a-calm-harp-seed7-0.wav"' in answer.headers["content-disposition"]
+    # It is the clip that the Python API makes.
+    model.set_generation_params(duration=SECONDS)
+    codes_BKT = model.generate(["a calm harp"], return_tokens=True, seed=7)[1]
+    model.set_generation_params()
+    job = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()
+    assert job["state"] == "done" and job["progress"] == {"done": 10, "total": 10, "stage": ""}
+    (result,) = job["results"]
+    tokens = np.load(io.BytesIO(client.get(result["tokens"]).content))
+    np.testing.assert_array_equal(tokens["codes_KT"], codes_BKT[0])
+    settings = client.get(result["settings"]).json()
+    assert settings["prompt"] == "a calm harp" and settings["seed"] == 7
+    assert settings["request"]["seconds"] == SECONDS and "async" in settings["request"]
+    # The same again in other formats, and a part of it.
+    assert client.get(result["audio"]).content == answer.content
+    for format in ("flac", "mp3"):
+        other = client.get(result["audio"], params={"format": format})
+        assert abs(len(sound(other)[0]) - len(wav_N)) < 2500
+    part = client.get(result["audio"], headers={"Range": "bytes=10-19"})
+    assert (part.status_code, part.content) == (206, answer.content[10:20])
+    assert client.get(result["audio"], headers={"Range": "bytes=9999999-"}).status_code == 416
+
+
+def test_names_of_similar_services_and_drawn_seeds(client):
+    fields = {"prompt": "a harp", "audio_length": SECONDS, "guidance_scale": 3, "input": None}
+    del fields["input"]
+    answers = [client.post("/v1/audio/generate", json=fields) for _ in range(2)]
+    assert answers[0].headers["x-seed"] != answers[1].headers["x-seed"]
+    assert sound(answers[0])[1] == 16000
+
+
+def test_several_clips_are_a_zip(client):
+    answer = ask(client, n=3, response_format="flac")
+    assert answer.headers["content-type"] == "application/zip"
+    names = zipfile.ZipFile(io.BytesIO(answer.content)).namelist()
+    stems = [f"a-calm-harp-seed7-{i}" for i in range(3)]
+    assert sorted(names) == sorted(
+        f"{stem}{end}" for stem in stems for end in (".flac", ".json", ".tokens.npz")
+    )
+
+
+def test_a_job_is_followed_to_its_end(client):
+    answer = ask(client, headers={"Prefer": "respond-async"}, preview=True, confidence=True)
+    assert answer.status_code == 202
+    path = answer.headers["location"]
+    events = []
+    with client.stream("GET", f"{path}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        for line in stream.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "event":
+                events.append(value)
+            elif name == "data":
+                job = json.loads(value)
+    assert events[-1] == "done" and set(events) <= {"progress", "preview", "done"}
+    assert job == client.get(path, params={"wait": 20}).json()
+    assert len(job["results"][0]["confidence"]) == SECONDS * 50
+    assert sound(client.get(job["preview"]))[0].std() > 0
+    # Who comes late gets the state as it is.
+    late = client.get(f"{path}/events", headers={"Last-Event-ID": "1"})
+    assert late.text.count("event: done") == 1
+    assert path.removeprefix("/v1/jobs/") in {
+        j["id"] for j in client.get("/v1/jobs").json()["data"]
+    }
+
+
+@pytest.fixture(scope="module")
+def uploaded(client):
+    wav_NC, rate = soundfile.read(CLIP, frames=32000, dtype="int16")
+    file = io.BytesIO()
+    soundfile.write(file, wav_NC, rate, format="WAV")
+    answer = client.post("/v1/files", files={"file": ("../../evil name.wav", file.getvalue())})
+    assert answer.status_code == 201, answer.text
+    return answer.json(), wav_NC
+
+
+def test_an_upload_is_edited_and_other_samples_stay(client, uploaded):
+    about, before_NC = uploaded
+    assert about.keys() >= {"id", "seconds", "sample_rate", "channels", "sha256", "peaks"}
+    assert len(about["peaks"]) == 2000 and "owner" not in about
+    np.testing.assert_array_equal(sound(client.get(about["audio"]))[0] * 2**15, before_NC)
+    answer = ask(client, "inpaint", file=about["id"], regions=[[0.5, 1.0]], edge="inside", seed=1)
+    after_NC, rate = sound(answer)
+    (result,) = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()["results"]
+    ((first, end),) = result["changed"]
+    assert 0.5 <= first < end <= 1.0 and result["tokens"] is None
+    same = np.ones(len(before_NC), bool)
+    same[round(first * rate) : round(end * rate)] = False
+    np.testing.assert_array_equal(after_NC[same] * 2**15, before_NC[same])
+    # What was made here is edited with its tokens.
+    job = {"id": answer.headers["x-job-id"]}
+    answer = ask(client, "extend", job=job, after=0.5, seed=1)
+    assert len(sound(answer)[0]) > len(after_NC)
+    failed(ask(client, "inpaint", file=about["id"], regions=[[0.5, 99.0]]), 400)
+
+
+def test_a_clip_is_varied_and_repaired(client):
+    made = {"id": ask(client).headers["x-job-id"]}
+    answer = ask(client, "vary", job=made, n=2, variation=0.5, seed=1)
+    assert answer.headers["content-type"] == "application/zip"
+    job = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()
+    assert [r["tokens"] is not None for r in job["results"]] == [True, True]
+    assert sound(ask(client, "restyle", job=made, input="a fiddle", strength=0.2))[1] == 16000
+    assert sound(ask(client, "repair", job=made, worst=0.2))[1] == 16000
+    two = ask(client, "between", job=made, then_job=made, seconds=0.2)
+    assert len(sound(two)[0]) >= 1.4 * 16000
+
+
+def test_what_is_wrong_with_a_request_is_said(client):
+    """Every 4xx by a request that deserves it."""
+    failed(ask(client, tempo=3), 400, param="tempo")
+    failed(ask(client, n="two"), 400, param="n")
+    failed(ask(client, n=99), 400, param="n")
+    failed(ask(client, seed=-1), 400, param="seed")
+    failed(ask(client, input="x" * 2001), 400, param="input")
+    failed(ask(client, seconds=3.0), 400, param="seconds")
+    failed(ask(client, seconds=0.001), 400, param="seconds")
+    failed(ask(client, steps=[1, 2]), 400, param="steps")
+    failed(ask(client, steps=[1, 1, 1, 1], preset="draft"), 400, param="steps")
+    assert "codebook" in failed(ask(client, num_inference_steps=50), 400)
+    failed(ask(client, model="other"), 404, "model_not_found", "model")
+    failed(client.post("/v1/audio/generate", content=b"{", headers=JSON), 400)
+    failed(client.post("/v1/audio/generate", content=b"[" * 100_000, headers=JSON), 400)
+    failed(client.post("/v1/audio/generate", content=b"\xff", headers=JSON), 400)
+    failed(client.post("/v1/audio/generate", data={"input": "x"}), 415, "unsupported_media_type")
+    failed(client.post("/v1/audio/generate", content=b" " * 2_000_000, headers=JSON), 413)
+    stream = (b" " * 100_000 for _ in range(20))
+    failed(client.post("/v1/audio/generate", content=stream, headers=JSON), 413, "too_large")
+    failed(client.get("/v1/nothing"), 404)
+    failed(client.get("/v1/audio/generate"), 405)
+    for name in ("aaaa", "..%2f..%2fetc", "a" * 26, "%00"):
+        failed(client.get(f"/v1/jobs/{name}"), 404)
+        failed(client.get(f"/v1/files/{name}"), 404, "not_found")
+    for file in ("a" * 26, "../../etc/passwd", "/etc/passwd", "http://127.0.0.1/x.wav"):
+        failed(ask(client, "inpaint", file=file, regions=[[0, 1]]), 404, "not_found")
+    failed(ask(client, "inpaint", regions=[[0, 1]]), 400, param="file")
+    failed(ask(client, "inpaint", file="a" * 26, regions=[[0]]), 400)
+    failed(ask(client, "inpaint", job={"id": "a" * 26}, regions=[[0, 1]]), 404)
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def test_a_job_that_is_not_done_has_no_audio(client, engine, gate):
+    with gate.shut():
+        job = ask(client, asynchronous=True, n=2).json()
+        failed(client.get(f"/v1/jobs/{job['id']}/audio/0"), 409, "job_not_done")
+        failed(ask(client, "vary", job={"id": job["id"]}), 409, "job_not_done")
+        assert client.get("/health").elapsed.total_seconds() < 2
+        cancelled = client.delete(f"/v1/jobs/{job['id']}")
+        assert (cancelled.status_code, cancelled.json()["state"]) == (202, "cancelled")
+        assert client.delete(f"/v1/jobs/{job['id']}").status_code == 202
+    failed(client.get(f"/v1/jobs/{job['id']}/audio/0"), 409)
+    assert not engine.files.job(job["id"]).exists()
+
+
+def test_a_full_queue_says_when_to_come_back(client, engine, gate, monkeypatch):
+    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, queue=2))
+    with gate.shut():
+        jobs = []
+        while (answer := ask(client, asynchronous=True)).status_code == 202:
+            jobs.append(answer.json()["id"])
+            assert len(jobs) < 10
+        failed(answer, 429, "queue_full")
+        assert int(answer.headers["retry-after"]) >= 1
+        for job in jobs:
+            client.delete(f"/v1/jobs/{job}")
+
+
+def test_a_client_that_leaves_cancels(client, engine, gate):
+    before = {job.id for job in engine.jobs()}
+    with gate.shut():
+        with pytest.raises(Exception, match="timed out"):
+            client.post("/v1/audio/generate", json={"input": "x", "seconds": SECONDS}, timeout=0.5)
+        (job,) = (job for job in engine.jobs() if job.id not in before)
+        assert job.wait(20) and job.state == "cancelled"
+
+
+def test_the_same_idempotency_key_is_the_same_job(client):
+    headers = {"Idempotency-Key": "one"}
+    answers = [ask(client, headers=headers) for _ in range(2)]
+    assert answers[0].headers["x-job-id"] == answers[1].headers["x-job-id"]
+    failed(ask(client, headers=headers, seed=8), 409, "idempotency_conflict")
+
+
+def test_what_the_server_tells_of_itself(client):
+    assert client.get("/health").json() == {"status": "ok"}
+    assert client.get("/ready").status_code == 200
+    (about,) = client.get("/v1/models").json()["data"]
+    assert about["id"] == "tiny" and "inpaint" in about["makes"]
+    stats = client.get("/v1/stats").json()
+    assert stats["done"] > 0 and stats["clips"] >= stats["done"]
+    metrics = client.get("/metrics").text
+    assert f'magnet_jax_jobs_total{{state="done"}} {stats["done"]}' in metrics
+
+
+def test_the_description_that_is_kept_is_the_one_that_is_served(client):
+    """python -m launch.make.openapi writes it anew."""
+    assert openapi.OUT.read_text(encoding="utf-8") == openapi.description()
+    assert client.get("/openapi.json").json() == json.loads(openapi.description())
+
+
+def test_threads_ask_at_once(client):
+    """Concurrent requests of several settings are all answered, each with its own clip."""
+    found, alone = {}, {}
+
+    def one(seed):
+        found[seed] = ask(client, seed=seed, temperature=1.0 + seed).content
+
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (0, 5):
+        alone[seed] = ask(client, seed=seed, temperature=1.0 + seed).content
+        assert found[seed] == alone[seed]
+    assert len(set(found.values())) == 6
+
+
+def test_pages_elsewhere_and_other_hosts_may_not_ask(client):
+    failed(client.get("/v1/jobs", headers={"Host": "evil.example"}), 403, "forbidden_host")
+    for origin in ("https://evil.example", "null", f"{client.base_url}x"):
+        answer = ask(client, headers={"Origin": origin})
+        failed(answer, 403, "forbidden_origin")
+        assert "access-control-allow-origin" not in answer.headers
+        upload = client.post("/v1/files", files={"file": b"x"}, headers={"Origin": origin})
+        failed(upload, 403, "forbidden_origin")
+    own = str(client.base_url).rstrip("/")
+    assert ask(client, headers={"Origin": own}).status_code == 200
+
+
+def test_keys_and_what_they_may_see(engine, listening):
+    access = Access(keys=("k" * 16, "m" * 16), hosts=None, origins=("https://ours.example",))
+    with listening(engine, access) as url, httpx.Client(base_url=url, timeout=300) as client:
+        failed(ask(client), 401, "invalid_api_key")
+        failed(ask(client, headers={"Authorization": "Bearer no"}), 401)
+        failed(ask(client, headers={"Authorization": "Basic %%%"}), 401)
+        assert client.get("/health").status_code == client.get("/ready").status_code == 200
+        mine, other = ({"Authorization": f"Bearer {key}"} for key in access.keys)
+        answer = ask(client, headers=mine | {"Origin": "https://ours.example"})
+        assert answer.headers["access-control-allow-origin"] == "https://ours.example"
+        path = f"/v1/jobs/{answer.headers['x-job-id']}"
+        assert client.get(path, headers=mine).status_code == 200
+        failed(client.get(path, headers=other), 404)
+        failed(client.delete(path, headers=other), 404)
+        assert client.get("/v1/jobs", headers=other).json()["data"] == []
+        assert client.get(path, auth=("anybody", access.keys[0])).status_code == 200
+        failed(client.post("/v1/files", files={"file": b"x"}, headers=mine), 501)
