@@ -91,10 +91,7 @@ def choose_kernels(
 def with_kernels(
     kernels: KernelConfig, *, near: bool, mesh: Mesh | None = None
 ) -> Callable[..., jax.Array]:
-    """`attend` by what `choose_kernels` chose, for a stage that sees near frames or all.
-
-    `mesh` is that of training.
-    """
+    """`attend` as `choose_kernels` chose, for near frames or all; `mesh` is that of training."""
     if near:
         return functools.partial(attend, kernel=kernels.local, block=kernels.local_block)
     if kernels.full == "chunks":
@@ -208,8 +205,7 @@ def _in_slices(
 def windows(x_BTNH: jax.Array, bounds: tuple[tuple[int, int], ...]) -> tuple[jax.Array, ...]:
     """Frames from each start to each end: all of them in turn, some in two windows.
 
-    The gradient is put together piece by piece. JAX's own adds as many whole arrays as there are
-    windows, each zeros but for one.
+    The gradient is put together piece by piece, where JAX's own adds a whole array a window.
     """
     return tuple(x_BTNH[:, start:end] for start, end in bounds)
 

@@ -44,6 +44,7 @@ from magnet_jax.model.forms import Forms
 # which attention adds; the MLP before its GELU. Attention and norms name what is theirs.
 PROJECTED, SUM, HIDDEN = "projected", "sum", "hidden"
 CUDNN = "dot_product_attention_fwd"
+Attend = Callable[..., tuple[jax.Array, Any]]  # of query, key and value; see `Block`
 # What is kept, the most first; everything else of a layer is computed again.
 KEPT = {
     "products": (PROJECTED, ATTENDED, SUM, HIDDEN, STATISTICS),
@@ -112,10 +113,7 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
-    """What is traced within means float32 by float32, if `dtype` is that.
-
-    Accelerators would otherwise round the factors of such products.
-    """
+    """Within, products of float32, if `dtype` is that, are so on accelerators, which round else."""
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
@@ -294,11 +292,7 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs, depth)
 
     def __call__(
-        self,
-        x_BTD: jax.Array,
-        text: TextKeys,
-        attend: Callable[..., tuple[jax.Array, Any]],
-        form: Forms = forms.PLAIN,
+        self, x_BTD: jax.Array, text: TextKeys, attend: Attend, form: Forms = forms.PLAIN
     ) -> tuple[jax.Array, Any]:
         """`text` is this layer's; `attend` takes query, key and value of the frames.
 
@@ -421,6 +415,8 @@ class Transformer(nnx.Module):
             parameters, and a batch split over fsdp would not stay split.
         """
         context = self.config.context(local)
+        has_keys = isinstance(text, TextKeys)
+        keys_LBSNH, of_texts = (text[:2], text[2:]) if has_keys else (None, text[1:])
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
@@ -438,14 +434,13 @@ class Transformer(nnx.Module):
                 given = () if past_BNCH is None else (past_BNCH,)
                 return attend(*qkv, *given, context=context), None
 
-            own = TextKeys(*keys_BSNH, text.mask_BS, text.num_zero_keys_B)
+            own = TextKeys(*keys_BSNH, *of_texts)
             x_BTD, _ = block(pin(x_BTD), own, attend_frames, form)
             return pin(x_BTD), None
 
         if remat != "none":
             layer = jax.checkpoint(layer, policy=_keeps(remat))
         x_BTD = pin(self._embed(codes_BKT, positions_BTD, text[0].dtype, form))
-        keys_LBSNH = text[:2] if isinstance(text, TextKeys) else None
         unroll = self.config.num_layers if form.written_out else 1
         x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.blocks, keys_LBSNH, past), unroll=unroll)
         return self.norm_final(x_BTD, form.norm)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from magnet_jax.config import KernelConfig, LoraConfig, MeshConfig, ModelConfig
 from magnet_jax.io import trees
@@ -98,3 +99,28 @@ def test_forms_go_by_platform():
             KernelConfig(), platform, ModelConfig(), 1500, jnp.bfloat16, trained=trained
         )
         assert chosen.full == full
+
+
+@pytest.mark.parametrize(("remat", "forwards"), [("products", 1), ("attention", 1), ("full", 2)])
+def test_what_cudnn_computes_forward_is_kept_for_its_gradient(remat, forwards, monkeypatch):
+    """It names nothing that could be kept. Traced alone: to run it takes a GPU."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_000)
+    model = ModelConfig(codebook_size=32, width=64, num_heads=1, num_layers=2, text_width=12)
+    attend = kernels.with_kernels(KernelConfig(full="cudnn", local="blocks"), near=False)
+    batch = {
+        "codes_BKT": jnp.zeros((1, 4, 64), jnp.int32),
+        "valid_BT": jnp.ones((1, 64), bool),
+        "text_mask_BS": jnp.ones((1, 5), bool),
+    }
+    noise = objective.draw_noise(jax.random.key(0), jnp.arange(1), 64, 0.0)
+
+    def loss(params):
+        return objective.loss_fn(
+            params, jnp.zeros((1, 5, 12)), batch, noise, 0, config=model, local=False,
+            attend=attend, remat=remat, dtype=jnp.bfloat16,
+        )[0]  # fmt: skip
+
+    params = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
+    traced = str(jax.make_jaxpr(jax.grad(loss))(params))
+    assert traced.count("dot_product_attention_fwd_wrapper[") == forwards
+    assert traced.count("dot_product_attention_bwd_wrapper[") == 1
