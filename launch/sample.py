@@ -27,6 +27,7 @@ from magnet_jax.config import (
     DecodeConfig,
     HybridConfig,
     KernelConfig,
+    LongConfig,
     Preset,
     PromptSeconds,
     RescoreConfig,
@@ -61,11 +62,13 @@ class Args:
     seed: Seed = 0
     """Seed of the random numbers. Clip i depends on it, on i and on its text, on no other clip."""
     seconds: Seconds | None = None
-    """Length of a clip. By default a clip is as long as those that the model was trained on. A
-    MusicGen makes longer clips in windows of that length, which overlap."""
+    """Length of a clip. By default a clip is as long as those that the model was trained on. Longer
+    clips are made in windows of that length."""
+    long: LongConfig = LongConfig()
+    """How a MAGNeT makes such longer clips."""
     extend_stride: float | None = None
-    """Seconds by which the windows of a MusicGen's longer clip lie apart. By default it is 0.6 of a
-    window."""
+    """Seconds by which the windows of a longer clip lie apart. By default it is 0.6 of a window, of
+    joint windows half of one."""
     loop: bool = False
     """Make loops: clips whose end leads to their beginning, as long as their bars to the sample,
     with what music programs read of them."""
@@ -136,7 +139,7 @@ def _loop_names(texts: Sequence[str], seed: int, length: "Bars") -> list[str]:
     """Names such as a-lively-jig_128bpm_4bars; the seed is said where it is not 0."""
     bars = f"{float(length.seconds):g}s"
     if length.bars is not None:
-        bars = f"{length.bpm:g}bpm_{length.bars}bars"
+        bars = f"{length.bpm:g}bpm_{length.bars}bar{'s' * (length.bars > 1)}"
     names: list[str] = []
     for text in texts:
         name = f"{_slug(text) or 'loop'}_{bars}" + f"_seed{seed}" * (seed > 0)
@@ -279,7 +282,7 @@ def open_model(args: Args) -> tuple["Generator", dict[str, Any]]:
     # JAX is slow to load
     from magnet_jax import api, programs
     from magnet_jax.checkpoints import pretrained
-    from magnet_jax.decode import placement, sampling
+    from magnet_jax.decode import long, placement, sampling
     from magnet_jax.model import precision
 
     programs.keep_on_disk()
@@ -299,21 +302,28 @@ def open_model(args: Args) -> tuple["Generator", dict[str, Any]]:
     )
     model = api.of_kind(loaded, decoder, execution)
     model.duration = args.seconds or model.duration
-    model.generation = decoding_of(args, loaded.config, model.duration)
+    model.generation = decoding_of(args, loaded.config, min(model.duration, model.max_duration))
     if model.num_frames < 1:
         shortest = 1 / model.frame_rate
         raise UserError(f"--seconds {model.duration:g} is shorter than a frame, {shortest:g} s")
-    stride = sampling.stride_of_clip(
-        loaded, model.num_frames, args.extend_stride, "--extend-stride"
+    model.longer = args.long
+    model.extend_stride = long.stride_of_clip(
+        loaded, model.num_frames, args.extend_stride, "--extend-stride", args.long
     )
-    if isinstance(model, api.MusicGen):
-        model.extend_stride = stride
+    in_windows = model.extend_stride is not None and model.kind != "musicgen"
+    if args.long != LongConfig() and not in_windows:
+        raise UserError(
+            f"--long is for clips of a MAGNeT of more than {model.max_duration:g} seconds: leave "
+            "it out"
+        )
     rescorer = None
     if args.rescorer is not None:
         if not isinstance(model, api.MAGNeT):
             raise UserError(f"--rescorer: a model of kind {model.kind} has no spans to score")
         model.set_rescorer(args.rescorer, args.rescorer_weight, guidance=args.rescorer_guidance)
-        whole = getattr(model.generation, "prompt_seconds", 0) >= model.duration
+        whole = getattr(model.generation, "prompt_seconds", 0) >= min(
+            model.duration, model.max_duration
+        )
         if args.rescorer_weight:
             sampling.check_rescored(model.generation, whole=whole)
         rescorer = _about(model.rescoring_model, args.rescorer) | {
@@ -322,7 +332,8 @@ def open_model(args: Args) -> tuple["Generator", dict[str, Any]]:
         }
     return model, {
         "seconds": model.duration,
-        "extend_stride": stride,
+        "extend_stride": model.extend_stride,
+        "long": dataclasses.asdict(args.long) if in_windows else None,
         **about,
         "adapter": args.adapter and str(args.adapter),
         "decode": dataclasses.asdict(model.generation),
@@ -403,11 +414,6 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     model, about = open_model(args)
     for note in model.notes(texts):
         print(note)
-    if about["extend_stride"] is None and model.duration > 1.5 * model.max_duration:
-        print(
-            f"note: {model.duration:g} s are asked of a model that was trained on clips of "
-            f"{model.max_duration:g} s: it takes them, but has not learnt such lengths"
-        )
     length = length_of(args, model)
     start_BKP = None
     stems = names or [_file_name(i, text, args.seed) for i, text in enumerate(texts)]

@@ -46,6 +46,7 @@ from magnet_jax.config import (
     ComputeDtype,
     Guidance,
     KernelConfig,
+    LongConfig,
     Preset,
     PromptSeconds,
     RescoreConfig,
@@ -56,7 +57,7 @@ from magnet_jax.config import (
     replaced,
     with_decode,
 )
-from magnet_jax.decode import canvas, placement, rescore, sampling, tokens_of_text
+from magnet_jax.decode import canvas, long, placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.looping import Looping
 
@@ -74,19 +75,28 @@ class _Report:
 
     def listen(self, listener: Callable[[int, int], None] | None) -> None:
         self._listener, self._heard = listener, set()
+        self._before, self._programs, self._total = 0, 1, 0
+
+    def go_on(self, programs: int) -> None:
+        """Counts on, as one program has run of a clip that takes so many more."""
+        if self._listener is not None:
+            jax.effects_barrier()
+        self._before, self._programs, self._heard = self._before + self._total, programs, set()
 
     def __call__(self, done, total) -> None:
         # Of several devices, each reports; and JAX may report steps out of order.
-        done = int(done)
+        done, self._total = int(done), int(total)
         if self._listener is not None and done not in self._heard:
             self._heard.add(done)
-            self._listener(done, int(total))
+            self._listener(self._before + done, self._before + self._programs * self._total)
 
 
 class Generator:
     """What MAGNeT and MusicGen share; make one with `get_pretrained`."""
 
     kind: ClassVar[str]
+    longer: LongConfig = LongConfig()
+    extend_stride: float | None = None
 
     def __init__(
         self,
@@ -312,27 +322,37 @@ class Generator:
         return tokens_of_text.notes_on_cut_texts(self.loaded, texts)
 
     def clips(
-        self,
-        texts: list[str],
-        *,
-        num_frames: int,
-        seed: int,
-        prompt_BKP: np.ndarray | None = None,
-        **keywords,
+        self, texts: list[str], *, num_frames: int, prompt_BKP: np.ndarray | None = None, **keywords
     ) -> sampling.Generated:
-        """Makes a clip a text as the settings say; `keywords` are those of `sampling.generate`."""
-        given = None if prompt_BKP is None else canvas.beginning_with(prompt_BKP, num_frames)
+        """Makes a clip a text as the settings say; for `keywords` see `sampling.make_batch`."""
+        if num_frames > sampling.segment_frames(self.loaded.config, self.loaded.codec):
+            # All tokens are there before one becomes a sample.
+            *_, last = self.parts(texts, num_frames=num_frames, prompt_BKP=prompt_BKP, **keywords)
+            wav_BCN = decoding.decode_audio(self.decoder, last.codes_BKT)
+            return sampling.Generated(last.codes_BKT, None, wav_BCN)
+        asked = self._asked(num_frames, prompt_BKP) | keywords
         return sampling.generate(
-            self.loaded,
-            texts,
-            num_frames=num_frames,
-            seed=seed,
-            given=given,
-            decoding=self.generation,
-            decoder=self.decoder,
-            execution=self.execution,
-            **keywords,
+            self.loaded, texts, decoder=self.decoder, execution=self.execution, **asked
         )
+
+    def parts(
+        self, texts: list[str], *, num_frames: int, prompt_BKP: np.ndarray | None = None, **keywords
+    ) -> Iterator[long.Part]:
+        """`clips` that are longer than a window: what there is of their tokens after each call.
+
+        Frames that are made stay as they are; the last of what is yielded is whole clips.
+        """
+        asked = self._asked(num_frames, prompt_BKP) | keywords
+        batch = sampling.make_batch(self.loaded, texts, **asked)
+        for part in long.windows(
+            self.loaded, batch, self.longer, self.extend_stride, self.execution
+        ):
+            yield part
+            self._report.go_on(part.total - part.done)
+
+    def _asked(self, num_frames: int, prompt_BKP: np.ndarray | None) -> dict[str, Any]:
+        given = None if prompt_BKP is None else canvas.beginning_with(prompt_BKP, num_frames)
+        return {"num_frames": num_frames, "given": given, "decoding": self.generation}
 
     @checked
     def generate_audio(self, gen_tokens: Array) -> np.ndarray:
@@ -393,7 +413,8 @@ class MAGNeT(Looping, Generator):
           span_len: frames in a span; by default as the model was trained.
           whole_spans: trim the clip to whole spans, as AudioCraft does.
           preset: names decoding steps, from 'paper' to 'draft'; see docs/performance.md.
-          duration: seconds of a clip; the default is what the model was trained on.
+          duration: seconds of a clip; the default is what the model was trained on. Longer clips
+            are made in windows of that length, see `set_long_params`.
         """
         default = self.loaded.config.decode
         if preset is not None:
@@ -485,8 +506,30 @@ class MAGNeT(Looping, Generator):
             notes += [f"rescorer: {note}" for note in cut]
         return notes
 
-    def clips(self, texts: list[str], **keywords) -> sampling.Generated:
-        return super().clips(texts, rescorer=self.rescorer, **keywords)
+    def _asked(self, *given) -> dict[str, Any]:
+        return super()._asked(*given) | {"rescorer": self.rescorer}
+
+    @checked
+    def set_long_params(
+        self,
+        mode: Literal["sliding", "anchors", "joint"] | None = None,
+        extend_stride: float | None = None,
+        *,
+        lead: Annotated[float, Between(0, 0.7)] | None = None,
+        anneal: Literal["count", "rate"] | None = None,
+        steps: Literal["all", "auto"] | None = None,
+    ) -> None:
+        """Sets how clips are made that are longer than `max_duration`, the model's window.
+
+        What is not given gets its default; docs/long.md compares the modes.
+
+        Args:
+          mode, lead, anneal, steps: see `LongConfig`.
+          extend_stride: seconds by which windows lie apart, see `long.window_stride`.
+        """
+        how = replaced(LongConfig(), mode=mode, lead=lead, anneal=anneal, steps=steps)
+        long.window_stride(self.loaded, extend_stride, "extend_stride", how)  # checks it
+        self.longer, self.extend_stride = how, extend_stride
 
 
 class HybridMAGNeT(MAGNeT):
@@ -528,7 +571,6 @@ class MusicGen(Generator):
     """Text to audio one step after another; AudioGen's checkpoints as well."""
 
     kind = "musicgen"
-    extend_stride: float | None = None
 
     @checked
     def set_generation_params(
@@ -559,22 +601,8 @@ class MusicGen(Generator):
         )
         self.duration = self.max_duration if duration is None else duration
         if extend_stride is not None:
-            sampling.window_stride(self.loaded, extend_stride, "extend_stride")  # checks it
+            long.window_stride(self.loaded, extend_stride, "extend_stride")  # checks it
         self.extend_stride = extend_stride
-
-    def clips(self, texts: list[str], *, num_frames: int, **keywords) -> sampling.Generated:
-        if num_frames <= sampling.segment_frames(self.loaded.config, self.loaded.codec):
-            return super().clips(texts, num_frames=num_frames, **keywords)
-        return sampling.generate_in_windows(
-            self.loaded,
-            texts,
-            num_frames=num_frames,
-            stride_seconds=sampling.window_stride(self.loaded, self.extend_stride, "extend_stride"),
-            decoding=self.generation,
-            decoder=self.decoder,
-            execution=self.execution,
-            **keywords,
-        )
 
 
 def of_kind(

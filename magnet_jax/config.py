@@ -400,6 +400,26 @@ class EditConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LongConfig:
+    """How a MAGNeT makes clips that are longer than what it hears at once (docs/long.md)."""
+
+    mode: Literal["sliding", "anchors", "joint"] = "sliding"
+    """sliding makes a window after another, each of which goes on from what is there. anchors makes
+    windows that lie apart, at once, then what is between them, at once. joint makes windows that
+    overlap by half, all at once, and averages what they say."""
+    lead: Annotated[float, Between(0, 0.7), RARE] = 0.3
+    """Share of a window of anchors that is the end of the first one, so that all of them go on from
+    it; 0 has them know nothing of each other."""
+    anneal: Annotated[Literal["count", "rate"], RARE] = "count"
+    """Guidance and temperature of windows of which a part is given, as of --edit.anneal."""
+    steps: Annotated[Literal["all", "auto"], RARE] = "all"
+    """Steps of such windows: as many as of others, or fewer as fewer spans are made."""
+
+    def __post_init__(self):
+        check_fields(self, "long.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RescoreConfig:
     """How a second model takes part in decoding (section 3.3 and Figure 4 of the paper)."""
 

@@ -410,6 +410,11 @@ class Editing:
         """
         if self.loaded.config.model.autoregressive:
             raise UserError("drafts are made by a MAGNeT: a hybrid goes on from whole frames alone")
+        if self.num_frames > self._window:
+            raise UserError(
+                f"drafts are of clips up to {self.max_duration:g} seconds, not {self.duration:g}: "
+                "set a shorter duration"
+            )
         texts = [""] if descriptions is None else descriptions
         texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps

@@ -1,10 +1,11 @@
 """Compiled programs: made once a shape, announced while they are made, kept between processes."""
 
+import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +17,11 @@ MOST_PROGRAMS = 64  # kept in memory; the one used longest ago goes first
 DISK_BYTES = 4 * 2**30  # of the cache folder; likewise
 
 
-class _Program(NamedTuple):
+@dataclasses.dataclass
+class _Program:
     run: jax.stages.Compiled
     seconds: float  # that it took to trace and compile
+    calls: int = 0
 
 
 # By function, settings, shapes and placement: what `jax.jit` keeps by itself, with the compilation
@@ -65,12 +68,18 @@ def call(function: Any, *args: Any, what: str, say: Say | None = None, **static:
         if len(_programs) > MOST_PROGRAMS:
             _programs.popitem(last=False)
     _programs.move_to_end(key)
+    _programs[key].calls += 1
     return _programs[key].run(*args)
 
 
 def count() -> int:
     """Programs that are there."""
     return len(_programs)
+
+
+def calls() -> list[tuple[jax.stages.Compiled, int]]:
+    """Each of them, and how often it has run."""
+    return [(program.run, program.calls) for program in _programs.values()]
 
 
 def seconds() -> float:

@@ -23,9 +23,9 @@ from launch import train as launch_train
 from magnet_jax import MAGNeT, MusicGen, api
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec.encodec import load_codec
-from magnet_jax.config import LoraConfig
+from magnet_jax.config import LongConfig, LoraConfig
 from magnet_jax.convert import audiocraft, lm_rules, t5_files
-from magnet_jax.decode import sampling
+from magnet_jax.decode import long
 from magnet_jax.errors import UserError
 from magnet_jax.io import files, trees
 from magnet_jax.io.torch_env import import_torch
@@ -718,10 +718,35 @@ def test_the_command_generates_long_clips_in_windows_as_the_api_does(musicgen, i
     found, _ = soundfile.read(path, always_2d=True)
     np.testing.assert_allclose(found.T, expected.clip(-1, 1), atol=1e-4)  # (of 16 bits)
     assert json.loads(path.with_suffix(".json").read_text())["extend_stride"] == stride
-    assert sampling.window_stride(musicgen.loaded, None, "x") == 0.6 * window
+    assert long.window_stride(musicgen.loaded, None, "x") == 0.6 * window
     for more, complaint in (
         ((str(seconds), "--extend-stride", "999"), "--extend-stride must lie between 0 and"),
-        (("0.4", "--extend-stride", "0.5"), "--extend-stride is for a MusicGen's clips of more"),
+        (("0.4", "--extend-stride", "0.5"), "--extend-stride is for clips of more than"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            sample.sample(sample.parse([*words, *more]))
+
+
+def test_the_command_makes_longer_clips_of_a_magnet(magnet, imported, tmp_path):
+    window = magnet.max_duration
+    words = ["--checkpoint", str(imported / "magnet"), "--prompt", "a waltz", "--seed", "3"]
+    words += ["--decode.steps", "2", "1", "1", "1", "--lufs", "off", "--out", str(tmp_path)]
+    long_clip = ["--seconds", str(1.3 * window)]
+    (path,) = sample.sample(sample.parse([*words, *long_clip, "--extend-stride", "0.6"]))
+    settings = json.loads(path.with_suffix(".json").read_text())
+    assert settings["extend_stride"] == 0.6 and settings["long"]["mode"] == LongConfig.mode
+    magnet.set_generation_params(decoding_steps=[2, 1, 1, 1], duration=1.3 * window)
+    magnet.set_long_params(extend_stride=0.6)
+    try:
+        (expected,) = magnet.generate("a waltz", seed=3)
+    finally:
+        magnet.set_long_params()
+    found, _ = soundfile.read(path, always_2d=True)
+    np.testing.assert_allclose(found.T, expected.clip(-1, 1), atol=1e-4)  # (of 16 bits)
+    for more, complaint in (
+        (["--long.mode", "joint"], "--long is for clips of a MAGNeT of more than"),
+        ([*long_clip, "--long.lead", "0.8"], "long.lead must lie between"),
+        ([*long_clip, "--extend-stride", "99"], "--extend-stride must lie between"),
     ):
         with pytest.raises(UserError, match=complaint):
             sample.sample(sample.parse([*words, *more]))

@@ -311,6 +311,12 @@ CALLS = {
         AUTOREGRESSIVE
         | {"duration": LENGTH, "extend_stride": ([np.float32(2.5), 4], [0, -1, 10, 1e-9])},
     ),
+    (MAGNeT, "set_long_params"): (
+        {},
+        {"mode": (["anchors", "joint"], CHOICE), "anneal": (["rate"], CHOICE),
+         "steps": (["auto"], CHOICE), "lead": ([np.float32(0.5), 0], [-0.1, 0.8]),
+         "extend_stride": ([np.float32(2.5), 4], [0, -1, 10, 1e-9])},
+    ),
     (MusicGen, "set_custom_progress_callback"): (
         {}, {"progress_callback": ([None, print], ["x", 3])},
     ),

@@ -12,6 +12,8 @@ from launch.benchmark.options import (
     Decode,
     Editing,
     Loader,
+    Long,
+    Loops,
     Tokenize,
     Tradeoff,
     Train,
@@ -27,6 +29,8 @@ MODULES = {
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
     Editing: "editing",
+    Loops: "loops",
+    Long: "long",
 }
 Command = (
     Annotated[Loader, tyro.conf.subcommand("loader")]
@@ -36,6 +40,8 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
+    | Annotated[Loops, tyro.conf.subcommand("loops")]
+    | Annotated[Long, tyro.conf.subcommand("long")]
 )
 
 

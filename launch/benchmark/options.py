@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from launch.benchmark import report
-from magnet_jax.arguments import Between, Count, Seconds, check_fields
+from magnet_jax.arguments import Between, Count, Seconds, Seed, check_fields
 from magnet_jax.config import ASSETS, EMBEDDED, ComputeDtype, Preset, RescoreConfig
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import check_new_file
@@ -198,6 +198,49 @@ class Tradeoff:
         report.check_parent("--json", self.json)
 
 
+LONG_TEXTS = (
+    "A slow chorale on the organ",
+    "A calm, gentle melody played on the harp",
+    "A lively jig played on the violin",
+    "A slow waltz played on the piano",
+    "A fast melody in D major played on the flute",
+    "A sad madrigal sung by a choir",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Long:
+    """Clips longer than the window, made in each way: cost, seams, and drift from first to last."""
+
+    checkpoint: str | Path = "demo"
+    """A MAGNeT, as for launch.sample."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="TEXT")] = (
+        LONG_TEXTS
+    )
+    """Texts, one after another."""
+    clips: Count = 6
+    """How many, each of them made in every way."""
+    seconds: Seconds = 60.0
+    """Length of a clip."""
+    ways: tuple[str, ...] = ("sliding", "sliding, rate", "anchors", "anchors, lead 0", "joint")
+    """What is compared: these, and windows that know nothing of each other."""
+    steps: Annotated[tuple[Count, ...], tyro.conf.arg(name="decode.steps")] = (10, 5, 5, 5)
+    """Decoding steps of each codebook."""
+    seed: Seed = 0
+    json: Path | None = None
+    """File for all figures, written anew after each clip."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+        unknown = set(self.ways) - set(type(self).ways)
+        if unknown or not self.ways:
+            known = "; ".join(type(self).ways)
+            raise UserError(f"--ways must be some of: {known}; not {sorted(unknown) or 'none'}")
+        if not self.prompt:
+            raise UserError("--prompt: give one at least")
+        report.check_parent("--json", self.json)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Editing:
     """Holes in real clips decoded in every way, wrong tokens found, and the cost of an edit."""
@@ -228,3 +271,27 @@ class Editing:
             raise UserError("--steps must be numbers of at least 1")
         report.check_parent("--json", self.json)
         check_new_file("--picture", self.picture, (".png", ".pdf", ".svg"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loops:
+    """How well loops close beside clips of the same texts played twice, and the cost of one."""
+
+    checkpoint: str | Path = "demo"
+    """A MAGNeT, as for launch.sample."""
+    clips: Annotated[int, Between(2, 1000)] = 30
+    """How many of each."""
+    bpm: Annotated[float, Between(20, 400)] = 120.0
+    """Quarters a minute."""
+    bars: Count = 2
+    """Of a loop."""
+    steps: tuple[Count, ...] = (10, 5, 5, 5)
+    """Decoding steps of each codebook."""
+    seed: int = 0
+    """Of the decoding and of the intervals."""
+    json: Path | None = None
+    """File for all figures."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+        report.check_parent("--json", self.json)

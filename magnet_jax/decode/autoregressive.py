@@ -67,6 +67,7 @@ def advance(
     *,
     beginning: Beginning,
     guided: bool,
+    origin_B: jax.Array | None = None,
     on_step: Callable[[jax.Array], None] | None = None,
 ) -> tuple[jax.Array, transformer.Cache]:
     """Fills in what is `UNKNOWN` in steps [B, K, S], one step after another. To be traced.
@@ -76,6 +77,7 @@ def advance(
         without.
       steps_BKS: from `patterns.to_steps`.
       guided: whether rows without text are computed as well; without, guidance is 1.
+      origin_B: see `parallel.Task`.
       on_step: called with the number of steps done while the program runs.
 
     Returns the steps, and a cache of all but the last of them, of B rows and, if guided, of as many
@@ -104,7 +106,8 @@ def advance(
         logits_BKV = model.all_heads(states_R1D)[:, :, 0]
         if guided:
             logits_BKV = guide(*jnp.split(logits_BKV, 2), sampling.guidance)
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, step)
+        drawn_B = jnp.broadcast_to(step, keys_B.shape) if origin_B is None else step + origin_B
+        keys = jax.vmap(jax.random.fold_in)(keys_B, drawn_B)
         probs_BKV = jax.nn.softmax(logits_BKV / sampling.temperature, axis=-1)
         token_BK = choose_token(keys, probs_BKV, beginning.choice, sampling.limit)
         given_BK = jax.lax.dynamic_index_in_dim(steps_BKS, step, axis=-1, keepdims=False)

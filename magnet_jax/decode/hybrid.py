@@ -95,7 +95,7 @@ def _begin(
     steps_BKS, cache = autoregressive.advance(
         config, params, text, task.keys_B,
         patterns.to_steps(known_BKT, delays, config.mask_id, num_steps), sampling,
-        beginning=beginning, guided=guided,
+        beginning=beginning, guided=guided, origin_B=task.origin_B,
         on_step=on_step and functools.partial(jax.debug.callback, on_step),
     )  # fmt: skip
     codes_BKT, _ = patterns.to_frames(steps_BKS, delays, num_frames, first=1)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import KernelConfig, ModelConfig
-from magnet_jax.decode import parallel
+from magnet_jax.decode import joint, parallel
 from magnet_jax.decode.parallel import Network
 from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.schedule import Schedule
@@ -127,10 +127,13 @@ def network_of_task(
     num_frames, length = task.canvas.codes_BKT.shape[-1], task.length
     if rules.ring is not None:
         num_frames, length = max(num_frames, rules.ring.window), task.end
-    return guided_network(
+    if rules.windows is not None:
+        num_frames = rules.windows.size
+    network = guided_network(
         config, params, text, num_frames, length=length, ring=rules.ring,
         frames_axis=rules.frames_axis, **how,
     )  # fmt: skip
+    return network if rules.windows is None else joint.joined(network, rules.windows)
 
 
 @transformer.exact_products
@@ -150,8 +153,8 @@ def generate(
     """From text encoder states to tokens; to be traced.
 
     A row without any token of text is generated unconditionally; of no rows at all, no clip has a
-    text. The numbers of `schedule` may change without a new program. For the other arguments see
-    `guided_network` and `parallel.decode`.
+    text. The numbers of `schedule` may change without a new program. Of windows that share a canvas
+    each has a row of text. For the other arguments see `guided_network` and `parallel.decode`.
     """
     text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
     network = network_of_task(

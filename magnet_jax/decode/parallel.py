@@ -22,6 +22,7 @@ from magnet_jax.decode import choose, spans
 from magnet_jax.decode import ring as rings
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.choose import Choice
+from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.schedule import MIN_TEMPERATURE, GuidedSteps, Schedule
 from magnet_jax.decode.spans import Order, Spans
 
@@ -78,6 +79,8 @@ class Rules:
     all. What cannot be seen from there is not computed."""
     ring: rings.Ring | None = None
     """How the clip is heard whose last frame leads to its first, one of `Task.end` frames."""
+    windows: Windows | None = None
+    """Those that share the canvas, of which a frame's states are the mean."""
     frames_axis: str | None = None
     """The mesh axis over which the network's states are split by frames."""
     on_step: Callable[[int, int], None] | None = None
@@ -90,6 +93,7 @@ class Task(NamedTuple):
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
     limit: jax.Array | float  # see `choose.choose_token`; one for all, or [B]
+    origin_B: jax.Array | None = None  # a canvas's first frame, as random numbers count; None is 0
     length: jax.Array | int | None = None  # frames that exist, in whole spans; None is all
     end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise
     rescoring: Rescoring | None = None
@@ -113,7 +117,7 @@ class State(NamedTuple):
 
     codes_BKT: jax.Array
     score_BU: jax.Array  # how unsure each unit of the stage's codebook is
-    free_B: jax.Array  # units of that codebook that are not given
+    free_BG: jax.Array  # units of that codebook that are not given, of each stretch
     num_units: jax.Array  # units that exist
 
 
@@ -135,12 +139,13 @@ def annealed(task: Task, state: State, row: Schedule) -> Schedule:
     """
     if task.min_guidance is None:
         return row
-    share_B = state.free_B / state.num_units
+    free_B = state.free_BG.sum(-1)
+    share_B = free_B / state.num_units
     left = lambda rate: 1 - jnp.arccos(jnp.clip(rate, 0, 1)) * (2 / jnp.pi)  # noqa: E731
     guidance_B = task.min_guidance + (row.guidance - task.min_guidance) * share_B
     cooler_B = left(row.rate * share_B) / jnp.maximum(left(row.rate), 1e-6)
     temperature_B = jnp.maximum(row.temperature * cooler_B, MIN_TEMPERATURE)
-    whole_B = state.free_B == state.num_units  # then it is the schedule, to the bit
+    whole_B = free_B == state.num_units  # then it is the schedule, to the bit
     return row._replace(
         guidance=jnp.where(whole_B, row.guidance, guidance_B)[:, None, None],
         temperature=jnp.where(whole_B, row.temperature, temperature_B)[:, None, None],
@@ -160,7 +165,8 @@ def draw(
     logits_BMV = choose.guide(*network.head(states_RMD, row.stage, guided=guided), row.guidance)
     probs_BMV = jax.nn.softmax(logits_BMV.astype(jnp.float32) / row.temperature, axis=-1)
     probs_RV = probs_BMV.reshape(-1, probs_BMV.shape[-1])
-    keys_R = choose.frame_keys(task.keys_B, row.stage, row.step, frame_BM).reshape(-1)
+    drawn_BM = frame_BM if task.origin_B is None else frame_BM + task.origin_B[:, None]
+    keys_R = choose.frame_keys(task.keys_B, row.stage, row.step, drawn_BM).reshape(-1)
     if task.replayed_BKT is not None:
         codes_BT = codebook(task.replayed_BKT, row.stage)
         said_R = jnp.take_along_axis(codes_BT, frame_BM, axis=1, mode="clip").reshape(-1)
@@ -280,8 +286,8 @@ def step(
     """
     given_BT = codebook(task.canvas.given_BKT, row.stage)
     codes_BT = codebook(state.codes_BKT, row.stage)
-    count_B = spans.count(rules.spans, row.rate, state.free_B)
-    hidden_BU = spans.hide(rules.spans, state.score_BU, count_B)
+    count_BG = spans.count(rules.spans, row.rate, state.free_BG)
+    hidden_BU = spans.hide(rules.spans, state.score_BU, count_BG)
     # Given frames of a span that is hidden stay. What no step has reached yet is predicted too:
     # stride1 may leave some at the first step.
     unknown_BT = (codes_BT == rules.mask_id) & task.exists_T[None]

@@ -55,6 +55,7 @@ class Inputs(NamedTuple):
     text: Text  # of no rows where no clip has a text
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
+    origin_B: jax.Array  # see `parallel.Task`
     schedule: tuple[Schedule, ...]
     limit: jax.Array  # see `choose.choose_token`; one for all clips, or [B]
     length: jax.Array | None  # frames in whole spans, where those are fewer than T
@@ -68,7 +69,7 @@ class Inputs(NamedTuple):
     replayed_BKT: jax.Array | None = None  # likewise
 
 
-SPLIT = ("text", "canvas", "keys_B", "rescorer_texts", "first_B")
+SPLIT = ("text", "canvas", "keys_B", "origin_B", "rescorer_texts", "first_B")
 SPECS = Inputs(*(P("data") if name in SPLIT else P() for name in Inputs._fields))
 
 
@@ -134,6 +135,7 @@ class Sampler:
         return parallel.Task(
             canvas=inputs.canvas,
             keys_B=inputs.keys_B,
+            origin_B=inputs.origin_B,
             limit=inputs.limit,
             length=inputs.length,
             end=self.audio_frames if inputs.audio_length is None else inputs.audio_length,

@@ -36,6 +36,7 @@ from magnet_jax.config import (
 from magnet_jax.decode import autoregressive, canvas, choose, placement, segments
 from magnet_jax.decode import schedule as schedules
 from magnet_jax.decode.canvas import Canvas
+from magnet_jax.decode.joint import Windows
 from magnet_jax.decode.parallel import Rules
 from magnet_jax.decode.placement import Execution
 from magnet_jax.decode.ring import Ring
@@ -67,6 +68,11 @@ class Batch:
     canvas: Canvas
     """As long as the clips."""
     decoding: SamplingConfig
+    origin_B: np.ndarray | None = None
+    """At which frame of its clip each canvas begins, as random numbers go by a clip's frames; None
+    is the first."""
+    windows: Windows | None = None
+    """Those that share the canvas, of which `text` has a row each; None is a canvas by itself."""
     own: tuple[DecodeConfig, ...] = ()
     """In place of `decoding`, how each clip is decoded; one program must do for all, see
     `shared`."""
@@ -126,23 +132,51 @@ def generate(
     loaded: Loaded,
     texts: Sequence[str],
     *,
-    num_frames: int,
-    decoding: SamplingConfig | Sequence[DecodeConfig],
-    seed: int | Sequence[int],
-    first_sample: int | Sequence[int] = 0,
-    given: Canvas | None = None,
-    text_pad_len: TextPadLen = None,
     decoder: encodec.Decoder | encodec.Codec | None = None,
-    rescorer: Rescorer | None = None,
-    editing: EditConfig | None = None,
     execution: Execution = Execution(),
-    on_step: Callable[[int, int], None] | None = None,
+    **asked,
 ) -> Generated:
     """Generates the tokens of one clip a text and, with a `decoder`, its audio.
 
     Args:
       loaded: the model.
       texts: descriptions; an empty one is generated without text.
+      decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
+      execution: how to run on the hardware.
+      asked: what else is asked for, as of `make_batch`.
+
+    Raises:
+      UserError: the decoding, what is given, the rescorer or the hardware does not fit the model.
+    """
+    batch = make_batch(loaded, texts, **asked)
+    if batch.is_ring:
+        check_ring(loaded, batch.num_frames, decoder, execution)
+    if isinstance(decoder, encodec.Decoder):
+        batch = dataclasses.replace(batch, decoder=decoder)
+    generated = run(loaded, batch, execution)
+    if isinstance(decoder, encodec.Codec):
+        return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
+    return generated
+
+
+def make_batch(
+    loaded: Loaded,
+    texts: Sequence[str],
+    *,
+    num_frames: int,
+    decoding: SamplingConfig | Sequence[DecodeConfig],
+    seed: int | Sequence[int],
+    first_sample: int | Sequence[int] = 0,
+    given: Canvas | None = None,
+    text_pad_len: TextPadLen = None,
+    rescorer: Rescorer | None = None,
+    editing: EditConfig | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Batch:
+    """What is asked of a model, checked.
+
+    Args:
+      loaded, texts: see `generate`.
       num_frames: frames of a clip, the given ones included.
       decoding: schedule and sampling, of the model's kind; of a MAGNeT also a list, one a clip, of
         which all are `shared` alike.
@@ -151,16 +185,11 @@ def generate(
       given: tokens that the clips have already, such as `canvas.beginning_with(prompt_BKP, T)`; a
         model that is not MAGNeT goes on from a beginning alone.
       text_pad_len: see `tokenize_texts`.
-      decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
       rescorer: a second model that takes part in scoring spans, of MAGNeT.
       editing: how the rest of a clip is decoded of which much is given; by default as AudioCraft
         goes on from a prompt.
-      execution: how to run on the hardware.
       on_step: called with (steps done, steps in all) while the program runs; one function object,
         one program.
-
-    Raises:
-      UserError: the decoding, what is given, the rescorer or the hardware does not fit the model.
     """
     model, count = loaded.config.model, len(texts)
     own = () if isinstance(decoding, SamplingConfig) else tuple(decoding)
@@ -185,31 +214,26 @@ def generate(
         if RescoreConfig(weight=rescorer.weight).weight == 0:
             rescorer = None
     replays = editing is not None and editing.replay is not None
-    split = execution.mesh != SamplingMeshConfig()
-    if replays and (split or model.autoregressive or rescorer is not None):
-        raise UserError("replay is for a MAGNeT on one device, without a rescorer")
+    if replays and (model.autoregressive or rescorer is not None):
+        raise UserError(NO_REPLAY)
     samples_B = np.asarray(first_sample)
     if not samples_B.ndim:
         samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
-    if editing is not None and editing.ring:
-        check_ring(loaded, num_frames, decoder, execution)
-    batch = Batch(
+    return Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
         sample_B=samples_B,
         seed=seed,
         canvas=canvas.resized(given, num_frames),
         decoding=decoding,
         own=own,
-        decoder=decoder if isinstance(decoder, encodec.Decoder) else None,
         rescorer=rescorer,
         rescorer_texts=rescorer and rescorer.tokenize(texts, text_pad_len),
         editing=editing,
         on_step=on_step,
     )
-    generated = _run(loaded, batch, execution)
-    if isinstance(decoder, encodec.Codec):
-        return generated._replace(wav_BCN=audio.decode_audio(decoder, generated.codes_BKT))
-    return generated
+
+
+NO_REPLAY = "replay is for a MAGNeT on one device, without a rescorer"
 
 
 def shared(decode: DecodeConfig) -> tuple:
@@ -241,92 +265,7 @@ def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Executi
     if execution.kernels.local == "splash":
         raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
     if decoder is not None:
-        raise ValueError("a ring's audio is made of its tokens by codec.decoding.ring_audio")
-
-
-_SAMPLES = 2**16  # by which the numbers of a clip's windows lie apart
-
-
-def window_stride(loaded: Loaded, seconds: float | None, name: str) -> float:
-    """Seconds by which the windows of `generate_in_windows` lie apart; None is 0.6 of a window.
-
-    Raises `UserError`, which calls the number `name`, for what is no part of a window.
-    """
-    window, frames = loaded.config.data.segment_seconds, segment_frames(loaded.config, loaded.codec)
-    if seconds is None:
-        return 0.6 * window
-    if not 0 < seconds < window or not 1 <= round(seconds * loaded.codec.frame_rate) < frames:
-        raise UserError(
-            f"{name} must lie between 0 and {window:g} seconds, the length of a window, not "
-            f"{seconds:g}"
-        )
-    return seconds
-
-
-def stride_of_clip(
-    loaded: Loaded, num_frames: int, seconds: float | None, name: str
-) -> float | None:
-    """`window_stride` of a clip that a MusicGen makes in windows; None of any other clip.
-
-    Raises `UserError`, which calls the number `name`, where it would have no effect.
-    """
-    in_windows = num_frames > segment_frames(loaded.config, loaded.codec)
-    if loaded.config.model.kind == "musicgen" and in_windows:
-        return window_stride(loaded, seconds, name)
-    if seconds is not None:
-        raise UserError(
-            f"{name} is for a MusicGen's clips of more than "
-            f"{loaded.config.data.segment_seconds:g} seconds: leave it out"
-        )
-    return None
-
-
-def generate_in_windows(
-    loaded: Loaded,
-    texts: Sequence[str],
-    *,
-    num_frames: int,
-    stride_seconds: float,
-    decoder: encodec.Decoder | encodec.Codec,
-    first_sample: int = 0,
-    prompt_BKP: np.ndarray | None = None,
-    **keywords,
-) -> Generated:
-    """`generate` of a MusicGen, which knows no positions beyond the length it was trained on.
-
-    Longer clips are made in windows of that length, each of which goes on from what the one before
-    made of it.
-
-    Args:
-      stride_seconds: by which windows lie apart, see `window_stride`.
-      loaded, texts, num_frames, decoder, first_sample, prompt_BKP, keywords: see `generate`.
-    """
-    rate, window = loaded.codec.frame_rate, segment_frames(loaded.config, loaded.codec)
-    if prompt_BKP is None:
-        prompt_BKP = np.zeros((len(texts), loaded.config.model.num_codebooks, 0), np.int32)
-    if prompt_BKP.shape[-1] >= min(window, num_frames):
-        raise UserError(
-            f"a prompt of {prompt_BKP.shape[-1] / rate:g} s leaves nothing to generate of "
-            f"{min(window, num_frames) / rate:g} s"
-        )
-    if first_sample + len(texts) > _SAMPLES:
-        raise UserError(f"clips longer than a window are numbered up to {_SAMPLES - 1}")
-    stride = max(1, round(stride_seconds * rate))
-    codes_BKT, start, number = prompt_BKP, 0, 0
-    while codes_BKT.shape[-1] < num_frames:
-        frames = min(window, num_frames - start)
-        generated_BKT = generate(
-            loaded,
-            texts,
-            num_frames=frames,
-            # each window has random numbers of its own
-            first_sample=first_sample + number * _SAMPLES,
-            given=canvas.beginning_with(codes_BKT[..., start:], frames),
-            **keywords,
-        ).codes_BKT
-        codes_BKT = np.concatenate([codes_BKT[..., :start], generated_BKT], axis=-1)
-        start, number = start + stride, number + 1
-    return Generated(codes_BKT, None, audio.decode_audio(decoder, codes_BKT))
+        raise ValueError("a ring's audio is made of its tokens by edit.closing.audio")
 
 
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
@@ -347,7 +286,7 @@ def make_program(
     mesh: Mesh | None,
 ) -> tuple[Inputs, Sampler]:
     """What a batch takes, and the program for it."""
-    model, num_frames, decode = _model_for(loaded.config.model, batch)
+    model, num_frames, decode = model_for(loaded.config.model, batch)
     if batch.num_given >= num_frames and (model.autoregressive or num_frames < batch.num_frames):
         raise UserError(f"the prompt leaves nothing to generate of {num_frames} whole-span frames")
     beginning, beginning_sampling = None, None
@@ -369,6 +308,8 @@ def make_program(
         usual = decoded_frames(model, decode, segment_frames(loaded.config, loaded.codec))[1]
         grid = 1 if decode.span_arrangement == "stride1" else model.span_length
         bucket = frame_bucket(num_decoded, usual, math.lcm(shards["frames"], grid))
+    if batch.windows is not None:
+        num_decoded = bucket = usual = num_frames  # whole windows
     # A bucket that is full by chance shares its program with shorter clips.
     exact = bucket == num_decoded == usual
     sampler = _make_sampler(
@@ -382,7 +323,8 @@ def make_program(
     idle = -count % shards["data"]
 
     def fill(x):  # the last clip again, where devices would be idle
-        return np.concatenate([x, np.repeat(x[-1:], idle, axis=0)]) if idle else x
+        last = x[-max(len(x) // count, 1) :]  # of windows, all its rows
+        return np.concatenate([x, *[last] * idle])
 
     given = jax.tree.map(fill, canvas.resized(canvas.resized(batch.canvas, num_frames), bucket))
     if batch.is_ring:  # which has nothing behind its end
@@ -405,6 +347,7 @@ def make_program(
         keys_B=choose.sample_keys(
             fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
         ),
+        origin_B=fill(np.zeros(count, np.int32) if batch.origin_B is None else batch.origin_B),
         schedule=schedule,
         limit=limit,
         length=None if exact else np.int32(num_decoded),
@@ -428,7 +371,7 @@ def make_program(
     return inputs, sampler
 
 
-def _model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, DecodeConfig]:
+def model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, DecodeConfig]:
     """The model with the span length that is asked for, frames of a clip, and how it is decoded."""
     decode, num_frames = batch.decode, batch.num_frames
     if decode is None:
@@ -475,18 +418,25 @@ def _make_sampler(
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
     reach = model.num_layers * model.local_context or None
-    if model.autoregressive or batch.is_ring or not savings.last_window:
+    windows = batch.windows
+    whole = model.autoregressive or batch.is_ring or windows is not None
+    if whole or not savings.last_window:
         reach = None
+    heard = num_frames if windows is None else windows.size
     rules = Rules(
         mask_id=model.mask_id,
         spans=Spans(
-            length=model.span_length, arrangement=decode.span_arrangement, score=decode.span_score
+            length=model.span_length,
+            arrangement=decode.span_arrangement,
+            score=decode.span_score,
+            stretch=windows and windows.size,
         ),
         choice=choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[0],
         guided=guided,
         reach=reach,
         order=decode.order,
         first_codebook=0 if model.autoregressive else canvas.given_below(batch.canvas),
+        windows=windows,
         frames_axis="frames" if shards > 1 else None,
         on_step=batch.on_step,
     )
@@ -507,7 +457,7 @@ def _make_sampler(
         rules = dataclasses.replace(rules, ring=_ring(loaded, model))
         num_frames = max(num_frames, rules.ring.window)
     kernels = choose_kernels(
-        execution.kernels, platform, model, num_frames // shards, dtype, split=shards > 1
+        execution.kernels, platform, model, heard // shards, dtype, split=shards > 1
     )
     return Sampler(
         model=model,
@@ -593,7 +543,10 @@ def _beginning(
     return beginning, autoregressive.Sampling(*map(np.float32, numbers))
 
 
-def _run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
+def run(loaded: Loaded, batch: Batch, execution: Execution) -> Generated:
+    """What the model makes of a batch."""
+    if batch.replays and execution.mesh != SamplingMeshConfig():
+        raise UserError(NO_REPLAY)
     mesh = placement.sampling_mesh(execution.mesh)
     if mesh.size == 1:
         mesh = None  # a mesh of one would pin to it what lies elsewhere, such as a run's

@@ -49,7 +49,7 @@ class Carry(NamedTuple):
 
     codes_BKT: jax.Array
     score_BU: jax.Array  # see `parallel.State`
-    free_B: jax.Array
+    free_BG: jax.Array
 
 
 def in_segments(sampler: Sampler) -> bool:
@@ -138,7 +138,7 @@ def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[transformer.TextKeys, Ca
     codes_BKT, given_BKT = inputs.canvas
     codes_BKT = jnp.where(given_BKT, codes_BKT, rules.mask_id)
     state = parallel.start(rules, sampler.task(inputs), 0)
-    return read(*states, dtype=sampler.dtype), Carry(codes_BKT, state.score_BU, state.free_B)
+    return read(*states, dtype=sampler.dtype), Carry(codes_BKT, state.score_BU, state.free_BG)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "local"), donate_argnames="carry")
@@ -186,7 +186,7 @@ def _advance(inputs, task, text, carry, rows, kinds_S, *, sampler, local, dtype)
         if task.rescoring is not None:
             ended = (kind == LAST) | (kind == ONLY)
             codes_BKT = jnp.where(ended, parallel.checked(rules, state), codes_BKT)
-        return Carry(codes_BKT, state.score_BU, state.free_B), hidden_BT
+        return Carry(codes_BKT, state.score_BU, state.free_BG), hidden_BT
 
     return jax.lax.scan(take, carry, (rows, kinds_S))
 

@@ -25,6 +25,9 @@ class Spans:
     """Frames of a span."""
     arrangement: Literal["nonoverlap", "stride1"] = "nonoverlap"
     score: Literal["max", "prod"] = "max"
+    stretch: int | None = None
+    """Frames of a stretch of the clip; in each the worst units are hidden, as large a share of it.
+    None is the whole clip."""
 
     @property
     def on_grid(self) -> bool:
@@ -46,31 +49,46 @@ def units(spans: Spans, frames_BT: jax.Array) -> jax.Array:
     return frames_BT.reshape(len(frames_BT), -1, spans.length if spans.on_grid else 1)
 
 
+def stretches(spans: Spans, unit_BU: jax.Array, fill: float) -> jax.Array:
+    """The units of each stretch, [B, U] -> [B, G, units of a stretch], the last filled up."""
+    size = unit_BU.shape[-1]
+    if spans.stretch is not None:
+        size = spans.stretch // (spans.length if spans.on_grid else 1)
+    more = -unit_BU.shape[-1] % size
+    filled_BU = jnp.pad(unit_BU, ((0, 0), (0, more)), constant_values=fill)
+    return filled_BU.reshape(len(unit_BU), -1, size)
+
+
 def start(
     spans: Spans, free_BT: jax.Array, exists_T: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Scores [B, U] before a codebook's first step, how many units are free [B], and exist.
+    """Scores [B, U] before a codebook's first step, how many units of each stretch are free [B, G],
+    and how many exist.
 
     A unit is free if one of its frames is. One that is given as a whole stays as it is.
     """
     free_BU = units(spans, free_BT & exists_T[None]).any(-1)
     exists_1U = units(spans, exists_T[None]).all(-1)
     score_BU = jnp.where(exists_1U, jnp.where(free_BU, 0.0, KEPT), ABSENT)
-    return score_BU, free_BU.sum(-1), exists_1U.sum()
+    return score_BU, stretches(spans, free_BU, False).sum(-1), exists_1U.sum()
 
 
-def count(spans: Spans, rate: jax.Array, free_B: jax.Array) -> jax.Array:
-    """How many units [B] to hide on a grid, or how many frames: the reference's rounding."""
+def count(spans: Spans, rate: jax.Array, free_BG: jax.Array) -> jax.Array:
+    """How many units [B, G] to hide on a grid, or how many frames: the reference's rounding."""
     least = 1 if spans.on_grid else spans.length
-    return jnp.maximum((rate * free_B.astype(jnp.float32)).astype(jnp.int32), least)
+    return jnp.maximum((rate * free_BG.astype(jnp.float32)).astype(jnp.int32), least)
 
 
-def hide(spans: Spans, score_BU: jax.Array, count_B: jax.Array) -> jax.Array:
-    """True at the units that are hidden: the worst, as many as `count` says. [B, U]."""
-    if not spans.on_grid:
-        return hide_overlapping(score_BU, count_B, spans.length)
-    rank_BU = jnp.argsort(jnp.argsort(-score_BU, axis=-1), axis=-1)
-    return rank_BU < count_B[:, None]
+def hide(spans: Spans, score_BU: jax.Array, count_BG: jax.Array) -> jax.Array:
+    """True at the units that are hidden: the worst of each stretch, `count_BG` of them. [B, U]."""
+    score_BGU = stretches(spans, score_BU, ABSENT)
+    score_RU, count_R = score_BGU.reshape(-1, score_BGU.shape[-1]), count_BG.reshape(-1)
+    if spans.on_grid:
+        rank_RU = jnp.argsort(jnp.argsort(-score_RU, axis=-1), axis=-1)
+        hidden_RU = rank_RU < count_R[:, None]
+    else:
+        hidden_RU = hide_overlapping(score_RU, count_R, spans.length)
+    return hidden_RU.reshape(len(score_BU), -1)[:, : score_BU.shape[-1]]
 
 
 def hide_overlapping(score_BT: jax.Array, count_B: jax.Array, span_length: int) -> jax.Array:

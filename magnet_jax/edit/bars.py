@@ -27,7 +27,7 @@ class Bars(NamedTuple):
         return round(self.seconds * sample_rate)
 
     def frames(self, frame_rate: float) -> int:
-        return round(self.seconds * Fraction(frame_rate))
+        return round(self.seconds * _exact(frame_rate))
 
     def starts(self, sample_rate: int) -> list[int]:
         """The sample with which each bar begins."""
@@ -42,6 +42,11 @@ class Bars(NamedTuple):
             return f"{float(self.seconds):g} s"
         plural = "s" * (self.bars > 1)
         return f"{self.bars} bar{plural} of {self.beats_per_bar}/4 at {self.bpm:g} bpm"
+
+
+def _exact(number: float) -> Fraction:
+    """What a number says that people wrote: 0.6 is three fifths."""
+    return Fraction(str(number))
 
 
 def of(
@@ -67,20 +72,19 @@ def of(
     if bpm is None:
         if bars is not None:
             raise UserError("bars have a length at a tempo alone: give bpm as well")
-        length = Bars(Fraction(most if seconds is None else seconds))
+        length = Bars(_exact(most if seconds is None else seconds))
     else:
         if seconds is not None:
             raise UserError("give bpm and bars, or seconds, and not both")
-        bar = 60 * beats_per_bar / Fraction(bpm)
+        bar = 60 * beats_per_bar / _exact(bpm)
         if bars is None:
-            bars = next((count for count in BARS if count * bar <= most), 1)
+            bars = next((count for count in BARS if count * bar <= _exact(most)), 1)
         length = Bars(bars * bar, bpm, bars, beats_per_bar)
-    if length.seconds > most:
+    if length.seconds > _exact(most):
+        long = f", {float(length.seconds):.4g} s," if length.bars else ""
+        less = "bars, or a faster tempo" if length.bars else "seconds"
         raise UserError(
-            f"{length.words} are {float(length.seconds):.4g} s, longer than the {most:g} s that "
-            "the model hears at once: ask for fewer bars, or a faster tempo"
-            if length.bars
-            else f"a loop of {length.words} is longer than the {most:g} s that the model hears at "
-            "once: ask for fewer seconds"
+            f"a loop of {length.words}{long} is longer than the {most:g} s that the model hears at "
+            f"once: ask for fewer {less}"
         )
     return length

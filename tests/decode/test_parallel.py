@@ -331,7 +331,7 @@ def test_codebooks_above_are_hidden_while_one_is_predicted(hidden):
 def test_guidance_and_temperature_go_by_what_is_hidden():
     [rows] = schedule.make_schedule(DecodeConfig(steps=(5,)))
     free_B = np.array([100, 20, 0])
-    state = parallel.State(None, None, free_B, 100)
+    state = parallel.State(None, None, free_B[:, None], 100)
     task = tiny.task(np.zeros((3, 1, 3), np.int32))._replace(min_guidance=np.float32(1))
     for step in range(5):
         of_clip = type(rows)(*(x[0, step] for x in rows))

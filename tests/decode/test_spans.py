@@ -53,10 +53,32 @@ def test_overlapping_spans_are_chosen_as_a_plain_search_does(num_frames, span_le
 def test_the_worst_units_of_a_grid_are_hidden_by_their_frames():
     law = Spans(length=3)
     score_BU = jnp.array([[0.1, 0.9, spans.KEPT, 0.5, spans.ABSENT], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    hidden_BU = spans.hide(law, score_BU, jnp.array([2, 3]))
+    hidden_BU = spans.hide(law, score_BU, jnp.array([[2], [3]]))
     expected_BU = [[0, 1, 0, 1, 0], [1, 1, 1, 0, 0]]  # the first ones where all are alike
     np.testing.assert_array_equal(hidden_BU, np.array(expected_BU, bool))
     np.testing.assert_array_equal(spans.frames(law, hidden_BU)[0], np.repeat(expected_BU[0], 3))
+
+
+@pytest.mark.parametrize("arrangement", ["nonoverlap", "stride1"])
+def test_in_each_stretch_the_worst_units_are_hidden_as_if_it_were_alone(arrangement):
+    """Of 31 frames in stretches of 12; none starves for another."""
+    span, size = (3, 12) if arrangement == "stride1" else (1, 12)
+    law = Spans(length=span, arrangement=arrangement)
+    apart = Spans(length=span, arrangement=arrangement, stretch=size)
+    rng = np.random.default_rng(0)
+    score_BT = rng.exponential(size=(2, 31)).astype(np.float32)
+    score_BT[:, :12] += 9  # all of the worst
+    free_BT = rng.random((2, 31)) < 0.8
+    _, free_BG, num_units = spans.start(apart, free_BT, np.ones(31, bool))
+    parts = [slice(0, 12), slice(12, 24), slice(24, 31)]
+    np.testing.assert_array_equal(free_BG, np.stack([free_BT[:, p].sum(-1) for p in parts], -1))
+    assert num_units == 31
+    hidden_BT = spans.hide(apart, score_BT, jnp.array([[4, 6, 3], [9, 3, 4]]))
+    for part, count_B in zip(parts, ([4, 9], [6, 3], [3, 4])):
+        own_BT = np.pad(score_BT[:, part], ((0, 0), (0, 12 - score_BT[:, part].shape[1])),
+                        constant_values=spans.ABSENT)  # fmt: skip
+        alone_BT = spans.hide(law, own_BT, jnp.array(count_B)[:, None])
+        np.testing.assert_array_equal(hidden_BT[:, part], alone_BT[:, : score_BT[:, part].shape[1]])
 
 
 def test_a_unit_is_free_if_one_of_its_frames_is():

@@ -31,6 +31,7 @@ def test_what_is_not_said_follows_from_what_is_heard():
     seconds = bars.of(None, None, 3.21, most=10)
     assert seconds.samples(32_000) == 102_720 and seconds.starts(32_000) == [0]
     assert bars.of(None, None, None, most=10).seconds == 10
+    assert bars.of(400.0, 1, None, most=0.6).seconds == Fraction(3, 5)  # to which 0.6 is less
     assert (seconds.bpm, seconds.beats, seconds.words) == (None, None, "3.21 s")
 
 

@@ -18,6 +18,7 @@ from launch.benchmark import (
     decoding,
     editing,
     loading,
+    loops,
     models,
     options,
     peaks,
@@ -492,3 +493,18 @@ def test_each_way_of_editing_differs_from_the_default_in_one_setting():
 def test_what_cannot_be_edited_is_named_before_a_model_is_loaded(given, named):
     with pytest.raises(UserError, match=named):
         options.Editing(**given)
+
+
+# --- loops ----------------------------------------------------------------------------------------
+
+
+def test_a_seam_stands_out_where_a_clip_does_not_close():
+    rate = 16_000
+    time_N = np.arange(rate) / rate
+    closed = np.sin(2 * np.pi * 220 * time_N) + 0.1 * np.sin(2 * np.pi * 3000 * time_N)
+    cut = closed * np.linspace(1, 0, rate) ** 2  # loud, and then all but silent
+    found = loops.heard(np.stack([closed, cut])[:, None].astype(np.float32), rate)
+    assert found["within"].tolist() == [1, 0] and found["deviations"][1] > 5
+    jump = np.roll(closed, 100).copy()
+    jump[-1] += 0.5
+    assert loops.step(closed) < 1.1 and loops.step(jump) > 5
