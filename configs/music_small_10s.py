@@ -13,5 +13,4 @@ config = RunConfig(
     data=DataConfig(segment_seconds=10.0, batch_size=576),
     optimizer=OptimizerConfig(name="dadam", peak_lr=1.0),
     sample_prompts=("90s rock song with electric guitar and heavy drums",),
-    remat="attention",
 )

@@ -27,5 +27,4 @@ config = RunConfig(
     condition_dropout=0.1,  # AudioCraft's; section 4 has 0.3 for music
     steps=200_000,  # AudioCraft's; section 4 has 1 M
     sample_prompts=("A dog barks while rain falls on a tin roof",),
-    remat="attention",
 )

@@ -19,11 +19,11 @@ from magnet_jax.errors import UserError
 ASSETS = Path(__file__).parent / "assets"
 # Of models, as people call them; each is a class of the Python API.
 KIND_NAMES = {"magnet": "MAGNeT", "musicgen": "MusicGen", "hybrid": "HybridMAGNeT"}
-FullKernel = Literal["auto", "dense", "slices", "blocks", "splash", "cudnn"]
+FullKernel = Literal["auto", "dense", "slices", "blocks", "chunks", "splash", "cudnn"]
 LocalKernel = Literal["auto", "dense", "slices", "blocks", "splash"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 LoraTarget = Literal["self", "cross", "mlp"]
-Remat = Literal["none", "products", "attention", "full"]
+Remat = Literal["auto", "none", "products", "mlp", "attention", "full"]
 # What steers sampling; the Python API and the commands hold their arguments to the same limits.
 Steps = tuple[Annotated[int, Between(1, 1000)], ...]
 Temperature = Annotated[float, Between(1e-6, 1e6)]
@@ -567,9 +567,10 @@ class RunConfig:
     """How often each codebook is trained, a number each; () is all alike, as in the paper."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products; auto is bfloat16 on accelerators, float32 on CPU."""
-    remat: Remat = "none"
-    """What the backward pass computes again to save memory: nothing; all but matrix products; all
-    but attention; or all, for about a third more time."""
+    remat: Remat = "auto"
+    """What the backward pass computes again to save memory: nothing; all but products and
+    attention; the MLP's first product as well; all but attention; or all, for about a third more
+    time. auto is the least that fits, as the compiler measures it, and on CPUs nothing."""
     clips_per_device: Annotated[Whole, RARE] = 0
     """Clips that a device computes at once; gradients of a larger share of the batch are summed up
     in parts, exactly. 0 is as many as fit."""

@@ -2,6 +2,7 @@
 
 python -m launch.compile decode --topology v5e:2x2 --model small --seconds 10
 python -m launch.compile train --topology v5e:4x8 --config music_medium_30s
+python -m launch.compile train --topology v5e:4x8 --config music_medium_30s --search
 python -m launch.compile plan --topology v5e:4x8 --config music_medium_30s
 
 It needs no weights, and no TPU or GPU: pip install "magnet-jax[aot-tpu]" or "magnet-jax[aot-gpu]".
@@ -31,7 +32,8 @@ MODULES = {Decode: "decoding", Train: "training", Plan: "planning"}
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(Command, argv, prog="python -m launch.compile", description=__doc__)
     check_fields(args, "--")
-    importlib.import_module(f"launch.compile.{MODULES[type(args)]}").run(args)
+    module = "search" if getattr(args, "search", False) else MODULES[type(args)]
+    importlib.import_module(f"launch.compile.{module}").run(args)
 
 
 if __name__ == "__main__":

@@ -71,18 +71,22 @@ class Step(Target):
     clips_per_device: Whole = 0
     """Clips that a device computes at once. 0 is as many as fit, or all with --mesh.fsdp."""
     remat: Remat | None = None
-    """What the backward pass computes again. The config has a default."""
+    """What the backward pass computes again. The config has a default; auto is the least that fits,
+    or with --mesh.fsdp the least."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Train(Step):
-    """One training step of a config."""
+    """One training step of a config, in the average over its stages."""
 
     compute_dtype: ComputeDtype = "auto"
     """Precision of matrix products. auto is float32 on a CPU, else bfloat16."""
-    stage: Whole = 1
-    """Codebook whose step is compiled. That of 0 sees all frames unless the config has
-    model.first_context; those above it see model.local_context."""
+    stage: Whole | None = None
+    """Compile the step of this codebook alone. That of 0 sees all frames unless the config has
+    model.first_context; those above it see model.local_context, and share a program."""
+    search: bool = False
+    """Rank all that is left open of mesh, parts and --remat by the time of a step, on TPUs. This
+    compiles for an hour or more, once: what was found out is kept."""
     json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """File for everything that was found out, costs of one device."""
 

@@ -52,23 +52,42 @@ def prepared(
     return settings, peak, frames
 
 
+def average(config: RunConfig, seconds: list[float | None]) -> float | None:
+    """A step's time over all stages, from those of the first and of the others, or of one alone."""
+    if len(seconds) == 1 or None in seconds:
+        return seconds[0] if len(seconds) == 1 else None
+    weights = config.stage_weights or (1.0,) * config.model.num_codebooks
+    first = weights[0] / sum(weights)
+    return first * seconds[0] + (1 - first) * seconds[1]
+
+
 def costs(args: Train) -> dict[str, Any]:
-    """Compiles the step, and sets it beside the plan and the chip."""
+    """Compiles the steps of the first stage and of those above it, or one of them.
+
+    Sets them, and their average, beside the plan and the chip.
+    """
     report.check_file("--json", args.json)
     config = dataclasses.replace(configured(args), compute_dtype=args.compute_dtype)
-    if args.stage >= config.model.num_codebooks:
+    if args.stage is not None and args.stage >= config.model.num_codebooks:
         raise UserError(f"--stage must lie between 0 and {config.model.num_codebooks - 1}")
     target = targets.load(args.topology)
     settings, _, frames = prepared(config, target)
     clips, text_tokens = config.data.batch_size, config.text.max_tokens
-    lowered = plan.lower(settings, clips, frames, text_tokens, args.stage)
-    found = report.compiled_costs(lowered, target)
-    found.pop("text")
-    at_once = clips // sharding.num_rows(settings.mesh) // settings.num_parts
     operations = clips * flops.training_flops(
         config.model, frames, text_tokens, config.stage_weights
     )
-    seconds, chip = found["estimated_seconds"], target.chip
+    share = functools.partial(
+        report.share_of_peak, operations, target=target, num_devices=settings.mesh.size
+    )
+    programs = []
+    for stage in (0, 1) if args.stage is None else (args.stage,):
+        lowered = plan.lower(settings, clips, frames, text_tokens, stage)
+        found = {"stage": stage} | report.compiled_costs(lowered, target)
+        found.pop("text")
+        programs.append(found | {"mfu": share(seconds=found["estimated_seconds"])})
+    seconds = [found["estimated_seconds"] for found in programs]
+    mean = average(config, seconds)
+    peak, chip = max(found["peak_bytes"] for found in programs), target.chip
     memory = None if chip is None else chip.device_bytes
     return {
         "program": "train",
@@ -76,15 +95,17 @@ def costs(args: Train) -> dict[str, Any]:
         "dtype": settings.dtype.name,
         "num_devices": settings.mesh.size,
         "mesh": dict(settings.mesh.shape),
+        "remat": settings.remat,
         "parts": settings.num_parts,
-        "clips_at_once": at_once,
-        **found,
+        "clips_at_once": clips // sharding.num_rows(settings.mesh) // settings.num_parts,
+        "programs": programs,
         "param_bytes": plan.param_bytes(settings),
+        "peak_bytes": peak,
         "device_bytes": memory,
-        "fits": None if memory is None else found["peak_bytes"] <= memory,
+        "fits": None if memory is None else peak <= memory,
         "model_flops": operations,
-        "step_seconds": seconds,
-        "mfu": report.share_of_peak(operations, seconds, target, settings.mesh.size),
+        "step_seconds": mean,
+        "mfu": share(seconds=mean),
     }
 
 
@@ -95,19 +116,29 @@ def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     of = "" if memory is None else f": {report.size(found['peak_bytes'])} of {report.size(memory)}"
     lines = [
         ("batch", f"in {found['parts']} parts of {found['clips_at_once']} clips a device"),
+        ("computed again", found["remat"]),
         ("fits", verdict + of),
         ("parameters", f"{report.size(found['param_bytes'])}, with average and optimizer"),
         ("model FLOPs", f"{report.size(found['model_flops'], 'FLOP')} a step, all devices"),
     ]
     if found["mfu"] is not None:
+        lines += [
+            (_name(one), f"{one['estimated_seconds']:.3f} s, {one['mfu']:.1%} of the peak")
+            for one in found["programs"]
+        ]
+        over = "" if len(found["programs"]) == 1 else ", on average over the stages"
         lines.append(
             (
                 "step",
                 f"{found['step_seconds']:.3f} s by the compiler's estimate, "
-                f"{found['mfu']:.1%} of the peak; collectives are not in it",
+                f"{found['mfu']:.1%} of the peak{over}; collectives are not in it",
             )
         )
     return lines
+
+
+def _name(program: dict[str, Any]) -> str:
+    return "stages above the first" if program["stage"] else "first stage"
 
 
 def run(args: Train) -> None:
@@ -119,4 +150,7 @@ def run(args: Train) -> None:
         f"train, {args.config}, {clips} clips a device row, {found['dtype']}, for "
         f"{found['num_devices']} devices of {args.topology} ({mesh}); a device's share:"
     )
-    report.show(title, report.cost_rows(found) + rows(found))
+    print(title)
+    for program in found["programs"]:
+        report.show(f"{_name(program)}:", report.cost_rows(program))
+    report.show("training:", rows(found))

@@ -5,12 +5,17 @@ rule, and is True where a key is seen. Attention takes and returns [batch, lengt
 and computes the softmax in float32. How frames attend to frames fast is in kernels.py.
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
+# Names of what attention gives, and of numbers a frame, for the backward pass to keep.
+ATTENDED, STATISTICS = "attended", "statistics"
 BLOCK = 256  # queries a block
 HYBRID_BLOCK = 128
 
@@ -58,6 +63,16 @@ def hybrid(
 # --- attention ---
 
 
+def kept(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Names what `attend` returns, so that the backward pass may keep it."""
+
+    @functools.wraps(attend)
+    def named(*args: jax.Array, **keywords: Any) -> jax.Array:
+        return checkpoint_name(attend(*args, **keywords), ATTENDED)
+
+    return named
+
+
 def dense(
     query_BTNH: jax.Array, key_BSNH: jax.Array, value_BSNH: jax.Array, visible_BTS: jax.Array
 ) -> jax.Array:
@@ -67,12 +82,13 @@ def dense(
     """
     # A finite number, so that a row that sees nothing (past the end of a clip) stays finite.
     visible_BNTS = visible_BTS[..., None, :, :]
-    scores_BNTS = jnp.where(visible_BNTS, _scores(query_BTNH, key_BSNH), -1e30)
+    scores_BNTS = jnp.where(visible_BNTS, scores(query_BTNH, key_BSNH), -1e30)
     weights_BNTS = jax.nn.softmax(scores_BNTS, axis=-1).astype(value_BSNH.dtype)
     return jnp.einsum("...NTS,...SNH->...TNH", weights_BNTS, value_BSNH)
 
 
-def _scores(query_BTNH: jax.Array, key_BSNH: jax.Array) -> jax.Array:
+def scores(query_BTNH: jax.Array, key_BSNH: jax.Array) -> jax.Array:
+    """Of every query with every key, float32 [..., N, T, S]."""
     scale = query_BTNH.shape[-1] ** -0.5
     return scale * jnp.einsum(
         "...TNH,...SNH->...NTS", query_BTNH, key_BSNH, preferred_element_type=jnp.float32
@@ -84,6 +100,7 @@ def slices(length: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, length)) for start in range(0, length, block)]
 
 
+@kept
 def in_blocks(
     attend: Callable[[jax.Array, jax.Array], jax.Array], query_BTNH: jax.Array, block: int
 ) -> jax.Array:
@@ -101,6 +118,7 @@ def in_blocks(
     return jnp.moveaxis(out_CBTNH, 0, 1).reshape(batch, -1, *heads)[:, :num_frames]
 
 
+@kept
 def self_attention(
     query_BTNH: jax.Array,
     key_BTNH: jax.Array,
@@ -236,7 +254,7 @@ def _beside_past(
     )
     if written_11C is not None:
         past_BNTC = jnp.where(written_11C[:, None], past_BNTC, -1e30)
-    own_BNTS = jnp.where(visible_1TS[:, None], _scores(query_BTNH, key_BSNH), -1e30)
+    own_BNTS = jnp.where(visible_1TS[:, None], scores(query_BTNH, key_BSNH), -1e30)
     weights = jax.nn.softmax(jnp.concatenate([past_BNTC, own_BNTS], axis=-1), axis=-1)
     weights = weights.astype(value_BSNH.dtype)
     past_BNTC, own_BNTS = jnp.split(weights, [past_key.shape[2]], axis=-1)
@@ -245,6 +263,7 @@ def _beside_past(
     )
 
 
+@kept
 def cross_attention(
     query_BTNH: jax.Array,
     key_BSNH: jax.Array,
@@ -263,8 +282,8 @@ def cross_attention(
     mask_B1TS = text_mask_BS[:, None, None, :]
     zeros_B = jnp.maximum(num_zero_keys_B, ~text_mask_BS.any(-1))
     zeros_B111 = zeros_B[:, None, None, None]
-    scores_BNTS = _scores(query_BTNH, key_BSNH)
-    zero_BNT1 = 0.0 if zero_11NH is None else _scores(query_BTNH, zero_11NH[0])
+    scores_BNTS = scores(query_BTNH, key_BSNH)
+    zero_BNT1 = 0.0 if zero_11NH is None else scores(query_BTNH, zero_11NH[0])
     peak = jnp.max(jnp.where(mask_B1TS, scores_BNTS, -jnp.inf), axis=-1, keepdims=True)
     peak = jnp.maximum(peak, jnp.where(zeros_B111 > 0, zero_BNT1, -jnp.inf))
     peak = jax.lax.stop_gradient(peak)

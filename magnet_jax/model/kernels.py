@@ -6,6 +6,7 @@
     blocks   queries in blocks, along an axis of their own with a halo of neighbours' keys; of full
              attention, in a loop
     splash   JAX's Pallas kernel for TPUs, scores never leave the chip's vector memory
+    chunks   of training on TPUs, full attention: see chunks.py
     cudnn    NVIDIA's fused kernel, for 16-bit types and full attention
 
 docs/performance.md has the measurements behind the choice.
@@ -18,9 +19,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from magnet_jax.config import FullKernel, KernelConfig, LocalKernel, ModelConfig, require
-from magnet_jax.model.attention import BLOCK, dense, existing, in_blocks, near, slices
+from magnet_jax.model import chunks
+from magnet_jax.model.attention import BLOCK, dense, existing, in_blocks, kept, near, slices
 
 # Beyond this many frames T x T scores no longer stay in a TPU's vector memory or a CPU's caches.
 DENSE_FRAMES = 768
@@ -37,10 +40,12 @@ def choose_kernels(
     dtype: jnp.dtype,
     *,
     split: bool = False,
+    trained: bool = False,
 ) -> KernelConfig:
     """The kernels for this platform ('cpu', 'gpu', 'tpu') and length, those asked for first.
 
-    `num_frames` are on one device; `split` says that others have more of the same clip.
+    `num_frames` are on one device; `split` says that others have more of the same clip, `trained`
+    that gradients are wanted, and all frames exist.
 
     Raises `UserError` for a kernel that the platform, the model, the precision or a split does not
     have, and for a split so fine that a device's frames see beyond its neighbours.
@@ -53,6 +58,8 @@ def choose_kernels(
     full, local = asked.full, asked.local
     if full == "auto":
         full = "cudnn" if fused else "dense" if num_frames <= DENSE_FRAMES else written_out
+        if trained and platform == "tpu":
+            full = "chunks"
     if local == "auto":
         local = written_out
     require(
@@ -71,6 +78,7 @@ def choose_kernels(
             "attention kernel cudnn needs a GPU, bfloat16 and a head size that is a multiple of 8 "
             f"up to 128; here are {platform}, {jnp.dtype(dtype)} and {model.head_size}",
         ),
+        (full != "chunks" or trained, "attention kernel chunks is for training: leave it out"),
         (
             "splash" not in (full, local) or (platform == "tpu" and not split),
             "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)",
@@ -80,10 +88,14 @@ def choose_kernels(
     return KernelConfig(full=full, local=local, local_block=block)
 
 
-def with_kernels(kernels: KernelConfig, *, near: bool) -> Callable[..., jax.Array]:
-    """`attend` by what `choose_kernels` chose, for a stage that sees near frames or all."""
+def with_kernels(
+    kernels: KernelConfig, *, near: bool, mesh: Mesh | None = None
+) -> Callable[..., jax.Array]:
+    """`attend` as `choose_kernels` chose, for near frames or all; `mesh` is that of training."""
     if near:
         return functools.partial(attend, kernel=kernels.local, block=kernels.local_block)
+    if kernels.full == "chunks":
+        return lambda *qkv_BTNH, context: chunks.attention(mesh, *qkv_BTNH)
     return functools.partial(attend, kernel=kernels.full)
 
 
@@ -161,6 +173,7 @@ def _with_halo(
     return jax.lax.axis_index(axis) * num_frames, *jnp.concatenate([before, both, after], axis=2)
 
 
+@kept
 def _in_slices(
     query_BTNH: jax.Array,
     key_BSNH: jax.Array,
@@ -172,17 +185,51 @@ def _in_slices(
 ) -> jax.Array:
     """Attention, `block` queries after another; keys and values as for `_local_in_blocks`."""
     halo, parts = context or 0, []
-    for start, end in slices(query_BTNH.shape[1], block):
-        seen = slice(None) if context is None else slice(start, end + 2 * halo)
+    blocks = tuple(slices(query_BTNH.shape[1], block))
+    queries = windows(query_BTNH, blocks)
+    if context is None:
+        seen = ((0, key_BSNH.shape[1]),) * len(blocks)
+        keys, values = (key_BSNH,) * len(blocks), (value_BSNH,) * len(blocks)
+    else:
+        seen = tuple((start, end + 2 * halo) for start, end in blocks)
+        keys, values = windows(key_BSNH, seen), windows(value_BSNH, seen)
+    for (start, end), (low, high), *qkv in zip(blocks, seen, queries, keys, values):
         query_1T1 = np.arange(start, end)[None, :, None]
-        key_11S = np.arange(key_BSNH.shape[1])[None, None, seen] - halo
+        key_11S = np.arange(low, high)[None, None] - halo
         visible_BTS = near(query_1T1, key_11S, context) & existing(first + key_11S, length)
-        parts.append(
-            dense(query_BTNH[:, start:end], key_BSNH[:, seen], value_BSNH[:, seen], visible_BTS)
-        )
+        parts.append(dense(*qkv, visible_BTS))
     return jnp.concatenate(parts, axis=1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def windows(x_BTNH: jax.Array, bounds: tuple[tuple[int, int], ...]) -> tuple[jax.Array, ...]:
+    """Frames from each start to each end: all of them in turn, some in two windows.
+
+    The gradient is put together piece by piece, where JAX's own adds a whole array a window.
+    """
+    return tuple(x_BTNH[:, start:end] for start, end in bounds)
+
+
+def _windows_forward(x_BTNH, bounds):
+    return windows(x_BTNH, bounds), None
+
+
+def _windows_backward(bounds, _, grads):
+    pieces, shared = [], 0.0
+    next_starts = [start for start, _ in bounds[1:]] + [bounds[-1][1]]
+    overlap = 0  # with the window before
+    for grad, (start, end), next_start in zip(grads, bounds, next_starts):
+        if overlap:
+            pieces.append(shared + grad[:, :overlap])
+        pieces.append(grad[:, overlap : next_start - start])
+        shared, overlap = grad[:, next_start - start :], end - next_start
+    return (jnp.concatenate(pieces, axis=1),)
+
+
+windows.defvjp(_windows_forward, _windows_backward)
+
+
+@kept
 def _local_in_blocks(
     query_BTNH: jax.Array,
     key_BSNH: jax.Array,
@@ -233,6 +280,7 @@ def _cudnn(query_BTNH, key_BSNH, value_BSNH, length) -> jax.Array:
     )
 
 
+@kept
 def _splash(
     query_BTNH, key_BSNH, value_BSNH, context: int | None, length, interpret: bool
 ) -> jax.Array:

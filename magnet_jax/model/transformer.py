@@ -30,21 +30,38 @@ from jax.ad_checkpoint import checkpoint_name
 
 from magnet_jax.config import ModelConfig, Remat
 from magnet_jax.io.trees import flatten
+from magnet_jax.model import forms
 from magnet_jax.model.attention import (
+    ATTENDED,
+    STATISTICS,
     blended_attention,
     cached_attention,
     cross_attention,
     self_attention,
 )
+from magnet_jax.model.forms import Forms
 
-# Names of what products and attention give, for the backward pass to keep.
-PRODUCT, ATTENDED = "product", "attended"
-# What the backward pass keeps of a layer; everything else is computed again.
-REMAT_POLICIES = {
-    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
-    "full": jax.checkpoint_policies.nothing_saveable,
+# Names of what a layer makes, for the backward pass to keep: queries, keys and values; the sums to
+# which attention adds; the MLP before its GELU. Attention and norms name what is theirs.
+PROJECTED, SUM, HIDDEN = "projected", "sum", "hidden"
+CUDNN = "dot_product_attention_fwd"
+Attend = Callable[..., tuple[jax.Array, Any]]  # of query, key and value; see `Block`
+# What is kept, the most first; everything else of a layer is computed again.
+KEPT = {
+    "products": (PROJECTED, ATTENDED, SUM, HIDDEN, STATISTICS),
+    "mlp": (PROJECTED, ATTENDED, SUM, STATISTICS),
+    "attention": (ATTENDED, STATISTICS),
+    "full": (),
 }
+
+
+def _keeps(remat: Remat) -> Callable[..., Any]:
+    """The policy for `jax.checkpoint`. cuDNN's attention, which names nothing, is known by name."""
+    by_name = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
+    if ATTENDED not in KEPT[remat]:
+        return by_name
+    is_cudnn = lambda primitive, *_, **__: primitive.name.startswith(CUDNN)  # noqa: E731
+    return jax.checkpoint_policies.save_from_both_policies(by_name, is_cudnn)
 
 
 class TextKeys(NamedTuple):
@@ -67,6 +84,14 @@ class TextKeys(NamedTuple):
         frame_BT1 = jnp.broadcast_to(frame_BT, (len(self.mask_BS), frame_BT.shape[1]))[..., None]
         weight_BTG = jnp.take_along_axis(self.weight_BTG, frame_BT1, axis=1, mode="clip")
         return self._replace(weight_BTG=weight_BTG)
+
+
+class TextStates(NamedTuple):
+    """What a layer of training needs of the texts, whose keys and values it projects itself."""
+
+    states_BSD: jax.Array
+    mask_BS: jax.Array
+    num_zero_keys_B: jax.Array
 
 
 def with_null_rows(text: TextKeys) -> TextKeys:
@@ -110,38 +135,37 @@ def gelu(x: jax.Array) -> jax.Array:
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-def exact_products(run: Callable) -> Callable:
-    """Lets a function to be traced, with a keyword `dtype`, mean float32 by float32.
+def exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """Within, products of float32, if `dtype` is that, are so on accelerators, which round else."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
-    Accelerators would otherwise round the factors of such products.
-    """
+
+def exact_products(run: Callable) -> Callable:
+    """Lets a function to be traced, with a keyword `dtype`, compute as `exact` of that."""
 
     @functools.wraps(run)
     def wrapped(*args: Any, dtype: jnp.dtype = jnp.float32, **keywords: Any) -> Any:
-        exact = jnp.dtype(dtype) == jnp.float32
-        with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        with exact(dtype):
             return run(*args, dtype=dtype, **keywords)
 
     return wrapped
 
 
-def product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
-    """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`."""
-    return checkpoint_name(_product(x_BTD, kernel, num_axes), PRODUCT)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int) -> jax.Array:
-    """`product`, whose gradient of the kernel goes by platform.
+def product(x_BTD: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
+    """Contracts the last `num_axes` axes of `x_BTD` with the first ones of `kernel`.
 
-    That gradient sums over clips and frames. XLA for CPUs copies both factors of such a sum unless
-    clips and frames are one axis. On TPUs joining the axes is itself a copy.
+    The gradient of the kernel goes by platform. It sums over clips and frames. XLA for CPUs copies
+    both factors of such a sum unless clips and frames are one axis. On TPUs joining the axes is
+    itself a copy.
     """
     return jnp.tensordot(x_BTD, kernel, num_axes)
 
 
 def _product_forward(x_BTD, kernel, num_axes):
-    return _product(x_BTD, kernel, num_axes), (x_BTD, kernel)
+    return product(x_BTD, kernel, num_axes), (x_BTD, kernel)
 
 
 def _product_backward(num_axes, factors, grad_BTF):
@@ -159,7 +183,7 @@ def _product_backward(num_axes, factors, grad_BTF):
     return jnp.tensordot(grad_BTF, kernel, axes_out), grad_kernel
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
 
 
 def _gaussian(
@@ -199,12 +223,8 @@ class LayerNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width), out_sharding=("embed",))
         self.bias = nnx.Param(jnp.zeros(width), out_sharding=("embed",))
 
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        x = x_BTD.astype(jnp.float32)
-        mean = x.mean(-1, keepdims=True)
-        variance = jnp.square(x - mean).mean(-1, keepdims=True)
-        x = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
-        return (x * self.scale[...][None, None] + self.bias[...][None, None]).astype(x_BTD.dtype)
+    def __call__(self, x_BTD: jax.Array, norm: Callable[..., jax.Array] = forms.norm) -> jax.Array:
+        return norm(x_BTD, self.scale[...], self.bias[...])
 
 
 class Attention(nnx.Module):
@@ -278,6 +298,7 @@ class Mlp(nnx.Module):
         dtype = x_BTD.dtype
         hidden_BTF = product(x_BTD, self.up[...].astype(dtype))
         hidden_BTF = _biased(hidden_BTF, self.up_bias) if self.biased else hidden_BTF
+        hidden_BTF = checkpoint_name(hidden_BTF, HIDDEN)
         x_BTD = product(gelu(hidden_BTF), self.down[...].astype(dtype))
         return _biased(x_BTD, self.down_bias) if self.biased else x_BTD
 
@@ -294,19 +315,20 @@ class Block(nnx.Module):
         self.mlp = Mlp(config, rngs, depth)
 
     def __call__(
-        self, x_BTD: jax.Array, text: TextKeys, attend: Callable[..., tuple[jax.Array, Any]]
+        self, x_BTD: jax.Array, text: TextKeys, attend: Attend, form: Forms = forms.PLAIN
     ) -> tuple[jax.Array, Any]:
         """`text` is this layer's; `attend` takes query, key and value of the frames.
 
         What `attend` returns beside the attended values is passed on.
         """
-        h_BTD = self.norm_attn(x_BTD)
-        attended, kept = attend(self.attn.to_query(h_BTD), *self.attn.to_key_value(h_BTD))
-        x_BTD = x_BTD + self.attn.to_out(checkpoint_name(attended, ATTENDED))
-        x_BTD = self._read(x_BTD, text)
-        return x_BTD + self.mlp(self.norm_mlp(x_BTD)), kept
+        h_BTD = self.norm_attn(x_BTD, form.norm)
+        qkv_BTNH = self.attn.to_query(h_BTD), *self.attn.to_key_value(h_BTD)
+        attended, kept = attend(*checkpoint_name(qkv_BTNH, PROJECTED))
+        x_BTD = checkpoint_name(x_BTD + self.attn.to_out(attended), SUM)
+        x_BTD = checkpoint_name(self._read(x_BTD, text, form), SUM)
+        return x_BTD + self.mlp(self.norm_mlp(x_BTD, form.norm)), kept
 
-    def _read(self, x_BTD: jax.Array, text: TextKeys) -> jax.Array:
+    def _read(self, x_BTD: jax.Array, text: TextKeys, form: Forms) -> jax.Array:
         """Adds cross-attention. Rows beyond those of `text` have none.
 
         To those it would add exact zeros, unless it has biases: see `with_null_rows`.
@@ -317,14 +339,15 @@ class Block(nnx.Module):
             raise ValueError(f"{num_without} rows have no row of text, not even an empty one")
         if not num_texts:
             return x_BTD
-        query_BTNH = self.cross_attn.to_query(self.norm_cross_attn(x_BTD[:num_texts]))
+        h_BTD = self.norm_cross_attn(x_BTD[:num_texts], form.norm)
+        query_BTNH = checkpoint_name(self.cross_attn.to_query(h_BTD), PROJECTED)
         zero_11NH = self.cross_attn.key_value_of_zeros(x_BTD.dtype)
         *keys, weight_BTG, _ = text
         if weight_BTG is None:
             attended = cross_attention(query_BTNH, *keys, zero_11NH)
         else:
             attended = blended_attention(query_BTNH, *keys, weight_BTG, zero_11NH)
-        added_BTD = self.cross_attn.to_out(checkpoint_name(attended, ATTENDED))
+        added_BTD = self.cross_attn.to_out(attended)
         return x_BTD + jnp.pad(added_BTD, ((0, num_without), (0, 0), (0, 0)))
 
 
@@ -371,40 +394,57 @@ class Transformer(nnx.Module):
         `text_mask_BS` is True at the tokens of the text; a row without any is unconditional. For
         `num_zero_keys_B` see `cross_attention`; None is zero of them.
         """
+        text = self.project_text(states_BSE, text_mask_BS, num_zero_keys_B, dtype=dtype)
+        project = jax.vmap(lambda attn: attn.to_key_value(text.states_BSD))
+        return TextKeys(*project(self.blocks.cross_attn), *text[1:])
+
+    def project_text(
+        self,
+        states_BSE: jax.Array,
+        text_mask_BS: jax.Array,
+        num_zero_keys_B: jax.Array | None = None,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+    ) -> TextStates:
+        """T5 states for layers to read; arguments as of `read_text`."""
         text_BSD = states_BSE.astype(dtype) @ self.text_proj.kernel[...].astype(dtype)
         text_BSD = _biased(text_BSD, self.text_proj.bias) * text_mask_BS[..., None].astype(dtype)
-        key, value = jax.vmap(lambda attn: attn.to_key_value(text_BSD))(self.blocks.cross_attn)
         if num_zero_keys_B is None:
             num_zero_keys_B = jnp.zeros(states_BSE.shape[0], jnp.int32)
-        return TextKeys(key, value, text_mask_BS, num_zero_keys_B)
+        return TextStates(text_BSD, text_mask_BS, num_zero_keys_B)
 
     def trunk(
         self,
         codes_BKT: jax.Array,
-        text: TextKeys,
+        text: TextKeys | TextStates,
         *,
         local: bool,
         attend: Callable[..., jax.Array] = self_attention,
         positions_BTD: jax.Array | np.ndarray | None = None,
         past: Cache | None = None,
         remat: Remat = "none",
+        form: Forms = forms.PLAIN,
         sharding: jax.sharding.Sharding | None = None,
     ) -> jax.Array:
         """Everything below the heads: final-norm states [B, T, D].
 
         Args:
           codes_BKT: token ids 0..V, V where masked.
-          text: from `read_text`, for the first rows; rows beyond those have no text (of a model
-            with biases in attention: for all rows). Its dtype is the precision of the products.
+          text: from `read_text` or `project_text`, for the first rows; rows beyond those have no
+            text (of a model with biases in attention: for all rows). Its dtype is the precision of
+            the products.
           local: True for stages above 0.
           attend: `self_attention`, or that function with some of its arguments.
           positions_BTD: rows of `sinusoids`, where the codes are not a clip from its start.
           past: keys and values of earlier steps, whose layer's `attend` is given as well.
           remat: what the backward pass recomputes, see `RunConfig.remat`.
+          form: see forms.py.
           sharding: where activations [B, T, D] live; without it XLA would let them follow the
             parameters, and a batch split over fsdp would not stay split.
         """
         context = self.config.context(local)
+        has_keys = isinstance(text, TextKeys)
+        keys_LBSNH, of_texts = (text[:2], text[2:]) if has_keys else (None, text[1:])
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
@@ -414,22 +454,24 @@ class Transformer(nnx.Module):
             return jax.lax.with_sharding_constraint(x_BTD, sharding)
 
         def layer(x_BTD, inputs):
-            block, key_BSNH, value_BSNH, past_BNCH = inputs
+            block, keys_BSNH, past_BNCH = inputs
+            if keys_BSNH is None:
+                keys_BSNH = block.cross_attn.to_key_value(pin(text.states_BSD))
 
             def attend_frames(*qkv):
                 given = () if past_BNCH is None else (past_BNCH,)
                 return attend(*qkv, *given, context=context), None
 
-            own = text._replace(key_LBSNH=key_BSNH, value_LBSNH=value_BSNH)
-            x_BTD, _ = block(pin(x_BTD), own, attend_frames)
+            own = TextKeys(*keys_BSNH, *of_texts)
+            x_BTD, _ = block(pin(x_BTD), own, attend_frames, form)
             return pin(x_BTD), None
 
         if remat != "none":
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[remat])
-        x_BTD = pin(self._embed(codes_BKT, positions_BTD, text.key_LBSNH.dtype))
-        inputs = (self.blocks, text.key_LBSNH, text.value_LBSNH, past)
-        x_BTD, _ = jax.lax.scan(layer, x_BTD, inputs)
-        return self.norm_final(x_BTD)
+            layer = jax.checkpoint(layer, policy=_keeps(remat))
+        x_BTD = pin(self._embed(codes_BKT, positions_BTD, text[0].dtype, form))
+        unroll = self.config.num_layers if form.written_out else 1
+        x_BTD, _ = jax.lax.scan(layer, x_BTD, (self.blocks, keys_LBSNH, past), unroll=unroll)
+        return self.norm_final(x_BTD, form.norm)
 
     def layers_apart(self, text: TextKeys) -> list[Any]:
         """Every layer's parameters and keys and values of the text, as `extend` takes them.
@@ -499,11 +541,13 @@ class Transformer(nnx.Module):
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def _embed(
-        self, codes_BKT: jax.Array, positions_BTD: jax.Array | np.ndarray, dtype: jnp.dtype
+        self,
+        codes_BKT: jax.Array,
+        positions_BTD: jax.Array | np.ndarray,
+        dtype: jnp.dtype,
+        form: Forms = forms.PLAIN,
     ) -> jax.Array:
-        codebooks_1K1 = jnp.arange(self.config.num_codebooks)[None, :, None]
-        x_BTD = self.embed[...][codebooks_1K1, codes_BKT].sum(1)
-        return (x_BTD + positions_BTD).astype(dtype)
+        return (form.embed(self.embed[...], codes_BKT, dtype) + positions_BTD).astype(dtype)
 
     def all_heads(self, x_BTD: jax.Array) -> jax.Array:
         """Logits of every codebook, float32 [B, K, T, V]."""

@@ -129,7 +129,7 @@ def loss_fn(
     )
     states_BSD = model.trunk(
         patterns.to_steps(corrupted.input_BKT, config.delays, config.mask_id),
-        model.read_text(states_BSE, text_mask_BS, dtype=dtype),
+        model.project_text(states_BSE, text_mask_BS, dtype=dtype),
         local=local,
         attend=attend,
         **trunk,

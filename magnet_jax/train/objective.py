@@ -127,7 +127,7 @@ def loss_fn(
         are not padding.
       noise: from `draw_noise`.
       stage: codebook to predict, traced; `local` must be `stage > 0`.
-      trunk: attend, remat, sharding, see `Transformer.trunk`.
+      trunk: attend, remat, form, sharding, see `Transformer.trunk`.
 
     Returns:
       the sum of the cross-entropies in nats, and each row's share of it.
@@ -136,7 +136,7 @@ def loss_fn(
     corrupted = corrupt(batch["codes_BKT"], mask_BT, batch["valid_BT"], stage, config.mask_id)
     model = transformer.bind(config, params)
     text_mask_BS = batch["text_mask_BS"] & ~noise.drop_text_B[:, None]
-    text = model.read_text(states_BSE, text_mask_BS, dtype=dtype)
+    text = model.project_text(states_BSE, text_mask_BS, dtype=dtype)
     states_BTD = model.trunk(corrupted.input_BKT, text, local=local, **trunk)
     logits_BTV = model.head(states_BTD, stage)
     aux = cross_entropy(logits_BTV, corrupted.target_BT, corrupted.mask_BT)

@@ -1,11 +1,11 @@
-"""The mesh of a run, and the parts of a batch, with which a training step fits its devices.
+"""What is computed again, the mesh and the parts of a batch, with which a step fits its devices.
 
 The compiler is asked how much memory the steps take.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -106,6 +106,46 @@ def parts_to_try(batch_size: int, clips_per_device: int, mesh: jax.sharding.Mesh
     return [next(n for n in parts if share // n <= clips_per_device)] if clips_per_device else parts
 
 
+def kept_bytes(settings: StepSettings, clips: int, num_frames: int) -> int:
+    """The least that a device keeps of `clips` for the backward pass: what `remat` says it does."""
+    if settings.remat == "none":
+        return 0  # the compiler knows
+    model, tensor = settings.model, settings.mesh.shape["tensor"]
+    # In widths of the model, of a layer: its input and two sums; queries, keys and values; what is
+    # attended; the MLP.
+    whole, split = {
+        "products": (3, 4 + 2 + model.mlp_ratio),
+        "mlp": (3, 4 + 2),
+        "attention": (1, 2),
+        "full": (1, 0),
+    }[settings.remat]
+    numbers = clips * num_frames * model.width * model.num_layers
+    return int(numbers * (whole + split / tensor)) * settings.dtype.itemsize
+
+
+def candidates(
+    config: RunConfig,
+    t5_config: t5.T5Config,
+    dtype: jnp.dtype,
+    num_frames: int,
+    devices: list[jax.Device] | None = None,
+) -> Iterator[StepSettings]:
+    """All that a config leaves open: least computed again, then smallest fsdp, then fewest parts.
+
+    Raises `UserError` where mesh, model and batch do not go together.
+    """
+    all_devices = devices or jax.devices()
+    choices = sharding.mesh_choices(config.mesh, len(all_devices))
+    for remat in steps.remats(config.remat, all_devices[0].platform):
+        for choice in choices:
+            if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
+                continue
+            mesh = sharding.make_mesh(choice, devices)
+            settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
+            for parts in parts_to_try(config.data.batch_size, config.clips_per_device, mesh):
+                yield dataclasses.replace(settings, remat=remat, num_parts=parts)
+
+
 def choose(
     config: RunConfig,
     t5_config: t5.T5Config,
@@ -115,7 +155,7 @@ def choose(
     devices: list[jax.Device] | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[StepSettings, int | None]:
-    """A run's settings on the smallest `mesh.fsdp` and in the fewest parts that fit, and its peak.
+    """A run's settings, the first of its `candidates` that fit, and its peak.
 
     The steps are compiled, and have to fit as the compiler measures them. All processes of a run
     call this together, with the same arguments. `device` is the bytes that each device has; None
@@ -124,30 +164,29 @@ def choose(
     Raises `UserError` where mesh, model and batch do not go together, or no mesh has room.
     """
     batch, text_tokens, tried = config.data.batch_size, config.text.max_tokens, ""
-    choices = sharding.mesh_choices(config.mesh, len(devices or jax.devices()))
-    for choice in choices:
-        if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
-            continue
-        mesh = sharding.make_mesh(choice, devices)
-        settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
+    for settings in candidates(config, t5_config, dtype, num_frames, devices):
+        if device is None:
+            return settings, None
+        clips = batch // sharding.num_rows(settings.mesh) // settings.num_parts
+        tried = (
+            f"mesh.fsdp {settings.mesh.shape['fsdp']}, {clips} clip(s) a device at once and "
+            f"remat {settings.remat}"
+        )
         fixed = param_bytes(settings)
-        for parts in parts_to_try(batch, config.clips_per_device, mesh):
-            settings = dataclasses.replace(settings, num_parts=parts)
-            if device is None:
-                return settings, None
-            clips = batch // sharding.num_rows(mesh) // parts
-            tried = f"mesh.fsdp {mesh.shape['fsdp']} and {clips} clip(s) a device at once"
-            if fixed > USABLE * device:
-                tried += f" needs {fixed / 1e9:.1f} GB for parameters and their moments"
-                break
-            say(f"compiling a step with {tried}, to see whether it fits: this may take minutes")
-            peak = peak_bytes(settings, batch, num_frames, text_tokens)
-            if not distributed.agree(peak is None or peak > USABLE * device):
-                return settings, peak
-            tried += f" needs {'more' if peak is None else f'{peak / 1e9:.1f} GB'}"
+        if fixed > USABLE * device:
+            tried += f" needs {fixed / 1e9:.1f} GB for parameters and their moments"
+            continue
+        if (least := fixed + kept_bytes(settings, clips, num_frames)) > USABLE * device:
+            tried += f" needs more than {least / 1e9:.1f} GB"
+            continue
+        say(f"compiling a step with {tried}, to see whether it fits: this may take minutes")
+        peak = peak_bytes(settings, batch, num_frames, text_tokens)
+        if not distributed.agree(peak is None or peak > USABLE * device):
+            return settings, peak
+        tried += f" needs {'more' if peak is None else f'{peak / 1e9:.1f} GB'}"
     raise UserError(
-        f"no mesh of these {mesh.size} devices has room for a step: of the {device / 1e9:.1f} GB "
-        f"of a device, {tried}; recompute more (--remat full), take a shorter "
-        "--data.segment-seconds, fewer --clips-per-device, split the parameters (--mesh.fsdp, "
-        "--mesh.tensor) or take more devices"
+        f"no mesh of these {settings.mesh.size} devices has room for a step: of the "
+        f"{device / 1e9:.1f} GB of a device, {tried}; recompute more (--remat full), take a "
+        "shorter --data.segment-seconds, fewer --clips-per-device, split the parameters "
+        "(--mesh.fsdp, --mesh.tensor) or take more devices"
     )

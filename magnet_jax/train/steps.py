@@ -24,6 +24,7 @@ from magnet_jax.config import (
 )
 from magnet_jax.errors import UserError
 from magnet_jax.model import lora, sharding, t5, transformer
+from magnet_jax.model.forms import Forms, choose_forms
 from magnet_jax.model.kernels import choose_kernels, with_kernels
 from magnet_jax.train import hybrid_objective, objective, optimizer
 
@@ -42,8 +43,9 @@ class StepSettings:
     train_text: bool
     condition_dropout: float
     dtype: jnp.dtype
-    remat: Remat
+    remat: Remat  # not 'auto'
     kernels: KernelConfig  # none of them 'auto'
+    form: Forms
     num_parts: int  # a batch is computed in so many, one after another
     mesh: Mesh
 
@@ -52,18 +54,26 @@ Noise = objective.Noise | hybrid_objective.Noise
 LossAux = objective.LossAux | hybrid_objective.LossAux
 
 
+def remats(asked: Remat, platform: str) -> tuple[Remat, ...]:
+    """What may be computed again on a platform, the least first."""
+    if asked != "auto":
+        return (asked,)
+    return ("none",) if platform == "cpu" else tuple(transformer.KEPT)
+
+
 def make_settings(
     config: RunConfig, t5_config: t5.T5Config, dtype: jnp.dtype, num_frames: int, mesh: Mesh
 ) -> StepSettings:
-    """The settings of a run's steps, which compute a batch whole.
+    """The settings of a run's steps, which compute a batch whole, and again as little as may be.
 
     Raises `UserError` for a mesh that does not fit the model, and kernels that it has not.
     """
     sharding.check_mesh(config.model, mesh)
     if config.model.kind == "hybrid" and config.kernels != KernelConfig():
         raise UserError("the hybrid objective has one kernel of attention: leave out kernels")
+    platform = mesh.devices.flat[0].platform
     kernels = choose_kernels(
-        config.kernels, mesh.devices.flat[0].platform, config.model, num_frames, dtype
+        config.kernels, platform, config.model, num_frames, dtype, trained=True
     )
     if "splash" in (kernels.full, kernels.local) and mesh.size > 1:
         raise UserError("attention kernel splash cannot be split over several devices")
@@ -75,8 +85,9 @@ def make_settings(
         train_text=config.text.finetune,
         condition_dropout=config.condition_dropout,
         dtype=jnp.dtype(dtype),
-        remat=config.remat,
+        remat=remats(config.remat, platform)[0],
         kernels=kernels,
+        form=choose_forms(platform),
         num_parts=1,
         mesh=mesh,
     )
@@ -180,11 +191,11 @@ def loss_fn(
         of_model = hybrid_objective.loss_fn
     else:
         near = settings.model.context(local) is not None
-        attend = with_kernels(settings.kernels, near=near)
+        attend = with_kernels(settings.kernels, near=near, mesh=settings.mesh)
         of_model = functools.partial(objective.loss_fn, attend=attend)
     return of_model(
         lm, states_BSE, batch, noise, stage, config=settings.model, local=local,
-        dtype=settings.dtype, remat=settings.remat,
+        dtype=settings.dtype, remat=settings.remat, form=settings.form,
         sharding=sharding.batch_sharding(settings.mesh),
     )  # fmt: skip
 
@@ -212,7 +223,9 @@ def batch_gradients(
     """
 
     def gradient(params: dict, part: dict) -> tuple[dict, LossAux]:
-        gradients, aux_B = jax.grad(loss_fn, has_aux=True)(params, part)
+        # Gradients of our own are traced when the loss has been.
+        with transformer.exact(settings.dtype):
+            gradients, aux_B = jax.grad(loss_fn, has_aux=True)(params, part)
         return gradients, jax.tree.map(jnp.sum, aux_B)
 
     if settings.num_parts == 1:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from refusals import refused
 
 from launch.compile import __main__ as launch_compile
-from launch.compile import flops, hlo, targets
+from launch.compile import flops, hlo, report, search, targets
 from launch.make.random_checkpoint import SIZES
+from launch.train import load_config
 from magnet_jax.config import ModelConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.model import t5, transformer
-from magnet_jax.train import chips
+from magnet_jax.train import chips, plan, steps
 
 TINY = {"width": 64, "num_layers": 3, "num_heads": 2}
 STEPS = (3, 2, 2, 2)
@@ -258,11 +260,14 @@ def test_a_training_step_for_the_cpu(tmp_path, capsys):
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert (found["parts"], found["clips_at_once"]) == (2, 4)
-    assert found["unknown_loops"] == []
-    # What is compiled has the model's products, and those of the text encoder and local blocks.
-    assert 1 < found["flops"] / found["model_flops"] < 1.6
-    assert 0 <= found["argument_bytes"] - found["param_bytes"] < 1e5  # the batch
-    assert "in 2 parts of 4 clips" in capsys.readouterr().out
+    assert [one["stage"] for one in found["programs"]] == [0, 1] and found["remat"] == "none"
+    for one in found["programs"]:
+        assert one["unknown_loops"] == []
+        # It has the model's products, and those of the text encoder and local blocks.
+        assert 1 < one["flops"] / found["model_flops"] < 1.6
+        assert 0 <= one["argument_bytes"] - found["param_bytes"] < 1e5  # the batch
+    shown = capsys.readouterr().out
+    assert "in 2 parts of 4 clips" in shown and "stages above the first:" in shown
 
 
 @pytest.mark.parametrize(
@@ -279,6 +284,66 @@ def test_mistakes_about_training_are_named(arguments, message):
     given = ["train", "--topology", "cpu:1", "--config", "demo", *arguments]
     with refused(arguments, message):
         launch_compile.main(given)
+
+
+def test_what_is_left_open_is_ranked(monkeypatch, tmp_path, capsys):
+    target = targets.Target(
+        name="v5e:2x4", platform="tpu", devices=tuple(jax.devices()), chip=chips.CHIPS["v5e"]
+    )
+    monkeypatch.setattr(targets, "load", lambda name: target)
+    monkeypatch.setattr(steps, "remats", lambda asked, platform: ("products", "full"))
+    monkeypatch.setattr(search, "LEAST_COLUMNS", 32)  # of 128: nothing is split over eight
+    compiled = []
+
+    def costs(settings, stage, config, target):
+        fsdp, parts = settings.mesh.shape["fsdp"], settings.num_parts
+        compiled.append((settings.remat, fsdp, parts, stage))
+        if (fsdp, stage) == (2, 1):
+            return None  # the compiler finds no room
+        peak = target.chip.device_bytes / (fsdp * parts if settings.remat == "products" else 2)
+        seconds = 1 + stage + fsdp / 10 + (settings.remat == "full")
+        return {"peak_bytes": peak, "estimated_seconds": seconds}
+
+    monkeypatch.setattr(search, "compiled", costs)
+    file = tmp_path / "ranking.json"
+    given = ["train", "--topology", "v5e:2x4", "--config", "demo", "--batch-size", "16"]
+    launch_compile.main([*given, "--search", "--json", str(file)])
+    rows = json.loads(file.read_text())["ranking"]
+    found = [(row["remat"], row["mesh"]["fsdp"], row["parts"]) for row in rows]
+    assert found == [("products", 1, 2), ("products", 4, 1), ("full", 1, 1), ("full", 4, 1)]
+    assert rows[0]["step_seconds"] == pytest.approx(0.25 * 1.1 + 0.75 * 2.1)
+    assert [one["stage"] for one in rows[0]["programs"]] == [0, 1]
+    # The second stage is not compiled where the first has no room.
+    assert ("products", 1, 1, 0) in compiled and ("products", 1, 1, 1) not in compiled
+    shown = capsys.readouterr().out
+    assert "--mesh.data 8, 2 parts, --remat products" in shown and "of the peak, 8.59 GB" in shown
+    for topology, chip, message in (("h100:8", "h100", "needs a TPU"), ("cpu:1", None, "a TPU")):
+        other = dataclasses.replace(target, name=topology, chip=chip and chips.CHIPS[chip])
+        monkeypatch.setattr(targets, "load", lambda name, other=other: other)
+        with pytest.raises(UserError, match=message):
+            launch_compile.main([*given, "--search"])
+
+
+def test_what_was_compiled_once_is_known(monkeypatch, tmp_path):
+    texts, made = iter(["one", "one", "two", "three", "three"]), []
+
+    def lower(*args):
+        text = next(texts)
+        return types.SimpleNamespace(as_text=lambda: text)
+
+    def compiled_costs(lowered, target):
+        made.append(lowered.as_text())
+        if made[-1] == "three":
+            raise UserError("v5e:2x2: RESOURCE_EXHAUSTED: it does not fit")
+        return {"peak_bytes": len(made), "text": "long"}
+
+    monkeypatch.setattr(plan, "lower", lower)
+    monkeypatch.setattr(report, "compiled_costs", compiled_costs)
+    monkeypatch.setattr(search.platformdirs, "user_cache_dir", lambda name: str(tmp_path))
+    target = types.SimpleNamespace(name="v5e:2x2")
+    found = [search.compiled(None, 0, load_config("demo"), target) for _ in range(5)]
+    assert found == [{"peak_bytes": 1}, {"peak_bytes": 1}, {"peak_bytes": 2}, None, None]
+    assert made == ["one", "two", "three"]
 
 
 def test_a_run_is_planned(capsys):
@@ -300,6 +365,10 @@ def test_a_training_step_for_tpus_gathers_what_is_split(tmp_path):
     )  # fmt: skip
     found = json.loads(file.read_text())
     assert found["fits"] and found["step_seconds"] > 0 and 0 < found["mfu"] < 1
-    assert found["collective_runs"]["all-gather"] > 0
-    # Parameters come while something is computed.
-    assert found["overlapping_collective_runs"] > found["async_collective_runs"] / 2 > 0
+    first, above = found["programs"]
+    for one in (first, above):
+        assert one["collective_runs"]["all-gather"] > 0
+        # Parameters come while something is computed.
+        assert one["overlapping_collective_runs"] > one["async_collective_runs"] / 2 > 0
+    average = 0.25 * first["estimated_seconds"] + 0.75 * above["estimated_seconds"]
+    assert found["step_seconds"] == pytest.approx(average)

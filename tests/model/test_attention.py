@@ -100,15 +100,16 @@ def test_frames_split_over_devices_attend_as_on_one(kernel, context):
     assert_equal_where_frames_exist(found, plain_attention(*qkv, context, 60), 60)
 
 
+@pytest.mark.parametrize("kernel", ["blocks", "slices"])
 @pytest.mark.parametrize("block", [16, 500])
-def test_gradients_of_local_attention_equal_plain_attentions(block):
+def test_gradients_of_local_attention_equal_plain_attentions(kernel, block):
     qkv = tuple(heads(i, 1, 45) for i in range(3))
     weight = heads(9, 1, 45)
 
     def total(attend):
         return jax.grad(lambda *qkv: (weight * attend(*qkv)).sum(), argnums=(0, 1, 2))(*qkv)
 
-    fast = total(lambda *qkv: kernels.attend(*qkv, context=5, kernel="blocks", block=block))
+    fast = total(lambda *qkv: kernels.attend(*qkv, context=5, kernel=kernel, block=block))
     for one, other in zip(fast, total(lambda *qkv: plain_attention(*qkv, 5, 45))):
         np.testing.assert_allclose(one, other, atol=5e-6)
 

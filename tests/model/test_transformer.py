@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from scipy import stats
 
-from magnet_jax.config import MeshConfig, ModelConfig
-from magnet_jax.convert import lm_rules
+from magnet_jax.config import KernelConfig, MeshConfig, ModelConfig, RunConfig
+from magnet_jax.convert import lm_rules, t5_files
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding, transformer
+from magnet_jax.model import kernels, sharding, transformer
+from magnet_jax.train import objective, steps
 
 SMALL = ModelConfig(
     codebook_size=32, width=16, num_heads=4, num_layers=3, text_width=12, local_context=2
@@ -111,7 +112,7 @@ def test_rows_beyond_the_texts_are_rows_without_text(local):
     assert (fewer[:2] != fewer[2:]).any()
 
 
-@pytest.mark.parametrize("policy", ["products", "attention", "full"])
+@pytest.mark.parametrize("policy", ["products", "mlp", "attention", "full"])
 def test_remat_changes_neither_values_nor_gradients(policy):
     params = transformer.init_params(SMALL, jax.random.key(0))
     states = jax.random.normal(jax.random.key(5), (2, 3, SMALL.text_width))
@@ -234,3 +235,27 @@ def test_products_of_float32_are_of_float32(dtype, precision):
     run = transformer.exact_products(lambda x, *, dtype: x.astype(dtype) @ x.astype(dtype))
     text = jax.jit(functools.partial(run, dtype=jnp.dtype(dtype))).lower(jnp.ones((4, 4))).as_text()
     assert f"precision = [{precision}, {precision}]" in text
+
+
+@pytest.mark.parametrize("full", ["dense", "chunks"])
+def test_gradients_of_float32_are_of_float32(full):
+    """Those too whose rules are our own, which are traced last."""
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    t5_config, _, _ = t5_files.load("embedded")
+    config = RunConfig(model=SMALL, kernels=KernelConfig(full=full), remat="products")
+    settings = steps.make_settings(config, t5_config, jnp.dtype("float32"), 12, mesh)
+    attend = kernels.with_kernels(settings.kernels, near=False, mesh=mesh)
+    codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
+
+    @transformer.exact_products
+    def loss(params, codes, dtype=jnp.float32):
+        model = transformer.bind(SMALL, params)
+        states_BTD = model.trunk(codes, text_of(model, 2), local=False, attend=attend)
+        nll = states_BTD.sum((1, 2))
+        return nll.sum(), objective.LossAux(nll, nll, nll)
+
+    run = functools.partial(steps.batch_gradients, loss, settings=settings, shardings=None)
+    params = transformer.init_params(SMALL, jax.random.key(0))
+    products = re.findall("stablehlo.dot_general.*", jax.jit(run).lower(params, codes).as_text())
+    assert len(products) > 20
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)

@@ -27,6 +27,7 @@ from magnet_jax.config import (
     ASSETS,
     DataConfig,
     DecodeConfig,
+    KernelConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
@@ -41,6 +42,7 @@ from magnet_jax.data import pipeline, records
 from magnet_jax.errors import UserError
 from magnet_jax.io import files, trees
 from magnet_jax.model import sharding, transformer
+from magnet_jax.model.forms import choose_forms
 from magnet_jax.train import evaluate, loop, plan, steps, watch
 from magnet_jax.train.setup import Setup, first_state, set_up, to_devices
 
@@ -252,7 +254,10 @@ def test_sigterm_saves_and_exits(tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def twenty_steps(tokens):
-    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, settings)."""
+    """Runs twenty steps, of all stages, on a mesh and in parts; (losses, final state, settings).
+
+    Or in the forms of training on TPUs.
+    """
     config = tiny.run_config(tokens, Path("unused"))
     # Adam blows the rounding of gradients near zero up to whole steps; a large eps does not.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, eps=1e-3))
@@ -264,12 +269,15 @@ def twenty_steps(tokens):
     rows = [next(batches) for _ in range(20)]
 
     @functools.cache
-    def run(sizes: tuple[int, int, int], parts: int = 1, remat: str = "none"):
+    def run(sizes: tuple[int, int, int], parts: int = 1, remat: str = "none", platform="cpu"):
         changed = dataclasses.replace(config, remat=remat)
         mesh = sharding.make_mesh(
             MeshConfig(**dict(zip(sharding.AXES, sizes))), jax.devices()[: math.prod(sizes)]
         )
         settings = dataclasses.replace(make_settings(changed, mesh), num_parts=parts)
+        if platform == "tpu":
+            chosen = KernelConfig(full="chunks", local="slices", local_block=12)
+            settings = dataclasses.replace(settings, kernels=chosen, form=choose_forms(platform))
         setup = Setup(None, t5_config, t5_params, tokenizer, None, 30, settings)
         state, losses = first_state(setup, jax.random.key(0)), []
         for batch, stage in zip(rows, (0, 1, 2, 0, 3) * 4):
@@ -284,17 +292,17 @@ def twenty_steps(tokens):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "parts", "remat"),
+    ("sizes", "parts", "remat", "platform"),
     [
-        ((8, 1, 1), 1, "none"),
-        ((1, 8, 1), 1, "full"),
-        ((2, 2, 2), 2, "attention"),
-        ((1, 4, 2), 1, "products"),
+        ((8, 1, 1), 1, "none", "cpu"),
+        ((1, 8, 1), 1, "full", "cpu"),
+        ((2, 2, 2), 2, "attention", "tpu"),
+        ((1, 4, 2), 1, "products", "tpu"),
     ],
 )
-def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
+def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat, platform):
     expected, one, _ = twenty_steps((1, 1, 1))
-    found, state, settings = twenty_steps(sizes, parts, remat)
+    found, state, settings = twenty_steps(sizes, parts, remat, platform)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     shardings = steps.state_shardings(settings)[1]
     same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, shardings)
@@ -305,7 +313,7 @@ def test_meshes_and_parts_equal_one_device(twenty_steps, sizes, parts, remat):
 
 
 def test_every_parameter_and_moment_is_split_as_its_axes_say(twenty_steps):
-    _, state, settings = twenty_steps((2, 2, 2), 2, "attention")
+    _, state, settings = twenty_steps((2, 2, 2), 2, "attention", "tpu")
     expected = {
         "embed": (None, None, "fsdp"),
         "heads": (None, "fsdp"),

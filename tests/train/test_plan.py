@@ -5,15 +5,17 @@ import functools
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from magnet_jax.config import MeshConfig, RunConfig
+from magnet_jax.config import MeshConfig, ModelConfig, RunConfig
 from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
-from magnet_jax.model import sharding
-from magnet_jax.train import plan
+from magnet_jax.model import sharding, transformer
+from magnet_jax.train import plan, steps
 
 
 def choose(config: RunConfig, device: int | None):
@@ -55,13 +57,76 @@ def test_a_batch_is_computed_in_the_fewest_parts_that_fit(monkeypatch):
         assert len(said) == (1, 2, 4, 8).index(parts) + 1
     few = dataclasses.replace(config, clips_per_device=2)
     assert choose(few, 100 * clip)[0].num_parts == 4
-    with pytest.raises(UserError, match="fsdp 4 and 1 clip.* needs .* GB; .*--remat full"):
+    with pytest.raises(UserError, match="fsdp 4, 1 clip.* none needs .* GB; .*--remat full"):
         choose(config, clip)
     monkeypatch.setattr(plan, "peak_bytes", lambda *_: None)  # the compiler itself found no room
-    with pytest.raises(UserError, match="fsdp 4 and 2 clip.* needs more; .*--clips-per-device"):
+    with pytest.raises(UserError, match="fsdp 4, 2 clip.* none needs more; .*--clips-per-device"):
         choose(few, 100 * clip)
     with pytest.raises(UserError, match="for parameters and their moments"):
         choose(config, params)
+
+
+def test_as_little_as_fits_is_computed_again(monkeypatch):
+    """The least of what is computed again goes first, and what cannot fit is not compiled."""
+    monkeypatch.setattr(steps, "remats", lambda asked, platform: tuple(transformer.KEPT))
+    config = tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(data=4, fsdp=2))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16))
+    base = choose(config, None)[0]
+    assert (base.remat, base.num_parts) == ("products", 1)
+    params = plan.param_bytes(base)
+    kept = {
+        (remat, clips): plan.kept_bytes(dataclasses.replace(base, remat=remat), clips, 30)
+        for remat in transformer.KEPT
+        for clips in (1, 2)
+    }
+    most = [kept[remat, 2] for remat in transformer.KEPT]
+    assert most == sorted(most, reverse=True)
+
+    def peak(settings, batch_size, *_):
+        return params + 2 * kept[settings.remat, 2 // settings.num_parts]
+
+    monkeypatch.setattr(plan, "peak_bytes", peak)
+    fitting = ("products", 1), ("products", 2), ("mlp", 2), ("attention", 2), ("full", 2)
+    for remat, parts in fitting:
+        device = int((params + 2 * kept[remat, 2 // parts]) / plan.USABLE) + 1
+        found, _, said = choose(config, device)
+        assert (found.remat, found.num_parts) == (remat, parts)
+        assert f"remat {remat}" in said[-1]
+        # Nothing was compiled that keeps more than there is room for.
+        for line in said:
+            clips = int(line.partition(" clip(s)")[0].split()[-1])
+            tried = line.partition("remat ")[2].split(",")[0]
+            assert params + kept[tried, clips] <= device
+    with pytest.raises(UserError, match="remat full needs more than .* GB"):
+        choose(config, int((params + kept["full", 1] / 2) / plan.USABLE))
+
+
+@pytest.mark.parametrize("remat", transformer.KEPT)
+def test_the_backward_pass_keeps_what_is_counted(remat):
+    """By the shapes of what it is given, beside parameters and what is small."""
+    model = ModelConfig(codebook_size=32, width=64, num_heads=2, num_layers=3, text_width=8)
+    settings = dataclasses.replace(
+        choose(tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(tensor=1)), None)[0],
+        model=model, remat=remat,
+    )  # fmt: skip
+    params = jax.eval_shape(lambda: transformer.init_params(model, jax.random.key(0)))
+    text = transformer.TextStates(
+        jax.ShapeDtypeStruct((4, 1, 64), jnp.float32),
+        jax.ShapeDtypeStruct((4, 1), jnp.bool_),
+        jax.ShapeDtypeStruct((4,), jnp.int32),
+    )
+    codes_BKT = jax.ShapeDtypeStruct((4, 4, 200), jnp.int32)
+
+    def kept(params, codes_BKT, text):
+        def trunk(params):
+            return transformer.bind(model, params).trunk(codes_BKT, text, local=True, remat=remat)
+
+        return jax.vjp(trunk, params)[1]
+
+    shapes = jax.tree.leaves(jax.eval_shape(kept, params, codes_BKT, text))
+    activations = sum(x.size * 4 for x in shapes if x.ndim >= 4 and x.shape[:3] == (3, 4, 200))
+    least = plan.kept_bytes(settings, 4, 200)
+    assert least <= activations <= 1.05 * least
 
 
 def test_nothing_is_compiled_where_no_memory_is_known(monkeypatch):
