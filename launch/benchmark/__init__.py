@@ -9,5 +9,6 @@ python -m launch.benchmark autoregressive --model small     a MusicGen against t
 python -m launch.benchmark tradeoff --model small     latency by prompt, steps and rescoring
 python -m launch.benchmark editing                holes filled, errors found, and what an edit costs
 python -m launch.benchmark loops                  how well loops close, and what one costs
+python -m launch.benchmark serving                a server under load against batches without it
 python -m launch.benchmark long                   clips longer than the window, in every way
 """

@@ -14,6 +14,7 @@ from launch.benchmark.options import (
     Loader,
     Long,
     Loops,
+    Serving,
     Tokenize,
     Tradeoff,
     Train,
@@ -30,6 +31,7 @@ MODULES = {
     Tradeoff: "tradeoff",
     Editing: "editing",
     Loops: "loops",
+    Serving: "serving",
     Long: "long",
 }
 Command = (
@@ -41,6 +43,7 @@ Command = (
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
     | Annotated[Loops, tyro.conf.subcommand("loops")]
+    | Annotated[Serving, tyro.conf.subcommand("serving")]
     | Annotated[Long, tyro.conf.subcommand("long")]
 )
 

@@ -295,3 +295,24 @@ class Loops:
     def __post_init__(self):
         check_fields(self, "--")
         report.check_parent("--json", self.json)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The server's clips in a time against those of batches without it, and of single requests."""
+
+    checkpoint: str | Path = "demo"
+    """The model, as for launch.sample."""
+    seconds: Annotated[float, Between(0, 600, above=True)] = 2.0
+    """Length of a clip."""
+    steps: tuple[int, ...] = (20, 10, 10, 10)
+    """Decoding steps of each codebook."""
+    requests: Count = 48
+    """Clips of each way, in each repeat."""
+    concurrency: Count = 8
+    """Requests at a time, and clips in a batch."""
+    repeats: Count = 3
+    """How often all ways are measured, in turn."""
+
+    def __post_init__(self):
+        check_fields(self, "--")

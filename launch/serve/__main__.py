@@ -55,8 +55,8 @@ class Args:
     """Where uploads and results are kept for a time. By default it is in the user's cache."""
     warm: str | None = None
     """Programs to be compiled before the server is ready, as SECONDS:CLIPS,CLIPS such as 10:1,4.
-    By default clips are as long as the model's, 1 at a time and as many as --limits.max-batch. The
-    word none is for none."""
+    By default clips are as long as the model's, and 1, 2, 4, ... up to --limits.max-batch of them.
+    The word none is for none."""
     limits: Limits = Limits()
     """What is refused, and when it is given up."""
     drain_seconds: NotNegative = 60.0
@@ -77,9 +77,9 @@ def warm_of(args: Args, seconds: float) -> tuple[tuple[float, int], ...]:
 
     if args.warm == "none":
         return ()
-    most = args.limits.max_batch
     if args.warm is None:
-        return tuple((seconds, size) for size in sorted({1, work.padded(most)}, reverse=True))
+        most = work.padded(args.limits.max_batch)
+        return tuple((seconds, 1 << i) for i in range(most.bit_length()))
     try:
         length, _, sizes = args.warm.partition(":")
         return tuple((float(length), work.padded(int(size))) for size in sizes.split(","))
@@ -196,7 +196,7 @@ def _tell(engine: "Engine", server: Any, args: Args) -> None:
     if server.servers:
         port = server.servers[0].sockets[0].getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"ready: http://{host}:{port} (the API: /docs)", flush=True)
+    print(f"ready: http://{host}:{port}", flush=True)
 
 
 def parse(words: list[str]) -> Args:

@@ -12,7 +12,7 @@ import hashlib
 import hmac
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -66,7 +66,7 @@ class Access:
     def check_source(self, method: str, headers: Headers) -> None:
         """Raises `RequestError` 403 for a host that is not ours, or another page's request."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _parts(f"//{host}").hostname or ""
         if self.hosts is not None and name not in self.hosts:
             raise RequestError(
                 f"this server is not called {name[:60]!r}: name it with --allow-host",
@@ -75,11 +75,18 @@ class Access:
         origin = headers.get("origin")
         if method in SAFE or origin is None or origin in self.origins:
             return
-        if urlsplit(origin).netloc != host or origin == "null":
+        if _parts(origin).netloc != host or origin == "null":
             raise RequestError(
                 f"pages of {origin[:60]} may not ask here: name it with --allow-origin",
                 status=403, code="forbidden_origin",
             )  # fmt: skip
+
+
+def _parts(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def read_keys(path: Path) -> tuple[str, ...]:

@@ -21,6 +21,9 @@ def name_of(job: Job, index: int | None, suffix: str) -> str:
     text = getattr(job.request, "input", None) or job.kind
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "clip"
     number = "" if index is None else f"-{index}"
+    loop = next((clip.loop for clip in job.clips if clip.loop), None)
+    if loop and loop["bars"]:
+        slug += f"-{loop['bpm']:g}bpm-{loop['bars']}bars".replace(".", "-")
     return f"{slug}-seed{job.seed}{number}.{suffix}"
 
 
@@ -35,6 +38,8 @@ def file_of(engine: Engine, job: Job, index: int, wanted: str) -> tuple[Path, in
         about = soundfile.info(wav)
     except soundfile.LibsndfileError:
         raise _gone() from None
+    if wanted == "mp3" and any(clip.loop for clip in job.clips):
+        raise RequestError("format: MP3 would add silence to a loop", param="format")
     path = wav.with_suffix(f".{wanted}")
     if not path.exists():
         encoding = dict(audio.ENCODINGS[wanted])
@@ -51,7 +56,11 @@ def zip_of(engine: Engine, job: Job, wanted: str) -> tuple[Path, int]:
     folder = engine.files.job(job.id)
     path = folder / f"clips-{wanted}.zip"
     if not path.exists():
-        with replacing_file(path) as partial, zipfile.ZipFile(partial, "w") as file:
+        with (
+            store.written(),
+            replacing_file(path) as partial,
+            zipfile.ZipFile(partial, "w") as file,
+        ):
             for clip, sound, _ in found:
                 name = Path(name_of(job, clip.index, wanted))
                 file.write(sound, name.name)

@@ -15,7 +15,9 @@ wants what it is making. Another thread writes files meanwhile.
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -29,13 +31,16 @@ import jax
 from magnet_jax import programs
 from magnet_jax.api import MAGNeT
 from magnet_jax.codec import decoding
+from magnet_jax.decode import long
 from magnet_jax.decode.segments import Progress
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio
-from magnet_jax.serving import requests, store, work
+from magnet_jax.looping import Loops
+from magnet_jax.serving import admission, requests, store, work
 from magnet_jax.serving.errors import RequestError
-from magnet_jax.serving.jobs import ENDED, Job, new_id, new_job
+from magnet_jax.serving.jobs import ENDED, Job, from_record, new_id, new_job, record_of
 from magnet_jax.serving.limits import Limits
+from magnet_jax.serving.queue import Pace, Queue
 from magnet_jax.serving.requests import Request
 from magnet_jax.serving.work import Model, Row
 
@@ -43,6 +48,7 @@ log = logging.getLogger(__name__)
 
 WAIT = {"cpu": 0.0}  # seconds for which a batch waits for more; a CPU gains nothing from batches
 WAIT_ELSEWHERE = 0.02
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # stands in what XLA says then
 HOUSEKEEPING = 30.0  # seconds between two looks at what has expired
 
 
@@ -81,16 +87,19 @@ class Engine:
         self._wait = WAIT.get(jax.default_backend(), WAIT_ELSEWHERE)
         self._lock = threading.Condition(threading.RLock())
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._rows: dict[str, collections.deque[Row]] = {}  # of each queued job, in its order
-        self._turns: OrderedDict[str, None] = OrderedDict()  # clients, the next one first
+        self._queue = Queue()
+        self._pace = Pace(model.max_duration, model.frame_rate)
         self._running: list[Job] = []
+        # Of longer clips that were begun: what makes more of them, and what there is.
+        self._begun: dict[str, tuple[Iterator[long.Part], long.Part]] = {}
+        self._share = 1.0  # of a job that is made alone: how much the device has just made
         self.draining = self._closed = False
-        self._keys: OrderedDict[tuple[str, str], tuple[str, bytes]] = OrderedDict()
-        self._speed: dict[str, float] = {}  # seconds of a unit of work, see `_units`
+        self._keys: dict[tuple[str, str], tuple[str, bytes]] = {}  # of idempotent requests
         self._batches: collections.Counter = collections.Counter()
         self._ended: collections.Counter = collections.Counter()
         self._made = {"clips": 0, "audio_seconds": 0.0, "busy_seconds": 0.0}
         self.began = time.time()
+        self._since = 0.0  # when the batch began, without the time that compiling took
         self._compiling = 0.0  # since when a program is compiled
         self._device = threading.Thread(target=self._work, name="device", daemon=True)
         self._keeper = threading.Thread(target=self._keep_house, name="keeper", daemon=True)
@@ -109,6 +118,7 @@ class Engine:
 
     def _warm(self) -> None:
         """Makes clips of the lengths and in the batches that are to be warm: programs are there."""
+        size = 0
         try:
             for seconds, size in self._to_warm:
                 request = requests.Generate(input="a calm melody", seconds=seconds, seed=0)
@@ -116,8 +126,19 @@ class Engine:
                 work.generate(self.model, [row] * size, lambda progress: None)
             self.ready = True
         except Exception as error:
-            self.failure = error
+            if size > 1 and OUT_OF_MEMORY in str(error):
+                # What is longer than what was tried is made one clip at a time when it fails.
+                self.limits = dataclasses.replace(self.limits, max_batch=size // 2)
+                log.warning("%d clips at once do not fit into memory: %d do", size, size // 2)
+                self.ready = True
+            else:
+                self.failure = error
         self.warmed.set()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the device's thread is there."""
+        return self._device.is_alive()
 
     def drain(self, seconds: float | None = None) -> bool:
         """Takes no more jobs, and waits until those that are there have ended; whether they did."""
@@ -125,7 +146,7 @@ class Engine:
             self.draining = True
             self._lock.notify_all()
             return self._lock.wait_for(
-                lambda: not self._rows and not self._running and not self._writing, seconds
+                lambda: not self._queue and not self._running and not self._writing, seconds
             )
 
     def close(self) -> None:
@@ -152,7 +173,7 @@ class Engine:
         """Puts a request into the queue.
 
         Args:
-          client: whose turn it takes, see `_next`.
+          client: whose turn it takes, see `Queue.next`.
           owner: who may see the job.
           idempotency_key: the same one, of the same owner, gives the same job.
 
@@ -164,13 +185,16 @@ class Engine:
             if place in self._keys and idempotency_key is not None:
                 return self._known(*self._keys[place], content)
             job = new_job(request, client, owner)
-            self._check(job)
+            admission.check(job, self)
             rows = self._rows_of(job)
-            self._check_room(job)
-            job.total = sum(row.steps for row in rows)
+            waiting = self._queue.jobs
+            first = self._pace.seconds_of(waiting[0]) if waiting else None
+            admission.check_room(job, waiting, self, first)
+            self.files.hold(*self._sources(job))
+            if rows[0].key[0] == "generate":  # others tell as they go
+                job.total = sum(row.steps for row in rows)
             self._jobs[job.id] = job
-            self._rows[job.id] = collections.deque(rows)
-            self._turns.setdefault(client)
+            self._queue.add(job, rows)
             if idempotency_key is not None:
                 self._keys[place] = job.id, content
             self._lock.notify_all()
@@ -189,78 +213,34 @@ class Engine:
             return work.rows_of(job, self.model)
         return [Row(job, 0, (job.id,), work.decoding_of(self.model, job.request), 0, "")]
 
-    def _check(self, job: Job) -> None:
-        """Raises `RequestError` for what is beyond the limits, or not there."""
-        request, limits = job.request, self.limits
-
-        def require(condition: bool, param: str, message: str, **how: Any) -> None:
-            if not condition:
-                raise RequestError(f"{param}: {message}", param=param, **how)
-
-        known = request.model in (None, self.name)
-        require(known, "model", f"there is {self.name} alone", status=404, code="model_not_found")
-        require(request.n <= limits.clips, "n", f"must be at most {limits.clips}")
-        for name in ("input", "original"):
-            text = getattr(request, name, None) or ""
-            require(len(text) <= limits.text, name, f"is longer than {limits.text} characters")
-        lengths = [getattr(request, name, None) or 0 for name in ("seconds", "before", "after")]
-        longest = min(limits.seconds, self._longest(job.kind))
-        require(sum(lengths) <= longest, "seconds", f"must be at most {longest:g}")
-        if job.kind == "generate":
-            return
-        require(self.edits, "model", f"a {self.model.kind} edits nothing: take a MAGNeT")
-        for file, clip in self._sources(request):
-            if file is not None:
-                self.files.about(file, job.owner)
-            elif clip is not None:
-                made = self.job(clip.id, job.owner)
-                there = made.state == "done" and self.audio_path(made, clip.index).exists()
-                what = f"job {clip.id} has no clip {clip.index}, or not yet"
-                require(there, "job", what, status=409, code="job_not_done")
+    def _sources(self, job: Job) -> list[Path]:
+        """The folders of what a job edits."""
+        return [self._editor.path(*one).parent for one in admission.sources_of(job.request)]
 
     @property
     def edits(self) -> bool:
         """Whether the model edits as well."""
         return isinstance(self.model, MAGNeT)
 
-    def _longest(self, kind: str) -> float:
-        """Seconds that can be asked for."""
-        return self.model.max_duration if kind == "generate" else self.limits.seconds
-
-    @staticmethod
-    def _sources(request: Request) -> list[tuple[str | None, requests.Result | None]]:
-        found = [(getattr(request, "file", None), getattr(request, "job", None))]
-        found.append((getattr(request, "then_file", None), getattr(request, "then_job", None)))
-        return found
-
-    def _check_room(self, job: Job) -> None:
-        limits, waiting = self.limits, [self._jobs[job_id] for job_id in self._rows]
-        own = sum(other.client == job.client for other in waiting)
-        if self.draining:
-            raise RequestError(
-                "the server is ending", status=503, code="shutting_down", retry_after=30
-            )
-        if not self.ready:
-            raise RequestError(
-                "the server is warming up", status=503, code="warming_up", retry_after=10
-            )
-        if len(waiting) >= limits.queue or own >= limits.queue_per_client:
-            mine = own >= limits.queue_per_client
-            raise RequestError(
-                f"{own if mine else len(waiting)} jobs {'of yours ' * mine}are waiting: try later",
-                status=429, code="client_limit" if mine else "queue_full",
-                retry_after=max(1.0, self._seconds_of(waiting[0]) or 1.0),
-            )  # fmt: skip
-
     def job(self, job_id: str, owner: str = "") -> Job:
         """A job; `RequestError` 404 where there is none, or it is another's."""
         with self._lock:
-            job = self._jobs.get(job_id)
+            job = self._jobs.get(job_id) or self._remembered(self.files.record(job_id))
         if job is None or job.owner != owner:
             raise RequestError(
                 "no such job: it was never there, or has expired", status=404, code="not_found"
             )
         return job
+
+    def _remembered(self, record: dict[str, Any] | None) -> Job | None:
+        """A job that this process, before, or another one has done."""
+        if record is None:
+            return None
+        try:
+            job = from_record(record)
+        except (LookupError, TypeError, ValueError):  # of another version
+            return None
+        return self._jobs.setdefault(job.id, job)
 
     def view(self, job: Job) -> dict[str, Any]:
         """What is told of a job, as JSON has it."""
@@ -276,123 +256,89 @@ class Engine:
 
     def audio_path(self, job: Job, index: int) -> Path:
         """The WAV of a clip, there or not."""
-        return self.files.job(job.id) / f"{index}.wav"
+        return self.files.clip(job.id, index)
 
     # --- the queue --------------------------------------------------------------------------------
 
     def _next(self) -> list[Row]:
         """The rows of the next batch, of which there is one at least; [] where the engine ends.
 
-        The client whose turn it is has its oldest job begun. Others whose clips the same program
-        makes may have theirs made along, in turn; of one client there are no more than half a batch
-        while others wait.
+        On accelerators it waits a little for more, where there is room.
         """
         with self._lock:
             batch: list[Row] = []
+            most = self.limits.max_batch
             while not batch:
-                self._lock.wait_for(lambda: self._rows or self._closed)
+                self._lock.wait_for(lambda: self._queue or self._closed)
                 if self._closed:
                     return []
-                batch = self._batch()
-                if self._wait and len(batch) < self.limits.max_batch and batch[0].num_frames:
+                batch = self._queue.next(most)
+                if self._wait and len(batch) < most and batch[0].num_frames:
                     self._lock.wait_for(lambda: self._closed, self._wait)
-                    batch = self._batch() if self._rows else []
+                    batch = self._queue.next(most)
+            self._queue.take(batch)
             for row in batch:
-                rows = self._rows.get(row.job.id)
-                rows.popleft()
-                if not rows:
-                    del self._rows[row.job.id]
-                self._turns.move_to_end(row.job.client)
                 self._start(row.job)
             self._running = list(dict.fromkeys(row.job for row in batch))
             return batch
 
-    def _batch(self) -> list[Row]:
-        """The rows of the next batch, as things stand."""
-        of_client: dict[str, list[Row]] = {client: [] for client in self._turns}
-        for job_id, rows in self._rows.items():
-            of_client[self._jobs[job_id].client] += rows
-        first = next(rows[0] for rows in of_client.values() if rows)
-        others = sum(bool(rows) for rows in of_client.values()) > 1
-        most = self.limits.max_batch
-        share = max(1, most // 2) if others else most
-        queues = [
-            [row for row in rows if row.key == first.key][:share] for rows in of_client.values()
-        ]
-        batch: list[Row] = []
-        for turn in range(share):
-            batch += [rows[turn] for rows in queues if turn < len(rows)]
-        return batch[:most]
-
     def _start(self, job: Job) -> None:
         if job.state == "queued":
             job.state, job.started = "running", time.time()
-            limit = max(self.limits.job_seconds, 2 * (self._seconds_of(job) or 0))
-            job.deadline = time.monotonic() + limit
+            estimate, least = self._pace.seconds_of(job), self.limits.job_seconds
+            # Where nothing like it was made yet, an edit's smaller programs are compiled as well.
+            job.budget = 10 * least if estimate is None else max(least, 2 * estimate)
             job.changed()
 
     def _end(self, job: Job, state: str, error: RequestError | None = None) -> None:
         with self._lock:
             if job.state in ENDED:
                 return
-            self._rows.pop(job.id, None)
+            self._queue.drop(job)
+            self._begun.pop(job.id, None)
+            self.files.release(*self._sources(job))
             job.state, job.error, job.ended, job.stage = state, error, time.time(), ""
             self._ended[state] += 1
             job.changed()
             self._lock.notify_all()
 
-    # --- time -------------------------------------------------------------------------------------
-
-    def _left(self, job: Job) -> float:
-        """How much of a job is left: frames times steps, or of an edit its share."""
-        if job.kind == "generate":
-            seconds = job.request.seconds or self.model.max_duration
-            return seconds * self.model.frame_rate * (job.total - job.done)
-        return 1 - job.done / job.total if job.total else 1.0
-
-    def _seconds_of(self, job: Job) -> float | None:
-        """Seconds that what is left of a job takes; None where nothing like it was made yet."""
-        speed = self._speed.get(job.kind)
-        return None if speed is None else self._left(job) * speed
-
     def _ahead(self, job: Job) -> tuple[int, float | None]:
         """How many jobs come before one, and in how many seconds it will have ended."""
-        waiting = [self._jobs[job_id] for job_id in self._rows]
+        waiting = self._queue.jobs
         before = waiting[: waiting.index(job)] if job in waiting else []
         first = [] if job in self._running else [j for j in self._running if j not in before]
-        seconds = [self._seconds_of(other) for other in [*first, *before, job]]
+        seconds = [self._pace.seconds_of(other) for other in [*first, *before, job]]
         eta = None if None in seconds else sum(seconds)
         return len(first) + len(before), eta
-
-    def _took(self, batch: list[Row], seconds: float) -> None:
-        kind = batch[0].job.kind
-        units = sum(row.num_frames * row.steps for row in batch) if kind == "generate" else 1
-        before = self._speed.get(kind, seconds / units)
-        self._speed[kind] = 0.7 * before + 0.3 * seconds / units
 
     # --- the device thread ------------------------------------------------------------------------
 
     def _work(self) -> None:
         self._warm()
         while batch := self._next():
-            started, compiled = time.perf_counter(), programs.count()
+            started, compiled = time.monotonic(), programs.count()
+            self._since, self._share = started, 1.0
             try:
                 self._run(batch)
             finally:
-                took = time.perf_counter() - started
+                took = time.monotonic() - started
                 with self._lock:
+                    for job in self._running:
+                        job.spent += time.monotonic() - self._since
                     self._made["busy_seconds"] += took
                     self._running = []
                     if programs.count() == compiled:  # nothing was compiled meanwhile
-                        self._took(batch, took)
+                        self._pace.took(batch, self._share, took)
                     self._batches[len(batch)] += 1
                     self._lock.notify_all()
 
     def _run(self, batch: list[Row]) -> None:
         """Makes a batch; what cannot be made fails the jobs whose fault it is, and no others."""
         try:
-            if batch[0].job.kind == "generate":
+            if batch[0].key[0] == "generate":
                 self._generate(batch)
+            elif batch[0].key[0] == work.LONG:
+                self._go_on(batch[0])
             else:
                 self._edit(batch[0].job)
         except LeftError:
@@ -419,15 +365,17 @@ class Engine:
             if progress.done < progress.total and progress.codebook == 0:
                 self._previews(batch, progress)
 
-        made = work.generate(self.model, batch, between)
+        try:
+            made = work.generate(self.model, batch, between)
+        except Exception:
+            for job in jobs:  # what is made once more is counted once
+                job.done = before[job.id]
+            raise
         for row, one in zip(batch, made):
             job = row.job
             if job.state in ENDED:
                 continue
-            sure = None
-            if job.request.confidence and isinstance(self.model, MAGNeT):
-                sure = work.confidence(self.model, one.codes_KT, row.text)
-            self._write(job, self._keep_row, row, one, sure)
+            self._write(job, self._keep_row, row, one, self._sure(job, one))
 
     def _previews(self, batch: list[Row], progress: Progress) -> None:
         """Keeps what the first codebook sounds like, for those who want to hear it."""
@@ -435,18 +383,44 @@ class Engine:
         wanted = [i for i, row in enumerate(batch) if row.index == 0 and row.job.request.preview]
         if progress.done != steps[0] or not wanted or len(steps) == 1:
             return
-        codes_BKT = jax.device_get(progress.codes_BKT)
         for i in wanted:
-            frames = slice(0, batch[i].num_frames)
-            wav_CN = decoding.decode_audio(self._first, codes_BKT[i : i + 1, :1, frames])[0]
-            self._write(batch[i].job, self._keep_preview, batch[i].job, wav_CN, ends=False)
+            wav_CN = work.preview(self.model, progress.codes_BKT[i], batch[i].num_frames)
+            self._write(batch[i].job, self._keep_preview, batch[i].job, wav_CN)
 
-    @property
-    def _first(self) -> Any:
-        """The codec's decoder of the first codebook alone."""
-        decoder = self.model.decoder
-        spec = dataclasses.replace(decoder.spec, num_codebooks=1)
-        return decoder._replace(spec=spec)
+    def _go_on(self, row: Row) -> None:
+        """Makes the next windows of longer clips; what is left of them waits for its next turn."""
+        job = row.job
+        if job.id not in self._begun:
+            parts = work.parts(self.model, row, lambda progress: self._tell(job, progress))
+            self._begun[job.id] = parts, next(parts)  # before any is made
+        parts, _ = self._begun[job.id]
+        part = next(parts)
+        self._begun[job.id] = parts, part
+        self._share = 1 / part.total
+        with self._lock:
+            if job.state in ENDED:
+                return
+            if part.done < part.total:
+                self._queue.add(job, [row])
+                return
+        wav_BCN = decoding.decode_audio(self.model.decoder, part.codes_BKT)
+        for index, (wav_CN, codes_KT) in enumerate(zip(wav_BCN, part.codes_BKT)):
+            made = work.Made(wav_CN, codes_KT)
+            self._write(job, self._keep_row, row._replace(index=index), made, self._sure(job, made))
+
+    def _tell(self, job: Job, progress: Progress) -> None:
+        """How far the windows are that the device is at."""
+        self._live([job])
+        _, part = self._begun[job.id]
+        job.done = part.done * progress.total + progress.done
+        job.total = part.total * progress.total
+        job.stage = f"part {part.done + 1} of {part.total}"
+        job.changed()
+
+    def _sure(self, job: Job, made: work.Made) -> list[float] | None:
+        if not job.request.confidence or not self.edits:
+            return None
+        return work.confidence(self.model, made.codes_KT, job.request.input)
 
     def _edit(self, job: Job) -> None:
         def between(progress: Progress) -> None:
@@ -455,29 +429,22 @@ class Engine:
             job.stage = f"codebook {progress.codebook + 1}"
             job.changed()
 
-        sources = [self._editor.path(*one) for one in self._sources(job.request) if any(one)]
-        with self.files.holding(*(path.parent for path in sources)):
-            edit = self._editor.run(job, between)
-            self._live([job])
-            sures = [None] * len(edit.clips)
-            if job.request.confidence:
-                text = edit.clips[0].text if job.request.input is None else job.request.input
-                sures = [work.confidence(self.model, codes, text) for codes in edit.tokens_BKT]
-            # While its source is there.
-            self._write(job, self._keep_edit, job, edit, sures).result()
+        made = self._editor.run(job, between)
+        self._live([job])
+        count, text = len(made.tokens_BKT), job.request.input
+        if text is None:
+            text = made.clips[0].text
+        sures = [None] * count
+        if job.request.confidence:
+            sures = [work.confidence(self.model, codes, text) for codes in made.tokens_BKT]
+        self._write(job, self._keep_edit, job, made, sures)
 
     def _live(self, jobs: list[Job]) -> list[Job]:
         """Those jobs that are still wanted; raises `LeftError` where none is."""
         for job in jobs:
-            if job.deadline is not None and time.monotonic() > job.deadline:
-                limit = job.deadline - time.monotonic() + time.time() - (job.started or 0)
-                self._end(
-                    job, "failed",
-                    RequestError(
-                        f"took longer than the {limit:.0f} s that a job like this may take",
-                        status=504, code="time_limit",
-                    ),
-                )  # fmt: skip
+            if job.spent + time.monotonic() - self._since > job.budget:
+                message = f"took longer than the {job.budget:.3g} s that a job like this may take"
+                self._end(job, "failed", RequestError(message, status=504, code="time_limit"))
         wanted = [job for job in jobs if job.state not in ENDED]
         if not wanted:
             raise LeftError
@@ -487,19 +454,16 @@ class Engine:
         if isinstance(error, RequestError):
             known = error
         elif isinstance(error, UserError):
-            known = RequestError(str(error))
+            known = RequestError(str(error).replace(f"{self.files.folder}/", ""))
         else:
             number = new_id()[:8]
             log.error("job %s failed, error %s", job.id, number, exc_info=error)
-            out = "RESOURCE_EXHAUSTED" in str(error)
-            message = (
-                "the device ran out of memory: ask for fewer or shorter clips"
-                if out
-                else (f"the device failed; the server's log has it as error {number}")
-            )
-            known = RequestError(
-                message, status=500, code="out_of_memory" if out else "device_error"
-            )
+            out = OUT_OF_MEMORY in str(error)
+            message, code = f"the device failed; the log has it as error {number}", "device_error"
+            if out:
+                message = "the device ran out of memory: ask for fewer or shorter clips"
+                code = "out_of_memory"
+            known = RequestError(message, status=500, code=code)
         self._end(job, "failed", known)
 
     def _say(self, line: str) -> None:
@@ -511,13 +475,13 @@ class Engine:
                 self._compiling = time.monotonic()
             for job in self._running:
                 job.stage = "compiling" if begins else ""
-                if not begins and job.deadline is not None:  # what is not the job's fault
-                    job.deadline += time.monotonic() - self._compiling
                 job.changed()
+            if not begins:  # which is not the jobs' fault
+                self._since += time.monotonic() - self._compiling
 
     # --- the writing thread -----------------------------------------------------------------------
 
-    def _write(self, job: Job, keep: Any, *arguments: Any, ends: bool = True) -> Any:
+    def _write(self, job: Job, keep: Any, *arguments: Any) -> Any:
         """Has `keep` write files in the thread for that."""
         with self._lock:
             self._writing += 1
@@ -545,10 +509,11 @@ class Engine:
 
     def _keep_edit(self, job: Job, edit: Any, sures: list) -> None:
         folder, spec = self.files.job(job.id), self.model.loaded.codec
+        keep = work.keep_loop if isinstance(edit, Loops) else work.keep_edit
         clips = []
-        for number in range(len(edit.clips)):
-            clips.append(work.keep_edit(folder, job, edit, number, self._about, spec))
-            clips[-1].confidence = sures[number]
+        for number, sure in enumerate(sures):
+            clips.append(keep(folder, job, edit, number, self._about, spec))
+            clips[-1].confidence = sure
         self._kept(job, clips, len(clips))
 
     def _keep_preview(self, job: Job, wav_CN: Any) -> None:
@@ -563,32 +528,36 @@ class Engine:
             job.clips = sorted([*job.clips, *clips], key=lambda clip: clip.index)
             self._made["clips"] += len(clips)
             self._made["audio_seconds"] += sum(clip.seconds for clip in clips)
-            if len(job.clips) == total:
-                job.done = job.total
-                self._end(job, "done")
-            else:
-                job.changed()
+            over = len(job.clips) == total
+            job.done = job.total if over else job.done
+        if over:
+            store.write(self.files.job(job.id) / "job.json", json.dumps(record_of(job)))
+            self._end(job, "done")
+        else:
+            job.changed()
 
     # --- what is known ----------------------------------------------------------------------------
 
     def stats(self) -> dict[str, Any]:
         """Numbers for whoever runs the server."""
+        stored = self.files.size()
         with self._lock:
             states = collections.Counter(self._ended)
             batches = self._batches.total()
             rows = sum(size * count for size, count in self._batches.items())
             return {
                 "model": self.name,
+                "process": os.getpid(),
                 "ready": self.ready,
                 "uptime_seconds": round(time.time() - self.began, 1),
-                "queued": sum(self._jobs[job_id].state == "queued" for job_id in self._rows),
+                "queued": sum(job.state == "queued" for job in self._queue.jobs),
                 "running": len(self._running),
                 **{state: states[state] for state in ENDED},
                 **{name: round(value, 3) for name, value in self._made.items()},
                 "batches": batches,
                 "mean_batch": round(rows / batches, 2) if batches else 0,
                 "programs": programs.count(),
-                "stored_bytes": self.files.size(),
+                "stored_bytes": stored,
             }
 
     def _keep_house(self) -> None:
@@ -610,10 +579,12 @@ class Engine:
             for place, (job_id, _) in list(self._keys.items()):
                 if job_id not in self._jobs:
                     del self._keys[place]
-            waiting = {self._jobs[job_id].client for job_id in self._rows}
-            self._turns = OrderedDict.fromkeys(c for c in self._turns if c in waiting)
+            self._queue.forget_clients()
 
-    def jobs(self, owner: str = "") -> Iterator[Job]:
+    def jobs(self, owner: str = "") -> list[Job]:
         """All jobs of an owner, the oldest first."""
         with self._lock:
-            return iter([job for job in self._jobs.values() if job.owner == owner])
+            for record in self.files.records(but=self._jobs):
+                self._remembered(record)
+            own = [job for job in self._jobs.values() if job.owner == owner]
+            return sorted(own, key=lambda job: job.created)

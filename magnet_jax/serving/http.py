@@ -39,7 +39,9 @@ def create_app(
       log_prompts: write texts to the log.
     """
     version = importlib.metadata.version("magnet-jax")
-    app = FastAPI(title="magnet_jax", version=version, description=ABOUT, redoc_url=None)
+    app = FastAPI(
+        title="magnet_jax", version=version, description=ABOUT, docs_url=None, redoc_url=None
+    )
     app.state.engine, app.state.read, app.state.log_prompts = engine, read, log_prompts
     for part in (route_audio, route_jobs, route_files, route_server):
         app.include_router(part.router)

@@ -33,6 +33,7 @@ class Clip:
     changed: list[list[float]] | None = None  # seconds; None of a clip that is new altogether
     confidence: list[float] | None = None  # mean of each frame's log probabilities, in nats
     has_tokens: bool = True
+    loop: dict[str, Any] | None = None  # bpm, bars, beats_per_bar and samples of a loop
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -55,7 +56,8 @@ class Job:
     clips: list[Clip] = dataclasses.field(default_factory=list)
     error: RequestError | None = None
     preview: bool = False  # whether there is one
-    deadline: float | None = None  # by time.monotonic
+    budget: float = 0.0  # seconds that the device may take for it
+    spent: float = 0.0  # and has taken, up to its last batch
     version: int = 0  # counts changes
     over: threading.Event = dataclasses.field(default_factory=threading.Event)
     _listeners: set[Callable[[], None]] = dataclasses.field(default_factory=set)
@@ -107,6 +109,7 @@ class Job:
                     "settings": f"{base}/settings/{clip.index}.json",
                     "changed": clip.changed,
                     "confidence": clip.confidence,
+                    "loop": clip.loop,
                 }
                 for clip in self.clips
             ],
@@ -125,3 +128,23 @@ def new_job(request: Request, client: str, owner: str) -> Job:
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     kind = requests.kind_of(request)
     return Job(request=request, kind=kind, seed=seed, client=client, owner=owner)
+
+
+def record_of(job: Job) -> dict[str, Any]:
+    """What is kept of a job that is done, so that another process can tell of it."""
+    record = job.view(None, None) | {"state": "done", "owner": job.owner, "ended": time.time()}
+    return record | {"clips": [dataclasses.asdict(clip) for clip in job.clips]}
+
+
+def from_record(record: dict[str, Any]) -> Job:
+    """The job that a record is of; KeyError, TypeError or ValueError where it is none."""
+    request = requests.KINDS[record["kind"]].model_validate(record["request"])
+    job = Job(
+        request=request, kind=record["kind"], seed=record["request"]["seed"], client="",
+        owner=record["owner"], id=record["id"], state="done", created=record["created"],
+        ended=record["ended"], clips=[Clip(**clip) for clip in record["clips"]],
+        done=record["progress"]["total"], total=record["progress"]["total"],
+        preview=record["preview"] is not None,
+    )  # fmt: skip
+    job.over.set()
+    return job

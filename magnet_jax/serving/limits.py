@@ -15,7 +15,7 @@ class Limits:
     """Clips made at once. They are filled up to 1, 2, 4, 8, 16, ...: a program for each."""
     queue: Annotated[int, Between(1, 10_000)] = 64
     """Jobs that wait; the next one is answered with 429."""
-    queue_per_client: Annotated[int, Between(1, 10_000)] = 8
+    queue_per_client: Annotated[int, Between(1, 10_000)] = 16
     """The same of one client: of a key, or of an address where there are no keys."""
     text: Annotated[int, Between(1, 1_000_000), RARE] = 2000
     """Characters of a text."""

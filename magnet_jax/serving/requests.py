@@ -82,22 +82,56 @@ class Request(BaseModel):
         return self
 
 
-class Generate(Request):
-    """A clip of a text."""
-
-    input: str = alias("input", "prompt", default="", description="The text; empty is none.")
-    seconds: Seconds | None = alias("seconds", "audio_length", default=None)
-    preview: bool = Field(
-        False, description="Let the first codebook be heard as soon as it is there."
-    )
-
-
 class Result(BaseModel):
     """A clip of a job that is done."""
 
     model_config = ConfigDict(extra="forbid")
     id: str
     index: Annotated[int, Field(ge=0)] = 0
+
+
+class Generate(Request):
+    """A clip of a text."""
+
+    input: str = alias("input", "prompt", default="", description="The text; empty is none.")
+    seconds: Seconds | None = alias("seconds", "audio_length", default=None)
+    windows: Literal["sliding", "anchors", "joint"] = Field(
+        "sliding", description="How clips longer than the model hears at once are made."
+    )
+    preview: bool = Field(
+        False, description="Let the first codebook be heard as soon as it is there."
+    )
+
+
+class Loop(Request):
+    """A loop of a text: a clip whose end leads to its beginning, as long as its bars."""
+
+    input: str = alias("input", "prompt", default="", description="The text; empty is none.")
+    bpm: Annotated[float, Field(ge=20, le=400)] | None = Field(
+        None, description="Quarters a minute: the loop's length, which the model is not told."
+    )
+    bars: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="As many of 8, 4, 2 or 1 as the model hears at once, where it is null."
+    )
+    beats_per_bar: Annotated[int, Field(ge=1, le=16)] = 4
+    seconds: Seconds | None = alias(
+        "seconds", "audio_length", default=None, description="The length, in place of bpm and bars."
+    )
+    response_format: Literal["wav", "flac"] = Field(
+        "wav", description="MP3 would add silence to the loop."
+    )
+    start_file: str | None = Field(None, description="Id of an upload that loops begin with.")
+    start_job: Result | None = Field(None, description="The same of a clip that was made here.")
+    start_seconds: Seconds | None = None
+
+    @model_validator(mode="after")
+    def _one_start(self) -> "Loop":
+        given = (self.start_file is not None) + (self.start_job is not None)
+        if given > 1:
+            raise ValueError("start_file: give start_file or start_job, not both")
+        if not given and self.start_seconds is not None:
+            raise ValueError("start_seconds: needs start_file or start_job")
+        return self
 
 
 class Source(Request):
@@ -184,6 +218,7 @@ class Repair(Source):
 
 KINDS: dict[str, type[Request]] = {
     "generate": Generate,
+    "loop": Loop,
     "inpaint": Inpaint,
     "extend": Extend,
     "between": Between,

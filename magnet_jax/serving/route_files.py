@@ -60,18 +60,15 @@ def keep(engine: Engine, read: Any, file: Any, owner: str) -> dict[str, Any]:
     file_id = new_id()
     raw, wav = files.coming / file_id, files.coming / f"{file_id}.wav"
     try:
-        digest = _copy(file, raw, limits.upload_mb * 1e6)
+        with store.written():
+            digest = _copy(file, raw, limits.upload_mb * 1e6)
         read(raw, wav, limits.upload_seconds)
         about = {"id": file_id, "object": "file", "created": int(time.time()), "owner": owner}
         about |= {"sha256": digest} | peaks.about(wav)
         folder = files.upload(file_id)
         store.write(folder / "about.json", json.dumps(about))
-        wav.replace(folder / "audio.wav")
-    except OSError:
-        raise RequestError(
-            "the server cannot write to its disk, which may be full: try later", status=507,
-            code="storage_full", retry_after=60,
-        ) from None  # fmt: skip
+        with store.written():
+            wav.replace(folder / "audio.wav")
     finally:
         files.remove(raw)
         files.remove(wav)

@@ -15,8 +15,10 @@ router = APIRouter(tags=["server"])
 
 
 @router.get("/health", summary="Whether the process lives")
-async def health() -> dict[str, str]:
-    return {"status": "ok"}
+async def health(request: Request) -> JSONResponse:
+    alive = request.app.state.engine.alive
+    return JSONResponse({"status": "ok" if alive else "the device's thread has ended"},
+                        200 if alive else 503)  # fmt: skip
 
 
 @router.get("/ready", summary="Whether it takes jobs: 503 while it warms up, or ends")

@@ -1,7 +1,8 @@
 """Files of a server: uploads and results, by id, for a time.
 
 FOLDER/files/ID/ holds an upload: audio.wav and about.json. FOLDER/jobs/ID/ holds what a job made:
-INDEX.wav with INDEX.tokens.npz and INDEX.json beside it.
+INDEX.wav with INDEX.tokens.npz and INDEX.json beside it, and job.json. Several processes may share
+a folder: each finds what the others made.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,14 @@ class Store:
         self._held: dict[Path, int] = {}  # folders in use, which do not expire
         for name in ("files", "jobs", "coming"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        for path in (folder / "coming").iterdir():  # of a process that was killed
-            _remove(path)
 
     def job(self, job_id: str) -> Path:
         """The folder of a job; there or not."""
         return self._of("jobs", job_id)
+
+    def clip(self, job_id: str, index: int) -> Path:
+        """The WAV of a job's clip; there or not."""
+        return self.job(job_id) / f"{index}.wav"
 
     def upload(self, file_id: str) -> Path:
         """The folder of an upload; there or not."""
@@ -66,23 +69,36 @@ class Store:
             )  # fmt: skip
         return about
 
+    def record(self, job_id: str) -> dict[str, Any] | None:
+        """The job.json of a job that is done; None where there is none."""
+        try:
+            return json.loads((self.job(job_id) / "job.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def records(self, but: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+        """Those of all jobs, but for some."""
+        for path in (self.folder / "jobs").iterdir():
+            if ID.fullmatch(path.name) and path.name not in but:
+                record = self.record(path.name)
+                if record is not None:
+                    yield record
+
     def remove(self, path: Path) -> None:
         _remove(path)
 
-    @contextlib.contextmanager
-    def holding(self, *paths: Path) -> Iterator[None]:
-        """Keeps folders from expiring meanwhile."""
+    def hold(self, *paths: Path) -> None:
+        """Keeps folders from expiring until they are released as often."""
         with self._lock:
             for path in paths:
                 self._held[path] = self._held.get(path, 0) + 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                for path in paths:
-                    self._held[path] -= 1
-                    if not self._held[path]:
-                        del self._held[path]
+
+    def release(self, *paths: Path) -> None:
+        with self._lock:
+            for path in paths:
+                self._held[path] -= 1
+                if not self._held[path]:
+                    del self._held[path]
 
     def expire(self) -> None:
         """Removes what is too old, and the oldest while there is too much."""
@@ -92,6 +108,10 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
                     folders.append((path.stat().st_mtime, size, path))
+        for path in self.coming.iterdir():  # of a process that was killed
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > self.keep_seconds:
+                    _remove(path)
         total, now = sum(size for _, size, _ in folders), time.time()
         for changed, size, path in sorted(folders):
             if now - changed <= self.keep_seconds and total <= self.keep_bytes:
@@ -116,13 +136,21 @@ def _remove(path: Path) -> None:
 
 def write(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a file, never half of it; `RequestError` 507 where the disk is full."""
+    with written(), replacing_file(path) as file:
+        if isinstance(content, str):
+            file.write_text(content, encoding="utf-8")
+        else:
+            file.write_bytes(content)
+
+
+@contextlib.contextmanager
+def written() -> Iterator[None]:
+    """Makes a `RequestError` of whatever keeps a file from being written meanwhile."""
     try:
-        with replacing_file(path) as file:
-            if isinstance(content, str):
-                file.write_text(content, encoding="utf-8")
-            else:
-                file.write_bytes(content)
-    except UserError as error:
+        yield
+    except RequestError:
+        raise
+    except (UserError, OSError) as error:
         log.error("%s", error)  # which names a path of the server, and is not for clients
         raise RequestError(
             "the server cannot write to its disk, which may be full: try later",

@@ -7,35 +7,40 @@ files.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
+from magnet_jax import programs
 from magnet_jax.api import MAGNeT, MusicGen
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
     CodecSpec,
     DecodeConfig,
     EditConfig,
+    LongConfig,
     SamplingConfig,
     decode_of,
     preset_steps,
     replaced,
     with_decode,
 )
-from magnet_jax.decode import sampling, tokens_of_text
+from magnet_jax.decode import long, sampling, segments, tokens_of_text
 from magnet_jax.decode.segments import Between
-from magnet_jax.edit import kept
+from magnet_jax.edit import closing, kept
 from magnet_jax.editing import Edit
-from magnet_jax.errors import UserError
 from magnet_jax.io import audio
+from magnet_jax.looping import Loops
+from magnet_jax.looping import encoded as encoded_loop
 from magnet_jax.serving import requests, store
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import Clip, Job
 
 Model = MAGNeT | MusicGen
+LONG = "long"  # begins the key of a row that stands for all clips of a job, made in windows
 
 
 class Row(NamedTuple):
@@ -106,6 +111,8 @@ def rows_of(job: Job, model: Model) -> list[Row]:
         model_span = decoding.span_length or model.loaded.config.model.span_length
         if num_frames < model_span:
             raise RequestError(f"seconds: {seconds:g} is shorter than a span", param="seconds")
+    if num_frames > sampling.segment_frames(model.loaded.config, model.loaded.codec):
+        return [Row(job, 0, (LONG, job.id), decoding, num_frames, request.input)]
     text = tokens_of_text.tokenize_texts(model.loaded, [request.input])
     width = text.ids_BS.shape[1], bool(text.mask_BS.any())
     alone = job.id if request.deterministic else None
@@ -114,6 +121,20 @@ def rows_of(job: Job, model: Model) -> list[Row]:
         key = ("generate", num_frames, how, width, alone and f"{alone}-{index}")
         rows.append(Row(job, index, key, decoding, num_frames, request.input))
     return rows
+
+
+def parts(model: Model, row: Row, between: Between) -> Iterator[long.Part]:
+    """The clips of a job that are longer than a window, a call of the network's program at a time.
+
+    The first part is what there is before any.
+    """
+    batch = sampling.make_batch(
+        model.loaded, [row.text] * row.job.request.n, num_frames=row.num_frames,
+        decoding=row.decoding, seed=row.job.seed, rescorer=getattr(model, "rescorer", None),
+    )  # fmt: skip
+    how = LongConfig(mode=row.job.request.windows)
+    execution = dataclasses.replace(model.execution, between=between)
+    return long.windows(model.loaded, batch, how, execution=execution)
 
 
 def padded(count: int) -> int:
@@ -147,8 +168,19 @@ def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
     ]
 
 
+def preview(model: Model, codes_KT: jax.Array, num_frames: int) -> np.ndarray:
+    """What the first codebook alone sounds like, [C, N]."""
+    decoder = model.decoder
+    params = decoder.params | {"codebooks": decoder.params["codebooks"][:1]}
+    how = {"config": decoder.config, "frames": None, "platform": jax.default_backend()}
+    wav_1CN = programs.call(
+        segments.finish, params, codes_KT[None, :1], np.int32(num_frames), what="a preview", **how
+    )
+    return np.asarray(wav_1CN)[0, :, : round(num_frames * model.sample_rate / model.frame_rate)]
+
+
 class Editor(NamedTuple):
-    """Where an edit finds what it edits."""
+    """What makes edits and loops, and where it finds what they are of."""
 
     model: MAGNeT
     files: store.Store
@@ -156,46 +188,58 @@ class Editor(NamedTuple):
     def path(self, file: str | None, clip: requests.Result | None) -> Path:
         if file is not None:
             return self.files.upload(file) / "audio.wav"
-        return self.files.job(clip.id) / f"{clip.index}.wav"
+        return self.files.clip(clip.id, clip.index)
 
-    def run(self, job: Job, between: Between) -> Edit:
-        """Makes an edit."""
-        request = job.request
-        model = self.model
-        audio_ = self.path(request.file, request.job)
-        how = {"descriptions": request.input, "seed": job.seed}
+    def run(self, job: Job, between: Between) -> Edit | Loops:
+        """Makes an edit, or loops."""
+        request, model = job.request, self.model
         old = model.editing, model.generation, model.execution
-        model.editing = replaced(
-            EditConfig(), edge=request.edge, fade=request.fade, side=request.side,
-            context=getattr(request, "context", None),
-        )  # fmt: skip
+        names = ("edge", "fade", "side", "context")
+        how = {name: getattr(request, name, None) for name in names}
+        model.editing = replaced(EditConfig(), **how)
         model.generation = decoding_of(model, request)
         model.execution = dataclasses.replace(model.execution, between=between)
         try:
-            match request:
-                case requests.Inpaint():
-                    return model.generate_inpainting(
-                        audio_, regions=request.regions,
-                        codebooks=request.codebooks and tuple(request.codebooks), **how,
-                    )  # fmt: skip
-                case requests.Extend():
-                    ends = {"before": request.before, "after": request.after}
-                    return model.generate_extension(audio_, **ends, **how)
-                case requests.Between():
-                    then = self.path(request.then_file, request.then_job)
-                    return model.generate_between(audio_, then, request.seconds, **how)
-                case requests.Restyle():
-                    more = {"how": request.how, "original": request.original}
-                    return model.generate_restyle(audio_, strength=request.strength, **more, **how)
-                case requests.Vary():
-                    return model.generate_variations(
-                        audio_, n=request.n, variation=request.variation, **how
-                    )
-                case requests.Repair():
-                    more = {"worst": request.worst, "rounds": request.rounds}
-                    return model.repair(audio_, **more, **how)
+            if isinstance(request, requests.Loop):
+                return self._loops(request, job.seed)
+            return self._edit(request, job.seed)
         finally:
             model.editing, model.generation, model.execution = old
+
+    def _loops(self, request: requests.Loop, seed: int) -> Loops:
+        start = None
+        if request.start_file is not None or request.start_job is not None:
+            start = self.path(request.start_file, request.start_job)
+        return self.model.generate_loop(
+            [request.input] * request.n, bpm=request.bpm, bars=request.bars,
+            seconds=request.seconds, beats_per_bar=request.beats_per_bar, start=start,
+            start_seconds=request.start_seconds, seed=seed,
+        )  # fmt: skip
+
+    def _edit(self, request: requests.Source, seed: int) -> Edit:
+        model, source = self.model, self.path(request.file, request.job)
+        how = {"descriptions": request.input, "seed": seed}
+        match request:
+            case requests.Inpaint():
+                codebooks = request.codebooks and tuple(request.codebooks)
+                more = {"regions": request.regions, "codebooks": codebooks}
+                return model.generate_inpainting(source, **more, **how)
+            case requests.Extend():
+                ends = {"before": request.before, "after": request.after}
+                return model.generate_extension(source, **ends, **how)
+            case requests.Between():
+                then = self.path(request.then_file, request.then_job)
+                return model.generate_between(source, then, request.seconds, **how)
+            case requests.Restyle():
+                names = ("strength", "how", "original")
+                more = {name: getattr(request, name) for name in names}
+                return model.generate_restyle(source, **more, **how)
+            case requests.Vary():
+                more = {"n": request.n, "variation": request.variation}
+                return model.generate_variations(source, **more, **how)
+            case requests.Repair():
+                more = {"worst": request.worst, "rounds": request.rounds}
+                return model.repair(source, **more, **how)
         raise AssertionError(request)
 
 
@@ -236,12 +280,10 @@ def keep_edit(
 ) -> Clip:
     """Writes a clip of an edit, its tokens where the samples are theirs, and its settings."""
     path = folder / f"{number}.wav"
-    try:
+    with store.written():
         folder.mkdir(parents=True, exist_ok=True)
         edit.write(path, number)
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from None
     clip = edit.clips[number]
     changed = [[a / edit.sample_rate, b / edit.sample_rate] for a, b in edit.changed[number]]
     text = clip.text if job.request.input is None else job.request.input
@@ -255,6 +297,37 @@ def keep_edit(
         index=number, seed=job.seed, number=number, seconds=round(seconds, 6), changed=changed,
         has_tokens=clip.own,
     )  # fmt: skip
+
+
+def keep_loop(
+    folder: Path, job: Job, loops: Loops, number: int, about: dict[str, Any], spec: CodecSpec
+) -> Clip:
+    """Writes a loop as WAV and as FLAC, with what music programs read, its tokens and settings."""
+    request, length, loudness = job.request, loops.length, None
+    wav_CN, rate = loops.wav_BCN[number], loops.sample_rate
+    if request.lufs is not None:
+        wav_CN, loudness = closing.levelled(wav_CN, rate, request.lufs)
+    told = json.dumps({"seed": job.seed, "sample": number})
+    info = {"title": request.input, "software": "magnet_jax", "comment": told}
+    path = folder / f"{number}.wav"
+    for suffix in (".flac", ".wav"):
+        content = encoded_loop(path.with_suffix(suffix), wav_CN, rate, length, info)
+        store.write(path.with_suffix(suffix), content)
+    loop = {
+        "bpm": length.bpm,
+        "bars": length.bars,
+        "beats_per_bar": length.beats_per_bar,
+        "samples": length.samples(rate),
+    }
+    codes_KT, settings = loops.tokens_BKT[number], {"loop": loop}
+    tokens = kept.encoded(
+        content, codes_KT, spec, text=request.input, seed=job.seed, settings=settings
+    )
+    store.write(path.with_suffix(kept.SUFFIX), tokens)
+    note = {"prompt": request.input, "seed": job.seed, "sample": number, "reached_lufs": loudness}
+    _note(path, job, about | note | settings, content)
+    seconds = round(wav_CN.shape[-1] / rate, 6)
+    return Clip(index=number, seed=job.seed, number=number, seconds=seconds, loop=loop)
 
 
 def _note(path: Path, job: Job, about: dict[str, Any], content: Any) -> None:

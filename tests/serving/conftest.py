@@ -30,7 +30,8 @@ def model():
 @contextlib.contextmanager
 def started(model, folder, **changes):
     """An engine, ready."""
-    limits = Limits(**{"max_batch": 4, "queue": 100, "queue_per_client": 100} | changes)
+    many = {"max_batch": 4, "queue": 100, "queue_per_client": 100, "job_seconds": 600.0}
+    limits = Limits(**many | changes)
     keep = {"keep_seconds": limits.keep_seconds, "keep_bytes": limits.keep_mb * 1e6}
     with Engine(model, Store(folder, **keep), limits, name="tiny") as engine:
         engine.warmed.wait()

@@ -11,7 +11,8 @@ from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.serving import store, work
 from magnet_jax.serving.errors import RequestError
-from magnet_jax.serving.requests import Generate, Inpaint, Result
+from magnet_jax.serving.jobs import new_job
+from magnet_jax.serving.requests import KINDS, Generate, Inpaint, Result
 
 SECONDS = 0.6
 
@@ -43,7 +44,7 @@ def test_jobs_of_two_programs_are_made_in_batches_and_in_turn(engine, gate, batc
     """Clips equal those made alone, whoever shares their batch."""
     with gate.shut():
         jobs = [engine.submit(request("first"), client="other")]
-        while engine._rows:  # the device holds it at the gate
+        while engine._queue:  # the device holds it at the gate
             time.sleep(0.01)
         for i in range(8):
             # A client who asks for much does not keep another waiting.
@@ -55,7 +56,7 @@ def test_jobs_of_two_programs_are_made_in_batches_and_in_turn(engine, gate, batc
             jobs.append(engine.submit(request(f"draft {i}", steps=[2, 1, 1, 1]), client="other"))
         places = [engine.view(job)["position"] for job in jobs]
         assert places == [0, *range(1, 17)]
-    assert all(job.wait(120) and job.state == "done" for job in jobs)
+    assert all(job.wait(300) and job.state == "done" for job in jobs)
     sizes = [len(batch) for batch in batches]
     assert sum(sizes) == 17 and np.mean(sizes[1:]) >= 4
     shared = [{client for client, _ in batch} for batch in batches]
@@ -70,10 +71,27 @@ def test_jobs_of_two_programs_are_made_in_batches_and_in_turn(engine, gate, batc
         np.testing.assert_array_equal(codes_of(engine, job), alone.codes_BKT[0])
 
 
+def test_longer_clips_let_others_go_between_their_windows(engine, gate):
+    """A clip of several windows is the Python API's, and does not keep a short one waiting."""
+    with gate.shut():
+        longer = engine.submit(request(seconds=4.0, n=2, steps=[2, 1, 1, 1]))
+        short = engine.submit(request())
+    assert short.wait(300) and short.state == "done" and longer.state == "running"
+    assert longer.wait(300) and longer.state == "done"
+    assert [clip.seconds for clip in longer.clips] == [4.0, 4.0]
+    assert longer.done == longer.total > 5
+    model = engine.model
+    model.generation = work.decoding_of(model, longer.request)
+    made = model.clips(["a calm harp"] * 2, num_frames=200, seed=longer.seed)
+    model.set_generation_params()
+    for index in range(2):
+        np.testing.assert_array_equal(codes_of(engine, longer, index), made.codes_BKT[index])
+
+
 def test_a_deterministic_job_is_made_one_clip_at_a_time(engine, gate, batches):
     with gate.shut():
         jobs = [engine.submit(request(n=2, deterministic=True)), engine.submit(request())]
-    assert all(job.wait(60) for job in jobs)
+    assert all(job.wait(300) for job in jobs)
     assert sorted(map(len, batches)) == [1, 1, 1]
     first = engine.audio_path(jobs[0], 0).read_bytes()
     assert engine.audio_path(jobs[1], 0).read_bytes() == first
@@ -96,14 +114,14 @@ def test_a_job_that_is_cancelled_midway_leaves_its_batch_alone(engine, gate, mon
         unwanted = [engine.submit(request("unwanted")) for _ in range(2)]
         queued = engine.submit(request("never"))
         engine.cancel(queued)
-    assert wanted.wait(60) and wanted.state == "done"
+    assert wanted.wait(300) and wanted.state == "done"
     assert [job.state for job in (*unwanted, queued)] == ["cancelled"] * 3
     engine.cancel(wanted)
     assert wanted.state == "done"
     seen.clear()
     lonely = engine.submit(request("unwanted"))
-    assert lonely.wait(60) and lonely.state == "cancelled"
-    assert engine.submit(request("wanted")).wait(60)
+    assert lonely.wait(300) and lonely.state == "cancelled"
+    assert engine.submit(request("wanted")).wait(300)
     assert [jobs == [lonely] for jobs in seen].count(True) == 1  # after one segment of several
 
 
@@ -118,17 +136,17 @@ def test_a_device_that_fails_fails_its_own_jobs_alone(engine, gate, monkeypatch)
     monkeypatch.setattr(work, "generate", failing)
     with gate.shut():
         jobs = [engine.submit(request(text)) for text in ("good", "bad", "also good")]
-    assert all(job.wait(60) for job in jobs)
+    assert all(job.wait(300) for job in jobs)
     assert [job.state for job in jobs] == ["done", "failed", "done"]
     assert jobs[1].error.status == 500 and "burns" not in str(jobs[1].error)
 
 
 def test_a_job_that_takes_too_long_is_ended(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_speed", {})
+    monkeypatch.setattr(engine._pace, "_speed", {})
     limits = dataclasses.replace(engine.limits, job_seconds=1e-9)
     monkeypatch.setattr(engine, "limits", limits)
     job = engine.submit(request())
-    assert job.wait(60) and job.error.status == 504
+    assert job.wait(300) and job.error.status == 504
 
 
 def test_a_full_disk_fails_a_job_and_says_so(engine, monkeypatch):
@@ -138,19 +156,20 @@ def test_a_full_disk_fails_a_job_and_says_so(engine, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store, "replacing_file", full)
         job = engine.submit(request())
-        assert job.wait(60)
+        assert job.wait(300)
     assert (job.state, job.error.status) == ("failed", 507)
     assert str(engine.files.folder) not in str(job.error)
-    assert engine.submit(request()).wait(60)  # and the server goes on
+    assert engine.submit(request()).wait(300)  # and the server goes on
 
 
 def test_results_expire_and_the_oldest_go_first(engine, monkeypatch):
     jobs = [engine.submit(request(seed=seed)) for seed in range(2)]
-    assert all(job.wait(60) for job in jobs)
+    assert all(job.wait(300) for job in jobs)
     with monkeypatch.context() as patch:
         patch.setattr(engine.files, "keep_bytes", engine.files.size() - 1)
-        with engine.files.holding(engine.files.job(jobs[0].id)):
-            engine.expire()
+        engine.files.hold(engine.files.job(jobs[0].id))
+        engine.expire()
+        engine.files.release(engine.files.job(jobs[0].id))
     assert engine.audio_path(jobs[0], 0).exists() and engine.audio_path(jobs[1], 0).exists()
     with monkeypatch.context() as patch:
         patch.setattr(engine.files, "keep_seconds", 0)
@@ -161,22 +180,63 @@ def test_results_expire_and_the_oldest_go_first(engine, monkeypatch):
 
 
 def test_estimates_come_of_what_was_made(engine, gate):
-    assert engine.submit(request()).wait(60)
+    assert engine.submit(request()).wait(300)
     with gate.shut():
         jobs = [engine.submit(request()) for _ in range(3)]
         views = [engine.view(job) for job in jobs]
         assert all(view["eta_seconds"] is not None for view in views)
         assert views[2]["eta_seconds"] >= views[0]["eta_seconds"]
-    assert all(job.wait(60) for job in jobs)
+    assert all(job.wait(300) for job in jobs)
+
+
+CLIP = {"job": {"id": "a" * 26}, "seed": 5, "input": "x"}
+EDITS = [
+    ("inpaint", {"regions": [[0.0, 1.0]], "codebooks": [1]}, "generate_inpainting",
+     {"regions": [[0.0, 1.0]], "codebooks": (1,)}),
+    ("extend", {"before": 1.0, "context": 2.0}, "generate_extension",
+     {"before": 1.0, "after": 0.0}),
+    ("restyle", {"how": "replay", "original": "y"}, "generate_restyle",
+     {"strength": 0.5, "how": "replay", "original": "y"}),
+    ("vary", {"n": 2}, "generate_variations", {"n": 2, "variation": 0.3}),
+    ("repair", {"rounds": 2}, "repair", {"worst": 0.1, "rounds": 2}),
+]  # fmt: skip
+
+
+def test_edits_are_the_methods_of_the_api(engine, monkeypatch):
+    """Each with what was asked for, under settings that are the model's own again afterwards."""
+    model, called = engine.model, []
+    before = model.editing, model.generation, model.execution
+
+    def method(name):
+        def call(*given, **how):
+            called.append((name, given, how, model.editing, model.generation))
+
+        return call
+
+    for kind, fields, name, wanted in EDITS:
+        monkeypatch.setattr(model, name, method(name))
+        job = new_job(KINDS[kind](**CLIP, **fields, steps=[1, 1, 1, 1], edge="inside"), "", "")
+        engine._editor.run(job, lambda progress: None)
+        found, given, how, editing, generation = called.pop()
+        assert (found, given) == (name, (engine.files.clip("a" * 26, 0),))
+        assert how == {"descriptions": "x", "seed": 5} | wanted
+        assert editing.edge == "inside" and editing.context == fields.get("context", 4.0)
+        assert generation.steps == (1, 1, 1, 1)
+    monkeypatch.setattr(model, "generate_between", method("between"))
+    two = KINDS["between"](**CLIP, then_file="b" * 26, seconds=1.0)
+    engine._editor.run(new_job(two, "", ""), lambda progress: None)
+    then = engine.files.upload("b" * 26) / "audio.wav"
+    assert called.pop()[1] == (engine.files.clip("a" * 26, 0), then, 1.0)
+    assert (model.editing, model.generation, model.execution) == before
 
 
 def test_what_cannot_be_made_is_refused_before_it_waits(engine):
     with pytest.raises(RequestError, match="no file"):
         engine.submit(Inpaint(file="a" * 26, regions=[[0.0, 1.0]]))
     job = engine.submit(request())
-    assert job.wait(60)
+    assert job.wait(300)
     bad = engine.submit(Inpaint(job=Result(id=job.id), regions=[[0.0, 99.0]]))
-    assert bad.wait(60) and bad.error.status == 400 and "99" in str(bad.error)
+    assert bad.wait(300) and bad.error.status == 400 and "99" in str(bad.error)
 
 
 def test_a_server_that_ends_finishes_what_was_begun(model, started, tmp_path):
@@ -189,6 +249,6 @@ def test_a_server_that_ends_finishes_what_was_begun(model, started, tmp_path):
         with pytest.raises(RequestError, match="ending") as error:
             engine.submit(request())
         assert error.value.status == 503
-        waiting.join(120)
+        waiting.join(300)
         assert [job.state for job in jobs] == ["done"] * 3
     assert not engine._device.is_alive()
