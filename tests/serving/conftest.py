@@ -39,9 +39,9 @@ def started(model, folder, **changes):
 
 
 @contextlib.contextmanager
-def listening(engine, access=OPEN, read=None):
+def listening(engine, access=OPEN, read=None, *, page=False):
     """The address of a server."""
-    app = http.create_app(engine, access, read)
+    app = http.create_app(engine, access, read, page=page)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

@@ -52,6 +52,7 @@ function open(name) {
   }
   for (const panel of document.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== tab;
   for (const part of document.querySelectorAll("[data-only]")) part.hidden = part.dataset.only !== tab;
+  for (const part of document.querySelectorAll("[data-not]")) part.hidden = part.dataset.not === tab;
   for (const id of ["common", "text-part"]) $(id).hidden = tab === "about";
   $("make").textContent = { edit: "Edit", loop: "Make a loop", drafts: "Make drafts" }[tab] ?? "Make";
   $("failed").textContent = "";
