@@ -56,12 +56,12 @@ def listening(engine, access=OPEN, read=None, *, page=False):
         thread.join()
 
 
-@pytest.fixture(name="listening")
+@pytest.fixture(scope="session", name="listening")
 def _listening():
     return listening
 
 
-@pytest.fixture(name="started")
+@pytest.fixture(scope="session", name="started")
 def _started():
     return started
 
