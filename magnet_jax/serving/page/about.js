@@ -23,7 +23,8 @@ export function about(model, kind, request) {
     "Kept for": `${clock(model.limits.keep_seconds)} on the server; this browser keeps the settings`,
   };
   const { async: _, ...fields } = JSON.parse(JSON.stringify(request));
-  const body = JSON.stringify(fields, null, 1).replace(/\n */g, " ");
+  const said = Object.entries(fields).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`);
+  const body = `{${said.join(", ")}}`;
   const url = `${location.origin}/v1/audio/${kind}`;
   const curl = `curl --fail-with-body -o clip.wav ${url} \\\n  -H 'Content-Type: application/json' \\\n  -d '${body.replaceAll("'", "'\\''")}'`;
   const python = `import json, urllib.request\n\nbody = json.loads(${JSON.stringify(body)})\n`

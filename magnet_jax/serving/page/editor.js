@@ -70,7 +70,8 @@ export class Editor {
     const number = (id) => Number($(id).value);
     if (kind === "inpaint") {
       if (!this.strip.regions.length) missing("Mark what is to be made anew: drag over the wave.");
-      return { ...what, regions: this.strip.regions, edge: $("exact").checked ? "inside" : "outside" };
+      const regions = this.strip.regions.length ? this.strip.regions : [[1, 2]];
+      return { ...what, regions, edge: $("exact").checked ? "inside" : "outside" };
     }
     if (kind === "extend") return { ...what, before: number("before"), after: number("after") };
     if (kind === "restyle") {

@@ -51,7 +51,7 @@ function open(name) {
     button.tabIndex = is ? 0 : -1;
   }
   for (const panel of document.querySelectorAll("[data-panel]")) panel.hidden = panel.dataset.panel !== tab;
-  for (const part of document.querySelectorAll("[data-only]")) part.hidden = part.dataset.only !== tab;
+  for (const part of document.querySelectorAll("[data-only]")) part.hidden = !part.dataset.only.split(" ").includes(tab);
   for (const part of document.querySelectorAll("[data-not]")) part.hidden = part.dataset.not === tab;
   for (const id of ["common", "text-part"]) $(id).hidden = tab === "about";
   $("make").textContent = { edit: "Edit", loop: "Make a loop", drafts: "Make drafts" }[tab] ?? "Make";
@@ -97,7 +97,7 @@ function requestOf(which, example = false) {
     return { ...body, bpm: number("bpm"), bars: number("bars"), beats_per_bar: number("beats"), ...begun };
   }
   const long = { windows: $("windows").value };
-  if (which === "drafts") return { ...body, ...draft(body), seconds: number("draft-seconds"), ...long };
+  if (which === "drafts") return { ...body, ...draft(body), seconds: number("seconds"), ...long };
   return { ...body, seconds: number("seconds"), n: number("n"), preview: steps !== null, ...long };
 }
 
@@ -305,8 +305,8 @@ function same({ kind, request, group, quality }) {
     lufs: request.lufs, guidance0: request.guidance?.[0], guidance1: request.guidance?.[1],
     confidence: request.confidence, deterministic: request.deterministic,
     quality: preset ?? "", steps: own?.join(", "), n: request.n, windows: request.windows,
-    seconds: request.seconds, "draft-seconds": request.seconds,
-    bpm: request.bpm, bars: request.bars, beats: request.beats_per_bar,
+    seconds: request.seconds, bpm: request.bpm, bars: request.bars,
+    beats: request.beats_per_bar,
   });
   if (kind === "loop") begin(request.start_job ?? null, "a clip", request.start_seconds);
   else if (kind !== "generate") editor.same(kind, request);
@@ -354,10 +354,8 @@ function fill() {
   const { limits } = model;
   const limit = (id, most) => ($(id).max = most);
   limit("n", limits.clips);
-  for (const id of ["seconds", "draft-seconds"]) {
-    limit(id, limits.seconds);
-    $(id).value = Math.min(5, model.seconds);
-  }
+  limit("seconds", limits.seconds);
+  $("seconds").value = Math.min(5, model.seconds);
   limit("drafts", Math.min(16, limits.queue_per_client));
   $("input").maxLength = limits.text;
   $("bars").value = [4, 2, 1].find((bars) => bars * 2 <= model.seconds) ?? 1;

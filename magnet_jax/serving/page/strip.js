@@ -121,7 +121,7 @@ export class Strip {
     pen.rect(left, 0, right - left, tall);
     pen.clip();
     pen.strokeStyle = mark;
-    pen.globalAlpha = 0.75;
+    pen.lineWidth = 1.5;
     for (let x = left - tall; x < right; x += 7) {
       pen.beginPath();
       pen.moveTo(x, tall);
@@ -252,6 +252,7 @@ export class Strip {
 
   add(first, end) {
     this.mark([...this.regions, [this.snapped(first), this.snapped(end)]], false);
+    this.chosen = this.regions.length - 1;
     this.tidy();
   }
 

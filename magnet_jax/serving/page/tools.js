@@ -38,8 +38,11 @@ export async function ask(path, { method = "GET", body, form } = {}) {
 
 export const round = (x, digits = 2) => Number(x.toFixed(digits));
 
-export const clock = (seconds) =>
-  seconds < 60 ? `${round(seconds, 1)} s` : `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
+export function clock(seconds) {
+  if (seconds < 59.95) return `${round(seconds, 1)} s`;
+  const [minutes, rest] = [Math.floor(Math.round(seconds) / 60), Math.round(seconds) % 60];
+  return `${minutes} min${rest ? ` ${rest} s` : ""}`;
+}
 
 /** What this browser remembers; nothing where it remembers nothing. */
 export const memory = {
