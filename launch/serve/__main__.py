@@ -155,7 +155,7 @@ def serve(args: Args) -> None:
     access, listening = access_of(args), bound(args)
     _log_to_stderr()
     engine, reader = open_engine(args), Reader()
-    app = http.create_app(engine, access, reader, log_prompts=args.log_prompts)
+    app = http.create_app(engine, access, reader, page=args.page, log_prompts=args.log_prompts)
     config = uvicorn.Config(
         app, host=args.host, port=args.port, workers=1, limit_concurrency=MOST_REQUESTS,
         timeout_keep_alive=5, timeout_graceful_shutdown=5, log_config=None, access_log=False,

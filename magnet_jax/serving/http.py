@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 
 from magnet_jax.errors import UserError
-from magnet_jax.serving import route_audio, route_files, route_jobs, route_server
+from magnet_jax.serving import route_audio, route_files, route_jobs, route_page, route_server
 from magnet_jax.serving.access import Access, Gate, answer
 from magnet_jax.serving.engine import Engine
 from magnet_jax.serving.errors import RequestError
@@ -28,7 +28,12 @@ ABOUT = """Music from text, by a MAGNeT. A request is answered with the audio; w
 
 
 def create_app(
-    engine: Engine, access: Access, read: Read | None = None, *, log_prompts: bool = False
+    engine: Engine,
+    access: Access,
+    read: Read | None = None,
+    *,
+    page: bool = False,
+    log_prompts: bool = False,
 ) -> FastAPI:
     """The API.
 
@@ -37,6 +42,7 @@ def create_app(
       access: who may ask.
       read: (an uploaded file, the WAV to write, most seconds) reads any sound file, apart from this
         process; without, nothing can be uploaded.
+      page: serve the page as well.
       log_prompts: write texts to the log.
     """
     version = importlib.metadata.version("magnet-jax")
@@ -46,6 +52,8 @@ def create_app(
     app.state.engine, app.state.read, app.state.log_prompts = engine, read, log_prompts
     for part in (route_audio, route_jobs, route_files, route_server):
         app.include_router(part.router)
+    if page:
+        route_page.mount(app)
     _answer_errors(app)
     limits = engine.limits
     sizes = {"body": round(limits.body_mb * 1e6), "upload": round(limits.upload_mb * 1e6) + 4096}

@@ -5,12 +5,13 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+import soundfile
 from fastapi import APIRouter, Header, Path, Query, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, JSONResponse, Response, StreamingResponse
 
 from magnet_jax.edit import kept
-from magnet_jax.serving import clips
+from magnet_jax.serving import clips, peaks
 from magnet_jax.serving.engine import Engine
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import ENDED, Job
@@ -126,6 +127,15 @@ async def job_zip(
 async def job_preview(request: Request, job_id: JobId) -> FileResponse:
     engine, job = _job(request, job_id)
     return _file(engine.files.job(job.id) / "preview.wav", "preview.wav", "audio/wav")
+
+
+@router.get("/{job_id}/peaks/{index}.json", summary="What is drawn of a clip")
+async def job_peaks(request: Request, job_id: JobId, index: Index) -> dict[str, Any]:
+    engine, job = _done(request, job_id, index)
+    try:
+        return await run_in_threadpool(peaks.about, engine.audio_path(job, index))
+    except soundfile.LibsndfileError:
+        raise RequestError("the clip has expired", status=404, code="not_found") from None
 
 
 @router.get("/{job_id}/tokens/{index}.npz", summary="A clip's tokens", response_class=FileResponse)

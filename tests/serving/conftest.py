@@ -39,9 +39,9 @@ def started(model, folder, **changes):
 
 
 @contextlib.contextmanager
-def listening(engine, access=OPEN, read=None):
+def listening(engine, access=OPEN, read=None, *, page=False):
     """The address of a server."""
-    app = http.create_app(engine, access, read)
+    app = http.create_app(engine, access, read, page=page)
     config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -56,12 +56,12 @@ def listening(engine, access=OPEN, read=None):
         thread.join()
 
 
-@pytest.fixture(name="listening")
+@pytest.fixture(scope="session", name="listening")
 def _listening():
     return listening
 
 
-@pytest.fixture(name="started")
+@pytest.fixture(scope="session", name="started")
 def _started():
     return started
 
