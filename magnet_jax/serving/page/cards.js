@@ -34,7 +34,7 @@ export class Card {
     const drafts = Boolean(group);
     this.parts = entries.map((entry) => new Part(entry, this, drafts));
     this.cancel = h("button", { onclick: () => actions.cancel(this) }, "Cancel");
-    this.refine = h("button", { klass: "main", onclick: () => actions.refine(this), disabled: true }, "Refine starred");
+    this.refine = h("button", { klass: "main", onclick: () => actions.refine(this) }, "Refine starred");
     const steps = request.preset ?? (request.steps ? `steps ${request.steps.join(", ")}` : "");
     const words = [
       drafts ? `${entries.length} drafts` : WORDS[kind], steps,
@@ -54,7 +54,7 @@ export class Card {
 
   changed() {
     this.cancel.hidden = this.parts.every((part) => part.over);
-    this.refine.disabled = !this.parts.some((part) => part.entry.star && part.over);
+    this.refine.hidden = !this.parts.some((part) => part.entry.star && part.over);
   }
 }
 
