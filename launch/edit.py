@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from launch.sample import is_made
-from magnet_jax import cli
+from launch.sample import Steering, is_made, steered
+from magnet_jax import cli, prompts
 from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import CodecSpec, EditConfig, Share
 from magnet_jax.errors import UserError, reported
 from magnet_jax.io.files import check_new_file, replacing_file
+from magnet_jax.prompts import Description
 
 if TYPE_CHECKING:
     from magnet_jax.api import MAGNeT
-    from magnet_jax.editing import Edit
+    from magnet_jax.editing import Clip, Edit
 
 Added = Annotated[float, Between(0, 3600)]
 
@@ -41,6 +42,8 @@ class Options:
     prompt: str | None = None
     """Text for what is made anew. By default it is the text that is kept with a clip of
     launch.sample, and no text for any other file."""
+    steering: Steering = Steering()
+    """More texts."""
     seed: Seed = 0
     """Seed of the random numbers."""
     edge: Literal["outside", "inside"] = EditConfig.edge
@@ -188,8 +191,21 @@ def check(args: Options) -> None:
         region_of(text)
     if isinstance(args, Extend) and not (args.before or args.after):
         raise UserError("nothing to do: give --before SECONDS or --after SECONDS")
-    if isinstance(args, Restyle) and args.prompt is None:
+    description_of(args)
+    if isinstance(args, Restyle) and (args.prompt, args.steering.at) == (None, ()):
         raise UserError("give --prompt TEXT, the new style")
+
+
+def description_of(args: Options) -> Description | None:
+    """The text for what is made anew; None is the one that is kept with the clip."""
+    said = args.prompt is not None or args.steering != Steering()
+    return steered(args.prompt, args.steering) if said else None
+
+
+def text_of(args: Options, clip: "Clip") -> Description:
+    """The text that a clip was edited with."""
+    own, given = prompts.later(clip.text, getattr(args, "before", 0.0)), description_of(args)
+    return own if given is None else prompts.completed(given, own)
 
 
 def files_of(args: Options) -> list[Path]:
@@ -203,8 +219,10 @@ def settings_of(args: Options) -> dict[str, Any]:
     values = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in dataclasses.asdict(args).items()
-        if name not in ("picture", "codec")  # which change nothing
+        if name not in ("picture", "codec", "steering")  # which change nothing, or are the prompt
     }
+    description = description_of(args)
+    values["prompt"] = None if description is None else prompts.as_json(description)
     hashes = {}
     for name in ("audio", "then", "mask"):
         if (path := getattr(args, name, None)) is not None:
@@ -238,7 +256,7 @@ def check_out(args: Options, settings: dict[str, Any]) -> None:
 def edited(args: Options, model: "MAGNeT") -> "Edit":
     """What is asked for."""
     # Without a bar: a program that reports its progress would not be kept on disk.
-    how = {"descriptions": args.prompt, "seed": args.seed}
+    how = {"descriptions": description_of(args), "seed": args.seed}
     match args:
         case Inpaint():
             return model.generate_inpainting(
@@ -289,7 +307,9 @@ def open_model(args: Options) -> "MAGNeT":
     return model
 
 
-def write(path: Path, edit: "Edit", number: int, model: dict[str, Any], settings: dict) -> None:
+def write(
+    path: Path, edit: "Edit", number: int, text: Description, model: dict[str, Any], settings: dict
+) -> None:
     """A clip, its tokens, and how it was made; `model` says by which parameters and codec."""
     from magnet_jax.edit import kept
 
@@ -303,7 +323,6 @@ def write(path: Path, edit: "Edit", number: int, model: dict[str, Any], settings
     edit.write(path, number)
     clip = edit.clips[number]
     if clip.own:
-        text = clip.text if settings["prompt"] is None else settings["prompt"]
         kept.save(
             path, edit.tokens_BKT[number], CodecSpec(**model["codec"]), text=text,
             seed=settings["seed"], settings=settings,
@@ -330,20 +349,19 @@ def main(args: Options) -> None:
         "codec": dataclasses.asdict(model.loaded.codec),
     }
     for number, path in enumerate(files_of(args)):
-        write(path, edit, number, about, settings)
+        write(path, edit, number, text_of(args, edit.clips[number]), about, settings)
     if args.picture is not None:
         from magnet_jax.edit import picture
 
         clip = edit.clips[0]
         before_CN = np.pad(clip.source.as_float().T, ((0, 0), (edit.before, 0)))
-        text = clip.text if args.prompt is None else args.prompt
         picture.draw(
             args.picture,
             before_CN,
             edit.as_float(0),
             edit.sample_rate,
             edit.changed[0],
-            confidence_KT=model.confidence(edit.tokens_BKT[:1], text)[0],
+            confidence_KT=model.confidence(edit.tokens_BKT[:1], [text_of(args, clip)])[0],
             frame_rate=model.frame_rate,
         )
         print(args.picture)

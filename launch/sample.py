@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from magnet_jax import cli, errors
+from magnet_jax import cli, errors, prompts
 from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import (
     PRESETS,
@@ -39,10 +40,35 @@ from magnet_jax.config import (
 from magnet_jax.errors import UserError
 from magnet_jax.io import audio, bucket, machine
 from magnet_jax.io.files import replacing_file
+from magnet_jax.prompts import Description, Fade, Prompt
 
 if TYPE_CHECKING:
     from magnet_jax.api import Generator
     from magnet_jax.edit.bars import Bars
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Steering:
+    """What steers a clip beside one text."""
+
+    blend: Annotated[
+        tuple[tuple[float, str], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="SHARE TEXT", prefix_name=False),
+    ] = ()
+    """Another text and its share, as in 0.3 "a flute". The prompt has the rest. Give it again for
+    more texts."""
+    at: Annotated[
+        tuple[tuple[float, str], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(metavar="SECONDS TEXT", prefix_name=False),
+    ] = ()
+    """A text that steers from some second on, as in 8 "a harp". Give it again for more of them.
+    Before the first one it is the prompt that steers. Without one, the first must be at 0."""
+    text_fade: Annotated[Fade, tyro.conf.arg(prefix_name=False)] = Prompt.fade
+    """Seconds in which one text gives way to the next."""
+    negative_prompt: Annotated[str, tyro.conf.arg(metavar="TEXT", prefix_name=False)] = ""
+    """What the clips are not to sound like."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +85,8 @@ class Args:
     """Text of a clip. Give it again for more clips."""
     unconditional: Annotated[int, Between(0, 100_000)] = 0
     """Clips to generate without text, after those of the prompts."""
+    steering: Steering = Steering()
+    """More texts, for all clips of a prompt; the last one for those without as well."""
     seed: Seed = 0
     """Seed of the random numbers. Clip i depends on it, on i and on its text, on no other clip."""
     seconds: Seconds | None = None
@@ -126,7 +154,8 @@ class Args:
     """Folder of an AudioCraft checkpoint's text encoder, where the hub is out of reach."""
 
 
-def _file_name(index: int, prompt: str, seed: int) -> str:
+def _file_name(index: int, description: Description, seed: int) -> str:
+    prompt = prompts.in_words(description)
     words = _slug(prompt) or ("clip" if prompt else "unconditional")
     return f"{index:03d}-{words}-seed{seed}"
 
@@ -135,14 +164,14 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:40].strip("-")
 
 
-def _loop_names(texts: Sequence[str], seed: int, length: "Bars") -> list[str]:
+def _loop_names(texts: Sequence[Description], seed: int, length: "Bars") -> list[str]:
     """Names such as a-lively-jig_128bpm_4bars; the seed is said where it is not 0."""
     bars = f"{float(length.seconds):g}s"
     if length.bars is not None:
         bars = f"{length.bpm:g}bpm_{length.bars}bar{'s' * (length.bars > 1)}"
     names: list[str] = []
     for text in texts:
-        name = f"{_slug(text) or 'loop'}_{bars}" + f"_seed{seed}" * (seed > 0)
+        name = f"{_slug(prompts.in_words(text)) or 'loop'}_{bars}" + f"_seed{seed}" * (seed > 0)
         like = sum(other == name or other.startswith(f"{name}_") for other in names)
         names.append(f"{name}_{like + 1}" if like else name)
     return names
@@ -179,7 +208,29 @@ def is_made(path: Path, notes: Path, settings: dict, by: str = "launch.sample") 
     return True
 
 
-def check(args: Args) -> list[str]:
+def steered(text: str | None, more: Steering) -> Description:
+    """A text, or None, with what else steers; raises `UserError` for what does not fit."""
+    check_fields(more, "--")
+    begins = bool(more.at) and more.at[0][0] == 0
+    if text is None and (more.blend or (more.at and not begins)):
+        raise UserError("--blend and --at need --prompt TEXT, for the rest and for the beginning")
+    if text is not None and begins:
+        raise UserError("--at 0 is what --prompt says: leave out one of both")
+    if not more.at and more.text_fade != Prompt.fade:
+        raise UserError("--text-fade needs --at: there is no other text to give way to")
+    words: Any = text
+    if more.blend:
+        rest = 1 - math.fsum(share for share, _ in more.blend)
+        if min(rest, *(share for share, _ in more.blend)) < -1e-9:
+            raise UserError("--blend: shares must not be below 0, nor more than 1 in all")
+        words = [(text, max(rest, 0.0)), *((other, share) for share, other in more.blend)]
+    if more.at:
+        words = [*([(0.0, words)] * (text is not None)), *more.at]
+    prompt = Prompt(words, negative=more.negative_prompt, fade=more.text_fade)
+    return prompt if words is None else prompts.simplified(prompt)
+
+
+def check(args: Args) -> list[Description]:
     """The texts of the clips; raises `UserError` for what is wrong whatever the model is."""
     check_fields(args, "--")
     for prompt in args.prompt:
@@ -189,7 +240,11 @@ def check(args: Args) -> list[str]:
             raise UserError(
                 "--prompt is empty: give a text, or --unconditional 1 for a clip without"
             )
-    texts = [*args.prompt, *[""] * args.unconditional]
+    more = args.steering
+    listed = [None] if not args.prompt and (more.at or more.blend) else args.prompt
+    plain = Steering(negative_prompt=more.negative_prompt)
+    texts = [steered(text, more) for text in listed]
+    texts += [steered("", plain)] * args.unconditional
     if not texts:
         raise UserError("nothing to do: give --prompt TEXT, or --unconditional N")
     if bucket.is_url(args.out):
@@ -382,12 +437,14 @@ def _write(
         wav_CN, loudness = closing.levelled(wav_CN, rate, wanted)
     about = settings | {"reached_lufs": loudness}
     told = {name: settings[name] for name in ("seed", "sample", "parameters", "decode")}
-    info = {"title": settings["prompt"], "software": "magnet_jax", "comment": json.dumps(told)}
+    text = prompts.from_json(settings["prompt"])
+    title = prompts.in_words(text)
+    info = {"title": title, "software": "magnet_jax", "comment": json.dumps(told)}
     content = looping.encoded(wav, wav_CN, rate, length, info)
     about["sha256"] = hashlib.sha256(content).hexdigest()
     tokens = kept.encoded(
-        content, codes_KT, CodecSpec(**settings["codec"]), text=settings["prompt"],
-        seed=settings["seed"], settings=None if length is None else {"loop": settings["loop"]},
+        content, codes_KT, CodecSpec(**settings["codec"]), text=text, seed=settings["seed"],
+        settings=None if length is None else {"loop": settings["loop"]},
     )  # fmt: skip
     # All are whole before one has its name. The JSON has it before the WAV, as a WAV without one is
     # somebody else's.
@@ -412,6 +469,7 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     """
     texts = check(args)
     model, about = open_model(args)
+    prompts.check_times(texts, model.duration)
     for note in model.notes(texts):
         print(note)
     length = length_of(args, model)
@@ -425,7 +483,8 @@ def sample(args: Args, names: Sequence[str] | None = None, notes: Path | None = 
     files = [args.out / f"{stem}.{args.format}" for stem in stems]
     jsons = [(notes or args.out) / f"{stem}.json" for stem in stems]
     settings = [
-        {"prompt": text, "seed": args.seed, "sample": i, **about} for i, text in enumerate(texts)
+        {"prompt": prompts.as_json(text), "seed": args.seed, "sample": i, **about}
+        for i, text in enumerate(texts)
     ]
     made = [is_made(*clip) for clip in zip(files, jsons, settings)]
     for first in range(0, len(texts), args.batch_size):

@@ -2,7 +2,13 @@
 
 import importlib
 
-_WHERE = {"HybridMAGNeT": "api", "MAGNeT": "api", "MusicGen": "api", "audio_write": "io.audio"}
+_WHERE = {
+    "HybridMAGNeT": "api",
+    "MAGNeT": "api",
+    "MusicGen": "api",
+    "Prompt": "prompts",
+    "audio_write": "io.audio",
+}
 
 __all__ = sorted(_WHERE)
 

@@ -22,12 +22,11 @@ import numpy as np
 import soxr
 from tqdm import tqdm
 
-from magnet_jax import programs
+from magnet_jax import programs, prompts
 from magnet_jax.arguments import (
     Array,
     Between,
     Count,
-    Descriptions,
     Index,
     Rate,
     Seconds,
@@ -60,6 +59,7 @@ from magnet_jax.config import (
 from magnet_jax.decode import canvas, long, placement, rescore, sampling, tokens_of_text
 from magnet_jax.errors import UserError
 from magnet_jax.looping import Looping
+from magnet_jax.prompts import Description, Descriptions
 
 Name = Annotated[str | Path, as_name]
 # As in AudioCraft, 0 switches the nucleus and the sampling off.
@@ -202,7 +202,9 @@ class Generator:
         """Generates a clip for each description.
 
         Args:
-          descriptions: texts; a string by itself is one, None or "" a clip without text.
+          descriptions: texts; a string by itself is one, None or "" a clip without text. Each may
+            be more than one text: a list of (text, weight), a list of (seconds, text), or a
+            `Prompt`, which says as well what a clip is not to sound like (docs/text.md).
           progress: show a bar, or call the callback.
           return_tokens: return the tokens as well, int32 [B, K, T].
           seed: clip i depends on (seed, i) and on its text, not on its neighbours.
@@ -296,6 +298,7 @@ class Generator:
         return pretrained.load_decoder(self.loaded, "this model", "torch")
 
     def _generate(self, texts, prompt_BKP, progress, return_tokens, seed, text_pad_len):
+        prompts.check_times(texts, self.duration)
         for message in self.notes(texts):
             warnings.warn(message, stacklevel=4)  # that of who called this package
         with self._listening(progress) as on_step:
@@ -317,12 +320,17 @@ class Generator:
         """Token frames of a clip; 0 of one that is shorter than a frame."""
         return round(self.duration * self.frame_rate)
 
-    def notes(self, texts: list[str]) -> list[str]:
+    def notes(self, texts: list[Description]) -> list[str]:
         """A line for each text that is cut."""
         return tokens_of_text.notes_on_cut_texts(self.loaded, texts)
 
     def clips(
-        self, texts: list[str], *, num_frames: int, prompt_BKP: np.ndarray | None = None, **keywords
+        self,
+        texts: list[Description],
+        *,
+        num_frames: int,
+        prompt_BKP: np.ndarray | None = None,
+        **keywords,
     ) -> sampling.Generated:
         """Makes a clip a text as the settings say; for `keywords` see `sampling.make_batch`."""
         if num_frames > sampling.segment_frames(self.loaded.config, self.loaded.codec):
@@ -336,7 +344,12 @@ class Generator:
         )
 
     def parts(
-        self, texts: list[str], *, num_frames: int, prompt_BKP: np.ndarray | None = None, **keywords
+        self,
+        texts: list[Description],
+        *,
+        num_frames: int,
+        prompt_BKP: np.ndarray | None = None,
+        **keywords,
     ) -> Iterator[long.Part]:
         """`clips` that are longer than a window: what there is of their tokens after each call.
 
@@ -499,7 +512,7 @@ class MAGNeT(Looping, Generator):
         self.rescorer = rescorer
         self.rescoring_model = model
 
-    def notes(self, texts: list[str]) -> list[str]:
+    def notes(self, texts: list[Description]) -> list[str]:
         notes = super().notes(texts)
         if self.rescoring_model is not None:
             cut = tokens_of_text.notes_on_cut_texts(self.rescoring_model, texts)

@@ -8,12 +8,11 @@ that brings a value and its name to what is wanted, as in `Annotated[np.ndarray,
 import dataclasses
 import functools
 import inspect
-import itertools
 import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -65,7 +64,7 @@ def check(hint: Any, value: Any, name: str) -> Any:
     try:
         return _converted(hint, value)
     except ValueError:
-        raise UserError(f"{name} must {wanted(hint)}, not {_shown(value)}") from None
+        raise UserError(f"{name} must {wanted(hint)}, not {shown(value)}") from None
 
 
 def check_fields(instance: Any, prefix: str) -> None:
@@ -117,7 +116,7 @@ def as_array(value: Any, name: str) -> np.ndarray:
     if array.dtype.name == "bfloat16":
         return array.astype(np.float32)
     if array.dtype.kind not in "biufc":
-        raise UserError(f"{name} must be an array of numbers, not {_shown(value)}")
+        raise UserError(f"{name} must be an array of numbers, not {shown(value)}")
     return array
 
 
@@ -129,7 +128,7 @@ def as_name(value: Any, name: str) -> str | Path:
     path = check(str | Path, value, name)
     encoded = os.fsencode(path)
     if not encoded or b"\0" in encoded or any(len(part) > 255 for part in encoded.split(b"/")):
-        raise UserError(f"{name} must be a name that a file can have, not {_shown(value)}")
+        raise UserError(f"{name} must be a name that a file can have, not {shown(value)}")
     return path
 
 
@@ -143,31 +142,7 @@ def as_rate(value: Any, name: str) -> int:
         return int(_required(rate.is_integer(), rate))
     except ValueError:
         range_ = "be a whole number from 1 to 10000000"
-        raise UserError(f"{name} must {range_}, not {_shown(value)}") from None
-
-
-def as_texts(value: Any, name: str) -> list[str] | None:
-    """Texts as a list, of which an empty one stands for none; a text by itself is a list of one.
-
-    Raises `UserError`, which calls them `name`.
-    """
-    if value is None:
-        return None
-    values = [value] if isinstance(value, str) else value
-    unlike = isinstance(values, bytes | Mapping | Set) or getattr(values, "ndim", 1) != 1
-    if unlike or not isinstance(values, Iterable):
-        raise UserError(f"{name} must be a text or a list of texts, not {_shown(value)}")
-    texts = list(itertools.islice(values, MOST_CLIPS + 1))
-    if not texts:
-        raise UserError(f"{name} are empty: give at least one, or use generate_unconditional")
-    if len(texts) > MOST_CLIPS:
-        raise UserError(f"{name} are more than {MOST_CLIPS}: generate them in several calls")
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"{name} must be texts, not {_shown(text)}")
-        if text is not None and text != text.encode(errors="replace").decode():
-            raise UserError(f"{name} hold {_shown(text)}, which is not valid Unicode")
-    return [str(text or "") for text in texts]
+        raise UserError(f"{name} must {range_}, not {shown(value)}") from None
 
 
 @functools.cache
@@ -189,6 +164,9 @@ def _converted(hint: Any, value: Any) -> Any:
     origin, options, limits = _unpacked(hint)
     if origin in (typing.Union, types.UnionType):
         return _first_fit(options, value)
+    if origin is tuple and options[1:] != (...,):
+        _required(isinstance(value, list | tuple) and len(value) == len(options), value)
+        return tuple(_converted(one, item) for one, item in zip(options, value))
     if origin is tuple:
         return _items(options[0], value)
     if origin is Callable:
@@ -262,6 +240,8 @@ def wanted(hint: Any) -> str:
         return " or ".join(wanted(o) for o in options if o is not type(None))
     if origin is Literal:
         return f"be one of {', '.join(map(str, options))}" if options[1:] else f"be {options[0]!r}"
+    if origin is tuple and options[1:] != (...,):
+        return f"be {len(options)} values that must {', '.join(map(wanted, options))}"
     if origin is tuple:
         return f"be a list whose items must {wanted(options[0])}"
     if origin is Callable:
@@ -287,7 +267,7 @@ def _within(kind: type, limits: Between) -> str:
     )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The value on one line, and not all of a long one."""
     try:
         text = " ".join(repr(value).split())
@@ -310,4 +290,3 @@ def check_samples(wav_BCN: np.ndarray, name: str) -> None:
 
 Array = Annotated[np.ndarray, as_array]
 Rate = Annotated[int, as_rate]
-Descriptions = Annotated[str | Sequence[str | None] | None, as_texts]

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
+from magnet_jax import prompts
 from magnet_jax.arguments import (
     Array,
     Between,
     Count,
-    Descriptions,
     Rate,
     Seconds,
     Seed,
@@ -38,6 +38,7 @@ from magnet_jax.edit import free, kept, paste, splice
 from magnet_jax.errors import UserError
 from magnet_jax.io import exact
 from magnet_jax.io.exact import Source
+from magnet_jax.prompts import Description, Descriptions
 
 GROUPS = 4  # in which a clip's tokens are hidden to be judged
 NOISE = 1.0  # of the choice of spans that a variation makes anew, in nats
@@ -75,7 +76,7 @@ class Clip(NamedTuple):
     source: Source
     codes_KT: np.ndarray
     own: bool  # the samples are what the codec makes of the tokens
-    text: str
+    text: Description
 
 
 class Edit(NamedTuple):
@@ -106,7 +107,7 @@ class Drafts(NamedTuple):
 
     wav_BCN: np.ndarray
     tokens_BKT: np.ndarray  # of whole spans, of which the last may end after the clip
-    texts: list[str]
+    texts: list[Description]
     seed: int
 
 
@@ -159,7 +160,8 @@ class Editing:
           audio_sample_rate: samples per second of an array.
           regions: (begin, end) in seconds, several of them for all clips or a list of them for
             each; an end of None is the clip's.
-          descriptions: texts, one a clip; None is the text that is kept with a clip, if any.
+          descriptions: texts, one a clip, see `generate`; None is the text that is kept with a
+            clip, if any, and so is a `Prompt`'s text of None.
           progress: show a bar, or call the callback.
           codebooks: made anew, with those above them; None is all.
           mask: in place of regions, bool [T] or [K, T], True where a token is made anew.
@@ -218,10 +220,11 @@ class Editing:
         total = lead + count
         if more[1]:
             total = lead + round((old + more[1]) * source.sample_rate / rate)
+        clips = [clip._replace(text=prompts.later(clip.text, more[0] / rate)) for clip in clips]
         codes_BKT = np.stack([clip.codes_KT for clip in clips])
         codes_BKT = np.pad(codes_BKT, ((0, 0), (0, 0), more))
         made_BKT = self._drawn_out(
-            codes_BKT, more, self._texts(clips, descriptions), seed, progress
+            codes_BKT, more, self._texts(clips, descriptions, sum(more)), seed, progress
         )
         ends = [(0.0, lead / source.sample_rate)] * (lead > 0)
         ends += [((lead + count) / source.sample_rate, total / source.sample_rate)] * (more[1] > 0)
@@ -362,6 +365,7 @@ class Editing:
         """
         codes_BKT = self._checked_tokens(tokens)
         texts = [""] * len(codes_BKT) if descriptions is None else list(descriptions)
+        prompts.check_times(texts, codes_BKT.shape[-1] / self.frame_rate)
         if len(texts) != len(codes_BKT):
             raise UserError(f"{len(codes_BKT)} clips need as many descriptions, not {len(texts)}")
         return self._confidence(codes_BKT, texts)
@@ -416,6 +420,7 @@ class Editing:
                 "set a shorter duration"
             )
         texts = [""] if descriptions is None else descriptions
+        prompts.check_times(texts, self.duration)
         texts = [text for text in texts for _ in range(n)]
         steps = self._decode.steps
         few = dataclasses.replace(self._decode, steps=(steps[0], *(1 for _ in steps[1:])))
@@ -497,13 +502,25 @@ class Editing:
     def _checked_tokens(self, tokens: np.ndarray) -> np.ndarray:
         return self._tokens(tokens[None] if tokens.ndim == 2 else tokens, "tokens")
 
-    def _texts(self, clips: list[Clip], descriptions: Sequence[str] | None) -> list[str]:
+    def _texts(
+        self, clips: list[Clip], descriptions: Sequence[Description] | None, more: int = 0
+    ) -> list[Description]:
+        """The texts of clips that become so many frames longer."""
         texts = [clip.text for clip in clips] if descriptions is None else list(descriptions)
         if len(texts) == 1:
             texts *= len(clips)
         if len(texts) != len(clips):
             raise UserError(f"{len(clips)} clips need as many descriptions, not {len(texts)}")
+        texts = [prompts.completed(text, clip.text) for text, clip in zip(texts, clips)]
+        if descriptions is not None:
+            seconds = (clips[0].codes_KT.shape[-1] + more) / self.frame_rate
+            prompts.check_times(texts, seconds)
         return texts
+
+    def _within(self, texts: list[Description], first: int, num_frames: int) -> list[Description]:
+        """What steers so many frames of each clip, from `first` on."""
+        begin, end = first / self.frame_rate, (first + num_frames) / self.frame_rate
+        return [prompts.within(text, begin, end) for text in texts]
 
     @functools.cached_property
     def _splicer(self) -> encodec.Decoder:
@@ -600,9 +617,13 @@ class Editing:
         def cut(x_BKT: np.ndarray) -> np.ndarray:
             return np.stack([x[:, first : first + window] for x, first in zip(x_BKT, firsts)])
 
-        canvas = Canvas(cut(codes_BKT), ~cut(free_BKT))
+        def heard(texts: list[Description]) -> list[Description]:
+            pairs = zip(texts, firsts, strict=True)
+            return [self._within([text], int(first), window)[0] for text, first in pairs]
+
+        canvas, texts = Canvas(cut(codes_BKT), ~cut(free_BKT)), heard(texts)
         if originals is not None:
-            texts = [*originals, *texts]
+            texts = [*heard(originals), *texts]
             canvas = Canvas(*(np.concatenate([x, x]) for x in canvas))
         made_BKT = self._generated(
             texts, canvas, self.generation, seed, progress, num_frames=window,
@@ -631,8 +652,9 @@ class Editing:
             free_BKT = np.zeros(part_BKT.shape, bool)
             free_BKT[..., new[0] - first : new[1] - first] = True
             codes_BKT[..., first:last] = self._redo(
-                part_BKT, free_BKT, texts, _later(seed, number), progress
-            )
+                part_BKT, free_BKT, self._within(texts, first, last - first),
+                _later(seed, number), progress,
+            )  # fmt: skip
             number += 1
         return codes_BKT
 
@@ -641,7 +663,7 @@ class Editing:
         """The model itself, to judge tokens."""
         return rescore.from_model(self.loaded, self.loaded, execution=self.execution)
 
-    def _confidence(self, codes_BKT: np.ndarray, texts: list[str]) -> np.ndarray:
+    def _confidence(self, codes_BKT: np.ndarray, texts: list[Description]) -> np.ndarray:
         model, window = self.loaded.config.model, self._window
         # What predicts one step after another has read all that comes before without a mask.
         groups = 1 if model.autoregressive else GROUPS
@@ -652,8 +674,9 @@ class Editing:
             part_BKT = codes_BKT[..., first : first + window]
             hidden_G1T = likelihood.interleaved(part_BKT.shape[-1], self._span, groups)
             log_BKT[..., first : first + window] = likelihood.log_probabilities(
-                self._reader, texts, part_BKT, hidden_G1T, mask_id=model.mask_id
-            )
+                self._reader, self._within(texts, first, part_BKT.shape[-1]), part_BKT, hidden_G1T,
+                mask_id=model.mask_id,
+            )  # fmt: skip
         return log_BKT
 
     # --- audio ------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from magnet_jax.arguments import Between, Count, Descriptions, Rate, Seconds, Seed, checked
+from magnet_jax import prompts
+from magnet_jax.arguments import Between, Count, Rate, Seconds, Seed, checked
 from magnet_jax.config import EditConfig
 from magnet_jax.decode import canvas, sampling
 from magnet_jax.decode.tokens_of_text import TextPadLen
@@ -23,6 +24,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.io import audio as files
 from magnet_jax.io import chunks, exact
 from magnet_jax.io.files import replacing_file
+from magnet_jax.prompts import Description, Descriptions
 
 LOUDNESS = -14.0  # LUFS, AudioCraft's
 LEAST_NEW = 0.25  # share of a loop that a start leaves to be made
@@ -37,7 +39,7 @@ class Loops(NamedTuple):
     tokens_BKT: np.ndarray  # int32, rings
     sample_rate: int
     length: Bars
-    texts: list[str]
+    texts: list[Description]
 
     def write(self, path: str | Path, clip: int = 0, lufs: float | None = LOUDNESS) -> None:
         """Writes a loop as WAV or FLAC of 16 bits, with what music programs read of loops.
@@ -53,7 +55,7 @@ class Loops(NamedTuple):
         wav_CN = self.wav_BCN[clip]
         if lufs is not None:
             wav_CN, _ = closing.levelled(wav_CN, self.sample_rate, lufs)
-        info = {"title": self.texts[clip], "software": "magnet_jax"}
+        info = {"title": prompts.in_words(self.texts[clip]), "software": "magnet_jax"}
         content = encoded(Path(path), wav_CN, self.sample_rate, self.length, info)
         with replacing_file(Path(path)) as temporary:
             temporary.write_bytes(content)
@@ -83,7 +85,8 @@ class Looping(Editing):
         The tempo is that of the length: it is not said to the model, which may play another one.
 
         Args:
-          descriptions: texts; a string by itself is one, None or "" a loop without text.
+          descriptions: texts; a string by itself is one, None or "" a loop without text. Texts
+            over time come round again.
           progress: show a bar, or call the callback.
           bpm: quarters a minute.
           bars: how many; as many of 8, 4, 2 or 1 as the model hears at once by default.
@@ -117,7 +120,7 @@ class Looping(Editing):
 
     def loops(
         self,
-        texts: list[str],
+        texts: list[Description],
         length: Bars,
         *,
         seed: int,
@@ -133,6 +136,7 @@ class Looping(Editing):
                 f"a loop of {length.words} is shorter than {self._span} frames of "
                 f"{1 / self.frame_rate:g} s: ask for more bars, or a slower tempo"
             )
+        prompts.check_times(texts, num_frames / self.frame_rate)
         model, given = self.loaded.config.model, None
         if start_BKP is not None:
             if len(start_BKP) not in (1, len(texts)):

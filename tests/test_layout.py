@@ -15,7 +15,7 @@ PATHS = {
 }
 MODULES = {name: path for name, path in PATHS.items() if path.name != "__init__.py"}
 # They import nothing of ours but each other; everything else may import them.
-BASE = ("config", "errors", "arguments", "cli", "programs")
+BASE = ("config", "errors", "arguments", "prompts", "cli", "programs")
 
 
 @functools.cache

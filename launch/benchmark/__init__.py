@@ -8,7 +8,8 @@ python -m launch.benchmark decode --model small --peer     the same at full size
 python -m launch.benchmark autoregressive --model small     a MusicGen against transformers'
 python -m launch.benchmark tradeoff --model small     latency by prompt, steps and rescoring
 python -m launch.benchmark editing                holes filled, errors found, and what an edit costs
-python -m launch.benchmark loops                  how well loops close, and what one costs
 python -m launch.benchmark serving                a server under load against batches without it
+python -m launch.benchmark text                   whether blends, negative texts and timelines steer
+python -m launch.benchmark loops                  how well loops close, and what one costs
 python -m launch.benchmark long                   clips longer than the window, in every way
 """

@@ -15,6 +15,7 @@ from launch.benchmark.options import (
     Long,
     Loops,
     Serving,
+    Texts,
     Tokenize,
     Tradeoff,
     Train,
@@ -30,8 +31,9 @@ MODULES = {
     Tokenize: "tokenizing",
     Tradeoff: "tradeoff",
     Editing: "editing",
-    Loops: "loops",
     Serving: "serving",
+    Texts: "steering",
+    Loops: "loops",
     Long: "long",
 }
 Command = (
@@ -42,8 +44,9 @@ Command = (
     | Annotated[Tokenize, tyro.conf.subcommand("tokenize")]
     | Annotated[Tradeoff, tyro.conf.subcommand("tradeoff")]
     | Annotated[Editing, tyro.conf.subcommand("editing")]
-    | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Serving, tyro.conf.subcommand("serving")]
+    | Annotated[Texts, tyro.conf.subcommand("text")]
+    | Annotated[Loops, tyro.conf.subcommand("loops")]
     | Annotated[Long, tyro.conf.subcommand("long")]
 )
 

@@ -274,6 +274,27 @@ class Editing:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The server's clips in a time against those of batches without it, and of single requests."""
+
+    checkpoint: str | Path = "demo"
+    """The model, as for launch.sample."""
+    seconds: Annotated[float, Between(0, 600, above=True)] = 2.0
+    """Length of a clip."""
+    steps: tuple[int, ...] = (20, 10, 10, 10)
+    """Decoding steps of each codebook."""
+    requests: Count = 48
+    """Clips of each way, in each repeat."""
+    concurrency: Count = 8
+    """Requests at a time, and clips in a batch."""
+    repeats: Count = 3
+    """How often all ways are measured, in turn."""
+
+    def __post_init__(self):
+        check_fields(self, "--")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Loops:
     """How well loops close beside clips of the same texts played twice, and the cost of one."""
 
@@ -298,21 +319,39 @@ class Loops:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Serving:
-    """The server's clips in a time against those of batches without it, and of single requests."""
+class Texts:
+    """Whether blends, texts over time and negative texts do what they say, and what they cost."""
 
     checkpoint: str | Path = "demo"
-    """The model, as for launch.sample."""
-    seconds: Annotated[float, Between(0, 600, above=True)] = 2.0
-    """Length of a clip."""
-    steps: tuple[int, ...] = (20, 10, 10, 10)
-    """Decoding steps of each codebook."""
-    requests: Count = 48
-    """Clips of each way, in each repeat."""
-    concurrency: Count = 8
-    """Requests at a time, and clips in a batch."""
-    repeats: Count = 3
-    """How often all ways are measured, in turn."""
+    """A MAGNeT, as for launch.sample."""
+    texts: tuple[str, str] = (
+        "A moderate melody played on the harpsichord",
+        "A moderate melody played on the flute",
+    )
+    """Two texts that name a tag of the tagger each."""
+    neither: str = "A moderate melody"
+    """A text that names neither."""
+    shares: tuple[Annotated[float, Between(0, 1)], ...] = (0.25, 0.5, 0.75)
+    """Shares of the second text in blends, rising."""
+    clips: Annotated[Count, Between(4, 1024)] = 16
+    """Clips of each row, and of each text for the probe."""
+    seconds: Annotated[float, Between(6, 600)] = 6.0
+    """Length of a clip; a text over time changes in its middle."""
+    fade: Annotated[float, Between(0, 60)] = 0.5
+    """Seconds in which it does."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default the paper's."""
+    batch_size: Count = 8
+    """Clips at once."""
+    seed: Seed = 0
+    """Of the clips and of the intervals."""
+    costs: bool = True
+    """Count FLOPs as well, which compiles a few programs more."""
+    json: Path | None = None
+    """File for all figures."""
 
     def __post_init__(self):
         check_fields(self, "--")
+        if list(self.shares) != sorted(set(self.shares)):
+            raise UserError("--shares must rise")
+        report.check_parent("--json", self.json)

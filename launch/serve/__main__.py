@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from pathlib import Path
@@ -130,15 +131,28 @@ def open_engine(args: Args) -> "Engine":
     return Engine(model, store, limits, name=name, warm=warm_of(args, model.max_duration))
 
 
+def bound(args: Args) -> socket.socket:
+    """The socket to listen at; before a model is loaded, as the port may be taken."""
+    family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
+    try:
+        return socket.create_server((args.host, args.port), family=family)
+    except OSError as error:
+        where = f"--host {args.host} --port {args.port}"
+        raise UserError(f"{where}: cannot be listened at ({error.strerror or error})") from None
+
+
 def serve(args: Args) -> None:
     """Serves until SIGTERM or Ctrl-C; what was begun is ended before."""
     check_fields(args, "--")
-    access = access_of(args)
-    import uvicorn
+    try:
+        import uvicorn
 
+        from magnet_jax.serving import http
+    except ModuleNotFoundError as error:
+        raise UserError(f"the server needs {error.name}: pip install 'magnet-jax[serve]'") from None
     from launch.serve.uploads import Reader
-    from magnet_jax.serving import http
 
+    access, listening = access_of(args), bound(args)
     _log_to_stderr()
     engine, reader = open_engine(args), Reader()
     app = http.create_app(engine, access, reader, page=args.page, log_prompts=args.log_prompts)
@@ -164,15 +178,13 @@ def serve(args: Args) -> None:
 
     server.handle_exit = end  # in place of uvicorn's, which waits for no job
     with engine:
-        threading.Thread(target=_tell, args=(engine, server, args), daemon=True).start()
+        threading.Thread(target=_tell, args=(engine, server, args, listening), daemon=True).start()
         try:
-            server.run()
+            server.run(sockets=[listening])
         finally:
             reader.close()
     if engine.failure is not None:
         raise engine.failure
-    if not server.started:
-        raise UserError(f"--port {args.port}: cannot be listened at; is another server there?")
 
 
 def _log_to_stderr() -> None:
@@ -186,15 +198,13 @@ def _log_to_stderr() -> None:
         logger.propagate = False
 
 
-def _tell(engine: "Engine", server: Any, args: Args) -> None:
+def _tell(engine: "Engine", server: Any, args: Args, listening: socket.socket) -> None:
     """Says where the server is as soon as it is ready."""
     engine.warmed.wait()
     if engine.failure is not None:
         server.should_exit = True
         return
-    port = args.port
-    if server.servers:
-        port = server.servers[0].sockets[0].getsockname()[1]
+    port = listening.getsockname()[1]
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"ready: http://{host}:{port}", flush=True)
 

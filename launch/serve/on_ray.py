@@ -89,7 +89,6 @@ def build(options: dict[str, str]) -> serve.Application:
     access_of(args)  # which says what is wrong with it
     if args.folder is None:
         raise UserError("folder=DIR: name a folder that all replicas share")
-    args = dataclasses.replace(args, folder=Path(args.folder).resolve())
     deployment = serve.deployment(
         serve.ingress()(Replica),
         name="magnet_jax",
@@ -103,4 +102,15 @@ def build(options: dict[str, str]) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),
         graceful_shutdown_timeout_s=args.drain_seconds + 10,
     )
-    return deployment.bind(args)
+    return deployment.bind(_anywhere(args))
+
+
+def _anywhere(args: Args) -> Args:
+    """The options with whole paths: a replica works in another folder."""
+    from magnet_jax.checkpoints import pretrained  # JAX is slow to load
+
+    paths = {"folder": args.folder, "api_key_file": args.api_key_file}
+    if args.checkpoint not in pretrained.SHIPPED and Path(args.checkpoint).is_dir():
+        paths["checkpoint"] = Path(args.checkpoint)
+    found = {name: path and path.resolve() for name, path in paths.items()}
+    return dataclasses.replace(args, **found)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import ModelConfig
-from magnet_jax.decode import autoregressive, parallel
+from magnet_jax.decode import autoregressive, parallel, tokens_of_text
 from magnet_jax.decode.autoregressive import UNKNOWN, Beginning
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.magnet import ALL_SAVINGS, Savings
@@ -43,10 +43,12 @@ def generate(
       task: of whose canvas the first `beginning.num_given` frames are given.
       sampling, beginning: of the steps one after another.
     """
-    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    num_steps = patterns.num_steps(task.canvas.codes_BKT.shape[-1], config.delays)
+    model = transformer.bind(config, params)
+    text, negative = tokens_of_text.read(model, text_states, num_steps, dtype=dtype)
     both = text  # rows with text and, where these count, rows without
-    if not (savings.null_text and config.null_text_adds_nothing):
-        both = transformer.with_null_rows(text)
+    if negative is not None or not (savings.null_text and config.null_text_adds_nothing):
+        both = transformer.with_null_rows(text, negative)
     # Both halves read one cache, and either may want the rows without text.
     guided = beginning.guided or (rules.guided != "none" and not beginning.whole)
     num_first = beginning.num_steps(config.delays) - beginning.num_known_steps
@@ -130,9 +132,10 @@ def _network_after(
     def trunk(codes_BKT, *, stage, local, guided, first_B):
         rows = jnp.concatenate([codes_BKT] * (1 + guided))
         steps_RKS = patterns.to_steps(rows, config.delays, config.mask_id)
+        frame_1S = jnp.arange(first, num_steps)[None] - 1 - delays[stage]
         states_RSD = transformer.bind(config, params).trunk(
             steps_RKS[..., first:],
-            both if guided else text,
+            (both if guided else text).at(frame_1S),
             local=local,
             attend=functools.partial(
                 attention.completing_attention,

@@ -13,7 +13,7 @@ A MusicGen goes on from window to window, as AudioCraft's does.
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -158,7 +158,24 @@ def texts_of_windows(text: Text, clip_R: np.ndarray, first_R: np.ndarray, size: 
       clip_R: of each window, the number of its clip in the batch.
       first_R: and the frame of the clip at which it begins; windows are `size` frames long.
     """
-    return Text(*(x[clip_R] for x in text))
+    windows = jax.tree.map(lambda x: x[clip_R], text)
+
+    def moved(text: Text) -> Text:
+        knot_RP = text.shares.knot_BP - first_R[:, None]
+        return text._replace(shares=text.shares._replace(knot_BP=knot_RP.astype(np.float32)))
+
+    if text.shares is None:
+        return windows
+    negative = windows.negative and moved(windows.negative)
+    return moved(windows)._replace(negative=negative)
+
+
+def _rescored(batch: Batch, clip_R: np.ndarray, first_R: np.ndarray, size: int) -> dict[str, Any]:
+    """The rescorer's texts of windows."""
+    texts = batch.rescorer_texts
+    if isinstance(texts, Text):
+        return {"rescorer_texts": texts_of_windows(texts, clip_R, first_R, size)}
+    return {}  # of functions of others, whose texts are no matter of time
 
 
 # --- how windows lie ------------------------------------------------------------------------------
@@ -274,6 +291,7 @@ def _rows(
     return dataclasses.replace(
         _clips(batch, clip_R),
         text=texts_of_windows(batch.text, clip_R, first_R, size),
+        **_rescored(batch, clip_R, first_R, size),
         origin_B=first_R,
         canvas=Canvas(np.stack(codes), np.stack(given)),
         editing=round_.editing,
@@ -348,8 +366,11 @@ def _one_after_another(
     for number in range(total):
         start = number * stride
         end = min(start + window, num_frames)
+        clip_B = np.arange(len(codes_BKT))
+        first_B = np.full(len(clip_B), start, np.int32)
         part = dataclasses.replace(
             batch,
+            text=texts_of_windows(batch.text, clip_B, first_B, end - start),
             # each window has random numbers of its own
             sample_B=batch.sample_B + number * _SAMPLES,
             canvas=canvas.beginning_with(codes_BKT[..., start:known], end - start),

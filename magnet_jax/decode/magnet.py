@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from magnet_jax.config import KernelConfig, ModelConfig
-from magnet_jax.decode import joint, parallel
+from magnet_jax.decode import joint, parallel, tokens_of_text
 from magnet_jax.decode.parallel import Network
 from magnet_jax.decode.ring import Ring
 from magnet_jax.decode.schedule import Schedule
@@ -47,6 +47,7 @@ def guided_network(
     savings: Savings = ALL_SAVINGS,
     guidance_axis: str | None = None,
     frames_axis: str | None = None,
+    negative: transformer.TextKeys | None = None,
 ) -> Network:
     """The transformer as `parallel.decode` wants it.
 
@@ -58,6 +59,7 @@ def guided_network(
       savings: see `Savings`; of them `null_text` is the network's.
       guidance_axis: mesh axis of two devices, of which the second computes the rows without text.
       frames_axis: mesh axis over which the frames are split.
+      negative: what the rows without text have in its place.
     """
     # One array for all uses: as constants they would be in the program once a use.
     position_TD = jnp.asarray(transformer.sinusoids(num_frames, config.width))
@@ -67,17 +69,20 @@ def guided_network(
 
     # The general path. A model with biases in attention takes it whatever may be saved: to it, no
     # text is something. With norms of queries and keys alone the values of no text are still zeros.
-    null_rows = transformer.with_null_rows(text)
-    null_text = savings.null_text and config.null_text_adds_nothing
+    null_rows = transformer.with_null_rows(text, negative)
+    null_text = savings.null_text and config.null_text_adds_nothing and negative is None
 
-    def trunk(codes_BKT, *, stage, local, guided, first_B):
+    def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T=None):
         rows_text = text
         if guided and guidance_axis is not None:
             here = jax.lax.axis_index(guidance_axis) == 0
-            rows_text = text._replace(
-                mask_BS=text.mask_BS & here,
-                num_zero_keys_B=jnp.where(here, text.num_zero_keys_B, 0),
-            )
+            if negative is not None:
+                rows_text = jax.tree.map(functools.partial(jnp.where, here), text, negative)
+            else:
+                rows_text = text._replace(
+                    mask_BS=text.mask_BS & here,
+                    num_zero_keys_B=jnp.where(here, text.num_zero_keys_B, 0),
+                )
         elif guided:
             codes_BKT, rows_text = twice(codes_BKT), text if null_text else null_rows
             first_B = None if first_B is None else twice(first_B)
@@ -86,16 +91,20 @@ def guided_network(
         positions_BTD, num_frames = position_TD[None], codes_BKT.shape[-1]
         if ring is not None:
             positions_BTD = positions_BTD[:, :num_frames]
+            rows_text = rows_text.at(frame_1T)
             if ring.around[local]:
                 attend = functools.partial(attend, around=length)
         elif first_B is not None:
-            positions_BTD = position_TD[first_B[:, None] + jnp.arange(num_frames)[None]]
+            frame_BT = first_B[:, None] + jnp.arange(num_frames)[None]
+            positions_BTD = position_TD[frame_BT]
+            rows_text = rows_text.at(frame_BT[: len(rows_text.mask_BS)])
             attend = functools.partial(attend, length=None if length is None else length - first_B)
         elif frames_axis is not None:
             share = num_frames // jax.lax.axis_size(frames_axis)
             first = jax.lax.axis_index(frames_axis) * share
             positions_BTD = jax.lax.dynamic_slice_in_dim(positions_BTD, first, share, axis=1)
             codes_BKT = jax.lax.dynamic_slice_in_dim(codes_BKT, first, share, axis=-1)
+            rows_text = rows_text.at(first + jnp.arange(share)[None])
             whole = num_frames if length is None else length
             attend = functools.partial(attend, axis=frames_axis, length=whole)
         else:
@@ -113,6 +122,22 @@ def guided_network(
         return tuple(jnp.split(logits_RMV, 2))
 
     return Network(trunk, head)
+
+
+def read_texts(
+    config: ModelConfig,
+    params: dict,
+    text_states: TextStates,
+    task: parallel.Task,
+    rules: parallel.Rules,
+    *,
+    dtype: jnp.dtype,
+) -> tuple[transformer.TextKeys, transformer.TextKeys | None]:
+    """What the network of a task needs of its texts, and of negative ones."""
+    num_frames = task.canvas.codes_BKT.shape[-1]
+    return tokens_of_text.read(
+        transformer.bind(config, params), text_states, num_frames, dtype=dtype
+    )
 
 
 def network_of_task(
@@ -156,9 +181,9 @@ def generate(
     text. The numbers of `schedule` may change without a new program. Of windows that share a canvas
     each has a row of text. For the other arguments see `guided_network` and `parallel.decode`.
     """
-    text = transformer.bind(config, params).read_text(*text_states, dtype=dtype)
+    text, negative = read_texts(config, params, text_states, task, rules, dtype=dtype)
     network = network_of_task(
         config, params, text, task, rules, kernels=kernels, savings=savings,
-        guidance_axis=guidance_axis,
+        guidance_axis=guidance_axis, negative=negative,
     )  # fmt: skip
     return parallel.decode(network, rules, task, schedule)

@@ -33,7 +33,8 @@ class Network(NamedTuple):
     trunk: Callable[..., jax.Array]
     """(codes_BKT, *, stage, local, guided, first_B) -> states_RTD, from which codebook `stage` is
     predicted. R counts the rows with their text and, if `guided`, the same rows without. The codes
-    are a whole clip's, `first_B` being None, or each row's from a frame on."""
+    are a whole clip's, `first_B` being None, or each row's from a frame on; of a ring there is
+    `frame_1T` as well, which frames of it these are."""
     head: Callable[..., tuple[jax.Array, jax.Array | None]]
     """(states_RMD, stage, *, guided) -> logits_BMV with text and, or None, without."""
 
@@ -192,12 +193,12 @@ def predict(
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens of codebook `row.stage` at all frames, and their probabilities, [B, T]."""
     batch, _, num_frames = codes_BKT.shape
-    home_T = None
+    how, home_T = {"stage": row.stage, "local": local, "guided": guided, "first_B": None}, None
     if rules.ring is not None:
         around = rules.ring.around[local]
         place_W, home_T = rings.view(rules.ring, num_frames, task.end, row.number, around=around)
-        codes_BKT = codes_BKT[..., place_W]
-    states_RTD = network.trunk(codes_BKT, stage=row.stage, local=local, guided=guided, first_B=None)
+        codes_BKT, how["frame_1T"] = codes_BKT[..., place_W], place_W[None]
+    states_RTD = network.trunk(codes_BKT, **how)
     states_RTD = states_RTD if home_T is None else states_RTD[:, home_T]
     frame_T = jnp.arange(num_frames)
     if rules.frames_axis is not None:  # every device draws for its own frames

@@ -137,14 +137,12 @@ def check_partners(loaded: Loaded, partner: Loaded, name: str) -> None:
 
 @transformer.exact_products
 def _read_text(
-    params: dict, text: Text, *, reading: _Reading, dtype: jnp.dtype
-) -> transformer.TextKeys:
-    """What the rescorer's cross-attention needs of the texts, through its own text encoder."""
-    states_BSE = t5.encode(
-        params["text"], reading.t5_config, text.ids_BS, text.mask_BS, dtype=dtype
-    )
+    params: dict, text: Text, num_frames: int, *, reading: _Reading, dtype: jnp.dtype
+) -> tuple[transformer.TextKeys, transformer.TextKeys | None]:
+    """`tokens_of_text.read` by the rescorer, through its own text encoder."""
+    states = tokens_of_text.encode(params["text"], reading.t5_config, text, dtype=dtype)
     model = transformer.bind(reading.model, params["lm"])
-    return model.read_text(states_BSE, text.mask_BS, text.num_zero_keys_B, dtype=dtype)
+    return tokens_of_text.read(model, states, num_frames, dtype=dtype)
 
 
 def _probabilities(
@@ -165,11 +163,11 @@ def _musicgen_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array
 
     def read(params, text, *, num_frames, length):
         # Past `length` the candidate has mask ids, which is what steps without a code hold anyway.
-        keys = _read_text(params, text, reading=reading, dtype=reading.dtype)
-        if reading.guided and not config.null_text_adds_nothing:
-            keys = transformer.with_null_rows(keys)
         # As many as generation takes: up to the last frame of the most delayed codebook.
         num_steps = patterns.num_steps(num_frames, config.delays) - 1
+        keys, negative = _read_text(params, text, num_steps, reading=reading, dtype=reading.dtype)
+        if reading.guided and (negative is not None or not config.null_text_adds_nothing):
+            keys = transformer.with_null_rows(keys, negative)
         positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
@@ -202,10 +200,11 @@ def _magnet_reader(reading: _Reading) -> Callable[..., Callable[..., jax.Array]]
         kernels = choose_kernels(
             reading.kernels, reading.platform, config, num_frames, reading.dtype
         )
-        keys = _read_text(params, text, reading=reading, dtype=reading.dtype)
+        keys, negative = _read_text(params, text, num_frames, reading=reading, dtype=reading.dtype)
         network = magnet.guided_network(
-            config, params["lm"], keys, num_frames, kernels=kernels, length=length
-        )
+            config, params["lm"], keys, num_frames, kernels=kernels, length=length,
+            negative=negative,
+        )  # fmt: skip
 
         def probabilities(codes_BKT, hidden_BT, stage, *, local):
             token_BT = codebook(codes_BKT, stage)

@@ -19,11 +19,12 @@ from jax.sharding import PartitionSpec as P
 from magnet_jax.codec import decoding
 from magnet_jax.config import KernelConfig, ModelConfig, RescoreConfig
 from magnet_jax.convert.codec_rules import SeanetConfig
-from magnet_jax.decode import autoregressive, hybrid, magnet, parallel
+from magnet_jax.decode import autoregressive, hybrid, magnet, parallel, tokens_of_text
 from magnet_jax.decode.canvas import Canvas
 from magnet_jax.decode.schedule import Schedule
-from magnet_jax.decode.tokens_of_text import Text, TextStates
+from magnet_jax.decode.tokens_of_text import Text
 from magnet_jax.model import t5
+from magnet_jax.prompts import Description
 
 
 class Rescorer(NamedTuple):
@@ -39,9 +40,9 @@ class Rescorer(NamedTuple):
     the frames that exist of `num_frames`. One function object, one program."""
     params: Any
     """Arrays, in trees; on a mesh every device has all of them."""
-    tokenize: Callable[[Sequence[str], int | Literal["batch"] | None], Any]
+    tokenize: Callable[[Sequence[Description], int | Literal["batch"] | None], Any]
     """(texts, text_pad_len) -> texts as `read` takes them: arrays of a row a clip, in trees. For
-    the arguments see `tokenize_texts`."""
+    the arguments see `tokenize_texts`; a text that is more than one is a `prompts.Prompt`."""
     weight: float = RescoreConfig.weight
     """Its share of the scores, from 0 (as without it, bit for bit) to 1 (it alone)."""
 
@@ -98,9 +99,7 @@ class Sampler:
 
     def __call__(self, inputs: Inputs) -> Sampled:
         """From the tokens of texts to tokens of audio, and to audio; on one device of the mesh."""
-        text = inputs.text
-        states_BSE = t5.encode(inputs.t5, self.t5, text.ids_BS, text.mask_BS, dtype=self.dtype)
-        states = TextStates(states_BSE, text.mask_BS, text.num_zero_keys_B)
+        states = tokens_of_text.encode(inputs.t5, self.t5, inputs.text, dtype=self.dtype)
         task = self.task(inputs)
         how = {"config": self.model, "rules": self.rules, "savings": self.savings}
         how["dtype"] = self.dtype

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from magnet_jax import arguments, programs
+from magnet_jax import arguments, programs, prompts
 from magnet_jax.arguments import Seed
 from magnet_jax.checkpoints.pretrained import Loaded
 from magnet_jax.codec import decoding as audio
@@ -47,6 +47,7 @@ from magnet_jax.decode.tokens_of_text import Text, TextPadLen, tokenize_texts
 from magnet_jax.errors import UserError
 from magnet_jax.model import precision
 from magnet_jax.model.kernels import choose_kernels
+from magnet_jax.prompts import Description
 
 
 class Generated(NamedTuple):
@@ -130,7 +131,7 @@ def frame_bucket(num_frames: int, usual: int, multiple: int) -> int:
 
 def generate(
     loaded: Loaded,
-    texts: Sequence[str],
+    texts: Sequence[Description],
     *,
     decoder: encodec.Decoder | encodec.Codec | None = None,
     execution: Execution = Execution(),
@@ -140,7 +141,8 @@ def generate(
 
     Args:
       loaded: the model.
-      texts: descriptions; an empty one is generated without text.
+      texts: descriptions; an empty one is generated without text. Those of a part of a longer
+        clip are `prompts.within` it.
       decoder: turns the tokens into audio, in JAX as part of the program, or in PyTorch.
       execution: how to run on the hardware.
       asked: what else is asked for, as of `make_batch`.
@@ -161,7 +163,7 @@ def generate(
 
 def make_batch(
     loaded: Loaded,
-    texts: Sequence[str],
+    texts: Sequence[Description],
     *,
     num_frames: int,
     decoding: SamplingConfig | Sequence[DecodeConfig],
@@ -219,6 +221,8 @@ def make_batch(
     samples_B = np.asarray(first_sample)
     if not samples_B.ndim:
         samples_B = first_sample + np.arange(count) % (count // 2 if replays else count)
+    if editing is not None and editing.ring:
+        texts = _around(loaded, texts, num_frames, rescored=rescorer is not None)
     return Batch(
         text=tokenize_texts(loaded, texts, text_pad_len),
         sample_B=samples_B,
@@ -266,6 +270,20 @@ def check_ring(loaded: Loaded, num_frames: int, decoder: Any, execution: Executi
         raise UserError("attention kernel splash goes around no loop: leave out kernels.local")
     if decoder is not None:
         raise ValueError("a ring's audio is made of its tokens by edit.closing.audio")
+
+
+def _around(
+    loaded: Loaded, texts: Sequence[Description], num_frames: int, *, rescored: bool
+) -> list[Description]:
+    """The texts of rings, of which those over time come round again."""
+    seconds = num_frames / loaded.codec.frame_rate
+    around = [prompts.within(text, 0, seconds, seconds) for text in texts]
+    if rescored and any(map(prompts.changes, around)):
+        raise UserError(
+            "a rescorer hears a loop from another place at each step, and does not know when its "
+            "texts change: leave out the rescorer, or give each loop one text or a blend"
+        )
+    return around
 
 
 def _clips(count: int, num_frames: int, loaded: Loaded) -> str:
@@ -317,8 +335,8 @@ def make_program(
         audio_frames=num_frames if exact else None, num_frames=bucket, platform=platform, mesh=mesh,
     )  # fmt: skip
     text = batch.text
-    if not text.mask_BS.any() and mesh is None and sampler.skips_null_text:
-        text = Text(*(x[:0] for x in text))
+    if not text.any and mesh is None and sampler.skips_null_text:
+        text = jax.tree.map(lambda x: x[:0], text)
     count = len(batch.sample_B)
     idle = -count % shards["data"]
 
@@ -342,7 +360,7 @@ def make_program(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
         codec=batch.decoder and batch.decoder.params,
-        text=Text(*map(fill, text)) if mesh is not None else text,
+        text=jax.tree.map(fill, text) if mesh is not None else text,
         canvas=given,
         keys_B=choose.sample_keys(
             fill(np.broadcast_to(batch.seed, count)), jnp.asarray(fill(batch.sample_B))
@@ -414,7 +432,7 @@ def _make_sampler(
     shards = mesh.shape["frames"] if mesh else 1
     dtype = precision.compute_dtype(loaded.config, platform)
     savings = execution.savings
-    guided = schedules.guided_steps(decode, bool(batch.text.mask_BS.any()))
+    guided = schedules.guided_steps(decode, batch.text.any)
     if guided == "all_but_last" and not savings.last_guidance:
         guided = "all"
     reach = model.num_layers * model.local_context or None
@@ -536,7 +554,7 @@ def _beginning(
         num_frames=first_frames,
         whole=first_frames == num_frames,
         choice=choice,
-        guided=bool(batch.text.mask_BS.any()) and how.guidance != 1,
+        guided=batch.text.any and how.guidance != 1,
         apart=platform == "cpu",
     )
     numbers = (how.temperature, limit, how.guidance)

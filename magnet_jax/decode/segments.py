@@ -18,12 +18,11 @@ import numpy as np
 
 from magnet_jax import programs
 from magnet_jax.codec import decoding
-from magnet_jax.decode import magnet, parallel
+from magnet_jax.decode import magnet, parallel, tokens_of_text
 from magnet_jax.decode.parallel import State
 from magnet_jax.decode.sampler import Inputs, Sampled, Sampler
 from magnet_jax.decode.schedule import Schedule
-from magnet_jax.decode.tokens_of_text import TextStates
-from magnet_jax.model import t5, transformer
+from magnet_jax.model import transformer
 
 STEPS = 5  # of a segment, at most
 
@@ -106,13 +105,13 @@ def run(
     # Programs of tokens are the same whatever becomes of them.
     tokens = dataclasses.replace(sampler, codec=None)
     given = inputs._replace(t5=None, codec=None, schedule=(), text=None)
-    text, carry = call(begin, inputs._replace(codec=None, schedule=()), sampler=tokens)
+    texts, carry = call(begin, inputs._replace(codec=None, schedule=()), sampler=tokens)
     parts = list(segments_of(inputs.schedule, sampler))
     total = sum(int((kinds > NO_STEP).sum()) for _, _, kinds in parts)
     done, hidden = 0, []
     for local, rows, kinds in parts:
         carry, hidden_SBT = call(
-            advance, given, text, carry, rows, kinds, sampler=tokens, local=local
+            advance, given, texts, carry, rows, kinds, sampler=tokens, local=local
         )
         steps = int((kinds > NO_STEP).sum())
         done += steps
@@ -127,24 +126,26 @@ def run(
     return Sampled(carry.codes_BKT, np.concatenate([np.asarray(x) for x in hidden]), wav_BCN)
 
 
+Texts = tuple[transformer.TextKeys, transformer.TextKeys | None]  # and negative ones
+
+
 @functools.partial(jax.jit, static_argnames="sampler")
-def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[transformer.TextKeys, Carry]:
+def begin(inputs: Inputs, *, sampler: Sampler) -> tuple[Texts, Carry]:
     """What all steps need of the texts, and the canvas before the first one."""
-    text, rules = inputs.text, sampler.rules
-    states_BSE = t5.encode(inputs.t5, sampler.t5, text.ids_BS, text.mask_BS, dtype=sampler.dtype)
-    states = TextStates(states_BSE, text.mask_BS, text.num_zero_keys_B)
-    model = transformer.bind(sampler.model, inputs.lm)
-    read = transformer.exact_products(model.read_text)
+    rules, task, dtype = sampler.rules, sampler.task(inputs), sampler.dtype
+    states = tokens_of_text.encode(inputs.t5, sampler.t5, inputs.text, dtype=dtype)
+    read = transformer.exact_products(magnet.read_texts)
     codes_BKT, given_BKT = inputs.canvas
     codes_BKT = jnp.where(given_BKT, codes_BKT, rules.mask_id)
-    state = parallel.start(rules, sampler.task(inputs), 0)
-    return read(*states, dtype=sampler.dtype), Carry(codes_BKT, state.score_BU, state.free_BG)
+    state = parallel.start(rules, task, 0)
+    texts = read(sampler.model, inputs.lm, states, task, rules, dtype=dtype)
+    return texts, Carry(codes_BKT, state.score_BU, state.free_BG)
 
 
 @functools.partial(jax.jit, static_argnames=("sampler", "local"), donate_argnames="carry")
 def advance(
     inputs: Inputs,
-    text: transformer.TextKeys,
+    texts: Texts,
     carry: Carry,
     rows: Schedule,
     kinds_S: jax.Array,
@@ -154,15 +155,15 @@ def advance(
 ) -> tuple[Carry, jax.Array]:
     """The steps of a segment; and True [S, B, T] where each of them predicted."""
     how = {"sampler": sampler, "local": local, "dtype": sampler.dtype}
-    return _advance(inputs, sampler.task(inputs), text, carry, rows, kinds_S, **how)
+    return _advance(inputs, sampler.task(inputs), texts, carry, rows, kinds_S, **how)
 
 
 @transformer.exact_products
-def _advance(inputs, task, text, carry, rows, kinds_S, *, sampler, local, dtype):
+def _advance(inputs, task, texts, carry, rows, kinds_S, *, sampler, local, dtype):
     rules, (batch, _, num_frames) = sampler.rules, task.canvas.codes_BKT.shape
     network = magnet.network_of_task(
-        sampler.model, inputs.lm, text, task, rules, kernels=sampler.kernels,
-        savings=sampler.savings,
+        sampler.model, inputs.lm, texts[0], task, rules, kernels=sampler.kernels,
+        savings=sampler.savings, negative=texts[1],
     )  # fmt: skip
 
     def take(carry: Carry, row_and_kind: tuple[Schedule, jax.Array]) -> tuple[Carry, jax.Array]:

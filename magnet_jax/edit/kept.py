@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from magnet_jax import prompts
 from magnet_jax.codec import encodec
 from magnet_jax.config import CodecSpec
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
+from magnet_jax.prompts import Description
 
 SUFFIX = ".tokens.npz"
 
@@ -26,7 +28,7 @@ class Kept(NamedTuple):
     codes_KT: np.ndarray  # int32
     codec: str  # sha256 of the codec, see `CodecSpec`
     sample_rate: int
-    text: str
+    text: Description
     seed: int | None
     settings: dict[str, Any]
 
@@ -36,7 +38,7 @@ def save(
     codes_KT: np.ndarray,
     spec: CodecSpec,
     *,
-    text: str = "",
+    text: Description = "",
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -63,7 +65,7 @@ def encoded(
     codes_KT: np.ndarray,
     spec: CodecSpec,
     *,
-    text: str = "",
+    text: Description = "",
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> memoryview:
@@ -83,7 +85,7 @@ def encoded(
         "codec_sha256": spec.sha256,
         "codec": dataclasses.asdict(spec),
         "sample_rate": spec.sample_rate,
-        "text": text,
+        "text": prompts.as_json(text),
         "seed": seed,
         "settings": dict(settings or {}),
     }
@@ -150,7 +152,7 @@ def _read(path: Path, digest: str) -> Kept | None:
             codes_KT.astype(np.int32),
             str(about["codec_sha256"]),
             int(about["sample_rate"]),
-            str(about["text"]),
+            prompts.from_json(about["text"]),
             about["seed"],
             dict(about["settings"]),
         )

@@ -278,3 +278,26 @@ def cross_attention(
         return out_BTNH
     zero_weights_BTN1 = jnp.swapaxes(zero_exps / total, 1, 2).astype(value_BSNH.dtype)
     return out_BTNH + zero_weights_BTN1 * zero_11NH[1]
+
+
+def blended_attention(
+    query_BTNH: jax.Array,
+    key_BGSNH: jax.Array,
+    value_BGSNH: jax.Array,
+    text_mask_BGS: jax.Array,
+    num_zero_keys_BG: jax.Array,
+    weight_BTG: jax.Array,
+    zero_11NH: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """`cross_attention` to each of G texts, and of what it gives the weighted mean of each frame.
+
+    This is one softmax over the tokens of all texts, with a bias: the logarithm of the text's
+    weight, less that of what its tokens add up to. So a text's share is its weight, however many
+    tokens it has, and however well they fit the query.
+    """
+    each = jax.vmap(cross_attention, in_axes=(None, 1, 1, 1, 1, None), out_axes=1)
+    each_BGTNH = each(
+        query_BTNH, key_BGSNH, value_BGSNH, text_mask_BGS, num_zero_keys_BG, zero_11NH
+    )
+    weight_BGT11 = jnp.swapaxes(weight_BTG, 1, 2)[..., None, None]
+    return (weight_BGT11 * each_BGTNH).sum(1).astype(value_BGSNH.dtype)

@@ -30,7 +30,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from magnet_jax.config import ModelConfig, Remat
 from magnet_jax.io.trees import flatten
-from magnet_jax.model.attention import cached_attention, cross_attention, self_attention
+from magnet_jax.model.attention import (
+    blended_attention,
+    cached_attention,
+    cross_attention,
+    self_attention,
+)
 
 # Names of what products and attention give, for the backward pass to keep.
 PRODUCT, ATTENDED = "product", "attended"
@@ -49,14 +54,33 @@ class TextKeys(NamedTuple):
     value_LBSNH: jax.Array
     mask_BS: jax.Array
     num_zero_keys_B: jax.Array
+    weight_BTG: jax.Array | None = None
+    """Where rows have G texts each, how much each counts in each frame. Then there are [L, B, G, S]
+    keys, a mask [B, G, S], and zero keys [B, G]."""
+
+    def at(self, frame_BT: jax.Array) -> "TextKeys":
+        """The same for other frames than all, of each row or (B = 1) of all rows."""
+        if self.weight_BTG is None:
+            return self
+        frame_BT1 = jnp.broadcast_to(frame_BT, (len(self.mask_BS), frame_BT.shape[1]))[..., None]
+        weight_BTG = jnp.take_along_axis(self.weight_BTG, frame_BT1, axis=1, mode="clip")
+        return self._replace(weight_BTG=weight_BTG)
 
 
-def with_null_rows(text: TextKeys) -> TextKeys:
-    """The rows of `text`, then as many without text: with keys, of which none counts."""
+def with_null_rows(text: TextKeys, negative: TextKeys | None = None) -> TextKeys:
+    """The rows of `text`, then those of `negative`, by default as many without text.
+
+    Those have keys, of which none counts.
+    """
+    if negative is None:
+        negative = text._replace(
+            mask_BS=jnp.zeros_like(text.mask_BS),
+            num_zero_keys_B=jnp.zeros_like(text.num_zero_keys_B),
+        )
+    (keys, rows), (more_keys, more_rows) = ((x[:2], x[2:]) for x in (text, negative))
     return TextKeys(
-        *(jnp.concatenate([x, x], axis=1) for x in text[:2]),
-        jnp.concatenate([text.mask_BS, jnp.zeros_like(text.mask_BS)]),
-        jnp.concatenate([text.num_zero_keys_B, jnp.zeros_like(text.num_zero_keys_B)]),
+        *(jnp.concatenate(both, axis=1) for both in zip(keys, more_keys)),
+        *jax.tree.map(lambda *both: jnp.concatenate(both), rows, more_rows),
     )
 
 
@@ -292,7 +316,11 @@ class Block(nnx.Module):
             return x_BTD
         query_BTNH = self.cross_attn.to_query(self.norm_cross_attn(x_BTD[:num_texts]))
         zero_11NH = self.cross_attn.key_value_of_zeros(x_BTD.dtype)
-        attended = cross_attention(query_BTNH, *text, zero_11NH)
+        *keys, weight_BTG = text
+        if weight_BTG is None:
+            attended = cross_attention(query_BTNH, *keys, zero_11NH)
+        else:
+            attended = blended_attention(query_BTNH, *keys, weight_BTG, zero_11NH)
         added_BTD = self.cross_attn.to_out(checkpoint_name(attended, ATTENDED))
         return x_BTD + jnp.pad(added_BTD, ((0, num_without), (0, 0), (0, 0)))
 
@@ -430,6 +458,7 @@ class Transformer(nnx.Module):
         Returns final-norm states [B, T, D], which predict the next steps, and the cache with these.
         """
         capacity = cache.key_LBNCH.shape[3]
+        text = text.at(first + jnp.arange(codes_BKT.shape[-1])[None])
         positions_TD = jax.lax.dynamic_slice_in_dim(
             jnp.asarray(sinusoids(capacity, self.config.width)), first, codes_BKT.shape[-1]
         )

@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol
 
+from magnet_jax import prompts
 from magnet_jax.serving import requests, store
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import Job
@@ -41,9 +42,10 @@ def check(job: Job, server: Server) -> None:
     known = request.model in (None, server.name)
     require(known, "model", f"there is {server.name} alone", status=404, code="model_not_found")
     require(request.n <= limits.clips, "n", f"must be at most {limits.clips}")
-    for name in ("input", "original"):
-        text = getattr(request, name, None) or ""
-        require(len(text) <= limits.text, name, f"is longer than {limits.text} characters")
+    original = getattr(request, "original", None) or ""
+    texts = [original, *prompts.all_texts(request.description or "")]
+    longest = max(map(len, texts))
+    require(longest <= limits.text, "input", f"is longer than {limits.text} characters")
     lengths = [getattr(request, name, None) or 0 for name in ("seconds", "before", "after")]
     most = limits.seconds
     if job.kind == "loop":

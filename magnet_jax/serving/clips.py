@@ -6,6 +6,7 @@ from pathlib import Path
 
 import soundfile
 
+from magnet_jax import prompts
 from magnet_jax.io import audio
 from magnet_jax.io.files import replacing_file
 from magnet_jax.serving import store
@@ -18,7 +19,7 @@ TYPES = {"wav": "audio/wav", "flac": "audio/flac", "mp3": "audio/mpeg"}
 
 def name_of(job: Job, index: int | None, suffix: str) -> str:
     """A name that says what is in a file, of letters, digits and dashes alone."""
-    text = getattr(job.request, "input", None) or job.kind
+    text = prompts.in_words(job.request.description or "") or job.kind
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].strip("-") or "clip"
     number = "" if index is None else f"-{index}"
     loop = next((clip.loop for clip in job.clips if clip.loop), None)

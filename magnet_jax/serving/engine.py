@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 WAIT = {"cpu": 0.0}  # seconds for which a batch waits for more; a CPU gains nothing from batches
 WAIT_ELSEWHERE = 0.02
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # stands in what XLA says then
+LAST_SECONDS = 60.0  # at the end, for what the device is at: a compilation cannot be stopped
 HOUSEKEEPING = 30.0  # seconds between two looks at what has expired
 
 
@@ -123,8 +124,10 @@ class Engine:
             for seconds, size in self._to_warm:
                 request = requests.Generate(input="a calm melody", seconds=seconds, seed=0)
                 row = work.rows_of(new_job(request, "", ""), self.model)[0]
-                work.generate(self.model, [row] * size, lambda progress: None)
+                work.generate(self.model, [row] * size, lambda progress: self._go_on_warming())
             self.ready = True
+        except LeftError:
+            pass
         except Exception as error:
             if size > 1 and OUT_OF_MEMORY in str(error):
                 # What is longer than what was tried is made one clip at a time when it fails.
@@ -134,6 +137,10 @@ class Engine:
             else:
                 self.failure = error
         self.warmed.set()
+
+    def _go_on_warming(self) -> None:
+        if self._closed:
+            raise LeftError
 
     @property
     def alive(self) -> bool:
@@ -157,7 +164,7 @@ class Engine:
                 self.cancel(job)
             self._lock.notify_all()
         if self._device.is_alive():
-            self._device.join()
+            self._device.join(LAST_SECONDS)
         self._writer.shutdown()
 
     # --- jobs -------------------------------------------------------------------------------------
@@ -375,7 +382,7 @@ class Engine:
             job = row.job
             if job.state in ENDED:
                 continue
-            self._write(job, self._keep_row, row, one, self._sure(job, one))
+            self._write(job, self._keep_row, row, one, self._sure(row, one))
 
     def _previews(self, batch: list[Row], progress: Progress) -> None:
         """Keeps what the first codebook sounds like, for those who want to hear it."""
@@ -406,7 +413,8 @@ class Engine:
         wav_BCN = decoding.decode_audio(self.model.decoder, part.codes_BKT)
         for index, (wav_CN, codes_KT) in enumerate(zip(wav_BCN, part.codes_BKT)):
             made = work.Made(wav_CN, codes_KT)
-            self._write(job, self._keep_row, row._replace(index=index), made, self._sure(job, made))
+            sure = self._sure(row, made)
+            self._write(job, self._keep_row, row._replace(index=index), made, sure)
 
     def _tell(self, job: Job, progress: Progress) -> None:
         """How far the windows are that the device is at."""
@@ -417,10 +425,10 @@ class Engine:
         job.stage = f"part {part.done + 1} of {part.total}"
         job.changed()
 
-    def _sure(self, job: Job, made: work.Made) -> list[float] | None:
-        if not job.request.confidence or not self.edits:
+    def _sure(self, row: Row, made: work.Made) -> list[float] | None:
+        if not row.job.request.confidence or not self.edits:
             return None
-        return work.confidence(self.model, made.codes_KT, job.request.input)
+        return work.confidence(self.model, made.codes_KT, row.text)
 
     def _edit(self, job: Job) -> None:
         def between(progress: Progress) -> None:
@@ -431,12 +439,12 @@ class Engine:
 
         made = self._editor.run(job, between)
         self._live([job])
-        count, text = len(made.tokens_BKT), job.request.input
-        if text is None:
-            text = made.clips[0].text
-        sures = [None] * count
+        sures: list[list[float] | None] = [None] * len(made.tokens_BKT)
         if job.request.confidence:
-            sures = [work.confidence(self.model, codes, text) for codes in made.tokens_BKT]
+            for number, codes_KT in enumerate(made.tokens_BKT):
+                loop = isinstance(made, Loops)
+                text = made.texts[number] if loop else work.edited_text(job, made, number)
+                sures[number] = work.confidence(self.model, codes_KT, text)
         self._write(job, self._keep_edit, job, made, sures)
 
     def _live(self, jobs: list[Job]) -> list[Job]:

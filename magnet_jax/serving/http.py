@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,8 +80,8 @@ def _answer_errors(app: FastAPI) -> None:
         place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
         message = first["msg"].removeprefix("Value error, ")
         param = ".".join(place) or None
-        if param is None and ":" in message:  # of rules that several fields share
-            param = message.partition(":")[0]
+        rule = re.match(r"(\w+): ", message)  # that several fields share
+        param = rule[1] if param is None and rule else param
         if first["type"] == "extra_forbidden":
             message = "is no field of this request"
         if place:

@@ -5,11 +5,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from magnet_jax.config import Preset
+from magnet_jax.errors import UserError
+from magnet_jax.prompts import Description, Prompt
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Format = Literal["wav", "flac", "mp3"]
+# A text and its weight; a second, and the text or the blend of texts from there on.
+Weighted = Annotated[list[str | float], Field(min_length=2, max_length=2)]
+Timed = Annotated[list[float | str | list[Weighted]], Field(min_length=2, max_length=2)]
 Region = Annotated[list[Annotated[float, Field(ge=0)] | None], Field(min_length=2, max_length=2)]
 
 
@@ -48,6 +53,18 @@ class Request(BaseModel):
     lufs: Annotated[float, Field(ge=-70, le=0)] | None = Field(
         -14.0, description="Loudness; null keeps the level that the model gives."
     )
+    blend: list[Weighted] | None = Field(
+        None, min_length=1, description="Texts with weights, in place of one text."
+    )
+    timeline: list[Timed] | None = Field(
+        None,
+        min_length=1,
+        description="Seconds, the first one 0, and the text or the blend from there on.",
+    )
+    text_fade: Annotated[float, Field(ge=0, le=60)] = Field(
+        1.0, description="Seconds in which one text of a timeline gives way to the next."
+    )
+    negative_prompt: str = Field("", description="What a clip is not to sound like.")
     response_format: Format = "wav"
     confidence: bool = Field(False, description="Tell how sure the model is, frame by frame.")
     deterministic: bool = Field(
@@ -79,7 +96,22 @@ class Request(BaseModel):
     def _steps_or_preset(self) -> "Request":
         if self.preset is not None and self.steps is not None:
             raise ValueError("steps: give steps or a preset, not both")
+        given = [name for name in ("input", "blend", "timeline") if getattr(self, name, None)]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: give {given[0]} or {given[1]}, not both")
+        try:
+            self.description  # noqa: B018 (which says what is wrong)
+        except UserError as error:
+            raise ValueError(str(error)) from None
         return self
+
+    @property
+    def description(self) -> Description | None:
+        """What steers the clips; None, of an edit, is what is kept with the clip."""
+        words = self.timeline or self.blend or getattr(self, "input", None)
+        if not self.negative_prompt and (words is None or isinstance(words, str)):
+            return words
+        return Prompt(words, negative=self.negative_prompt, fade=self.text_fade)
 
 
 class Result(BaseModel):
@@ -196,10 +228,16 @@ class Between(Source):
 class Restyle(Source):
     """Gives a clip another style, that of the text."""
 
-    input: str = alias("input", "prompt", description="The new style.")
+    input: str | None = alias("input", "prompt", default=None, description="The new style.")
     strength: Share = 0.5
     how: Literal["spans", "replay"] = "spans"
     original: str | None = Field(None, description="For replay, the text that the clip has now.")
+
+    @model_validator(mode="after")
+    def _a_style(self) -> "Restyle":
+        if not (self.input or self.blend or self.timeline):
+            raise ValueError("input: give the new style, as input, blend or timeline")
+        return self
 
 
 class Vary(Source):

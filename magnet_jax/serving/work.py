@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from magnet_jax import programs
+from magnet_jax import programs, prompts
 from magnet_jax.api import MAGNeT, MusicGen
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.config import (
@@ -35,6 +35,7 @@ from magnet_jax.editing import Edit
 from magnet_jax.io import audio
 from magnet_jax.looping import Loops
 from magnet_jax.looping import encoded as encoded_loop
+from magnet_jax.prompts import Description
 from magnet_jax.serving import requests, store
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import Clip, Job
@@ -51,7 +52,7 @@ class Row(NamedTuple):
     key: tuple  # rows of one key are made by one program
     decoding: SamplingConfig
     num_frames: int
-    text: str
+    text: Description
 
     @property
     def steps(self) -> int:
@@ -106,20 +107,23 @@ def rows_of(job: Job, model: Model) -> list[Row]:
         raise RequestError(f"seconds: {seconds:g} is shorter than a frame", param="seconds")
     decoding = decoding_of(model, request)
     how: Any = decoding
+    description = request.description or ""
+    prompts.check_times([description], seconds)
     if model.kind == "magnet":
         how = sampling.shared(decoding)
         model_span = decoding.span_length or model.loaded.config.model.span_length
         if num_frames < model_span:
             raise RequestError(f"seconds: {seconds:g} is shorter than a span", param="seconds")
     if num_frames > sampling.segment_frames(model.loaded.config, model.loaded.codec):
-        return [Row(job, 0, (LONG, job.id), decoding, num_frames, request.input)]
-    text = tokens_of_text.tokenize_texts(model.loaded, [request.input])
-    width = text.ids_BS.shape[1], bool(text.mask_BS.any())
+        return [Row(job, 0, (LONG, job.id), decoding, num_frames, description)]
+    text = tokens_of_text.tokenize_texts(model.loaded, [description])
+    shapes = tuple(x.shape[1:] for x in jax.tree.leaves(text))
+    width = shapes, jax.tree.structure(text), text.any
     alone = job.id if request.deterministic else None
     rows = []
     for index in range(request.n):
         key = ("generate", num_frames, how, width, alone and f"{alone}-{index}")
-        rows.append(Row(job, index, key, decoding, num_frames, request.input))
+        rows.append(Row(job, index, key, decoding, num_frames, description))
     return rows
 
 
@@ -211,14 +215,15 @@ class Editor(NamedTuple):
         if request.start_file is not None or request.start_job is not None:
             start = self.path(request.start_file, request.start_job)
         return self.model.generate_loop(
-            [request.input] * request.n, bpm=request.bpm, bars=request.bars,
+            [request.description or ""] * request.n, bpm=request.bpm, bars=request.bars,
             seconds=request.seconds, beats_per_bar=request.beats_per_bar, start=start,
             start_seconds=request.start_seconds, seed=seed,
         )  # fmt: skip
 
     def _edit(self, request: requests.Source, seed: int) -> Edit:
         model, source = self.model, self.path(request.file, request.job)
-        how = {"descriptions": request.input, "seed": seed}
+        description = request.description
+        how = {"descriptions": None if description is None else [description], "seed": seed}
         match request:
             case requests.Inpaint():
                 codebooks = request.codebooks and tuple(request.codebooks)
@@ -264,7 +269,7 @@ def keep_clip(folder: Path, row: Row, made: Made, about: dict[str, Any], spec: C
     tokens = kept.encoded(content, made.codes_KT, spec, text=row.text, seed=row.job.seed)
     store.write(path.with_suffix(kept.SUFFIX), tokens)
     note = {
-        "prompt": row.text,
+        "prompt": prompts.as_json(row.text),
         "seed": row.job.seed,
         "sample": row.index,
         "decode": dataclasses.asdict(row.decoding),
@@ -273,6 +278,13 @@ def keep_clip(folder: Path, row: Row, made: Made, about: dict[str, Any], spec: C
     _note(path, row.job, about | note, content)
     seconds = wav_CN.shape[1] / spec.sample_rate
     return Clip(index=row.index, seed=row.job.seed, number=row.index, seconds=round(seconds, 6))
+
+
+def edited_text(job: Job, edit: Edit, number: int) -> Description:
+    """The text that a clip was edited with."""
+    own = prompts.later(edit.clips[number].text, getattr(job.request, "before", 0.0))
+    given = job.request.description
+    return own if given is None else prompts.completed(given, own)
 
 
 def keep_edit(
@@ -286,11 +298,11 @@ def keep_edit(
         content = path.read_bytes()
     clip = edit.clips[number]
     changed = [[a / edit.sample_rate, b / edit.sample_rate] for a, b in edit.changed[number]]
-    text = clip.text if job.request.input is None else job.request.input
+    text = edited_text(job, edit, number)
     if clip.own:
         tokens = kept.encoded(content, edit.tokens_BKT[number], spec, text=text, seed=job.seed)
         store.write(path.with_suffix(kept.SUFFIX), tokens)
-    note = {"prompt": text, "seed": job.seed, "sample": number, "changed": changed}
+    note = {"prompt": prompts.as_json(text), "seed": job.seed, "sample": number, "changed": changed}
     _note(path, job, about | note | {"sample_rate": edit.sample_rate}, content)
     seconds = edit.wav_BCN.shape[-1] / edit.sample_rate
     return Clip(
@@ -304,11 +316,11 @@ def keep_loop(
 ) -> Clip:
     """Writes a loop as WAV and as FLAC, with what music programs read, its tokens and settings."""
     request, length, loudness = job.request, loops.length, None
-    wav_CN, rate = loops.wav_BCN[number], loops.sample_rate
+    wav_CN, rate, text = loops.wav_BCN[number], loops.sample_rate, loops.texts[number]
     if request.lufs is not None:
         wav_CN, loudness = closing.levelled(wav_CN, rate, request.lufs)
     told = json.dumps({"seed": job.seed, "sample": number})
-    info = {"title": request.input, "software": "magnet_jax", "comment": told}
+    info = {"title": prompts.in_words(text), "software": "magnet_jax", "comment": told}
     path = folder / f"{number}.wav"
     for suffix in (".flac", ".wav"):
         content = encoded_loop(path.with_suffix(suffix), wav_CN, rate, length, info)
@@ -320,11 +332,10 @@ def keep_loop(
         "samples": length.samples(rate),
     }
     codes_KT, settings = loops.tokens_BKT[number], {"loop": loop}
-    tokens = kept.encoded(
-        content, codes_KT, spec, text=request.input, seed=job.seed, settings=settings
-    )
+    tokens = kept.encoded(content, codes_KT, spec, text=text, seed=job.seed, settings=settings)
     store.write(path.with_suffix(kept.SUFFIX), tokens)
-    note = {"prompt": request.input, "seed": job.seed, "sample": number, "reached_lufs": loudness}
+    note = {"prompt": prompts.as_json(text), "seed": job.seed, "sample": number}
+    note["reached_lufs"] = loudness
     _note(path, job, about | note | settings, content)
     seconds = round(wav_CN.shape[-1] / rate, 6)
     return Clip(index=number, seed=job.seed, number=number, seconds=seconds, loop=loop)
@@ -337,7 +348,7 @@ def _note(path: Path, job: Job, about: dict[str, Any], content: Any) -> None:
     store.write(path.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
 
 
-def confidence(model: MAGNeT, codes_KT: np.ndarray, text: str) -> list[float]:
+def confidence(model: MAGNeT, codes_KT: np.ndarray, text: Description) -> list[float]:
     """How sure the model is of each frame, in nats."""
     log_KT = model.confidence(codes_KT[None], [text])[0]
     return [round(float(x), 3) for x in log_KT.mean(0)]

@@ -1,5 +1,6 @@
 """Editing sound files by command: what they hold afterwards, and a line for every mistake."""
 
+import dataclasses
 import json
 import shutil
 
@@ -10,6 +11,7 @@ import tiny
 from sounds import put, tone
 
 from launch import edit, sample
+from magnet_jax import Prompt, cli, prompts
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.edit import kept
 from magnet_jax.errors import UserError
@@ -117,6 +119,71 @@ def test_the_other_edits(clip, tmp_path):
     np.testing.assert_array_equal(after[end:], before[end - len(after) :])
     assert soundfile.info(tmp_path / "j.wav").subtype == "PCM_24"
     assert not (tmp_path / "j.tokens.npz").exists()
+
+
+def test_richer_texts_are_written_down_and_found_again(tmp_path, tiny_model):
+    """The JSON holds what makes the clip again; an edit begins with what is kept beside it."""
+    steering = ("--blend", "0.25", "a harp", "--at", "0.6", "a drum", "--text-fade", "0.5")
+    words = ("--checkpoint", "tiny", "--out", str(tmp_path / "wavs"), "--seconds", "1.2")
+    words = (*words, "--prompt", "a jig", *steering, "--negative-prompt", "a flute")
+    args = cli.parse(sample.Args, [*words, "--unconditional", "1"], prog="sample")
+    args = dataclasses.replace(args, decode=tiny_model.config.decode)
+    (path, plain) = sample.sample(args)
+    assert path.name == "000-a-jig-a-harp-a-drum-seed0.wav"
+    blend = [("a jig", 0.75), ("a harp", 0.25)]
+    wanted = Prompt([(0, blend), (0.6, "a drum")], negative="a flute", fade=0.5)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert Prompt(**about["prompt"]) == kept.find(path).text == wanted
+    unnamed = json.loads(plain.with_suffix(".json").read_text())["prompt"]
+    assert Prompt(**unnamed) == Prompt("", negative="a flute")
+    content = path.read_bytes()
+    sample.sample(args)
+    assert path.read_bytes() == content
+    with pytest.raises(UserError, match="was made with other settings .prompt."):
+        sample.is_made(path, path.with_suffix(".json"), about | {"prompt": "a jig"})
+
+    out = tmp_path / "new.wav"
+    about = do("inpaint", path, out, "--region", "0.4:0.6", "--negative-prompt", "a bell")
+    assert about["prompt"] == prompts.as_json(Prompt(None, negative="a bell"))
+    assert "steering" not in about
+    assert kept.find(out).text == dataclasses.replace(wanted, negative="a bell")
+    out = tmp_path / "longer.wav"
+    do("extend", path, out, "--before", "0.2")
+    assert kept.find(out).text == prompts.later(wanted, 0.2)
+    assert samples(tmp_path / "new.wav").shape == samples(path).shape
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prompt", "a", "--at", "8", "b", "--at", "3", "c"), "must begin at 0 and rise"),
+        (("--prompt", "a", "--at", "0", "b"), "--at 0 is what --prompt says"),
+        (("--at", "3", "b"), "--blend and --at need --prompt"),
+        (("--blend", "0.5", "b"), "--blend and --at need --prompt"),
+        (("--prompt", "a", "--blend", "1.2", "b"), "--blend: shares must not"),
+        (("--prompt", "a", "--blend", "-0.2", "b"), "--blend: shares must not"),
+        (("--prompt", "a", "--text-fade", "3"), "--text-fade needs --at"),
+        (("--prompt", "a", "--at", "3", "b", "--text-fade", "-3"), "--text-fade must lie"),
+        (("--prompt", "a", "--at", "b"), "--at"),
+        (("--prompt", "a", "--at", "x", "b"), "--at"),
+        (("--prompt", "a", "--at", "nan", "b"), "--at"),
+        (
+            ("--prompt", "a", "--seconds", "1.2", "--at", "1.2", "b"),
+            "begins at 1.2 s, and the clip",
+        ),
+    ],
+)
+def test_a_line_for_texts_that_do_not_fit(clip, tmp_path, words, message):
+    out = tmp_path / "new"
+    with pytest.raises(UserError, match=message) as error:
+        sample.sample(
+            cli.parse(sample.Args, ["--checkpoint", "x", "--out", str(out), *words], prog="sample")
+        )
+    assert "\n" not in str(error.value) and not out.exists()
+    if "--seconds" not in words:
+        with pytest.raises(UserError, match=message):
+            do("repair", clip, tmp_path / "new.wav", *words)
+        assert not (tmp_path / "new.wav").exists()
 
 
 def test_masks_of_files(clip, tmp_path):

@@ -214,6 +214,35 @@ def test_a_block_below_twice_the_context_is_refused():
     )
 
 
+def test_a_blend_is_the_weighted_mean_of_attention_to_each_text():
+    """Whatever the order, and with padding that has a key and value of its own."""
+    query = heads(0, 2, 5)
+    key, value = (jnp.stack([heads(i, 2, 4), heads(i + 1, 2, 4)], axis=1) for i in (1, 3))
+    mask_BGS = np.array([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 0, 0], [0, 0, 0, 0]]], bool)
+    zeros_BG = np.array([[2, 0], [0, 0]])
+    weight_BTG = jax.nn.softmax(jax.random.normal(jax.random.key(9), (2, 5, 2)))
+    for zero in (None, (heads(6, 1, 1), heads(7, 1, 1))):
+        each = [
+            attention.cross_attention(
+                query, key[:, g], value[:, g], mask_BGS[:, g], zeros_BG[:, g], zero
+            )
+            for g in (0, 1)
+        ]
+        found = {}
+        for order in ((0, 1), (1, 0)):
+            arrays = (x[:, order] for x in (key, value, mask_BGS, zeros_BG))
+            found[order] = attention.blended_attention(query, *arrays, weight_BTG[..., order], zero)
+        expected = sum(weight_BTG[..., g, None, None] * each[g] for g in (0, 1))
+        np.testing.assert_allclose(found[0, 1], expected, atol=1e-6)
+        np.testing.assert_allclose(found[1, 0], found[0, 1], atol=1e-6)
+        only = jnp.broadcast_to(jnp.array([1.0, 0.0]), weight_BTG.shape)
+        alone = attention.blended_attention(query, key, value, mask_BGS, zeros_BG, only, zero)
+        np.testing.assert_array_equal(alone, each[0])
+        twice = (x[:, (0, 0)] for x in (key, value, mask_BGS, zeros_BG))
+        same = attention.blended_attention(query, *twice, weight_BTG, zero)
+        np.testing.assert_allclose(same, each[0], atol=1e-6)
+
+
 @pytest.mark.parametrize("kernel", ["dense", "slices", "blocks"])
 @pytest.mark.parametrize("length", [100, 71, 3])
 def test_a_ring_is_attended_around(kernel, length):

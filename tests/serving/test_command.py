@@ -43,6 +43,13 @@ def test_a_server_is_not_open_by_mistake(tmp_path, monkeypatch):
     assert "page.example" in access("--allow-host", "page.example").hosts
 
 
+def test_a_port_that_is_taken_is_said_at_once():
+    with serve.bound(serve.parse(["--checkpoint", "demo", "--port", "0"])) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(UserError, match=f"--port {port}: cannot be listened at"):
+            serve.bound(serve.parse(["--checkpoint", "demo", "--port", port]))
+
+
 def test_what_is_to_be_warm():
     def warm(*words):
         return serve.warm_of(serve.parse(["--checkpoint", "demo", *words]), 10.0)

@@ -110,11 +110,15 @@ def test_a_job_that_is_cancelled_midway_leaves_its_batch_alone(engine, gate, mon
 
     monkeypatch.setattr(engine, "_live", cancelling)
     with gate.shut():
+        engine.submit(request("at the gate"))
+        while engine._queue:
+            time.sleep(0.01)
         wanted = engine.submit(request("wanted"))
         unwanted = [engine.submit(request("unwanted")) for _ in range(2)]
         queued = engine.submit(request("never"))
         engine.cancel(queued)
     assert wanted.wait(300) and wanted.state == "done"
+    assert all(job.wait(300) for job in unwanted)
     assert [job.state for job in (*unwanted, queued)] == ["cancelled"] * 3
     engine.cancel(wanted)
     assert wanted.state == "done"
@@ -219,7 +223,7 @@ def test_edits_are_the_methods_of_the_api(engine, monkeypatch):
         engine._editor.run(job, lambda progress: None)
         found, given, how, editing, generation = called.pop()
         assert (found, given) == (name, (engine.files.clip("a" * 26, 0),))
-        assert how == {"descriptions": "x", "seed": 5} | wanted
+        assert how == {"descriptions": ["x"], "seed": 5} | wanted
         assert editing.edge == "inside" and editing.context == fields.get("context", 4.0)
         assert generation.steps == (1, 1, 1, 1)
     monkeypatch.setattr(model, "generate_between", method("between"))

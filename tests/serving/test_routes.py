@@ -3,8 +3,10 @@
 import dataclasses
 import io
 import json
+import re
 import threading
 import zipfile
+from pathlib import Path
 
 import httpx
 import numpy as np
@@ -12,9 +14,13 @@ import pytest
 import soundfile
 
 from launch.make import openapi
+from launch.make.docs_check import blocks
 from magnet_jax.config import ASSETS
+from magnet_jax.prompts import Prompt
 from magnet_jax.serving.access import Access
+from magnet_jax.serving.requests import KINDS
 
+ROOT = Path(__file__).parents[2]
 SECONDS = 0.6
 CLIP = ASSETS / "clips" / "02_bach.flac"
 
@@ -78,6 +84,24 @@ def test_names_of_similar_services_and_drawn_seeds(client):
     assert sound(answers[0])[1] == 16000
 
 
+def test_texts_over_time_and_what_a_clip_is_not_to_be(client, model):
+    timeline = [[0, "a harp"], [0.3, [["a fiddle", 0.5], ["an organ", 0.5]]]]
+    answer = ask(client, input="", timeline=timeline, text_fade=0.1, negative_prompt="noise")
+    assert answer.headers["content-disposition"].count("a-harp-a-fiddle-an-organ-seed7-0.wav")
+    job = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()
+    tokens = np.load(io.BytesIO(client.get(job["results"][0]["tokens"]).content))
+    model.set_generation_params(duration=SECONDS)
+    prompt = Prompt([(0, "a harp"), (0.3, [("a fiddle", 0.5), ("an organ", 0.5)])], "noise", 0.1)
+    codes_BKT = model.generate([prompt], return_tokens=True, seed=7)[1]
+    model.set_generation_params()
+    np.testing.assert_array_equal(tokens["codes_KT"], codes_BKT[0])
+    assert client.get(job["results"][0]["settings"]).json()["prompt"]["negative"] == "noise"
+    failed(ask(client, timeline=timeline), 400, param="timeline")
+    failed(ask(client, input="", timeline=[[1, "a harp"]]), 400)
+    failed(ask(client, input="", timeline=[[0, "a harp"], [5, "a fiddle"]]), 400)
+    failed(ask(client, input="", blend=[["a harp", -1]]), 400)
+
+
 def test_several_clips_are_a_zip(client):
     answer = ask(client, n=3, response_format="flac")
     assert answer.headers["content-type"] == "application/zip"
@@ -139,12 +163,26 @@ def test_an_upload_is_edited_and_other_samples_stay(client, uploaded):
     failed(ask(client, "inpaint", file=about["id"], regions=[[0.5, 99.0]]), 400)
 
 
-def test_a_clip_is_varied_with_its_tokens(client):
-    made = {"id": ask(client).headers["x-job-id"]}
-    answer = ask(client, "vary", job=made, n=2, variation=0.5, seed=1)
-    assert answer.headers["content-type"] == "application/zip"
-    job = client.get(f"/v1/jobs/{answer.headers['x-job-id']}").json()
-    assert [r["tokens"] is not None for r in job["results"]] == [True, True]
+def test_what_the_docs_say_works_as_pasted(client, tmp_path, monkeypatch, capsys):
+    """The Python, which edits a clip that was made here; and what curl sends."""
+    found = list(blocks((ROOT / "docs" / "serving.md").read_text(encoding="utf-8")))
+    (code,) = (block for language, block in found if language == "py")
+    url = str(client.base_url).rstrip("/")
+    for old, new in (
+        ("http://127.0.0.1:7860", url), ("seconds=5", "seconds=0.6"), ("[[2, 3]]", "[[0.1, 0.5]]"),
+    ):  # fmt: skip
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    ((first, end),) = json.loads(capsys.readouterr().out)
+    assert first < 0.5 and end > 0.1
+    assert soundfile.info(tmp_path / "edited.wav").frames == SECONDS * 16000
+    shell = "".join(block for language, block in found if language == "sh")
+    sent = re.findall(r"/v1/audio/(\w+) -H '[^']*' \\\n +-d '([^']*)'", shell)
+    assert len(sent) == shell.count(" -d '")
+    for kind, body in sent:
+        KINDS[kind].model_validate_json(body)
 
 
 def test_a_loop_is_as_long_as_its_bars(client):

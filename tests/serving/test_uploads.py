@@ -31,9 +31,9 @@ def bomb():
 
 
 def huge_header():
-    """A WAV that promises 4 GB."""
-    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 2**32 - 1, b"WAVE", b"fmt ", 16, 1, 1, RATE,
-                       2 * RATE, 2, 16, b"data", 2**32 - 60)  # fmt: skip
+    """A WAV that promises 3 GB, and has a kilobyte. (4 GB would say that it does not know.)"""
+    head = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", 3 * 10**9 + 36, b"WAVE", b"fmt ", 16, 1, 1,
+                       RATE, 2 * RATE, 2, 16, b"data", 3 * 10**9)  # fmt: skip
     return head + bytes(1000)
 
 
@@ -56,7 +56,7 @@ HOSTILE = {
     "a path": b"/etc/passwd",
     "nothing": b"",
     "noise": np.random.default_rng(0).bytes(50_000),
-    "4 GB": huge_header(),
+    "3 GB": huge_header(),
     "half an MP3's header": MP3[:20],
     "a WAV that ends early": WAV[: len(WAV) // 2],
     "not a number": encoded(np.full(RATE, np.nan, np.float32), subtype="FLOAT"),
