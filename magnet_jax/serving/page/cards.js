@@ -24,7 +24,11 @@ export async function soundOf({ file, job }) {
   return { ...about, url: `/v1/jobs/${job.id}/audio/${index}`, rate: about.sample_rate };
 }
 
-export const titleOf = (request) => request.input || "without text";
+const said = (words) => (Array.isArray(words) ? words.map(([text]) => text).join(" and ") : words);
+
+/** Its text; texts that follow each other, or are blended, as one. */
+export const titleOf = ({ input, timeline, blend }) => input || timeline?.map(([, words]) => said(words)).join(" → ")
+  || said(blend) || "without text";
 
 /** actions: edit, vary, loop, again, same, cancel, remove, refine, star. */
 export class Card {
