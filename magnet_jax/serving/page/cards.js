@@ -24,7 +24,11 @@ export async function soundOf({ file, job }) {
   return { ...about, url: `/v1/jobs/${job.id}/audio/${index}`, rate: about.sample_rate };
 }
 
-export const titleOf = (request) => request.input || "without text";
+const said = (words) => (Array.isArray(words) ? words.map(([text]) => text).join(" and ") : words);
+
+/** Its text; texts that follow each other, or are blended, as one. */
+export const titleOf = ({ input, timeline, blend }) => input || timeline?.map(([, words]) => said(words)).join(" → ")
+  || said(blend) || "without text";
 
 /** actions: edit, vary, loop, again, same, cancel, remove, refine, star. */
 export class Card {
@@ -34,7 +38,7 @@ export class Card {
     const drafts = Boolean(group);
     this.parts = entries.map((entry) => new Part(entry, this, drafts));
     this.cancel = h("button", { onclick: () => actions.cancel(this) }, "Cancel");
-    this.refine = h("button", { klass: "main", onclick: () => actions.refine(this), disabled: true }, "Refine starred");
+    this.refine = h("button", { klass: "main", onclick: () => actions.refine(this) }, "Refine starred");
     const steps = request.preset ?? (request.steps ? `steps ${request.steps.join(", ")}` : "");
     const words = [
       drafts ? `${entries.length} drafts` : WORDS[kind], steps,
@@ -54,7 +58,7 @@ export class Card {
 
   changed() {
     this.cancel.hidden = this.parts.every((part) => part.over);
-    this.refine.disabled = !this.parts.some((part) => part.entry.star && part.over);
+    this.refine.hidden = !this.parts.some((part) => part.entry.star && part.over);
   }
 }
 

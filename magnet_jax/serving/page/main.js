@@ -87,11 +87,14 @@ function requestOf(which, example = false) {
     seed: number("seed"), temperature: number("temperature"), top_p: number("top_p"),
     lufs: number("lufs") ?? null, confidence: $("confidence").checked || undefined,
     deterministic: $("deterministic").checked || undefined, async: true,
+    negative_prompt: $("negative").value || undefined,
   };
   if (guidance[0] !== undefined) body.guidance = guidance.filter((one) => one !== undefined);
   const text = $("input").value;
-  if (which === "edit") return { ...body, ...(text ? { input: text } : {}), ...editor.request(example) };
-  body.input = text;
+  const later = laterOf();
+  if (later.length) body.timeline = [[0, text], ...later];
+  else if (text || which !== "edit") body.input = text;
+  if (which === "edit") return { ...body, ...editor.request(example) };
   if (which === "loop") {
     const begun = start ? { start_job: start, start_seconds: number("start-seconds") } : {};
     return { ...body, bpm: number("bpm"), bars: number("bars"), beats_per_bar: number("beats"), ...begun };
@@ -100,6 +103,25 @@ function requestOf(which, example = false) {
   if (which === "drafts") return { ...body, ...draft(body), seconds: number("seconds"), ...long };
   return { ...body, seconds: number("seconds"), n: number("n"), preview: steps !== null, ...long };
 }
+
+/** Texts from some second on, which follow the first one. */
+const laterOf = () => [...$("later").children].map((row) => {
+  const [from, text] = row.querySelectorAll("input");
+  return [Number(from.value), text.value];
+}).sort((a, b) => a[0] - b[0]);
+
+function addLater(from, text) {
+  const row = h("li", {}, "From",
+    h("input", { type: "number", min: 0.1, step: "any", required: true, klass: "short", "aria-label": "Seconds from which on it says", value: from }),
+    "s:", h("input", { type: "text", required: true, "aria-label": "Text from there on", value: text }),
+    h("button", { type: "button", "aria-label": "Remove this text", onclick: () => row.remove() }, "✕"));
+  $("later").append(row);
+  return row;
+}
+$("add-later").addEventListener("click", () => {
+  const last = laterOf().at(-1)?.[0] ?? 0;
+  addLater(round(last + Math.min(5, number("seconds") / 2)), "").querySelector("[type=text]").focus();
+});
 
 /** The same first codebook as that of the chosen quality, and a step for each other one. */
 function draft({ preset, steps: own }) {
@@ -300,8 +322,11 @@ function setFields(values) {
 function same({ kind, request, group, quality }) {
   open(group ? "drafts" : { generate: "create", loop: "loop" }[kind] ?? "edit");
   const { preset, steps: own } = quality ?? request;
+  const [first, ...later] = request.timeline ?? [[0, request.input]];
+  $("later").replaceChildren();
+  later.forEach(([from, text]) => addLater(from, text));
   setFields({
-    input: request.input, seed: request.seed, temperature: request.temperature, top_p: request.top_p,
+    input: first[1], negative: request.negative_prompt, seed: request.seed, temperature: request.temperature, top_p: request.top_p,
     lufs: request.lufs, guidance0: request.guidance?.[0], guidance1: request.guidance?.[1],
     confidence: request.confidence, deterministic: request.deterministic,
     quality: preset ?? "", steps: own?.join(", "), n: request.n, windows: request.windows,

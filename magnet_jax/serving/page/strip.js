@@ -76,8 +76,8 @@ export class Strip {
     pen.setTransform(scale, 0, 0, scale, 0, 0);
     pen.clearRect(0, 0, width, height);
     const tall = sound.confidence ? height - ROW : height;
-    this.drawBars(pen, tall, colour("line"));
     this.drawWave(pen, width, tall, colour("wave"), colour("played"));
+    this.drawBars(pen, tall, colour("dim"));
     for (const range of sound.changed ?? []) this.hatch(pen, range, tall, colour("mark"));
     this.regions.forEach((range, i) => this.drawRegion(pen, range, tall, colour("mark"), i === this.chosen));
     if (sound.confidence) this.drawSure(pen, width, tall, colour("sure"), colour("unsure"));
@@ -110,7 +110,7 @@ export class Strip {
     const beats = loop.bars * loop.beats_per_bar;
     for (let i = 1; i < beats; i++) {
       const bar = i % loop.beats_per_bar === 0;
-      pen.fillRect(this.x((i / beats) * this.seconds), bar ? 0 : tall * 0.8, bar ? 2 : 1, tall);
+      pen.fillRect(this.x((i / beats) * this.seconds), bar ? 0 : tall * 0.85, bar ? 2 : 1, tall);
     }
   }
 
@@ -180,6 +180,11 @@ export class Strip {
     return Math.max(0, Math.min(round(Math.round(time * rate) / rate, 4), this.seconds));
   }
 
+  /** How far a region can be moved of `by`, so that it stays as long as it is. */
+  within([first, end], by) {
+    return Math.max(-first, Math.min(by, this.seconds - end));
+  }
+
   /** The region at a time and which edge of it is near: 0, 1, or -1 for none. */
   hit(time) {
     const near = (EDGE / this.canvas.clientWidth) * this.seconds;
@@ -224,7 +229,7 @@ export class Strip {
     const region = this.regions[drag.hit.i];
     if (drag.hit.edge >= 0) region[drag.hit.edge] = this.snapped(time);
     else {
-      const by = Math.max(-drag.was[0], Math.min(time - drag.from, this.seconds - drag.was[1]));
+      const by = this.within(drag.was, time - drag.from);
       region.splice(0, 2, ...drag.was.map((end) => this.snapped(end + by)));
     }
     this.draw();
@@ -276,7 +281,7 @@ export class Strip {
     const side = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (event.key === " ") toggle(this);
     else if (side && marked) {
-      const by = side / this.marks.frameRate;
+      const by = this.within(marked, side / this.marks.frameRate);
       this.mark(this.regions.with(this.chosen, marked.map((end) => this.snapped(end + by))));
     } else if (side) seek(this, Math.max(0, Math.min(this.time + side * (event.shiftKey ? 1 : 0.1), this.seconds)));
     else if (event.key === "Home") seek(this, 0);
