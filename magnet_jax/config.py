@@ -499,7 +499,7 @@ class KernelConfig:
     full: FullKernel = "auto"
     """Attention over everything; auto goes by platform and length."""
     local: LocalKernel = "auto"
-    """Attention over near frames; auto goes by platform and length."""
+    """Attention over near frames; auto goes by platform."""
     local_block: Whole = 0
     """Queries a block of local attention in blocks or slices, at least twice the context; 0 goes
     by platform."""

@@ -38,7 +38,7 @@ class Beginning:
     """Whether that is the whole clip."""
     choice: Choice
     guided: bool
-    """Whether rows without text are computed as well."""
+    """Whether the beginning itself needs rows without text."""
     apart: bool = False
     """Whether the layers are written out, see `Transformer.layers_apart`."""
 

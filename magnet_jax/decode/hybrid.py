@@ -129,10 +129,12 @@ def _network_after(
     num_steps = patterns.num_steps(num_frames, config.delays)
     positions_1SD = jnp.asarray(transformer.sinusoids(num_steps, config.width))[None]
 
-    def trunk(codes_BKT, *, stage, local, guided, first_B):
+    def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T=None):
         rows = jnp.concatenate([codes_BKT] * (1 + guided))
         steps_RKS = patterns.to_steps(rows, config.delays, config.mask_id)
         frame_1S = jnp.arange(first, num_steps)[None] - 1 - delays[stage]
+        if frame_1T is not None:  # the line of a ring's frames
+            frame_1S = jnp.take(frame_1T, frame_1S[0], axis=1, mode="clip")
         states_RSD = transformer.bind(config, params).trunk(
             steps_RKS[..., first:],
             (both if guided else text).at(frame_1S),

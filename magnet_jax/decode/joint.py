@@ -1,8 +1,8 @@
-"""Windows of one long canvas that are decoded together, each frame as all that hear it say.
+"""Windows of one long canvas that are decoded together, each frame from all windows over it.
 
 A network that hears so many frames at once is made one of a longer canvas: it is computed for
-windows that overlap, as rows of a batch, and a frame's states are the mean of those in the windows
-over it. As heads are linear, that is the mean of their logits. (MultiDiffusion, arXiv 2302.08113,
+windows that overlap, as rows of a batch, and a frame's states are the weighted mean of those in the
+windows over it. As heads are linear, that is the mean of their logits. (MultiDiffusion, arXiv 2302.08113,
 for models that mask.)
 """
 

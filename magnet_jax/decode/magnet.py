@@ -26,9 +26,10 @@ class Savings:
     null_text: bool = True
     """Rows without text skip cross-attention, which would add exact zeros; 7 %."""
     last_guidance: bool = True
-    """Where the guidance coefficient is 1, rows without text are not computed; 3 %."""
+    """Where the last step's guidance coefficient is 1, it has no rows without text; 3 %."""
     last_window: bool = True
-    """A local stage's last step computes the frames that its one span can see; 2 %."""
+    """A local stage's last step computes the frames that its one span can see, and one of an edit
+    those that its regions can; 2 % of a clip."""
 
 
 ALL_SAVINGS = Savings()
@@ -65,25 +66,18 @@ def guided_network(
     def twice(x):
         return jnp.concatenate([x, x])
 
-    # The general path. A model with biases in attention takes it whatever may be saved: to it, no
-    # text is something. With norms of queries and keys alone the values of no text are still zeros.
+    # Rows without text are computed as such where attention has biases: there, no text adds
+    # something. With norms of queries and keys alone its values are still zeros.
     null_rows, negative = transformer.with_null_rows(text), text.negative
     text = text._replace(negative=None)
-    null_text = savings.null_text and config.null_text_adds_nothing and negative is None
+    skips_null = savings.null_text and config.null_text_adds_nothing and negative is None
 
     def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T=None):
         rows_text = text
         if guided and guidance_axis is not None:
-            here = jax.lax.axis_index(guidance_axis) == 0
-            if negative is not None:
-                rows_text = jax.tree.map(functools.partial(jnp.where, here), text, negative)
-            else:
-                rows_text = text._replace(
-                    mask_BS=text.mask_BS & here,
-                    num_zero_keys_B=jnp.where(here, text.num_zero_keys_B, 0),
-                )
+            rows_text = _of_device(text, negative, guidance_axis)
         elif guided:
-            codes_BKT, rows_text = twice(codes_BKT), text if null_text else null_rows
+            codes_BKT, rows_text = twice(codes_BKT), text if skips_null else null_rows
             first_B = None if first_B is None else twice(first_B)
         near = config.context(local) is not None  # a model may see everything at all stages
         attend = with_kernels(kernels, near=near)
@@ -121,6 +115,18 @@ def guided_network(
         return tuple(jnp.split(logits_RMV, 2))
 
     return Network(trunk, head)
+
+
+def _of_device(
+    text: transformer.TextKeys, negative: transformer.TextKeys | None, guidance_axis: str
+) -> transformer.TextKeys:
+    """The texts on the first device of guidance, and what it leads away from on the second."""
+    here = jax.lax.axis_index(guidance_axis) == 0
+    if negative is not None:
+        return jax.tree.map(functools.partial(jnp.where, here), text, negative)
+    return text._replace(
+        mask_BS=text.mask_BS & here, num_zero_keys_B=jnp.where(here, text.num_zero_keys_B, 0)
+    )
 
 
 def read_texts(

@@ -93,7 +93,7 @@ class Task(NamedTuple):
 
     canvas: Canvas
     keys_B: jax.Array  # from `choose.sample_keys`
-    limit: jax.Array | float  # see `choose.choose_token`; one for all, or [B]
+    limit: jax.Array | float  # see `choose.choose_token`, or `replay`; one for all, or [B]
     origin_B: jax.Array | None = None  # a canvas's first frame, as random numbers count; None is 0
     length: jax.Array | int | None = None  # frames that exist, in whole spans; None is all
     end: jax.Array | int | None = None  # frames of the clip, whose last span may be cut; likewise

@@ -2,8 +2,8 @@
 
 `Sampler` is what a program is made for, `Inputs` what it takes. On a mesh it is `jax.shard_map` of
 itself: clips are split over 'data', the rows of guidance over 'guidance', the frames of a clip over
-'frames'. A second model that judges takes part in it, a MusicGen is to it a hybrid whose clips are
-beginning from end to end.
+'frames'. A rescorer takes part in it. A MusicGen is to it a hybrid whose beginning is the
+whole clip.
 """
 
 import dataclasses

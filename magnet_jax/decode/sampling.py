@@ -353,15 +353,11 @@ def make_program(
     given = jax.tree.map(fill, canvas.resized(given, bucket))
     if batch.is_ring:  # which has nothing behind its end
         given.given_BKT[..., num_frames:] = True
-    schedule = () if whole else schedules.make_schedule(decode, sampler.rules.first_codebook)
-    limit = np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
+    if batch.own and mesh is not None:
+        raise ValueError("clips of a mesh have one decoding")
+    schedule, limit = () if whole else _schedule(batch, decode, sampler), _limit(decode)
     if batch.own:
-        limit = fill(
-            np.float32([choose.choice_of(d.greedy, d.top_k, d.top_p)[1] for d in batch.own])
-        )
-        schedule = schedules.of_clips(
-            [schedules.make_schedule(one, sampler.rules.first_codebook) for one in batch.own]
-        )
+        limit = np.stack([_limit(one) for one in batch.own])
     inputs = Inputs(
         lm=loaded.params["lm"],
         t5=loaded.t5_params,
@@ -378,6 +374,31 @@ def make_program(
         audio_length=None if exact else np.int32(num_frames),
         beginning=beginning_sampling,
     )
+    return _with_more(inputs, batch, sampler, decode, steps_BK, fill), sampler
+
+
+def _schedule(
+    batch: Batch, decode: DecodeConfig, sampler: Sampler
+) -> tuple[schedules.Schedule, ...]:
+    first = sampler.rules.first_codebook
+    if batch.own:
+        return schedules.of_clips([schedules.make_schedule(one, first) for one in batch.own])
+    return schedules.make_schedule(decode, first)
+
+
+def _limit(decode: DecodeConfig) -> np.float32:
+    return np.float32(choose.choice_of(decode.greedy, decode.top_k, decode.top_p)[1])
+
+
+def _with_more(
+    inputs: Inputs,
+    batch: Batch,
+    sampler: Sampler,
+    decode: DecodeConfig,
+    steps_BK: np.ndarray,
+    fill: Callable[[Any], Any],
+) -> Inputs:
+    """The inputs with those of edits and rescorers; `fill` repeats rows for idle devices."""
     if sampler.rules.extent is not None:
         inputs = inputs._replace(first_B=fill(canvas.extent(batch.canvas)[0]))
     if (own := schedules.own_steps(decode, steps_BK)) is not None:
@@ -394,7 +415,7 @@ def make_program(
             rescorer_texts=jax.tree.map(fill, batch.rescorer_texts),
             rescorer_weight=np.float32(batch.rescorer.weight),
         )
-    return inputs, sampler
+    return inputs
 
 
 def model_for(model: ModelConfig, batch: Batch) -> tuple[ModelConfig, int, DecodeConfig]:

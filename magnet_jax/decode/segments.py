@@ -102,7 +102,7 @@ def run(
       what, say: see `programs.call`.
     """
     call = functools.partial(programs.call, what=what, say=say)
-    # Programs of tokens are the same whatever becomes of them.
+    # Without the codec one program of tokens serves clips with and without audio.
     tokens = dataclasses.replace(sampler, codec=None)
     given = inputs._replace(t5=None, codec=None, schedule=(), text=None)
     text, carry = call(begin, inputs._replace(codec=None, schedule=()), sampler=tokens)

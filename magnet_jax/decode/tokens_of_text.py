@@ -73,7 +73,7 @@ def tokenize_texts(
 ) -> Text:
     """The tokens of descriptions, of which an empty one stands for no text.
 
-    `text_pad_len` attends over zeros up to that many positions behind each text, 'batch' up to
+    `text_pad_len` attends over zeros that fill each text up to that many positions, 'batch' up to
     the longest text of the batch, which is what AudioCraft does. By default a text is all that is
     attended over, and no sample depends on its neighbours.
 

@@ -54,14 +54,14 @@ def choose_kernels(
     require((platform in LOCAL_BLOCK, f"JAX runs on {platform}, and this on {known} only"))
     half = jnp.dtype(dtype).itemsize == 2
     fused = platform == "gpu" and half and model.head_size % 8 == 0 and model.head_size <= 128
-    written_out = "slices" if platform == "tpu" else "blocks"
+    in_parts = "slices" if platform == "tpu" else "blocks"
     full, local = asked.full, asked.local
     if full == "auto":
-        full = "cudnn" if fused else "dense" if num_frames <= DENSE_FRAMES else written_out
+        full = "cudnn" if fused else "dense" if num_frames <= DENSE_FRAMES else in_parts
         if trained and platform == "tpu":
             full = "chunks"
     if local == "auto":
-        local = written_out
+        local = in_parts
     require(
         (
             not split or num_frames >= model.widest_context,
@@ -84,7 +84,8 @@ def choose_kernels(
             "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)",
         ),
     )
-    block = asked.local_block or LOCAL_BLOCK[platform]
+    # No frame lies in more than two windows of neighbouring blocks (`_windows_backward`).
+    block = asked.local_block or max(LOCAL_BLOCK[platform], 2 * model.widest_context)
     return KernelConfig(full=full, local=local, local_block=block)
 
 

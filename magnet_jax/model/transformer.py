@@ -136,14 +136,17 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 def exact(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
-    """Within, products of float32, if `dtype` is that, are so on accelerators, which round else."""
+    """A context in which float32 products keep their precision; of other dtypes it changes nothing.
+
+    Accelerators would round the factors.
+    """
     if jnp.dtype(dtype) == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
 
 
 def exact_products(run: Callable) -> Callable:
-    """Lets a function to be traced, with a keyword `dtype`, compute as `exact` of that."""
+    """Runs a traced function, which has a keyword `dtype`, within `exact(dtype)`."""
 
     @functools.wraps(run)
     def wrapped(*args: Any, dtype: jnp.dtype = jnp.float32, **keywords: Any) -> Any:
@@ -445,6 +448,8 @@ class Transformer(nnx.Module):
         context = self.config.context(local)
         has_keys = isinstance(text, TextKeys)
         keys_LBSNH, of_texts = (text[:2], text[2:]) if has_keys else (None, text[1:])
+        # The layers' gradients of it are added up, which bfloat16 would round each time.
+        states_BSD = None if has_keys else text.states_BSD.astype(jnp.float32)
         if positions_BTD is None:
             positions_BTD = sinusoids(codes_BKT.shape[-1], self.config.width)[None]
 
@@ -456,7 +461,7 @@ class Transformer(nnx.Module):
         def layer(x_BTD, inputs):
             block, keys_BSNH, past_BNCH = inputs
             if keys_BSNH is None:
-                keys_BSNH = block.cross_attn.to_key_value(pin(text.states_BSD))
+                keys_BSNH = block.cross_attn.to_key_value(pin(states_BSD.astype(x_BTD.dtype)))
 
             def attend_frames(*qkv):
                 given = () if past_BNCH is None else (past_BNCH,)

@@ -23,6 +23,7 @@ from magnet_jax.config import (
     EditConfig,
     LongConfig,
     SamplingConfig,
+    SamplingMeshConfig,
     decode_of,
     preset_steps,
     replaced,
@@ -110,7 +111,7 @@ def rows_of(job: Job, model: Model) -> list[Row]:
     description = request.description or ""
     prompts.check_times([description], seconds)
     if model.kind == "magnet":
-        how = sampling.shared(decoding)
+        how = sampling.shared(decoding) if _has_own(model) else decoding
         model_span = decoding.span_length or model.loaded.config.model.span_length
         if num_frames < model_span:
             raise RequestError(f"seconds: {seconds:g} is shorter than a span", param="seconds")
@@ -141,6 +142,11 @@ def parts(model: Model, row: Row, between: Between) -> Iterator[long.Part]:
     return long.windows(model.loaded, batch, how, execution=execution)
 
 
+def _has_own(model: Model) -> bool:
+    """Whether clips of one program may have their own temperature and guidance."""
+    return model.kind == "magnet" and model.execution.mesh == SamplingMeshConfig()
+
+
 def padded(count: int) -> int:
     """How many clips are made for `count`: 1, 2, 4, 8, ..."""
     return 1 << (count - 1).bit_length()
@@ -151,7 +157,7 @@ def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
     filled = [*rows, *[rows[-1]] * (padded(len(rows)) - len(rows))]
     one = rows[0]
     how: Any = {"decoding": one.decoding}
-    if model.kind == "magnet":
+    if _has_own(model):
         how = {"decoding": [row.decoding for row in filled]}
     if isinstance(model, MAGNeT):
         how["rescorer"] = model.rescorer

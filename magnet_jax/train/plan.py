@@ -108,12 +108,11 @@ def parts_to_try(batch_size: int, clips_per_device: int, mesh: jax.sharding.Mesh
 
 def kept_bytes(settings: StepSettings, clips: int, num_frames: int) -> int:
     """The least that a device keeps of `clips` for the backward pass: what `remat` says it does."""
-    if settings.remat == "none":
-        return 0  # the compiler knows
     model, tensor = settings.model, settings.mesh.shape["tensor"]
     # In widths of the model, of a layer: its input and two sums; queries, keys and values; what is
     # attended; the MLP.
     whole, split = {
+        "none": (3, 4 + 2 + model.mlp_ratio),  # and more, which the compiler knows
         "products": (3, 4 + 2 + model.mlp_ratio),
         "mlp": (3, 4 + 2),
         "attention": (1, 2),

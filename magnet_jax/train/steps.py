@@ -58,7 +58,10 @@ def remats(asked: Remat, platform: str) -> tuple[Remat, ...]:
     """What may be computed again on a platform, the least first."""
     if asked != "auto":
         return (asked,)
-    return ("none",) if platform == "cpu" else tuple(transformer.KEPT)
+    if platform == "cpu":
+        return ("none",)
+    # On TPUs it is quicker to compute a norm again than to read what it made from memory.
+    return tuple(transformer.KEPT) if platform == "tpu" else ("none", *transformer.KEPT)
 
 
 def make_settings(
@@ -313,6 +316,9 @@ def eval_step(
     local: bool,
 ) -> LossAux:
     """Sums [RATE_BINS] of one stage by masking rate, with every text given; else as in training."""
+    # Layers are written out for the backward pass, which there is none of.
+    form = settings.form._replace(written_out=False)
+    settings = dataclasses.replace(settings, form=form)
 
     def of_part(part: dict) -> LossAux:
         noise = draw_noise(key, part, settings, 0.0)
