@@ -2,8 +2,8 @@
 
 A network that hears so many frames at once is made one of a longer canvas: it is computed for
 windows that overlap, as rows of a batch, and a frame's states are the weighted mean of those in the
-windows over it. As heads are linear, that is the mean of their logits. (MultiDiffusion, arXiv 2302.08113,
-for models that mask.)
+windows over it. As heads are linear, that is the mean of their logits. (MultiDiffusion, arXiv
+2302.08113, for models that mask.)
 """
 
 import dataclasses

@@ -2,8 +2,8 @@
 
 A network hears frames in a line. Where it attends to near frames alone, it may do so around the
 ring (`kernels.attend`). Otherwise it hears a window, in which the ring is repeated on both sides of
-itself (LoopGen, arXiv 2504.04466, copies frames; here they are gathered by index). Either way the line begins at
-another frame of the ring at each step, so that no place is always the seam.
+itself (LoopGen, arXiv 2504.04466, copies frames; here they are gathered by index). Either way the
+line begins at another frame of the ring at each step, so that no place is always the seam.
 """
 
 import dataclasses
