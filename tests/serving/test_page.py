@@ -73,8 +73,10 @@ def page(browser, url, wrong):
 
 def make(page, text):
     """Asks for what the form says, and gives its card when the clips are there."""
+    count = page.get_by_role("article").count()
     page.get_by_label("Text", exact=True).fill(text)
     page.locator("#make").click()
+    until(page, f"document.querySelectorAll('article').length > {count}")
     card = page.get_by_role("article", name=text).first
     card.get_by_role("button", name="Play").first.wait_for()
     return card
