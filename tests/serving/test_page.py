@@ -24,13 +24,15 @@ pytestmark = pytest.mark.skipif(
 SECONDS = 0.6
 CLIP = ASSETS / "clips" / "02_bach.flac"
 KEY = "k" * 16
+# One that beeps, and that nobody is asked about.
+MICROPHONE = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 
 
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--mute-audio"]
+            executable_path=CHROMIUM, args=["--no-sandbox", "--mute-audio", *MICROPHONE]
         )
         yield browser
         browser.close()
@@ -193,6 +195,17 @@ def test_an_edit_by_keys_alone_and_how_sure_the_model_is(page):
     assert view["request"]["regions"] == [[0.02, 1.02]]
     assert len(view["results"][0]["confidence"]) == 100
     page.get_by_label("Show how sure", exact=False).evaluate("box => box.checked = false")
+
+
+def test_a_recording_is_edited(page, engine):
+    page.get_by_role("button", name="Record").click()
+    page.get_by_role("button", name="End the recording").wait_for()
+    page.wait_for_timeout(700)
+    page.get_by_role("button", name="End the recording").click()
+    page.get_by_text("a recording, ").wait_for()
+    source = json.loads(page.evaluate("localStorage['magnet_jax.source']"))
+    wav_N, _ = soundfile.read(engine.files.upload(source["file"]) / "audio.wav")
+    assert len(wav_N) > 0.3 * 48000 and np.abs(wav_N).max() > 0.01
 
 
 def test_a_loop_plays_on_and_on(page):
