@@ -196,6 +196,9 @@ def is_made(path: Path, notes: Path, settings: dict, by: str = "launch.sample") 
     if not path.exists():
         if not {"prompt", "seed", "checkpoint"} <= before.keys():
             raise UserError(f"{notes}: {theirs}")
+        for other in map(path.with_suffix, (".wav", ".flac")):
+            if other.exists():  # its JSON and tokens would be replaced
+                raise UserError(f"{other}: is the same clip; name another --out, or remove it")
         return False
     if changed:
         raise UserError(

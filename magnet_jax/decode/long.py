@@ -148,13 +148,13 @@ def stride_of_clip(
     return None
 
 
-def texts_of_windows(text: Text, clip_R: np.ndarray, first_R: np.ndarray, size: int) -> Text:
+def texts_of_windows(text: Text, clip_R: np.ndarray, first_R: np.ndarray) -> Text:
     """The texts of windows, from those of whole clips.
 
     Args:
       text: of the clips.
       clip_R: of each window, the number of its clip in the batch.
-      first_R: and the frame of the clip at which it begins; windows are `size` frames long.
+      first_R: and the frame of the clip at which it begins.
     """
     windows = jax.tree.map(lambda x: x[clip_R], text)
 
@@ -168,12 +168,13 @@ def texts_of_windows(text: Text, clip_R: np.ndarray, first_R: np.ndarray, size: 
     return moved(windows)._replace(negative=negative)
 
 
-def _rescored(batch: Batch, clip_R: np.ndarray, first_R: np.ndarray, size: int) -> dict[str, Any]:
+def _rescored(batch: Batch, clip_R: np.ndarray, first_R: np.ndarray) -> dict[str, Any]:
     """The rescorer's texts of windows."""
     texts = batch.rescorer_texts
     if isinstance(texts, Text):
-        return {"rescorer_texts": texts_of_windows(texts, clip_R, first_R, size)}
-    return {}  # of functions of others, whose texts are no matter of time
+        return {"rescorer_texts": texts_of_windows(texts, clip_R, first_R)}
+    # What functions of others take of texts is no matter of time.
+    return {"rescorer_texts": jax.tree.map(lambda x: x[clip_R], texts)}
 
 
 # --- how windows lie ------------------------------------------------------------------------------
@@ -298,8 +299,8 @@ def _rows(
             given[-1][:] = np.arange(size) < round_.lead
     return dataclasses.replace(
         _clips(batch, clip_R),
-        text=texts_of_windows(batch.text, clip_R, first_R, size),
-        **_rescored(batch, clip_R, first_R, size),
+        text=texts_of_windows(batch.text, clip_R, first_R),
+        **_rescored(batch, clip_R, first_R),
         origin_B=first_R,
         canvas=Canvas(np.stack(codes), np.stack(given)),
         editing=round_.editing,
@@ -337,7 +338,7 @@ def _joint(
         first_R = np.tile(windows.starts_N, len(clip_G)).astype(np.int32)
         part = dataclasses.replace(
             _clips(batch, clip_G),
-            text=texts_of_windows(batch.text, clip_R, first_R, windows.size),
+            text=texts_of_windows(batch.text, clip_R, first_R),
             canvas=Canvas(*(x[clip_G] for x in whole)),
             windows=windows,
         )
@@ -378,7 +379,7 @@ def _one_after_another(
         first_B = np.full(len(clip_B), start, np.int32)
         part = dataclasses.replace(
             batch,
-            text=texts_of_windows(batch.text, clip_B, first_B, end - start),
+            text=texts_of_windows(batch.text, clip_B, first_B),
             # each window has random numbers of its own
             sample_B=batch.sample_B + number * _SAMPLES,
             canvas=canvas.beginning_with(codes_BKT[..., start:known], end - start),

@@ -140,6 +140,8 @@ def read_texts(
 ) -> transformer.TextKeys:
     """What the network of a task needs of its texts."""
     num_frames = task.canvas.codes_BKT.shape[-1]
+    if rules.windows is not None:  # whose texts are their own
+        num_frames = rules.windows.size
     return tokens_of_text.read(
         transformer.bind(config, params), text_states, num_frames, dtype=dtype
     )

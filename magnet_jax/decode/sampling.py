@@ -276,6 +276,8 @@ def _around(
     loaded: Loaded, texts: Sequence[Description], num_frames: int, *, rescored: bool
 ) -> list[Description]:
     """The texts of rings, of which those over time come round again."""
+    if any(not isinstance(text, str) and text.start for text in texts):
+        raise UserError("a Prompt's start is of a part of a clip; a loop's texts begin at 0")
     seconds = num_frames / loaded.codec.frame_rate
     around = [prompts.within(text, 0, seconds, seconds) for text in texts]
     if rescored and any(map(prompts.changes, around)):
@@ -511,7 +513,7 @@ def _make_sampler(
                 rules = dataclasses.replace(rules, extent=size)
     if batch.is_ring:
         rules = dataclasses.replace(rules, ring=_ring(loaded, model))
-        num_frames = max(num_frames, rules.ring.window)
+        heard = max(heard, rules.ring.window)
     kernels = choose_kernels(
         execution.kernels, platform, model, heard // shards, dtype, split=shards > 1
     )

@@ -201,7 +201,7 @@ def test_what_does_not_go_together(loaded):
 
 def test_texts_of_windows(loaded):
     text = tokenize_texts(loaded, ["a waltz", ""])
-    found = long.texts_of_windows(text, np.array([0, 0, 1]), np.array([0, 60, 0]), WINDOW)
+    found = long.texts_of_windows(text, np.array([0, 0, 1]), np.array([0, 60, 0]))
     np.testing.assert_array_equal(found.ids_BS[:2], text.ids_BS[[0, 0]])
     assert found.mask_BS.any(-1).tolist() == [True, True, False]
 

@@ -135,7 +135,7 @@ def test_windows_of_longer_clips_have_their_part_of_the_whole():
     two = Prompt([(0, "a"), (0.5, "b"), (0.8, "c")], negative=[(0, "d"), (0.7, "e")], fade=0.2)
     text = tokenize_texts(loaded(), ["a waltz", two])
     clip_R, first_R = np.array([0, 1, 1]), np.array([10, 0, 25], np.int32)
-    windows = long.texts_of_windows(text, clip_R, first_R, 30)
+    windows = long.texts_of_windows(text, clip_R, first_R)
     assert jax.tree.structure(windows) == jax.tree.structure(text)
 
     def shares(text, row, frames):
