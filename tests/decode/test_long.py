@@ -231,3 +231,10 @@ def test_from_python(loaded, clip):
     assert model.longer == LongConfig(mode="anchors", lead=0.0, anneal="rate", steps="auto")
     with pytest.raises(UserError, match="extend_stride must lie between 2 and 4 seconds"):
         model.set_long_params("anchors", 1.5, lead=0.0)
+    model.set_long_params("joint")
+    _, plain_BKT = model.generate(TEXTS, return_tokens=True, seed=3)
+    # A row of a blend makes all rows have shares, of each window's frames.
+    blend = [("a waltz", 0.5), ("a jig", 0.5)]
+    _, mixed_BKT = model.generate([TEXTS[0], blend], return_tokens=True, seed=3)
+    np.testing.assert_array_equal(mixed_BKT[0], plain_BKT[0])
+    assert (mixed_BKT[1] != plain_BKT[1]).any()
