@@ -6,6 +6,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from constants import EIGHT, XLA_FLAGS
+
 # Not the user's cache of compiled programs; gone with the test session.
 _CACHE = tempfile.TemporaryDirectory(prefix="magnet_jax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -18,12 +20,6 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
 _ROOT = str(Path(__file__).resolve().parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
 os.environ["JAX_PLATFORMS"] = "cpu"
-# XLA ends the process when a device is late for a collective; on a busy machine fake ones may be.
-XLA_FLAGS = (
-    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=900"
-)
-EIGHT = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} {EIGHT}"
 # One thread for PyTorch and BLAS: several of them, beside another worker's, wait in busy loops.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -60,8 +56,6 @@ gc.freeze()
 gc.set_threshold(50_000, 20, 20)
 
 # Numbers that the reference implementation printed: ours, and those to be checked.
-SHIPPED_GOLDEN = Path(__file__).parent / "golden"
-GOLDEN = Path(os.environ.get("GOLDEN_DIR", SHIPPED_GOLDEN))
 
 # The files that take minutes go first, so that no worker is left alone with one at the end.
 LONGEST = ("bucket", "loop", "end_to_end", "resume", "job", "api", "benchmark")

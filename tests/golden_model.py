@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from tiny import EMBEDDED_CODEC
 
 from magnet_jax.checkpoints.pretrained import Loaded

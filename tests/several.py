@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from conftest import EIGHT
+from constants import EIGHT
 
 from magnet_jax.train import watch
 

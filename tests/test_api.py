@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import tiny
 import yaml
-from conftest import GOLDEN
+from constants import GOLDEN
 from tiny import assert_same_bits
 
 import magnet_jax

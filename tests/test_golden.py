@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from conftest import GOLDEN
+from constants import GOLDEN
 from golden_model import magnet_logits, read_text
 
 from magnet_jax.codec.encodec import load_codec

@@ -56,6 +56,8 @@ def run(job: Job, making: Making | None = None) -> str:
     """
     check(job)
     place = place_at(job.out)
+    if job.codec == EMBEDDED and job.audio.exists():
+        print(_WHAT_EMBEDDED_IS_FOR, file=sys.stderr, flush=True)
     with writing(place):
         _check_out(job, place)  # before anything is written there
         is_new = "job.json" not in place.names()
@@ -64,8 +66,6 @@ def run(job: Job, making: Making | None = None) -> str:
     if is_new and making is None and job.device != "cpu":
         check_device(job.codec, job.device)
     with _begun(job, place, spec) as (manifest, units), writing(place):
-        if job.codec == EMBEDDED:
-            print(_WHAT_EMBEDDED_IS_FOR, file=sys.stderr, flush=True)
         making = making or (make_here if job.workers == 1 else make_in_workers)
         done = _work(job, place, manifest, units, making)
         if job.shard != "0/1":

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from random_codecs import RANDOM, SMALL, save_random
 
 from magnet_jax.codec import seanet

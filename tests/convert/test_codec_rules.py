@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from tiny import assert_same_bits
 
 from magnet_jax.codec.encodec import load_codec

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from tiny import EMBEDDED_CODEC, PUBLISHED_CODEC, TINY, assert_same_bits, random_params
 
 from magnet_jax.checkpoints import run_folder, verify

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import GOLDEN
+from constants import GOLDEN
 from tiny import assert_same_bits
 
 from magnet_jax.checkpoints import bundle, pretrained

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from conftest import GOLDEN, SHIPPED_GOLDEN
+from constants import GOLDEN, SHIPPED_GOLDEN
 from golden_model import TEXTS, clips, load_golden, magnet_logits, read_text
 
 from magnet_jax import programs

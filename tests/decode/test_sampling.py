@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from golden_model import DECODING, clips, load_golden
 from jax.experimental.compilation_cache import compilation_cache
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from safetensors.numpy import save_file
 
 from launch.make import tagger as convert_tagger

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from conftest import GOLDEN
+from constants import GOLDEN
 from refusals import refused
 
 from launch.benchmark import __main__ as command

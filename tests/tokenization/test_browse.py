@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
-from conftest import SHIPPED_GOLDEN
+from constants import SHIPPED_GOLDEN
 from matplotlib.figure import Figure
 from refusals import refused
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import XLA_FLAGS
+from constants import XLA_FLAGS
 from several import free_port
 
 from magnet_jax import cli

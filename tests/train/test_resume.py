@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from conftest import XLA_FLAGS
+from constants import XLA_FLAGS
 from several import drawn
 
 from magnet_jax.checkpoints import run_folder
