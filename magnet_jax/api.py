@@ -78,11 +78,11 @@ class _Report:
         self._listener, self._heard = listener, set()
         self._before, self._programs, self._total = 0, 1, 0
 
-    def go_on(self, programs: int) -> None:
+    def go_on(self, count: int) -> None:
         """Counts on, as one program has run of a clip that takes so many more."""
         if self._listener is not None:
             jax.effects_barrier()
-        self._before, self._programs, self._heard = self._before + self._total, programs, set()
+        self._before, self._programs, self._heard = self._before + self._total, count, set()
 
     def __call__(self, done, total) -> None:
         # Of several devices, each reports; and JAX may report steps out of order.
@@ -542,6 +542,8 @@ class MAGNeT(Looping, Generator):
           extend_stride: seconds by which windows lie apart, see `long.window_stride`.
         """
         how = replaced(LongConfig(), mode=mode, lead=lead, anneal=anneal, steps=steps)
+        if how.mode == "joint" and self.kind == "hybrid":
+            raise UserError("mode joint: a hybrid has windows one after another; take another mode")
         long.window_stride(self.loaded, extend_stride, "extend_stride", how)  # checks it
         self.longer, self.extend_stride = how, extend_stride
 

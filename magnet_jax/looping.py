@@ -170,6 +170,11 @@ class Looping(Editing):
         seconds: float | None = None,
     ) -> np.ndarray:
         """Tokens [B, K, P] of what loops are to begin with; see `generate_loop`."""
+        if isinstance(audio, Path) == (sample_rate is not None):
+            raise UserError(
+                "start_sample_rate is of arrays, which need it; a file has its own: "
+                + ("leave it out" if isinstance(audio, Path) else "give it")
+            )
         clips = self._clips_of(audio, sample_rate, None)
         codes_BKT = np.stack([clip.codes_KT for clip in clips])
         num_frames, there = length.frames(self.frame_rate), codes_BKT.shape[-1]
@@ -177,7 +182,10 @@ class Looping(Editing):
             return codes_BKT[..., : num_frames // 2]
         wanted = round(seconds * self.frame_rate)
         if not 1 <= wanted <= there:
-            raise UserError(f"start_seconds {seconds:g}: the start has {there / self.frame_rate:g}")
+            raise UserError(
+                f"start_seconds {seconds:g} must lie between a frame, {1 / self.frame_rate:g} s, "
+                f"and the {there / self.frame_rate:g} s of the start"
+            )
         if wanted > (1 - LEAST_NEW) * num_frames:
             raise UserError(
                 f"start_seconds {seconds:g} leaves less than a quarter of {length.words} to be "

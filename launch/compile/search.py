@@ -7,7 +7,9 @@ What was found out of a program is kept in the user's cache folder, under the ha
 import dataclasses
 import hashlib
 import importlib.metadata
+import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import jax
 import platformdirs
 
-from launch.compile import report, targets
+from launch.compile import hlo, report, targets
 from launch.compile.options import FRAME_RATE, Train
 from launch.compile.training import average, configured
 from magnet_jax.config import RunConfig
@@ -23,7 +25,7 @@ from magnet_jax.convert import t5_files
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import replacing_file
 from magnet_jax.model import precision, sharding
-from magnet_jax.train import flops, plan
+from magnet_jax.train import chips, flops, plan
 from magnet_jax.train.steps import StepSettings
 
 LEAST_COLUMNS = 128  # of a parameter on a device; of fewer, a TPU's products are many times slower
@@ -40,7 +42,8 @@ def compiled(
     """
     frames = round(config.data.segment_seconds * FRAME_RATE)
     lowered = plan.lower(settings, config.data.batch_size, frames, config.text.max_tokens, stage)
-    made_by = [target.name, jax.__version__]
+    made_by = [target.name, jax.__version__, inspect.getsource(hlo), inspect.getsource(chips)]
+    made_by += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     made_by += [
         f"{found.name} {found.version}" for found in importlib.metadata.distributions(name="libtpu")
     ]
@@ -79,7 +82,7 @@ def fitting(
         programs = []
         for stage in (0, 1):
             found = costs(settings, stage)
-            if found is None or found["peak_bytes"] > plan.USABLE * device:
+            if found is None or plan.peak_of(found) > plan.USABLE * device:
                 break
             programs.append({"stage": stage} | found)
         if len(programs) == 2:
@@ -89,6 +92,8 @@ def fitting(
 
 def ranking(args: Train) -> list[dict[str, Any]]:
     """What fits, the fastest first."""
+    if args.stage is not None:
+        raise UserError("--stage has no effect on --search, which goes by all stages: leave it out")
     config = dataclasses.replace(configured(args), compute_dtype=args.compute_dtype)
     target = targets.load(args.topology)
     if target.chip is None or target.chip.clock is None:
@@ -119,7 +124,7 @@ def ranking(args: Train) -> list[dict[str, Any]]:
                 "parts": settings.num_parts,
                 "step_seconds": seconds,
                 "mfu": report.share_of_peak(operations, seconds, target, settings.mesh.size),
-                "peak_bytes": max(one["peak_bytes"] for one in programs),
+                "peak_bytes": max(map(plan.peak_of, programs)),
                 "programs": programs,
             }
         )

@@ -13,6 +13,7 @@ import numpy as np
 
 from magnet_jax import programs
 from magnet_jax.decode.sampler import Rescorer
+from magnet_jax.prompts import Description
 
 LEAST = 1e-30  # probability whose logarithm stands for 0
 
@@ -48,7 +49,7 @@ def _log_probabilities(params, texts, codes_BKT, hidden_GBT, *, read, mask_id, a
 
 def log_probabilities(
     reader: Rescorer,
-    texts: list[str],
+    texts: list[Description],
     codes_BKT: np.ndarray,
     hidden_GBT: np.ndarray,
     *,

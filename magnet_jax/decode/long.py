@@ -2,8 +2,7 @@
 
 A MAGNeT makes them in one of three modes (`config.LongConfig`). What they share:
 
-- A clip's random numbers go by its frames, so that windows never draw the same ones, and a clip
-  begins with the clip of one window.
+- A clip's random numbers go by its frames, and a clip begins with the clip of one window.
 - Whole windows are made, and what reaches beyond the clip's end is cut off. So a longer clip begins
   with the shorter one, in all modes but `joint`, whose windows all depend on each other.
 - Tokens are all there before one becomes a sample: audio has no seams.

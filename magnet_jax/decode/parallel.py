@@ -133,9 +133,9 @@ def with_codebook(x_BKT: jax.Array, x_BT: jax.Array, stage: jax.Array) -> jax.Ar
 
 
 def annealed(task: Task, state: State, row: Schedule) -> Schedule:
-    """The step as each clip has it, guidance and temperature [B, 1, 1].
+    """The step as each clip has it: guidance and temperature are scalars, or [B, 1, 1].
 
-    Of clips with steps of their own it is another one each, or none yet.
+    Clips with steps of their own are each at another one, or have not begun.
 
     The schedule anneals both from a clip of which nothing is known. Where most of it is given, the
     model is sure from the first step on, and what suits a blank canvas would be far too much. So

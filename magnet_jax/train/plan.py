@@ -5,7 +5,7 @@ The compiler is asked how much memory the steps take.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -85,9 +85,21 @@ def peak_bytes(
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None
             raise
-        live = found.argument_size_in_bytes + found.temp_size_in_bytes
-        peaks.append(max(found.peak_memory_in_bytes, live))
+        peaks.append(
+            peak_of(
+                {
+                    "peak_bytes": found.peak_memory_in_bytes,
+                    "argument_bytes": found.argument_size_in_bytes,
+                    "temp_bytes": found.temp_size_in_bytes,
+                }
+            )
+        )
     return max(peaks)
+
+
+def peak_of(memory: Mapping[str, Any]) -> int:
+    """What a program takes of a device's memory, by the compiler's figures of it in bytes."""
+    return max(memory["peak_bytes"], memory["argument_bytes"] + memory["temp_bytes"])
 
 
 def parts_to_try(batch_size: int, clips_per_device: int, mesh: jax.sharding.Mesh) -> list[int]:

@@ -302,7 +302,8 @@ def test_what_is_left_open_is_ranked(monkeypatch, tmp_path, capsys):
             return None  # the compiler finds no room
         peak = target.chip.device_bytes / (fsdp * parts if settings.remat == "products" else 2)
         seconds = 1 + stage + fsdp / 10 + (settings.remat == "full")
-        return {"peak_bytes": peak, "estimated_seconds": seconds}
+        memory = {"peak_bytes": peak, "argument_bytes": 0, "temp_bytes": 0}
+        return memory | {"estimated_seconds": seconds}
 
     monkeypatch.setattr(search, "compiled", costs)
     file = tmp_path / "ranking.json"
