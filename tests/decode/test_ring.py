@@ -44,7 +44,7 @@ def network(codebook_size, *, around):
     table_KVE = jax.random.normal(keys[0], (4, codebook_size + 1, 8))
     weights_SEV = jax.random.normal(keys[1], (2 * REACH + 1, 8, codebook_size))
 
-    def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T):
+    def trunk(codes_BKT, *, stage, local, guided, first_B, frame_1T=None):
         x_BTE = table_KVE[jnp.arange(4)[None, :, None], codes_BKT].sum(1)
         mode = "wrap" if around else "constant"
         x_BTE = jnp.pad(x_BTE, ((0, 0), (REACH, REACH), (0, 0)), mode=mode)
