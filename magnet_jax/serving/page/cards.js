@@ -144,6 +144,8 @@ class Part {
       failed: (text) => (note.textContent = text),
     });
     const extra = { changed: result.changed, confidence: result.confidence, loop: result.loop };
+    const rate = result.loop && Math.round(result.loop.samples / result.seconds);
+    strip.show({ url: result.audio, seconds: result.seconds, rate, ...extra }); // heard before it is drawn
     whenSeen(strip.element, async () => {
       try {
         strip.show({ ...(await soundOf({ job })), ...extra });

@@ -10,7 +10,7 @@ const FIELDS = { before: "before", after: "after", strength: "strength", variati
 export class Editor {
   /** failed(error): told what goes wrong. text(text): sets the text of the form. */
   constructor(model, { failed, text }) {
-    Object.assign(this, { failed, text, source: null, last: [] }); // source: { file | job, name }
+    Object.assign(this, { failed, text, limits: model.limits, source: null, last: [] }); // source: { file | job, name }
     const play = $("source-play");
     this.strip = new Strip("What is edited", {
       marks: { frameRate: model.frame_rate, changed: () => this.list() },
@@ -109,6 +109,8 @@ export class Editor {
   async upload(file, name = file?.name) {
     if (!file) return;
     await this.tried(async () => {
+      const most = this.limits.upload_mb;
+      if (file.size > most * 1e6) throw new Error(`${name} is larger than ${most} MB.`);
       const form = new FormData();
       form.append("file", file, "sound");
       $("no-source").hidden = false;

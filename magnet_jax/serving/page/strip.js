@@ -8,6 +8,10 @@ const EDGE = 7; // CSS pixels within which an edge is taken
 const ROW = 11; // height of the confidence row
 const AROUND = 0.3; // seconds to each side that a click in that row marks
 
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const canvas of document.querySelectorAll("canvas")) canvas.dispatchEvent(new Event("recolour"));
+});
+
 export class Strip {
   /**
    * marks: null, or { frameRate, changed(regions) } for one whose regions are dragged.
@@ -26,7 +30,7 @@ export class Strip {
     on("dblclick", this.twice);
     on("keydown", this.key);
     new ResizeObserver(() => this.draw()).observe(this.canvas);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+    on("recolour", this.draw);
   }
 
   /** sound: { url, peaks, seconds, rate, changed, confidence, loop } */
