@@ -33,7 +33,6 @@ class Request(BaseModel):
     )
 
     model: str | None = Field(None, description="One of /v1/models; null is the one there is.")
-    n: Annotated[int, Field(ge=1)] = Field(1, description="Clips to make.")
     seed: Seed | None = Field(
         None, description="Clip i depends on it, on i and on the request; null draws one."
     )
@@ -52,9 +51,6 @@ class Request(BaseModel):
         max_length=2,
         description="Guidance where nothing is known of a clip, and where all is; one number is "
         "the first.",
-    )
-    lufs: Annotated[float, Field(ge=-70, le=0)] | None = Field(
-        -14.0, description="Loudness; null keeps the level that the model gives."
     )
     blend: Blend | None = Field(None, description="Texts with weights, in place of one text.")
     timeline: list[Timed] | None = Field(
@@ -124,7 +120,16 @@ class Result(BaseModel):
     index: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
-class Generate(Request):
+class Fresh(Request):
+    """What all requests of new clips have in common."""
+
+    n: Annotated[int, Field(ge=1)] = Field(1, description="Clips to make.")
+    lufs: Annotated[float, Field(ge=-70, le=0)] | None = Field(
+        -14.0, description="Loudness; null keeps the level that the model gives."
+    )
+
+
+class Generate(Fresh):
     """A clip of a text."""
 
     input: str = alias("input", "prompt", default="", description="The text; empty is none.")
@@ -137,7 +142,7 @@ class Generate(Request):
     )
 
 
-class Loop(Request):
+class Loop(Fresh):
     """A loop of a text: a clip whose end leads to its beginning, as long as its bars."""
 
     input: str = alias("input", "prompt", default="", description="The text; empty is none.")

@@ -40,8 +40,8 @@ async def handle(request: Request, body: requests.Request, prefer: str | None, k
         engine.submit, body, client=request.state.client, owner=request.state.owner,
         idempotency_key=key,
     )  # fmt: skip
-    text = body.description if request.app.state.log_prompts else ""
-    log.info("%s %s %s", job.kind, job.id, text)
+    text = repr(body.description) if request.app.state.log_prompts else ""
+    log.info("%s %s %s", job.kind, job.id, text)  # one line, whatever the text holds
     if body.asynchronous or "respond-async" in (prefer or ""):
         headers = {"Location": f"/v1/jobs/{job.id}", "X-Job-Id": job.id}
         view = await run_in_threadpool(engine.view, job)

@@ -99,6 +99,7 @@ async def _done(request: Request, job_id: str, index: int) -> tuple[Engine, Job]
     return engine, job
 
 
+@router.head("/{job_id}/audio/{index}", include_in_schema=False)
 @router.get("/{job_id}/audio/{index}", summary="A clip", response_class=FileResponse)
 async def job_audio(
     request: Request,

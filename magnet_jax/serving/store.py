@@ -117,7 +117,7 @@ class Store:
             if now - changed <= self.keep_seconds and total <= self.keep_bytes:
                 break
             going = self.coming / f"{path.name}.expired"
-            with self._lock, contextlib.suppress(FileNotFoundError):
+            with self._lock, contextlib.suppress(OSError):  # another process was sooner
                 if path in self._held:
                     continue
                 path.rename(going)
