@@ -147,6 +147,26 @@ def test_a_device_that_fails_fails_its_own_jobs_alone(engine, gate, monkeypatch)
     assert jobs[1].error.status == 500 and "burns" not in str(jobs[1].error)
 
 
+def test_a_batch_that_fails_late_is_made_once_more_from_the_start(engine, monkeypatch):
+    """Each clip of its own time, and none is there twice."""
+    sure, begun, failed = engine._sure, [], []
+
+    def failing(row, made):
+        begun.append(engine._since)
+        if row.index == 1 and not failed:
+            failed.append(row)
+            raise RuntimeError("it burns")
+        return sure(row, made)
+
+    monkeypatch.setattr(engine, "_sure", failing)
+    before = engine.stats()["clips"]
+    job = engine.submit(request(n=2))
+    assert job.wait(300) and job.state == "done"
+    assert [clip.index for clip in job.clips] == [0, 1] and len(begun) == 4
+    assert begun[0] == begun[1] < begun[2] < begun[3]
+    assert engine.stats()["clips"] == before + 2
+
+
 def test_a_job_that_takes_too_long_is_ended(engine, monkeypatch):
     monkeypatch.setattr(engine._pace, "_speed", {})
     limits = dataclasses.replace(engine.limits, job_seconds=1e-9)
