@@ -28,6 +28,7 @@ ENV XDG_CACHE_HOME=/data/cache HF_HOME=/data/hub
 VOLUME /data
 EXPOSE 7860
 # Within the container every address is the container's own; --publish above opens it to this
-# machine alone. For more, give keys: --api-key-file, or MAGNET_JAX_API_KEY.
+# machine alone, where it is asked as localhost or 127.0.0.1. For more, give keys: --api-key-file,
+# or MAGNET_JAX_API_KEY; and --allow-host for each name.
 ENTRYPOINT []
-CMD ["python", "-u", "-m", "launch.serve", "--checkpoint", "demo", "--host", "0.0.0.0", "--open", "--folder", "/data/served"]
+CMD ["python", "-u", "-m", "launch.serve", "--checkpoint", "demo", "--host", "0.0.0.0", "--open", "--allow-host", "localhost", "--folder", "/data/served"]

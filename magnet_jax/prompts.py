@@ -18,6 +18,7 @@ from magnet_jax.arguments import MOST_CLIPS, Between, check, shown
 from magnet_jax.errors import UserError
 
 MOST_TEXTS = 64  # of a clip
+MOST_SECTIONS = 64  # likewise: each one is a column of a table of shares
 _MARGIN = 0.1  # seconds by which a cut is generous: a frame of any codec
 
 Words = str | Sequence[tuple[str, float]] | Sequence[tuple[float, Any]] | None
@@ -87,6 +88,9 @@ def sections(value: Any, name: str = "text") -> tuple[Section, ...]:
         if not found or found[-1].parts != parts:
             found.append(Section(time, parts))
     _check_count(texts_in(found), name)
+    if len(found) > MOST_SECTIONS:
+        count = f"{len(found)} sections, and a clip takes {MOST_SECTIONS} at most"
+        raise UserError(f"{name} has {count}")
     return tuple(found)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from magnet_jax.serving.access import Access
     from magnet_jax.serving.engine import Engine
 
+API_KEY = "MAGNET_JAX_API_KEY"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_REQUESTS = 512  # at once; more are answered with 503
 Names = Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
@@ -93,8 +94,8 @@ def access_of(args: Args) -> "Access":
     from magnet_jax.serving import access
 
     keys = () if args.api_key_file is None else access.read_keys(args.api_key_file)
-    if key := os.environ.get("MAGNET_JAX_API_KEY"):
-        keys = (*keys, key)
+    if key := os.environ.get(API_KEY):
+        keys = (*keys, access.checked_key(key, API_KEY))
     local = args.host in LOOPBACK
     if not local and not keys and not args.open:
         raise UserError(

@@ -25,6 +25,8 @@ from tokenization.track import FileBytes, Part
 
 MEMORY = 2 * 2**30  # bytes of the process
 CPU_SECONDS = 30.0  # of one file
+SAMPLES = 2 * 48_000  # of all channels, for each second that an upload may have
+SECRET = ("MAGNET_JAX_API_KEY",)  # which what decodes a stranger's file is not told
 HANGS = 20.0  # seconds without progress after which it is ended
 # What becomes of samples that a WAV of floats read from them would not hold as they are.
 KEPT = {"PCM_S8": "PCM_16", "PCM_U8": "PCM_16", "PCM_32": "PCM_24", "DOUBLE": "FLOAT"}
@@ -43,7 +45,7 @@ class Reader:
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._decoder = decoder.Decoder(HANGS, ("-m", "launch.serve.uploads"))
+        self._decoder = decoder.Decoder(HANGS, ("-m", "launch.serve.uploads"), SECRET)
 
     def __call__(self, path: Path, out: Path, max_seconds: float) -> None:
         """Writes the sound of a file as a WAV; `RequestError` where it is none."""
@@ -77,11 +79,12 @@ def decode(part: Part, wanted: Wanted) -> Iterator[None]:
     with formats.open_sound(path) as sound:
         if sound.loss:
             raise RejectedError("cut off", sound.loss)
-        rate, most = sound.sample_rate, wanted.max_seconds * sound.sample_rate
-        if sound.frames is not None:
-            _check_length(sound.frames, most, rate)
         if not 1 <= sound.channels <= 8:
             raise RejectedError("odd channels", f"{sound.channels}; 1 to 8 are read")
+        rate = sound.sample_rate
+        most = wanted.max_seconds * min(rate, SAMPLES / sound.channels)
+        if sound.frames is not None:
+            _check_length(sound.frames, most, rate)
         subtype, count = _subtype(path), 0
         nearest = subtype is None
         subtype = subtype or exact.DECODED

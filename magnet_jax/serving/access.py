@@ -10,6 +10,7 @@ import binascii
 import dataclasses
 import hashlib
 import hmac
+import ipaddress
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -24,6 +25,7 @@ from magnet_jax.serving.jobs import error_view
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 OPEN_PATHS = ("/health", "/ready")  # which tell nothing, and which probes ask without a key
+SHORTEST_KEY = 16  # characters
 SAFE = ("GET", "HEAD", "OPTIONS")
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
@@ -39,7 +41,8 @@ class Access:
     keys: tuple[str, ...] = ()
     """Bearer keys; none are needed where there are none."""
     hosts: tuple[str, ...] | None = LOOPBACK
-    """Names under which the server is asked; None is any."""
+    """Names under which the server is asked. None is any where there are keys; where there are none
+    it is any address and this machine's own names, as it takes another name to rebind."""
     origins: tuple[str, ...] = ()
     """Other origins whose pages may ask."""
 
@@ -63,11 +66,16 @@ class Access:
             )  # fmt: skip
         return hashlib.sha256(found[0].encode()).hexdigest()[:16]
 
+    def _is_ours(self, name: str) -> bool:
+        if self.hosts is not None:
+            return name in self.hosts
+        return bool(self.keys) or name in LOOPBACK or _is_address(name)
+
     def check_source(self, method: str, headers: Headers) -> None:
         """Raises `RequestError` 403 for a host that is not ours, or another page's request."""
         host = headers.get("host", "")
         name = _parts(f"//{host}").hostname or ""
-        if self.hosts is not None and name not in self.hosts:
+        if not self._is_ours(name):
             raise RequestError(
                 f"this server is not called {name[:60]!r}: name it with --allow-host",
                 status=403, code="forbidden_host",
@@ -80,6 +88,14 @@ class Access:
                 f"pages of {origin[:60]} may not ask here: name it with --allow-origin",
                 status=403, code="forbidden_origin",
             )  # fmt: skip
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _parts(url: str) -> SplitResult:
@@ -96,9 +112,17 @@ def read_keys(path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--api-key-file {path}: cannot be read ({error})") from None
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-    if not keys or any(len(key) < 16 for key in keys):
-        raise UserError(f"--api-key-file {path}: needs keys of 16 characters or more, one a line")
-    return keys
+    if not keys:
+        raise UserError(f"--api-key-file {path}: holds no key; it needs one a line")
+    return tuple(checked_key(key, f"--api-key-file {path}") for key in keys)
+
+
+def checked_key(key: str, where: str) -> str:
+    """A key without the blanks around it; `UserError` for one that is soon guessed."""
+    key = key.strip()
+    if len(key) < SHORTEST_KEY:
+        raise UserError(f"{where}: a key needs {SHORTEST_KEY} characters or more")
+    return key
 
 
 def answer(error: RequestError) -> JSONResponse:
@@ -125,8 +149,10 @@ class Gate:
         headers, method, path = Headers(scope=scope), scope["method"], scope["path"]
         most = self.upload if path == "/v1/files" else self.body
         try:
-            self.access.check_source(method, headers)
-            owner = "" if path in OPEN_PATHS else self.access.owner(headers)
+            owner = ""
+            if path not in OPEN_PATHS:  # probes ask by the address that they know
+                self.access.check_source(method, headers)
+                owner = self.access.owner(headers)
             self._check_body(method, path, headers, most)
         except RequestError as error:
             await answer(error)(scope, receive, _with_headers(send))

@@ -41,7 +41,7 @@ def check(job: Job, server: Server) -> None:
 
     known = request.model in (None, server.name)
     require(known, "model", f"there is {server.name} alone", status=404, code="model_not_found")
-    require(request.n <= limits.clips, "n", f"must be at most {limits.clips}")
+    require(getattr(request, "n", 1) <= limits.clips, "n", f"must be at most {limits.clips}")
     original = getattr(request, "original", None) or ""
     texts = [original, *prompts.all_texts(request.description or "")]
     longest = max(map(len, texts))

@@ -15,6 +15,7 @@ wants what it is making. Another thread writes files meanwhile.
 import collections
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -50,6 +51,7 @@ WAIT = {"cpu": 0.0}  # seconds for which a batch waits for more; a CPU gains not
 WAIT_ELSEWHERE = 0.02
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # stands in what XLA says then
 LAST_SECONDS = 60.0  # at the end, for what the device is at: a compilation cannot be stopped
+MOST_UNDONE = 300  # jobs of an owner that failed or were cancelled, and are still known
 HOUSEKEEPING = 30.0  # seconds between two looks at what has expired
 
 
@@ -95,7 +97,9 @@ class Engine:
         self._begun: dict[str, tuple[Iterator[long.Part], long.Part]] = {}
         self._share = 1.0  # of a job that is made alone: how much the device has just made
         self.draining = self._closed = False
-        self._keys: dict[tuple[str, str], tuple[str, bytes]] = {}  # of idempotent requests
+        # Of idempotent requests: owner, client and key; the job, and what its request hashes to.
+        self._keys: dict[tuple[str, str, str], tuple[str, bytes]] = {}
+        self._reading = threading.Lock()  # around the tokenizer
         self._batches: collections.Counter = collections.Counter()
         self._ended: collections.Counter = collections.Counter()
         self._made = {"clips": 0, "audio_seconds": 0.0, "busy_seconds": 0.0}
@@ -182,38 +186,54 @@ class Engine:
         Args:
           client: whose turn it takes, see `Queue.next`.
           owner: who may see the job.
-          idempotency_key: the same one, of the same owner, gives the same job.
+          idempotency_key: the same one, of the same owner and client, gives the same job, unless
+            that was cancelled, or failed through no fault of the request.
 
         Raises:
           UserError: a request that cannot be done, now or ever; `RequestError` says when.
         """
-        content, place = request.model_dump_json().encode(), (owner, idempotency_key or "")
+        content = hashlib.sha256(request.model_dump_json().encode()).digest()
+        place = None if idempotency_key is None else (owner, client, idempotency_key)
+        job = new_job(request, client, owner)
         with self._lock:
-            if place in self._keys and idempotency_key is not None:
-                return self._known(*self._keys[place], content)
-            job = new_job(request, client, owner)
-            admission.check(job, self)
+            if known := self._known(place, content):
+                return known
+            self._check_room(job)
+        # Files are read and texts are tokenized while others go on.
+        admission.check(job, self)
+        with self._reading:
             rows = self._rows_of(job)
-            waiting = self._queue.jobs
-            first = self._pace.seconds_of(waiting[0]) if waiting else None
-            admission.check_room(job, waiting, self, first)
+        with self._lock:
+            if known := self._known(place, content):  # the same one came meanwhile
+                return known
+            self._check_room(job)
             self.files.hold(*self._sources(job))
             if rows[0].key[0] == "generate":  # others tell as they go
                 job.total = sum(row.steps for row in rows)
             self._jobs[job.id] = job
             self._queue.add(job, rows)
-            if idempotency_key is not None:
+            if place is not None:
                 self._keys[place] = job.id, content
             self._lock.notify_all()
         return job
 
-    def _known(self, job_id: str, before: bytes, content: bytes) -> Job:
+    def _check_room(self, job: Job) -> None:
+        waiting = self._queue.jobs
+        first = self._pace.seconds_of(waiting[0]) if waiting else None
+        admission.check_room(job, waiting, self, first)
+
+    def _known(self, place: tuple[str, str, str] | None, content: bytes) -> Job | None:
+        """The job of an idempotency key; None where there is none, or one to be done again."""
+        job_id, before = self._keys.get(place, ("", b"")) if place else ("", b"")
+        job = self._jobs.get(job_id)
+        if job is None or job.state == "cancelled" or (job.error and job.error.status >= 500):
+            return None
         if before != content:
             raise RequestError(
                 "this Idempotency-Key was given with another request", status=409,
                 code="idempotency_conflict",
             )  # fmt: skip
-        return self._jobs[job_id]
+        return job
 
     def _rows_of(self, job: Job) -> list[Row]:
         if job.kind == "generate":
@@ -232,7 +252,11 @@ class Engine:
     def job(self, job_id: str, owner: str = "") -> Job:
         """A job; `RequestError` 404 where there is none, or it is another's."""
         with self._lock:
-            job = self._jobs.get(job_id) or self._remembered(self.files.record(job_id))
+            job = self._jobs.get(job_id)
+        if job is None:
+            record = self.files.record(job_id)
+            with self._lock:
+                job = self._remembered(record)
         if job is None or job.owner != owner:
             raise RequestError(
                 "no such job: it was never there, or has expired", status=404, code="not_found"
@@ -276,7 +300,10 @@ class Engine:
             batch: list[Row] = []
             most = self.limits.max_batch
             while not batch:
-                self._lock.wait_for(lambda: self._queue or self._closed)
+                # No more clips wait in memory to be written than of two batches.
+                self._lock.wait_for(
+                    lambda: (self._queue and self._writing < 2 * most) or self._closed
+                )
                 if self._closed:
                     return []
                 batch = self._queue.next(most)
@@ -284,18 +311,25 @@ class Engine:
                     self._lock.wait_for(lambda: self._closed, self._wait)
                     batch = self._queue.next(most)
             self._queue.take(batch)
-            for row in batch:
-                self._start(row.job)
             self._running = list(dict.fromkeys(row.job for row in batch))
+            self._start(self._running)
             return batch
 
-    def _start(self, job: Job) -> None:
-        if job.state == "queued":
-            job.state, job.started = "running", time.time()
-            estimate, least = self._pace.seconds_of(job), self.limits.job_seconds
+    def _start(self, jobs: list[Job]) -> None:
+        """Begins a batch of jobs, or goes on with them. Each is charged what all of it takes."""
+        estimate, least = self._seconds_of(jobs), self.limits.job_seconds
+        for job in jobs:
             # Where nothing like it was made yet, an edit's smaller programs are compiled as well.
-            job.budget = 10 * least if estimate is None else max(least, 2 * estimate)
-            job.changed()
+            budget = 10 * least if estimate is None else max(least, job.spent + 2 * estimate)
+            job.budget = max(job.budget, budget)
+            if job.state == "queued":
+                job.state, job.started = "running", time.time()
+                job.changed()
+
+    def _seconds_of(self, jobs: list[Job]) -> float | None:
+        """Seconds that what is left of jobs takes; None where that is not known of one."""
+        seconds = [self._pace.seconds_of(job) for job in jobs]
+        return None if None in seconds else sum(seconds)
 
     def _end(self, job: Job, state: str, error: RequestError | None = None) -> None:
         with self._lock:
@@ -306,6 +340,13 @@ class Engine:
             self.files.release(*self._sources(job))
             job.state, job.error, job.ended, job.stage = state, error, time.time(), ""
             self._ended[state] += 1
+            if state != "done":  # those that are done go with their files
+                undone = [
+                    other for other in self._jobs.values()
+                    if other.owner == job.owner and other.state in ENDED and other.state != "done"
+                ]  # fmt: skip
+                for other in undone[:-MOST_UNDONE]:
+                    del self._jobs[other.id]
             job.changed()
             self._lock.notify_all()
 
@@ -314,8 +355,8 @@ class Engine:
         waiting = self._queue.jobs
         before = waiting[: waiting.index(job)] if job in waiting else []
         first = [] if job in self._running else [j for j in self._running if j not in before]
-        seconds = [self._pace.seconds_of(other) for other in [*first, *before, job]]
-        eta = None if None in seconds else sum(seconds)
+        # A batch ends as a whole.
+        eta = self._seconds_of(list(dict.fromkeys([*self._running, *before, job])))
         return len(first) + len(before), eta
 
     # --- the device thread ------------------------------------------------------------------------
@@ -332,6 +373,8 @@ class Engine:
                 with self._lock:
                     for job in self._running:
                         job.spent += time.monotonic() - self._since
+                        if job.state in ENDED:  # while the device was at it
+                            self._begun.pop(job.id, None)
                     self._made["busy_seconds"] += took
                     self._running = []
                     if programs.count() == compiled:  # nothing was compiled meanwhile
@@ -357,6 +400,7 @@ class Engine:
             log.warning("a batch of %d failed (%s); each alone once more", len(batch), error)
             for row in batch:
                 if row.job.state not in ENDED:
+                    self._since = time.monotonic()  # no row pays for those before it
                     self._run([row])
 
     def _generate(self, batch: list[Row]) -> None:
@@ -378,11 +422,10 @@ class Engine:
             for job in jobs:  # what is made once more is counted once
                 job.done = before[job.id]
             raise
-        for row, one in zip(batch, made):
-            job = row.job
-            if job.state in ENDED:
-                continue
-            self._write(job, self._keep_row, row, one, self._sure(row, one))
+        sures = [self._sure(row, one) for row, one in zip(batch, made)]
+        for row, one, sure in zip(batch, made, sures):  # nothing fails from here on
+            if row.job.state not in ENDED:
+                self._write(row.job, self._keep_row, row, one, sure)
 
     def _previews(self, batch: list[Row], progress: Progress) -> None:
         """Keeps what the first codebook sounds like, for those who want to hear it."""
@@ -397,10 +440,11 @@ class Engine:
     def _go_on(self, row: Row) -> None:
         """Makes the next windows of longer clips; what is left of them waits for its next turn."""
         job = row.job
-        if job.id not in self._begun:
+        begun = self._begun.get(job.id)
+        if begun is None:
             parts = work.parts(self.model, row, lambda progress: self._tell(job, progress))
-            self._begun[job.id] = parts, next(parts)  # before any is made
-        parts, _ = self._begun[job.id]
+            begun = self._begun[job.id] = parts, next(parts)  # before any is made
+        parts, _ = begun
         part = next(parts)
         self._begun[job.id] = parts, part
         self._share = 1 / part.total
@@ -411,15 +455,18 @@ class Engine:
                 self._queue.add(job, [row])
                 return
         wav_BCN = decoding.decode_audio(self.model.decoder, part.codes_BKT)
-        for index, (wav_CN, codes_KT) in enumerate(zip(wav_BCN, part.codes_BKT)):
-            made = work.Made(wav_CN, codes_KT)
-            sure = self._sure(row, made)
+        clips = [work.Made(*one) for one in zip(wav_BCN, part.codes_BKT)]
+        sures = [self._sure(row, made) for made in clips]
+        for index, (made, sure) in enumerate(zip(clips, sures)):
             self._write(job, self._keep_row, row._replace(index=index), made, sure)
 
     def _tell(self, job: Job, progress: Progress) -> None:
         """How far the windows are that the device is at."""
         self._live([job])
-        _, part = self._begun[job.id]
+        begun = self._begun.get(job.id)
+        if begun is None:  # cancelled this moment
+            raise LeftError
+        _, part = begun
         job.done = part.done * progress.total + progress.done
         job.total = part.total * progress.total
         job.stage = f"part {part.done + 1} of {part.total}"
@@ -533,9 +580,12 @@ class Engine:
 
     def _kept(self, job: Job, clips: list, total: int) -> None:
         with self._lock:
-            job.clips = sorted([*job.clips, *clips], key=lambda clip: clip.index)
-            self._made["clips"] += len(clips)
-            self._made["audio_seconds"] += sum(clip.seconds for clip in clips)
+            there = {clip.index: clip for clip in job.clips}
+            new = [clip for clip in clips if clip.index not in there]
+            there |= {clip.index: clip for clip in clips}
+            job.clips = [there[index] for index in sorted(there)]
+            self._made["clips"] += len(new)
+            self._made["audio_seconds"] += sum(clip.seconds for clip in new)
             over = len(job.clips) == total
             job.done = job.total if over else job.done
         if over:
@@ -592,7 +642,10 @@ class Engine:
     def jobs(self, owner: str = "") -> list[Job]:
         """All jobs of an owner, the oldest first."""
         with self._lock:
-            for record in self.files.records(but=self._jobs):
+            known = set(self._jobs)
+        records = list(self.files.records(but=known))
+        with self._lock:
+            for record in records:
                 self._remembered(record)
             own = [job for job in self._jobs.values() if job.owner == owner]
             return sorted(own, key=lambda job: job.created)

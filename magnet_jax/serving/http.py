@@ -50,6 +50,7 @@ def create_app(
         title="magnet_jax", version=version, description=ABOUT, docs_url=None, redoc_url=None
     )
     app.state.engine, app.state.read, app.state.log_prompts = engine, read, log_prompts
+    app.state.uploads = route_files.Uploads()
     for part in (route_audio, route_jobs, route_files, route_server):
         app.include_router(part.router)
     if page:
@@ -90,7 +91,9 @@ def _answer_errors(app: FastAPI) -> None:
 
     def http(_: Request, error: HTTPException) -> JSONResponse:
         code = CODES.get(error.status_code, "invalid_request")
-        return answer(RequestError(str(error.detail), status=error.status_code, code=code))
+        found = answer(RequestError(str(error.detail), status=error.status_code, code=code))
+        found.headers.update(error.headers or {})  # as which methods there are
+        return found
 
     def bug(_: Request, error: Exception) -> JSONResponse:
         number = new_id()[:8]

@@ -6,7 +6,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from magnet_jax.config import Preset
 from magnet_jax.errors import UserError
-from magnet_jax.prompts import Description, Prompt
+from magnet_jax.prompts import MOST_SECTIONS, MOST_TEXTS, Description, Prompt
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
@@ -14,7 +14,8 @@ Seed = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Format = Literal["wav", "flac", "mp3"]
 # A text and its weight; a second, and the text or the blend of texts from there on.
 Weighted = Annotated[list[str | float], Field(min_length=2, max_length=2)]
-Timed = Annotated[list[float | str | list[Weighted]], Field(min_length=2, max_length=2)]
+Blend = Annotated[list[Weighted], Field(min_length=1, max_length=MOST_TEXTS)]
+Timed = Annotated[list[float | str | Blend], Field(min_length=2, max_length=2)]
 Region = Annotated[list[Annotated[float, Field(ge=0)] | None], Field(min_length=2, max_length=2)]
 
 
@@ -27,10 +28,11 @@ class Request(BaseModel):
     """What all requests have in common. What is null, or left out, is the model's default."""
 
     # A misspelt field is an error; a number in quotes is not a number.
-    model_config = ConfigDict(extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False
+    )
 
     model: str | None = Field(None, description="One of /v1/models; null is the one there is.")
-    n: Annotated[int, Field(ge=1)] = Field(1, description="Clips to make.")
     seed: Seed | None = Field(
         None, description="Clip i depends on it, on i and on the request; null draws one."
     )
@@ -50,15 +52,11 @@ class Request(BaseModel):
         description="Guidance where nothing is known of a clip, and where all is; one number is "
         "the first.",
     )
-    lufs: Annotated[float, Field(ge=-70, le=0)] | None = Field(
-        -14.0, description="Loudness; null keeps the level that the model gives."
-    )
-    blend: list[Weighted] | None = Field(
-        None, min_length=1, description="Texts with weights, in place of one text."
-    )
+    blend: Blend | None = Field(None, description="Texts with weights, in place of one text.")
     timeline: list[Timed] | None = Field(
         None,
         min_length=1,
+        max_length=MOST_SECTIONS,
         description="Seconds, the first one 0, and the text or the blend from there on.",
     )
     text_fade: Annotated[float, Field(ge=0, le=60)] = Field(
@@ -117,12 +115,21 @@ class Request(BaseModel):
 class Result(BaseModel):
     """A clip of a job that is done."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
     id: str
-    index: Annotated[int, Field(ge=0)] = 0
+    index: Annotated[int, Field(ge=0, le=1000)] = 0
 
 
-class Generate(Request):
+class Fresh(Request):
+    """What all requests of new clips have in common."""
+
+    n: Annotated[int, Field(ge=1)] = Field(1, description="Clips to make.")
+    lufs: Annotated[float, Field(ge=-70, le=0)] | None = Field(
+        -14.0, description="Loudness; null keeps the level that the model gives."
+    )
+
+
+class Generate(Fresh):
     """A clip of a text."""
 
     input: str = alias("input", "prompt", default="", description="The text; empty is none.")
@@ -135,7 +142,7 @@ class Generate(Request):
     )
 
 
-class Loop(Request):
+class Loop(Fresh):
     """A loop of a text: a clip whose end leads to its beginning, as long as its bars."""
 
     input: str = alias("input", "prompt", default="", description="The text; empty is none.")

@@ -40,14 +40,15 @@ async def handle(request: Request, body: requests.Request, prefer: str | None, k
         engine.submit, body, client=request.state.client, owner=request.state.owner,
         idempotency_key=key,
     )  # fmt: skip
-    text = body.description if request.app.state.log_prompts else ""
-    log.info("%s %s %s", job.kind, job.id, text)
+    text = repr(body.description) if request.app.state.log_prompts else ""
+    log.info("%s %s %s", job.kind, job.id, text)  # one line, whatever the text holds
     if body.asynchronous or "respond-async" in (prefer or ""):
         headers = {"Location": f"/v1/jobs/{job.id}", "X-Job-Id": job.id}
-        return JSONResponse(engine.view(job), 202, headers=headers)
+        view = await run_in_threadpool(engine.view, job)
+        return JSONResponse(view, 202, headers=headers)
     left = await until_over(request, job)
     if left and key is None:  # with a key, the client may come back for it
-        engine.cancel(job)
+        await run_in_threadpool(engine.cancel, job)
     if left:
         return Response(status_code=499)
     if job.state == "cancelled":

@@ -1,14 +1,17 @@
 """/v1/files: sound files to edit, uploaded once and named by id."""
 
+import collections
+import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, Request
 from fastapi import Path as InPath
-from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.responses import FileResponse, Response
 
@@ -19,6 +22,36 @@ from magnet_jax.serving.jobs import new_id
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 FileId = Annotated[str, InPath(max_length=40)]
+READ_AT_ONCE = 2
+MOST_UPLOADS = 8  # that are received, read or waiting
+MOST_OF_CLIENT = 2
+
+
+class Uploads:
+    """Those that are under way. They are read one after another, and keep nothing else waiting."""
+
+    def __init__(self):
+        self.threads = anyio.CapacityLimiter(READ_AT_ONCE)
+        self._of_client: collections.Counter = collections.Counter()
+
+    @contextlib.contextmanager
+    def place(self, client: str) -> Iterator[None]:
+        """A place for one of a client; `RequestError` 429 where there is none."""
+        own = self._of_client[client] >= MOST_OF_CLIENT
+        if own or self._of_client.total() >= MOST_UPLOADS:
+            raise RequestError(
+                "files of yours are being read: try later" if own else
+                "many files are being read: try later",
+                status=429, code="client_limit" if own else "queue_full", retry_after=5,
+            )  # fmt: skip
+        self._of_client[client] += 1
+        try:
+            yield
+        finally:
+            self._of_client[client] -= 1
+            self._of_client += collections.Counter()  # without those that have none
+
+
 FORM = {
     "requestBody": {
         "required": True,
@@ -43,13 +76,16 @@ async def upload(request: Request) -> dict[str, Any]:
             "upload the file as multipart/form-data, in a field named file", status=415,
             code="unsupported_media_type",
         )  # fmt: skip
-    async with request.form(max_files=1, max_fields=4) as form:
-        file = form.get("file")
-        if not isinstance(file, UploadFile):
-            raise RequestError("file: give a sound file in a field of this name", param="file")
-        return await run_in_threadpool(
-            keep, engine, request.app.state.read, file.file, request.state.owner
-        )
+    uploads: Uploads = request.app.state.uploads
+    with uploads.place(request.state.client):
+        async with request.form(max_files=1, max_fields=4) as form:
+            file = form.get("file")
+            if not isinstance(file, UploadFile):
+                raise RequestError("file: give a sound file in a field of this name", param="file")
+            return await anyio.to_thread.run_sync(
+                keep, engine, request.app.state.read, file.file, request.state.owner,
+                limiter=uploads.threads,
+            )  # fmt: skip
 
 
 def keep(engine: Engine, read: Any, file: Any, owner: str) -> dict[str, Any]:
@@ -102,6 +138,7 @@ async def get_file(request: Request, file_id: FileId) -> dict[str, Any]:
     return _told(engine.files.about(file_id, request.state.owner))
 
 
+@router.head("/{file_id}/audio", include_in_schema=False)
 @router.get("/{file_id}/audio", summary="An upload as a WAV", response_class=FileResponse)
 async def get_audio(request: Request, file_id: FileId) -> FileResponse:
     engine: Engine = request.app.state.engine

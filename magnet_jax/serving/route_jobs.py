@@ -25,13 +25,14 @@ JobId = Annotated[str, Path(max_length=40)]
 Index = Annotated[int, Path(ge=0, le=1000)]
 
 
-def _job(request: Request, job_id: str) -> tuple[Engine, Job]:
+async def _job(request: Request, job_id: str) -> tuple[Engine, Job]:
     engine: Engine = request.app.state.engine
-    return engine, engine.job(job_id, request.state.owner)
+    # Its record may be on the disk alone; and the engine's lock is not waited for here.
+    return engine, await run_in_threadpool(engine.job, job_id, request.state.owner)
 
 
 @router.get("", summary="All jobs of yours that are known")
-async def list_jobs(request: Request) -> dict[str, Any]:
+def list_jobs(request: Request) -> dict[str, Any]:
     engine: Engine = request.app.state.engine
     return {"object": "list", "data": [engine.view(j) for j in engine.jobs(request.state.owner)]}
 
@@ -40,17 +41,17 @@ async def list_jobs(request: Request) -> dict[str, Any]:
 async def get_job(
     request: Request, job_id: JobId, wait: Annotated[float, Query(ge=0, le=60)] = 0.0
 ) -> dict[str, Any]:
-    engine, job = _job(request, job_id)
+    engine, job = await _job(request, job_id)
     if wait:
         await until_over(request, job, wait)
-    return engine.view(job)
+    return await run_in_threadpool(engine.view, job)
 
 
 @router.delete("/{job_id}", summary="Cancels a job", status_code=202)
 async def cancel_job(request: Request, job_id: JobId) -> dict[str, Any]:
-    engine, job = _job(request, job_id)
-    engine.cancel(job)
-    return engine.view(job)
+    engine, job = await _job(request, job_id)
+    await run_in_threadpool(engine.cancel, job)
+    return await run_in_threadpool(engine.view, job)
 
 
 @router.get("/{job_id}/events", summary="A job as server-sent events", response_class=Response)
@@ -59,7 +60,7 @@ async def job_events(
     job_id: JobId,
     last_event_id: Annotated[str | None, Header(max_length=40)] = None,
 ) -> StreamingResponse:
-    engine, job = _job(request, job_id)
+    engine, job = await _job(request, job_id)
     # What happened before is told by the state as it is: there is nothing to send again.
     seen = int(last_event_id) if (last_event_id or "").isdecimal() else -1
     return StreamingResponse(_events(engine, job, seen), media_type="text/event-stream")
@@ -71,7 +72,7 @@ async def _events(engine: Engine, job: Job, seen: int) -> AsyncIterator[str]:
         yield f"retry: {RETRY}\n\n"
         while True:
             changed.clear()
-            version, view = job.version, engine.view(job)
+            version, view = job.version, await run_in_threadpool(engine.view, job)
             if version != seen or job.state in ENDED:
                 event = {"done": "done", "failed": "error", "cancelled": "error"}
                 name = event.get(view["state"], "progress")
@@ -87,8 +88,8 @@ async def _events(engine: Engine, job: Job, seen: int) -> AsyncIterator[str]:
                 yield ": still there\n\n"
 
 
-def _done(request: Request, job_id: str, index: int) -> tuple[Engine, Job]:
-    engine, job = _job(request, job_id)
+async def _done(request: Request, job_id: str, index: int) -> tuple[Engine, Job]:
+    engine, job = await _job(request, job_id)
     if all(clip.index != index for clip in job.clips):
         if job.state == "done":
             raise RequestError(f"the job has no clip {index}", status=404, code="not_found")
@@ -98,6 +99,7 @@ def _done(request: Request, job_id: str, index: int) -> tuple[Engine, Job]:
     return engine, job
 
 
+@router.head("/{job_id}/audio/{index}", include_in_schema=False)
 @router.get("/{job_id}/audio/{index}", summary="A clip", response_class=FileResponse)
 async def job_audio(
     request: Request,
@@ -105,7 +107,7 @@ async def job_audio(
     index: Index,
     format: Literal["wav", "flac", "mp3"] = "wav",
 ) -> FileResponse:
-    engine, job = _done(request, job_id, index)
+    engine, job = await _done(request, job_id, index)
     path, _ = await run_in_threadpool(clips.file_of, engine, job, index, format)
     name = clips.name_of(job, index, format)
     return FileResponse(path, media_type=clips.TYPES[format], filename=name)
@@ -117,7 +119,9 @@ async def job_audio(
 async def job_zip(
     request: Request, job_id: JobId, format: Literal["wav", "flac", "mp3"] = "wav"
 ) -> FileResponse:
-    engine, job = _done(request, job_id, 0)
+    engine, job = await _done(request, job_id, 0)
+    if job.state != "done":
+        raise RequestError(f"the job is {job.state}", status=409, code="job_not_done")
     path, _ = await run_in_threadpool(clips.zip_of, engine, job, format)
     name = clips.name_of(job, None, "zip")
     return FileResponse(path, media_type="application/zip", filename=name)
@@ -125,13 +129,13 @@ async def job_zip(
 
 @router.get("/{job_id}/preview", summary="The first codebook", response_class=FileResponse)
 async def job_preview(request: Request, job_id: JobId) -> FileResponse:
-    engine, job = _job(request, job_id)
+    engine, job = await _job(request, job_id)
     return _file(engine.files.job(job.id) / "preview.wav", "preview.wav", "audio/wav")
 
 
 @router.get("/{job_id}/peaks/{index}.json", summary="What is drawn of a clip")
 async def job_peaks(request: Request, job_id: JobId, index: Index) -> dict[str, Any]:
-    engine, job = _done(request, job_id, index)
+    engine, job = await _done(request, job_id, index)
     try:
         return await run_in_threadpool(peaks.about, engine.audio_path(job, index))
     except soundfile.LibsndfileError:
@@ -140,7 +144,7 @@ async def job_peaks(request: Request, job_id: JobId, index: Index) -> dict[str, 
 
 @router.get("/{job_id}/tokens/{index}.npz", summary="A clip's tokens", response_class=FileResponse)
 async def job_tokens(request: Request, job_id: JobId, index: Index) -> FileResponse:
-    engine, job = _done(request, job_id, index)
+    engine, job = await _done(request, job_id, index)
     path = engine.audio_path(job, index).with_suffix(kept.SUFFIX)
     name = clips.name_of(job, index, "tokens.npz")
     return _file(path, name, "application/octet-stream")
@@ -148,7 +152,7 @@ async def job_tokens(request: Request, job_id: JobId, index: Index) -> FileRespo
 
 @router.get("/{job_id}/settings/{index}.json", summary="How a clip was made")
 async def job_settings(request: Request, job_id: JobId, index: Index) -> Response:
-    engine, job = _done(request, job_id, index)
+    engine, job = await _done(request, job_id, index)
     path = engine.audio_path(job, index).with_suffix(".json")
     if not path.exists():
         raise RequestError("the clip has expired", status=404, code="not_found")

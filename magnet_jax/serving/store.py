@@ -105,26 +105,32 @@ class Store:
         folders = []
         for kind in ("files", "jobs"):
             for path in (self.folder / kind).iterdir():
-                with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(OSError):  # gone meanwhile, or no folder of ours
                     size = sum(f.stat().st_size for f in path.iterdir() if f.is_file())
                     folders.append((path.stat().st_mtime, size, path))
         for path in self.coming.iterdir():  # of a process that was killed
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > self.keep_seconds:
                     _remove(path)
         total, now = sum(size for _, size, _ in folders), time.time()
         for changed, size, path in sorted(folders):
             if now - changed <= self.keep_seconds and total <= self.keep_bytes:
                 break
-            with self._lock:
+            going = self.coming / f"{path.name}.expired"
+            with self._lock, contextlib.suppress(OSError):  # another process was sooner
                 if path in self._held:
                     continue
-                _remove(path)
+                path.rename(going)
+            _remove(going)  # which may take long
             total -= size
 
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(f.stat().st_size for f in self.folder.rglob("*") if f.is_file())
+        total = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # which expired meanwhile
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
 
 def _remove(path: Path) -> None:

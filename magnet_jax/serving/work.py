@@ -288,7 +288,7 @@ def keep_clip(folder: Path, row: Row, made: Made, about: dict[str, Any], spec: C
 
 def edited_text(job: Job, edit: Edit, number: int) -> Description:
     """The text that a clip was edited with."""
-    own = prompts.later(edit.clips[number].text, getattr(job.request, "before", 0.0))
+    own = edit.clips[number].text  # an extension's is as late already as what is before it
     given = job.request.description
     return own if given is None else prompts.completed(given, own)
 

@@ -38,7 +38,10 @@ def test_a_server_is_not_open_by_mistake(tmp_path, monkeypatch):
     for path in (tmp_path / "keys", tmp_path / "none"):
         with pytest.raises(UserError, match="--api-key-file"):
             access("--api-key-file", str(path))
-    monkeypatch.setenv("MAGNET_JAX_API_KEY", "e" * 20)
+    monkeypatch.setenv("MAGNET_JAX_API_KEY", " short ")
+    with pytest.raises(UserError, match="MAGNET_JAX_API_KEY: a key needs 16 characters"):
+        access()
+    monkeypatch.setenv("MAGNET_JAX_API_KEY", "e" * 20 + "\n")
     assert access("--host", "0.0.0.0").keys == ("e" * 20,)
     assert "page.example" in access("--allow-host", "page.example").hosts
 
@@ -136,7 +139,7 @@ def test_the_container_starts_the_command():
     lines = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     words = re.findall(r'"([^"]*)"', lines.partition("\nCMD ")[2])
     assert words[:4] == ["python", "-u", "-m", "launch.serve"]
-    assert serve.access_of(serve.parse(words[4:])).hosts is None
+    assert set(serve.access_of(serve.parse(words[4:])).hosts) == {"localhost", "127.0.0.1", "::1"}
     for source in re.findall(r"(?m)^COPY (.*) \S+$", lines):
         for name in source.split():
             assert (ROOT / name).exists()

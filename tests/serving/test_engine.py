@@ -3,16 +3,18 @@
 import dataclasses
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
+from magnet_jax.prompts import Prompt
 from magnet_jax.serving import store, work
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import new_job
-from magnet_jax.serving.requests import KINDS, Generate, Inpaint, Result
+from magnet_jax.serving.requests import KINDS, Extend, Generate, Inpaint, Result
 
 SECONDS = 0.6
 
@@ -145,12 +147,91 @@ def test_a_device_that_fails_fails_its_own_jobs_alone(engine, gate, monkeypatch)
     assert jobs[1].error.status == 500 and "burns" not in str(jobs[1].error)
 
 
+def test_a_batch_that_fails_late_is_made_once_more_from_the_start(engine, monkeypatch):
+    """Each clip of its own time, and none is there twice."""
+    sure, begun, failed = engine._sure, [], []
+
+    def failing(row, made):
+        begun.append(engine._since)
+        if row.index == 1 and not failed:
+            failed.append(row)
+            raise RuntimeError("it burns")
+        return sure(row, made)
+
+    monkeypatch.setattr(engine, "_sure", failing)
+    before = engine.stats()["clips"]
+    job = engine.submit(request(n=2))
+    assert job.wait(300) and job.state == "done"
+    assert [clip.index for clip in job.clips] == [0, 1] and len(begun) == 4
+    assert begun[0] == begun[1] < begun[2] < begun[3]
+    assert engine.stats()["clips"] == before + 2
+
+
 def test_a_job_that_takes_too_long_is_ended(engine, monkeypatch):
     monkeypatch.setattr(engine._pace, "_speed", {})
     limits = dataclasses.replace(engine.limits, job_seconds=1e-9)
     monkeypatch.setattr(engine, "limits", limits)
     job = engine.submit(request())
     assert job.wait(300) and job.error.status == 504
+
+
+def test_a_job_is_charged_what_its_batch_takes(engine, gate, monkeypatch):
+    """Its share of a batch is no measure of when the batch ends."""
+    assert engine.submit(request()).wait(300)
+    monkeypatch.setattr(engine, "limits", dataclasses.replace(engine.limits, job_seconds=1e-9))
+    with gate.shut():
+        engine.submit(request("at the gate"))
+        while engine._queue:
+            time.sleep(0.01)
+        jobs = [engine.submit(request(seed=seed)) for seed in range(4)]
+        each = engine._pace.seconds_of(jobs[0])
+        assert engine.view(jobs[3])["eta_seconds"] == round(5 * each, 1)
+    assert all(job.wait(300) for job in jobs)
+    assert jobs[0].budget >= 8 * each * 0.5 > 2 * each * 0.5  # the pace has changed meanwhile
+
+
+def test_the_device_waits_for_the_disk(engine, monkeypatch):
+    keep, passing = engine._keep_row, threading.Event()
+
+    def slow(*arguments):
+        passing.wait()
+        keep(*arguments)
+
+    monkeypatch.setattr(engine, "_keep_row", slow)
+    jobs = [engine.submit(request(seed=seed, n=2)) for seed in range(10)]
+    while engine._writing < 2 * engine.limits.max_batch:
+        time.sleep(0.01)
+    while engine._running:
+        time.sleep(0.01)
+    assert engine._queue and engine._writing < 3 * engine.limits.max_batch
+    passing.set()
+    assert all(job.wait(300) and job.state == "done" for job in jobs)
+
+
+def test_cancelled_longer_clips_leave_nothing_behind(engine, monkeypatch):
+    """Cancelled while the device is at a window."""
+    monkeypatch.setattr(engine, "_tell", lambda job, progress: engine.cancel(job))
+    longer = engine.submit(request(seconds=4.0, steps=[2, 1, 1, 1]))
+    assert longer.wait(300) and longer.state == "cancelled"
+    with engine._lock:
+        assert engine._lock.wait_for(lambda: not engine._running, 300)
+    assert engine._begun == {}
+
+
+def test_jobs_that_came_to_nothing_are_forgotten(engine, gate, monkeypatch):
+    monkeypatch.setattr("magnet_jax.serving.engine.MOST_UNDONE", 3)
+    with gate.shut():
+        jobs = [engine.submit(request(), owner="clumsy") for _ in range(5)]
+        for job in jobs:
+            engine.cancel(job)
+    assert engine.jobs("clumsy") == jobs[2:]
+
+
+def test_the_text_of_an_extension_is_as_late_as_its_clip():
+    text = Prompt([(0, "a"), (3.0, "b")])
+    edit = SimpleNamespace(clips=[SimpleNamespace(text=text)])  # as generate_extension gives it
+    job = new_job(Extend(**CLIP | {"input": None}, before=1.0), "", "")
+    assert work.edited_text(job, edit, 0) == text
 
 
 def test_a_full_disk_fails_a_job_and_says_so(engine, monkeypatch):
@@ -175,9 +256,11 @@ def test_results_expire_and_the_oldest_go_first(engine, monkeypatch):
         engine.expire()
         engine.files.release(engine.files.job(jobs[0].id))
     assert engine.audio_path(jobs[0], 0).exists() and engine.audio_path(jobs[1], 0).exists()
+    (engine.files.folder / "jobs" / "stray").write_text("not ours")
     with monkeypatch.context() as patch:
         patch.setattr(engine.files, "keep_seconds", 0)
         engine.expire()
+    (engine.files.folder / "jobs" / "stray").unlink()
     assert engine.files.size() == 0
     with pytest.raises(RequestError, match="expired"):
         engine.job(jobs[0].id)

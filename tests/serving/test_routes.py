@@ -12,12 +12,15 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from starlette.datastructures import Headers
 
 from launch.make import openapi
 from launch.make.docs_check import blocks
 from magnet_jax.config import ASSETS
 from magnet_jax.prompts import Prompt
 from magnet_jax.serving.access import Access
+from magnet_jax.serving.errors import RequestError
+from magnet_jax.serving.jobs import Clip
 from magnet_jax.serving.requests import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +57,8 @@ def test_a_clip_and_what_is_told_of_it(client, model):
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert answer.headers["x-seed"] == "7" and answer.headers["x-sample-rate"] == "16000"
     assert 'filename="a-calm-harp-seed7-0.wav"' in answer.headers["content-disposition"]
+    path = f"/v1/jobs/{answer.headers['x-job-id']}/audio/0"
+    assert client.head(path).headers["content-length"] == str(len(answer.content))
     # It is the clip that the Python API makes.
     model.set_generation_params(duration=SECONDS)
     codes_BKT = model.generate(["a calm harp"], return_tokens=True, seed=7)[1]
@@ -219,6 +224,13 @@ def test_what_is_wrong_with_a_request_is_said(client):
     failed(ask(client, steps=[1, 2]), 400, param="steps")
     failed(ask(client, steps=[1, 1, 1, 1], preset="draft"), 400, param="steps")
     assert "codebook" in failed(ask(client, num_inference_steps=50), 400)
+    turns = [[float(i), "ab"[i % 2]] for i in range(65)]
+    failed(ask(client, input="", timeline=turns), 400, param="timeline")
+    failed(ask(client, input="", blend=[["a", 1.0]] * 65), 400, param="blend")
+    endless = b'{"input": "x", "seconds": Infinity}'
+    failed(client.post("/v1/audio/generate", content=endless, headers=JSON), 400, param="seconds")
+    failed(ask(client, "vary", job={"id": "a" * 26, "index": 1001}), 400, param="job.index")
+    failed(ask(client, "vary", job={"id": "a" * 26, "index": "1"}), 400, param="job.index")
     failed(ask(client, model="other"), 404, "model_not_found", "model")
     failed(client.post("/v1/audio/generate", content=b"{", headers=JSON), 400)
     failed(client.post("/v1/audio/generate", content=b"[" * 100_000, headers=JSON), 400)
@@ -228,13 +240,18 @@ def test_what_is_wrong_with_a_request_is_said(client):
     stream = (b" " * 100_000 for _ in range(20))
     failed(client.post("/v1/audio/generate", content=stream, headers=JSON), 413, "too_large")
     failed(client.get("/v1/nothing"), 404)
-    failed(client.get("/v1/audio/generate"), 405)
+    wrong = client.get("/v1/audio/generate")
+    failed(wrong, 405, "method_not_allowed")
+    assert wrong.headers["allow"] == "POST"
     for name in ("aaaa", "..%2f..%2fetc", "a" * 26, "%00"):
         failed(client.get(f"/v1/jobs/{name}"), 404)
         failed(client.get(f"/v1/files/{name}"), 404, "not_found")
     for file in ("a" * 26, "../../etc/passwd", "/etc/passwd", "http://127.0.0.1/x.wav"):
         failed(ask(client, "inpaint", file=file, regions=[[0, 1]]), 404, "not_found")
     failed(ask(client, "inpaint", regions=[[0, 1]]), 400, param="file")
+    for field in ("n", "lufs"):  # which would have no effect
+        edit = {"file": "a" * 26, "regions": [[0, 1]], field: 1}
+        failed(ask(client, "inpaint", **edit), 400, param=field)
     failed(ask(client, "inpaint", file="a" * 26, regions=[[0]]), 400)
     failed(ask(client, "inpaint", job={"id": "a" * 26}, regions=[[0, 1]]), 404)
 
@@ -246,6 +263,10 @@ def test_a_job_that_is_not_done_has_no_audio(client, engine, gate):
     with gate.shut():
         job = ask(client, asynchronous=True, n=2).json()
         failed(client.get(f"/v1/jobs/{job['id']}/audio/0"), 409, "job_not_done")
+        known = engine.job(job["id"])
+        known.clips = [Clip(index=0, seed=1, number=0, seconds=1.0)]  # of two
+        failed(client.get(f"/v1/jobs/{job['id']}/zip"), 409, "job_not_done")
+        known.clips = []
         failed(ask(client, "vary", job={"id": job["id"]}), 409, "job_not_done")
         assert client.get("/health").elapsed.total_seconds() < 2
         cancelled = client.delete(f"/v1/jobs/{job['id']}")
@@ -277,11 +298,18 @@ def test_a_client_that_leaves_cancels(client, engine, gate):
         assert job.wait(300) and job.state == "cancelled"
 
 
-def test_the_same_idempotency_key_is_the_same_job(client):
+def test_the_same_idempotency_key_is_the_same_job(client, engine, gate):
     headers = {"Idempotency-Key": "one"}
     answers = [ask(client, headers=headers) for _ in range(2)]
     assert answers[0].headers["x-job-id"] == answers[1].headers["x-job-id"]
     failed(ask(client, headers=headers, seed=8), 409, "idempotency_conflict")
+    headers = {"Idempotency-Key": "two"}
+    with gate.shut():  # one that was cancelled is made after all
+        job = ask(client, headers=headers, asynchronous=True).json()["id"]
+        again = ask(client, headers=headers, asynchronous=True).json()["id"]
+        engine.cancel(engine.job(job))
+    anew = ask(client, headers=headers, asynchronous=True).json()["id"]
+    assert job == again != anew and engine.job(anew).wait(300)
 
 
 def test_what_the_server_tells_of_itself(client):
@@ -328,8 +356,20 @@ def test_pages_elsewhere_and_other_hosts_may_not_ask(client):
         assert "access-control-allow-origin" not in answer.headers
         upload = client.post("/v1/files", files={"file": b"x"}, headers={"Origin": origin})
         failed(upload, 403, "forbidden_origin")
+    assert client.get("/health", headers={"Host": "10.0.0.3"}).status_code == 200
     own = str(client.base_url).rstrip("/")
     assert ask(client, headers={"Origin": own}).status_code == 200
+
+
+def test_an_open_server_is_asked_by_an_address():
+    """A page elsewhere that rebinds a name of its own is refused; a probe is not."""
+    access = Access(hosts=None)
+    for host in ("10.0.0.3:7860", "[fe80::1]:80", "localhost:1"):
+        access.check_source("GET", Headers({"host": host}))
+    for host in ("evil.example", "10.0.0.3.evil.example", ""):
+        with pytest.raises(RequestError, match="not called"):
+            access.check_source("GET", Headers({"host": host}))
+        Access(hosts=None, keys=("k" * 16,)).check_source("GET", Headers({"host": host}))
 
 
 def test_keys_and_what_they_may_see(engine, listening):

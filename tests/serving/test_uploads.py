@@ -1,11 +1,17 @@
 """Uploads by people who mean harm, or whose files are broken: refused, with a reason, apart."""
 
+import functools
 import io
 import pickle
 import resource
 import struct
+import subprocess
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -92,6 +98,43 @@ def test_a_file_that_is_too_large_or_long_is_refused(client):
     assert (long.status_code, long.json()["error"]["code"]) == (413, "file_too_long")
 
 
+def test_uploads_do_not_keep_everything_waiting(listening, engine):
+    """Two of a client, and others are answered meanwhile."""
+    reading, passing = threading.Semaphore(0), threading.Event()
+
+    def read(path, out, seconds):
+        reading.release()
+        passing.wait()
+        raise RequestError("it was none")
+
+    with listening(engine, read=read) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with ThreadPoolExecutor() as pool:
+            send = functools.partial(client.post, "/v1/files", files={"file": WAV})
+            first = [pool.submit(send) for _ in range(2)]
+            for _ in first:
+                assert reading.acquire(timeout=60)
+            third = send()
+            assert (third.status_code, third.headers["retry-after"]) == (429, "5")
+            assert client.get("/v1/stats").status_code == 200
+            passing.set()
+            assert {answer.result().status_code for answer in first} == {400}
+        assert send().status_code == 400  # there is room again
+
+
+def test_the_decoder_is_not_told_the_key(monkeypatch):
+    monkeypatch.setenv("MAGNET_JAX_API_KEY", "k" * 16)
+    given = {}
+
+    def start(*_, env, **__):
+        given.update(env)
+        raise OSError("enough is known")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with pytest.raises(RequestError):
+        Reader()(Path("x"), Path("y"), 1.0)
+    assert given and "MAGNET_JAX_API_KEY" not in given
+
+
 def test_sounds_are_read_as_they_are(tmp_path):
     """Each in the one process, which a length that no header tells does not keep busy."""
     reader, rng = Reader(), np.random.default_rng(0)
@@ -101,6 +144,11 @@ def test_sounds_are_read_as_they_are(tmp_path):
         with pytest.raises(RequestError, match="too long") as error:
             reader(path, out, 5.0)
         assert error.value.status == 413 and out.stat().st_size < 2**22
+        path.write_bytes(encoded(np.zeros((3 * 48_000, 2), np.int16), "FLAC", 96_000))
+        reader(path, out, 3.0)
+        with pytest.raises(RequestError, match="too long"):  # of all channels
+            path.write_bytes(encoded(np.zeros((3 * 48_000, 4), np.int16), "FLAC", 96_000))
+            reader(path, out, 3.0)
         whole = rng.integers(-(2**15), 2**15, (RATE, 2)) * 2**16
         for format, subtype, dropped in (
             ("WAV", "PCM_16", 16), ("FLAC", "PCM_24", 8), ("AIFF", "PCM_S8", 24),

@@ -69,10 +69,13 @@ class Decoder:
 
     timeout: seconds without progress after which it is killed.
     program: what Python is given to start it; None is this module.
+    hidden: variables of the environment that it is not given.
     """
 
-    def __init__(self, timeout: float, program: tuple[str, ...] | None = None):
-        self._timeout, self._program = timeout, program
+    def __init__(
+        self, timeout: float, program: tuple[str, ...] | None = None, hidden: tuple[str, ...] = ()
+    ):
+        self._timeout, self._program, self._hidden = timeout, program, hidden
         self._killed = False
         self._busy = False  # with a track, as far as this process has read its answers
         self._process: subprocess.Popen | None = None
@@ -163,6 +166,7 @@ class Decoder:
         ours, theirs = Pipe()
         # As multiprocessing does, so that it finds what this process found.
         path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
+        told = {name: value for name, value in os.environ.items() if name not in self._hidden}
         try:
             self._process = subprocess.Popen(
                 [sys.executable, *(self._program or PROGRAM), str(theirs.fileno())],
@@ -170,7 +174,7 @@ class Decoder:
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 # Numpy's threads would have nothing to do.
-                env=os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+                env=told | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C is for the parent to see
             )
         except OSError as error:  # too many processes, no memory

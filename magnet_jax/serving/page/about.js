@@ -26,16 +26,18 @@ export function about(model, kind, request) {
   const said = Object.entries(fields).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`);
   const body = `{${said.join(", ")}}`;
   const url = `${location.origin}/v1/audio/${kind}`;
-  const curl = `curl --fail-with-body -o clip.wav ${url} \\\n  -H 'Content-Type: application/json' \\\n  -d '${body.replaceAll("'", "'\\''")}'`;
+  const name = fields.n > 1 ? "clips.zip" : "clip.wav";
+  const curl = `curl --fail-with-body -o ${name} ${url} \\\n  -H 'Content-Type: application/json' \\\n  -d '${body.replaceAll("'", "'\\''")}'`;
   const python = `import json, urllib.request\n\nbody = json.loads(${JSON.stringify(body)})\n`
     + `request = urllib.request.Request("${url}", json.dumps(body).encode(), {"Content-Type": "application/json"})\n`
-    + `open("clip.wav", "wb").write(urllib.request.urlopen(request).read())`;
+    + `open("${name}", "wb").write(urllib.request.urlopen(request).read())`;
   return [
     h("h2", {}, "The model"),
     h("dl", {}, Object.entries(facts).flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
     h("p", { klass: "hint" }, "A clip depends on its text, settings, seed and number alone. It is one mix: there are no stems. Who may use the model's weights and clips, and how, is for its own card to say."),
     h("h2", {}, "The same by curl"), h("pre", { tabindex: 0 }, curl),
     h("h2", {}, "By Python"), h("pre", { tabindex: 0 }, python),
+    h("p", { klass: "hint" }, "A server with keys needs one more header of every request, Authorization: Bearer KEY."),
     h("p", {}, h("a", { href: "/openapi.json" }, "All of the API")),
     h("h2", {}, "Keys"),
     h("dl", {}, KEYS.flatMap(([key, does]) => [h("dt", {}, h("kbd", {}, key)), h("dd", {}, does)])),

@@ -200,8 +200,9 @@ export class Editor {
     try {
       await soundOf(source);
       await this.load(source);
-    } catch {
-      memory.set("source", null);
+    } catch (error) {
+      if (error.status === 404) memory.set("source", null); // else it may be there once more
+      else this.failed(error);
     }
   }
 }

@@ -14,13 +14,23 @@ const EXAMPLES = [
   "A slow, solemn piece on the church organ in G minor",
 ];
 
-const model = (await ask("/v1/models")).data[0];
+const model = (await told("/v1/models")).data[0];
 const steps = model.decode.steps ?? null; // of each codebook; none of a model that has no steps
 let entries = memory.get("history", []); // { id, kind, request, at, group, star }, the newest first
 let tab = "create";
 let start = null; // what loops begin with
 const cards = [];
 const live = new Map(); // parts of cards by the ids of their jobs
+
+/** What the page cannot do without: where the server does not tell it, the page says so. */
+async function told(path) {
+  try {
+    return await ask(path);
+  } catch (error) {
+    $("failed").textContent = `${error.message} Load the page again later.`;
+    throw error;
+  }
+}
 
 // --- tabs -----------------------------------------------------------------------------------------
 
@@ -85,7 +95,7 @@ function requestOf(which, example = false) {
   const body = {
     ...(steps ? qualityOf() : {}),
     seed: number("seed"), temperature: number("temperature"), top_p: number("top_p"),
-    lufs: number("lufs") ?? null, confidence: $("confidence").checked || undefined,
+    lufs: which === "edit" ? undefined : number("lufs") ?? null, confidence: $("confidence").checked || undefined,
     deterministic: $("deterministic").checked || undefined, async: true,
     negative_prompt: $("negative").value || undefined,
   };
@@ -327,11 +337,12 @@ function same({ kind, request, group, quality }) {
   later.forEach(([from, text]) => addLater(from, text));
   setFields({
     input: first[1], negative: request.negative_prompt, seed: request.seed, temperature: request.temperature, top_p: request.top_p,
-    lufs: request.lufs, guidance0: request.guidance?.[0], guidance1: request.guidance?.[1],
+    guidance0: request.guidance?.[0], guidance1: request.guidance?.[1],
     confidence: request.confidence, deterministic: request.deterministic,
-    quality: preset ?? "", steps: own?.join(", "), n: request.n, windows: request.windows,
+    quality: preset ?? "", steps: own?.join(", "), windows: request.windows,
     seconds: request.seconds, bpm: request.bpm, bars: request.bars,
     beats: request.beats_per_bar,
+    ...("lufs" in request ? { lufs: request.lufs, n: request.n } : {}), // of new clips alone
   });
   if (kind === "loop") begin(request.start_job ?? null, "a clip", request.start_seconds);
   else if (kind !== "generate") editor.same(kind, request);
@@ -398,7 +409,7 @@ function fill() {
 }
 
 async function restore() {
-  const known = new Map((await ask("/v1/jobs")).data.map((view) => [view.id, view]));
+  const known = new Map((await told("/v1/jobs")).data.map((view) => [view.id, view]));
   const groups = new Map();
   for (const entry of entries) {
     const key = entry.group ?? entry.id;

@@ -101,6 +101,11 @@ export function seek(strip, t) {
 /** Records until `ended` is aborted; gives a WAV, which needs no more than what it says. */
 export async function record(ended) {
   const stream = await navigator.mediaDevices.getUserMedia({ audio: true });
+  const release = () => stream.getTracks().forEach((track) => track.stop());
+  if (ended.aborted) { // while the browser was asking whether it may
+    release();
+    throw new Error("Nothing was recorded.");
+  }
   const recorder = new MediaRecorder(stream);
   const parts = [];
   recorder.ondataavailable = (event) => parts.push(event.data);
@@ -108,7 +113,7 @@ export async function record(ended) {
   recorder.start();
   ended.addEventListener("abort", () => recorder.stop());
   await done;
-  stream.getTracks().forEach((track) => track.stop());
+  release();
   const decoder = new OfflineAudioContext(1, 1, 48000);
   const buffer = await decoder.decodeAudioData(await new Blob(parts).arrayBuffer());
   return wavOf(buffer.getChannelData(0), buffer.sampleRate);
