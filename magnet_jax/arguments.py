@@ -245,7 +245,9 @@ def wanted(hint: Any) -> str:
     origin, options, limits = _unpacked(hint)
     if origin in (typing.Union, types.UnionType):
         first, *others = (wanted(o) for o in options if o is not type(None))
-        return " or ".join([first, *(other.removeprefix("be ") for other in others)])
+        if first.startswith("be "):
+            others = [other.removeprefix("be ") for other in others]
+        return " or ".join([first, *others])
     if origin is Literal:
         return f"be one of {', '.join(map(str, options))}" if options[1:] else f"be {options[0]!r}"
     if origin is tuple and options[1:] != (...,):

@@ -856,7 +856,8 @@ def test_the_command_is_not_misled_by_other_libraries_config(copied):
 
 
 def test_what_the_package_offers():
-    assert set(magnet_jax.__all__) == {"HybridMAGNeT", "MAGNeT", "MusicGen", "audio_write"}
+    offered = {"HybridMAGNeT", "MAGNeT", "MusicGen", "Prompt", "audio_write"}
+    assert set(magnet_jax.__all__) == offered
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         magnet_jax.nothing  # noqa: B018
 

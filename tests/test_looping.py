@@ -134,7 +134,10 @@ def test_what_cannot_be_is_said(model):
         ({"bpm": 5.0}, "bpm must"),
         ({"seconds": 0.02}, "shorter than 3 frames"),
         (HOW | {"start_seconds": 0.5}, "need a start"),
-        (HOW | {"start": wav_CN, "start_sample_rate": RATE, "start_seconds": 3.0}, "has 1"),
+        (
+            HOW | {"start": wav_CN, "start_sample_rate": RATE, "start_seconds": 3.0},
+            "the 1 s of the start",
+        ),
         (HOW | {"start": wav_CN, "start_sample_rate": RATE, "start_seconds": 0.95}, "a quarter"),
         (HOW | {"start": np.stack([wav_CN] * 3), "start_sample_rate": RATE}, "one start or as"),
     ):

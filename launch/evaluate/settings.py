@@ -12,7 +12,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Name
 from magnet_jax.evaluation.scores import Listening
 from magnet_jax.io import bucket
-from magnet_jax.io.files import make_folder, read_object
+from magnet_jax.io.files import read_object
 
 FORMAT = "magnet_jax evaluation 1"
 
@@ -147,7 +147,6 @@ def _check_places(args: Args) -> None:
             )
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file, and the receipt needs a folder")
-    make_folder("--out", args.out)
     receipt, listed = args.out / "receipt.json", args.out / "prompts.jsonl"
     if receipt.exists() and read_object(receipt, "").get("format") != FORMAT:
         raise UserError(f"{receipt}: is there, and no evaluation wrote it; name another --out")

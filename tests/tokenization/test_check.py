@@ -38,13 +38,15 @@ def folder(tmp_path_factory):
 
 def cells(table):
     lines = table.splitlines()[1:]
-    lines = [line for line in lines if not line.startswith("--json FILE names each")]
-    return dict(re.match("  (\\w+(?: \\w+)*)  +(.*)", line).groups() for line in lines)
+    found = (re.match("  (\\w+(?: \\w+)*)  +(.*)", line) for line in lines)
+    return dict(match.groups() for match in found if match)
 
 
 def test_the_table(folder, tmp_path):
     settings = Check(audio=folder, json=tmp_path / "a.json", picture=tmp_path / "a.png")
-    found = cells(run(settings))
+    table = run(settings)
+    assert "\n  f.wav: cut off (" in table and "--max-reject-ratio 0.56" in table
+    found = cells(table)
     assert found["files"] == "9: 4 fit, 5 rejected"
     assert found["length"].startswith("0.00334 h; a track 2.0 / 3.0 / 4.0 s")
     assert found["sample rates"] == "16000 Hz x 2, 44100 Hz x 1, 48000 Hz x 1"
