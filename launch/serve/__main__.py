@@ -57,8 +57,8 @@ class Args:
     """Where uploads and results are kept for a time. By default it is in the user's cache."""
     warm: str | None = None
     """Programs to be compiled before the server is ready, as SECONDS:CLIPS,CLIPS such as 10:1,4.
-    By default clips are as long as the model's, and 1, 2, 4, ... up to --limits.max-batch of them.
-    The word none is for none."""
+    By default clips are as long as the model's, and 1, 2, 4, ... up to --limits.max-batch of them;
+    on a CPU, which gains nothing from batches, 1. The word none is for none."""
     limits: Limits = Limits()
     """What is refused, and when it is given up."""
     drain_seconds: NotNegative = 60.0
@@ -75,12 +75,14 @@ class Args:
 
 def warm_of(args: Args, seconds: float) -> tuple[tuple[float, int], ...]:
     """Seconds and clips of the batches to be warm."""
+    import jax
+
     from magnet_jax.serving import work
 
     if args.warm == "none":
         return ()
     if args.warm is None:
-        most = work.padded(args.limits.max_batch)
+        most = 1 if jax.default_backend() == "cpu" else work.padded(args.limits.max_batch)
         return tuple((seconds, 1 << i) for i in range(most.bit_length()))
     try:
         length, _, sizes = args.warm.partition(":")

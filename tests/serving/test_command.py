@@ -53,11 +53,13 @@ def test_a_port_that_is_taken_is_said_at_once():
             serve.bound(serve.parse(["--checkpoint", "demo", "--port", port]))
 
 
-def test_what_is_to_be_warm():
+def test_what_is_to_be_warm(monkeypatch):
     def warm(*words):
         return serve.warm_of(serve.parse(["--checkpoint", "demo", *words]), 10.0)
 
     assert warm("--warm", "5:1,3") == ((5.0, 1), (5.0, 4)) and warm("--warm", "none") == ()
+    assert warm("--limits.max-batch", "6") == ((10.0, 1),)  # on a CPU
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     assert warm("--limits.max-batch", "6") == ((10.0, 1), (10.0, 2), (10.0, 4), (10.0, 8))
     with pytest.raises(UserError, match="--warm x"):
         warm("--warm", "x")
