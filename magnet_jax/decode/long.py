@@ -167,13 +167,13 @@ def texts_of_windows(text: Text, clip_R: np.ndarray, first_R: np.ndarray) -> Tex
     return moved(windows)._replace(negative=negative)
 
 
-def _rescored(batch: Batch, clip_R: np.ndarray, first_R: np.ndarray) -> dict[str, Any]:
+def _rescored(batch: Batch, clip_R: np.ndarray, first_R: np.ndarray) -> Any:
     """The rescorer's texts of windows."""
     texts = batch.rescorer_texts
     if isinstance(texts, Text):
-        return {"rescorer_texts": texts_of_windows(texts, clip_R, first_R)}
+        return texts_of_windows(texts, clip_R, first_R)
     # What functions of others take of texts is no matter of time.
-    return {"rescorer_texts": jax.tree.map(lambda x: x[clip_R], texts)}
+    return jax.tree.map(lambda x: x[clip_R], texts)
 
 
 # --- how windows lie ------------------------------------------------------------------------------
@@ -299,7 +299,7 @@ def _rows(
     return dataclasses.replace(
         _clips(batch, clip_R),
         text=texts_of_windows(batch.text, clip_R, first_R),
-        **_rescored(batch, clip_R, first_R),
+        rescorer_texts=_rescored(batch, clip_R, first_R),
         origin_B=first_R,
         canvas=Canvas(np.stack(codes), np.stack(given)),
         editing=round_.editing,
@@ -313,7 +313,6 @@ def _clips(batch: Batch, clip_R: np.ndarray) -> Batch:
         sample_B=batch.sample_B[clip_R],
         seed=np.broadcast_to(batch.seed, len(batch.sample_B))[clip_R],
         own=tuple(batch.own[clip] for clip in clip_R) if batch.own else (),
-        rescorer_texts=jax.tree.map(lambda x: x[clip_R], batch.rescorer_texts),
     )
 
 
