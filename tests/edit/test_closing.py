@@ -1,32 +1,12 @@
 """A loop's sound goes on from its last sample to its first as it goes on everywhere."""
 
-import functools
-
 import numpy as np
 import pytest
-from random_codecs import RANDOM, SMALL, save_random
 
 from magnet_jax.codec import decoding
-from magnet_jax.codec.encodec import load_decoder
 from magnet_jax.edit import closing
 
 FRAMES = 50
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("codecs")
-
-    @functools.cache
-    def load(kind):
-        if kind == "embedded":
-            return load_decoder("embedded")
-        if kind == "interleaved":
-            return load_decoder("embedded", num_codebooks=4, interleaved=True)
-        save_random(folder / kind, SMALL | RANDOM[kind])
-        return load_decoder(str(folder / kind))
-
-    return load
 
 
 def random_codes(decoder, frames=FRAMES, batch=1):

@@ -1,37 +1,17 @@
 """Only the samples near an edit change, and they go on into the others without a step."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from random_codecs import RANDOM, SMALL, save_random
 
 from magnet_jax.codec import decoding, seanet
-from magnet_jax.codec.encodec import load_decoder
 from magnet_jax.edit import splice
 
 KINDS = ("embedded", "interleaved", "causal", "causal_trimmed", "constant", "replicate")
 FRAMES, GUARD = 60, splice.GUARD
 FEATURES = jax.jit(seanet.features, static_argnames="config")
 SAMPLES = jax.jit(seanet.samples, static_argnames="config")
-
-
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("codecs")
-
-    @functools.cache
-    def load(kind):
-        if kind == "embedded":
-            return load_decoder("embedded")
-        if kind == "interleaved":
-            return load_decoder("embedded", num_codebooks=4, interleaved=True)
-        save_random(folder / kind, SMALL | RANDOM[kind])
-        return load_decoder(str(folder / kind))
-
-    return load
 
 
 @pytest.fixture(scope="module", params=KINDS)
