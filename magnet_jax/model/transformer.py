@@ -600,6 +600,15 @@ def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> 
     }
 
 
+def with_first_codebook(params: dict, fresh: dict) -> dict:
+    """Parameters of K codebooks as those of the further ones of a model of K + 1.
+
+    What belongs to the new first codebook is taken of `fresh`, parameters of that larger model.
+    """
+    names = [name for name in ("embed", "heads", "heads_bias") if name in params]
+    return params | {n: np.concatenate([np.asarray(fresh[n])[:1], params[n]]) for n in names}
+
+
 def init_params(config: ModelConfig, key: jax.Array) -> dict:
     """Fresh parameters as a nested dict (shapes in the module's docstring)."""
     with nnx.use_eager_sharding(False):

@@ -88,7 +88,12 @@ def _text_and_lm(
             f"{loaded.codec.layout}: tokenize in the same way (--stereo), or give --init-partial "
             "to learn new tokens"
         )
-    if loaded.codec.sha256 != spec.sha256 and not config.init_partial:
+    given = loaded.params["lm"]
+    same = loaded.codec.sha256 == spec.sha256
+    if not same and encodec.extends(spec.source, loaded.codec.source):
+        distributed.say_first(f"{config.init_from}: its codebooks follow a new tonal stream")
+        given, same = _with_tonal_stream(config, given, spec), True
+    if not same and not config.init_partial:
         raise UserError(
             f"{config.data.path} was tokenized with {spec.source}, but {config.init_from} learnt "
             f"the tokens of {loaded.codec.source}: tokenize with that codec, or give "
@@ -102,7 +107,7 @@ def _text_and_lm(
         functools.partial(transformer.init_params, config.model), jax.random.key(0)
     )
     matched, lines = matching.match_params(
-        wanted, loaded.params["lm"], config.init_partial, where=config.init_from
+        wanted, given, config.init_partial, where=config.init_from
     )
     for line in lines if config.init_partial else lines[:1]:
         distributed.say_first(line)
@@ -111,6 +116,11 @@ def _text_and_lm(
         matched = matching.fill_params(matched, fresh)
     lm = jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), matched)
     return (loaded.t5_config, loaded.t5_params, loaded.tokenizer), lm
+
+
+def _with_tonal_stream(config: RunConfig, params: dict, spec: CodecSpec) -> dict:
+    """A transformer that knows a codec's own codebooks, with a new one for its tonal stream."""
+    return transformer.with_first_codebook(params, _begun_with_codec(config, spec))
 
 
 def _begun_with_codec(config: RunConfig, spec: CodecSpec) -> dict:
