@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from magnet_jax.codec.encodec import Codec, exactly, join_sides
-from magnet_jax.codec.receptive_field import convolution_frames
+from magnet_jax.codec.receptive_field import token_frames
 from magnet_jax.io.torch_env import import_torch
 
 MOST_SHORT = 64  # tracks shorter than a window that wait for others of their length
@@ -126,6 +126,7 @@ class _Lane:
         self.state: Any = None  # of the LSTM
         self.tail_FT: Any = None  # what the last convolution still needs of the LSTM's frames
         self.codes: list[np.ndarray] = []
+        self.tonal: list[np.ndarray] = []  # the first codebook of a codec that has it apart
 
 
 class _Track:
@@ -209,6 +210,9 @@ class _Track:
         if self.error or not self.lanes[0].codes:
             return Encoded(self.key, None, self.samples, self.error)
         codes_SKT = np.stack([np.concatenate(lane.codes, axis=1) for lane in self.lanes])
+        for codes_KT, lane in zip(codes_SKT, self.lanes):
+            if lane.tonal:
+                codes_KT[0] = np.concatenate(lane.tonal)
         return Encoded(self.key, join_sides(codes_SKT, len(codes_SKT))[0], self.samples, None)
 
 
@@ -294,7 +298,7 @@ class _Encoder:
         self._torch = import_torch()
         self._codec, self._precision = codec, precision
         self.hop, self.window, self.sides = codec.hop, window_frames, sides
-        self.left, self.right = convolution_frames(codec.config)
+        self.left, self.right = token_frames(codec)
         self.step = window_frames - self.left - self.right
         if self.step < 1:
             raise ValueError(
@@ -319,10 +323,13 @@ class _Encoder:
         """Tracks of one length, all at once."""
         with self._torch.inference_mode(), exactly(self._torch):
             wav_BCN = self._by_lane([track.all_held() for track in tracks])
-            codes_BKT = self._codes(self._back(self._features(wav_BCN)))
+            codes_BKT = self._codec.codes(self._back(self._features(wav_BCN)))
         lanes = [lane for track in tracks for lane in track.lanes]
         for lane, codes_KT in zip(lanes, codes_BKT, strict=True):
             lane.codes = [codes_KT]
+        if self._codec.tonal:
+            for lane, codes_T in zip(lanes, self._codec.tonal_codes(wav_BCN), strict=True):
+                lane.tonal = [codes_T]
         for track in tracks:
             track.end()
 
@@ -339,7 +346,10 @@ class _Encoder:
             for row, window in enumerate(windows):
                 new_BFT[row, :, : window.new] = x_BFT[row, :, window.skip :][:, : window.new]
             y_BFT = self._recurrent(lanes, windows, new_BFT)
-            codes_BKT = self._codes(self._last(self._padded(lanes, windows, y_BFT)))
+            codes_BKT = self._codec.codes(self._last(self._padded(lanes, windows, y_BFT)))
+        if self._codec.tonal:
+            for lane, window, codes_T in zip(lanes, windows, self._codec.tonal_codes(wav_BCN)):
+                lane.tonal.append(codes_T[window.skip :][: window.new])
         for lane, window, codes_KT in zip(lanes, windows, codes_BKT):
             # Column j is frame j - after, counted from the window's first new one.
             first = self._after if window.is_first else 0
@@ -347,10 +357,6 @@ class _Encoder:
             lane.codes.append(codes_KT[:, first:end])
         for track in ending:
             track.end()
-
-    def _codes(self, latent_BDT: Any) -> np.ndarray:
-        codes_KBT = self._codec.quantizer.encode(latent_BDT)
-        return codes_KBT.transpose(0, 1).to(self._torch.int16).cpu().numpy()
 
     def _by_lane(self, wavs: list[np.ndarray]) -> np.ndarray:
         """Audio of tracks, all of one length, as the codec takes it."""

@@ -28,10 +28,12 @@ from tqdm import tqdm
 from magnet_jax.arguments import Between, Seed, check_fields
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.convert.codec_rules import (
+    TONAL_SECTION,
     SeanetConfig,
     bandwidth,
     codec_layout,
     codec_to_audiocraft,
+    folder_settings,
     read_codec_folder,
     renamed_from_audiocraft,
 )
@@ -227,15 +229,8 @@ def revive(codebook: Any, vectors: Any) -> None:
 
 def fresh_settings() -> dict[str, Any]:
     """The config.json of the codec that is trained from nothing."""
-    return {
-        **dataclasses.asdict(CODEC),
-        "architectures": ["EncodecModel"],
-        "model_type": "encodec",
-        "codebook_dim": CODEC.hidden_size,
-        "chunk_length_s": None,
-        "overlap": None,
-        "target_bandwidths": [bandwidth(dataclasses.asdict(CODEC), NUM_CODEBOOKS)],
-    }
+    settings = dataclasses.asdict(CODEC)
+    return folder_settings(settings, [bandwidth(settings, NUM_CODEBOOKS)])
 
 
 def read_initial(source: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -245,6 +240,11 @@ def read_initial(source: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     folder = ASSETS / "codec" if source == EMBEDDED else Path(source)
     settings, tensors = read_codec_folder(folder, f"--init-from {source}")
+    if TONAL_SECTION in settings:
+        raise UserError(
+            f"--init-from {source}: its first codebook is tonal and cannot be trained; train the "
+            "codec that it was fitted to, and fit it again with launch.codec.tonal"
+        )
     tensors = codec_to_audiocraft(tensors, settings, NUM_CODEBOOKS)
     return settings | {"target_bandwidths": [bandwidth(settings, NUM_CODEBOOKS)]}, tensors
 

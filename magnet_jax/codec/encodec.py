@@ -14,22 +14,29 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec
+from magnet_jax.codec import tonal
+from magnet_jax.codec.tonal import Spectrum, Tonal
+from magnet_jax.config import ASSETS, EMBEDDED, CodecSpec, from_dict
 from magnet_jax.convert import transformers_folder
 from magnet_jax.convert.audiocraft import CODEC_FILE, read_file
 from magnet_jax.convert.codec_rules import (
     CODEC_SETTINGS,
     NOMINAL_RMS,
+    TONAL_CENTROIDS,
+    TONAL_SECTION,
     SeanetConfig,
+    bandwidth,
     check_norms,
     check_tensors,
     codec_from_audiocraft,
     codec_settings_from_xp_cfg,
     decoder_params,
     encodec_layout,
+    folder_settings,
     parametrized_name,
     read_codec_folder,
     renamed_from_audiocraft,
+    write_codec_folder,
 )
 from magnet_jax.errors import UserError, first_line
 from magnet_jax.io import files, hub
@@ -76,6 +83,7 @@ class _Weights(NamedTuple):
     kbps: Sequence[float]  # the bandwidths that it was trained for
     tensors: dict[str, np.ndarray]  # float32, by transformers' names
     sha256: str
+    tonal: Tonal | None = None  # what encodes the first codebook, whose vectors are then zeros
 
     @property
     def num_codebooks(self) -> int:
@@ -86,13 +94,21 @@ class Codec:
     """A loaded EnCodec; make one with `load_codec`.
 
     `spec` says what it is, `config` what is computed, `hop` is the number of audio samples in a
-    token frame, `encoder` the PyTorch module from audio to the latent that `quantizer` takes.
+    token frame, `encoder` the PyTorch module from audio to the latent that `quantizer` takes;
+    `tonal` is None, or encodes the first codebook in the quantizer's place.
     """
 
     def __init__(
-        self, spec: CodecSpec, config: SeanetConfig, model: Any, quantizer: Any, device: str
+        self,
+        spec: CodecSpec,
+        config: SeanetConfig,
+        model: Any,
+        quantizer: Any,
+        device: str,
+        tonal: Tonal | None = None,
     ):
         self.spec = spec
+        self.tonal = tonal
         self.config = config
         self.hop = config.hop
         self.encoder = model.encoder.to(device).eval()
@@ -127,9 +143,28 @@ class Codec:
                     f"codec {self.spec.source}: computes NaN or infinity from this audio: it, or "
                     "the codec, is damaged"
                 )
-            codes_KBT = self.quantizer.encode(latent)
-            codes_BKT = codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
+            codes_BKT = self.codes(latent)
+        if self.tonal:
+            codes_BKT[:, 0] = self.tonal_codes(wav_BCN)
         return join_sides(codes_BKT, sides)
+
+    def codes(self, latent_BET: Any) -> np.ndarray:
+        """What the quantizer makes of a latent: int16 [B, K, T], one side's codebooks.
+
+        Of a tonal stream it makes nothing: its codes are `tonal_codes`.
+        """
+        torch = import_torch()
+        if not self.tonal and not self.quantizer.layers[0].codebook.embed.any():
+            raise UserError(
+                f"codec {self.spec.source}: its first codebook is zeros, which a tonal stream left "
+                "where no AudioCraft file has room for it: name the codec's own folder (--codec)"
+            )
+        codes_KBT = self.quantizer.encode(latent_BET)
+        return codes_KBT.transpose(0, 1).to(torch.int16).cpu().numpy()
+
+    def tonal_codes(self, wav_BCN: np.ndarray) -> np.ndarray:
+        """The tonal stream [B, ceil(N / hop)] (int16) of one side's audio."""
+        return tonal.encode(self.tonal, wav_BCN, self.spec.sample_rate, self.hop)
 
     def decode(self, codes_BKT: np.ndarray) -> np.ndarray:
         """Audio [B, C, T * hop] (float32) of codes [B, K, T].
@@ -157,7 +192,7 @@ def load_codec(
     the `encodec` package publishes; or the path of such a published weights file (.th or
     .safetensors, under a name that begins so).
     `num_codebooks` keeps the first K codebooks; None keeps those of the largest bandwidth up to
-    6 kbit/s that the codec was trained for.
+    6 kbit/s that the codec was trained for, and its tonal stream if it has one.
     `interleaved` makes a mono codec one of interleaved stereo, see `CodecSpec`; `num_codebooks`
     then counts those of both sides.
 
@@ -168,7 +203,7 @@ def load_codec(
     spec, weights = _read(source, num_codebooks, interleaved)
     model = _torch_model(torch, weights)
     model["quantizer"].layers = model["quantizer"].layers[: spec.num_codebooks // spec.sides]
-    return Codec(spec, weights.config, model, model["quantizer"], device)
+    return Codec(spec, weights.config, model, model["quantizer"], device, weights.tonal)
 
 
 def read_spec(source: str, num_codebooks: int | None = None) -> CodecSpec:
@@ -226,10 +261,16 @@ def load_decoder(
 def codebook_vectors(
     source: str, num_codebooks: int | None = None, interleaved: bool = False
 ) -> tuple[CodecSpec, np.ndarray]:
-    """What each token stands for: float32 [K, V, E]; arguments and errors as of `load_codec`."""
+    """What each token stands for: float32 [K, V, E]; arguments and errors as of `load_codec`.
+
+    A tonal stream's tokens stand for spectra, see `tonal.vectors`.
+    """
     spec, weights = _read(source, num_codebooks, interleaved)
     params = decoder_params(weights.tensors, weights.config, spec.num_codebooks // spec.sides)
-    return spec, np.repeat(np.asarray(params["codebooks"], np.float32), spec.sides, axis=0)
+    vectors_KVE = np.array(params["codebooks"], np.float32)
+    if weights.tonal:
+        vectors_KVE[0] = tonal.vectors(weights.tonal, *vectors_KVE.shape[1:])
+    return spec, np.repeat(vectors_KVE, spec.sides, axis=0)
 
 
 def _read(
@@ -255,9 +296,15 @@ def _read(
         )
     count = num_codebooks
     if count is None:
-        fitting = [kbps for kbps in weights.kbps if kbps <= DEFAULT_KBPS]
+        most = DEFAULT_KBPS + (config.bits_per_second / 1000 if weights.tonal else 0)
+        fitting = [kbps for kbps in weights.kbps if kbps <= most]
         kbps = max(fitting) if fitting else min(weights.kbps)
         count = max(1, int(1000 * kbps // config.bits_per_second))
+    if weights.tonal and count < 2:
+        raise UserError(
+            f"codec {source}: its first codebook is tonal and makes no sound alone: num_codebooks "
+            "must be at least 2 (of interleaved stereo 4)"
+        )
     if count > weights.num_codebooks:
         raise UserError(
             f"codec {source} has {weights.num_codebooks} codebooks: "
@@ -417,11 +464,76 @@ def _from_settings(
     except UserError as error:
         raise UserError(f"{where}: cannot be built ({error})") from None
     tensors = {name: array.astype(np.float32, copy=False) for name, array in tensors.items()}
-    sha256 = _sha256(tensors, dataclasses.asdict(config))
-    weights = _Weights(config, kbps, tensors, sha256)
+    hashed = dataclasses.asdict(config)
+    stream = None
+    if TONAL_SECTION in settings:
+        stream = _tonal(settings[TONAL_SECTION], tensors, config, where)
+        hashed[TONAL_SECTION] = dataclasses.asdict(stream.spectrum)
+    sha256 = _sha256(tensors, hashed)
+    tensors.pop(TONAL_CENTROIDS if stream else "", None)
+    weights = _Weights(config, kbps, tensors, sha256, stream)
     layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
     check_tensors(where, tensors, {here: shape for here, _, shape in layout})
     return weights
+
+
+def _tonal(
+    settings: Any, tensors: Mapping[str, np.ndarray], config: SeanetConfig, where: str
+) -> Tonal:
+    """The tonal stream of a codec's config.json and tensors; `UserError` where they do not fit."""
+    spectrum = from_dict(Spectrum, settings, f"{where}: config.json: {TONAL_SECTION}")
+    centroids_CM = tensors.get(TONAL_CENTROIDS)
+    if centroids_CM is None:
+        raise UserError(f"{where}: the tensor {TONAL_CENTROIDS} is missing")
+    size = len(centroids_CM) if centroids_CM.ndim else 0
+    if centroids_CM.shape != (size, spectrum.bands) or not 2 <= size <= config.codebook_size:
+        raise UserError(
+            f"{where}: the tensor {TONAL_CENTROIDS} is {list(centroids_CM.shape)}, not 2 to "
+            f"{config.codebook_size} rows of {spectrum.bands}"
+        )
+    tonal.check_rate(spectrum, config.sampling_rate, where)
+    return Tonal(spectrum, centroids_CM)
+
+
+def check_takes_tonal(source: str) -> SeanetConfig:
+    """What is computed by a codec before which a tonal stream may be put.
+
+    Raises `UserError` for a codec that has one, or norms over the whole clip.
+    """
+    weights = _find(source)
+    if weights.tonal:
+        raise UserError(f"--codec {source}: has a tonal stream; name the codec that it was put on")
+    if weights.config.norms_over_clip:
+        raise UserError(
+            f"--codec {source}: norms over chunks or clips, as encodec_48khz does: a tonal stream "
+            "takes a codec with weight norm"
+        )
+    return weights.config
+
+
+def write_tonal(source: str, stream: Tonal, folder: Path) -> None:
+    """Writes a codec with a tonal stream before its own codebooks into an existing folder.
+
+    It is a transformers EncodecModel's folder with a section and a tensor more. The stream's
+    codebook holds zeros, so that decoders, which add codebooks up, need not know of it.
+    """
+    _, kbps, base, *_ = _find(source)
+    config = check_takes_tonal(source)
+    tensors, first = {}, "quantizer.layers.0.codebook."
+    for name, array in base.items():
+        layer = name.removeprefix("quantizer.layers.") if name.startswith("quantizer.") else ""
+        if layer:
+            number, rest = layer.split(".", 1)
+            tensors[f"quantizer.layers.{int(number) + 1}.{rest}"] = array
+        if not layer or name.startswith(first):
+            tensors[name] = np.zeros_like(array) if layer else array
+    tensors[f"{first}inited"] = np.ones_like(base[f"{first}inited"])
+    tensors[TONAL_CENTROIDS] = stream.centroids_CM
+    settings = dataclasses.asdict(config)
+    counts = [int(1000 * one // config.bits_per_second) for one in kbps]
+    settings = folder_settings(settings, [bandwidth(settings, 1 + count) for count in counts])
+    settings[TONAL_SECTION] = dataclasses.asdict(stream.spectrum)
+    write_codec_folder(folder, settings, tensors)
 
 
 def _from_encodec(name: str, state: Mapping[str, np.ndarray], source: str) -> _Weights:

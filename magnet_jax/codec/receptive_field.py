@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
+from magnet_jax.codec import tonal
 from magnet_jax.codec.encodec import Codec
 from magnet_jax.convert.codec_rules import SeanetConfig
 from magnet_jax.errors import UserError
@@ -84,6 +85,15 @@ def convolution_frames(config: SeanetConfig) -> Field:
     return Field(-(-field.before // config.hop), field.after // config.hop)
 
 
+def token_frames(codec: Codec) -> Field:
+    """The same of all of a codec's tokens but for the LSTM: a tonal stream may hear further."""
+    field = convolution_frames(codec.config)
+    if not codec.tonal:
+        return field
+    heard = tonal.reach(codec.tonal.spectrum, codec.spec.sample_rate, codec.hop)
+    return Field(*map(max, field, heard))
+
+
 def restricted_context(config: SeanetConfig) -> tuple[int, float]:
     """Frames to each side that attention may be restricted to, and the same before rounding up.
 
@@ -109,7 +119,7 @@ def receptive_field(codec: Codec, *, share: float = 1e-6) -> Field:
     Raises `UserError` for a codec whose LSTM forgets too slowly, `ValueError` for a `share` not
     between 0 and 1.
     """
-    exact = convolution_frames(codec.config)
+    exact = token_frames(codec)
     before = exact.before
     for background in BACKGROUNDS:
         response = impulse_response(

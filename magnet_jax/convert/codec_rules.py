@@ -11,7 +11,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,6 +89,11 @@ class SeanetConfig:
         """Of one codebook, as transformers counts: bits a code times codes a second, rounded up."""
         return math.ceil(math.log2(self.codebook_size)) * math.ceil(self.sampling_rate / self.hop)
 
+
+# The tensor of a codec whose first codebook is a tonal stream (`codec.tonal`), and the section of
+# its config.json. AudioCraft has neither: there the codebook, of zeros, is one like the others.
+TONAL_CENTROIDS = "tonal.centroids"
+TONAL_SECTION = "tonal"
 
 # The settings of a transformers config.json that decide what is computed with the tensors.
 CODEC_SETTINGS = tuple(field.name for field in dataclasses.fields(SeanetConfig))
@@ -317,13 +322,15 @@ def codec_to_audiocraft(
 ) -> dict[str, np.ndarray]:
     """transformers' EncodecModel tensors under AudioCraft's names, the first codebooks only.
 
-    Codebooks are residual, so leaving out the last ones changes none of the codes kept.
+    Codebooks are residual, so leaving out the last ones changes none of the codes kept. Of a tonal
+    stream a codebook of zeros is left, which AudioCraft's encoder fills with code 0; subtracting
+    zeros it finds the other codes as they are here.
     """
     layout = codec_layout(settings, num_codebooks)
     kept = {}
     for name, array in tensors.items():
         found = re.match(r"quantizer\.layers\.(\d+)\.", name)
-        if not found or int(found[1]) < num_codebooks:
+        if name != TONAL_CENTROIDS and (not found or int(found[1]) < num_codebooks):
             kept[name] = array
     check_tensors("codec", kept, {here: shape for here, _, shape in layout})
     return {there: kept[here] for here, there, _ in layout}
@@ -524,14 +531,21 @@ def codec_settings_from_xp_cfg(xp_cfg: Mapping, where: str) -> tuple[dict[str, A
         "trim_right_ratio": float(settings["trim_right_ratio"]),
         "upsampling_ratios": list(settings["upsampling_ratios"]),
         "use_conv_shortcut": not settings["use_conv_shortcut"],
+    }
+    return folder_settings(settings, [bandwidth(settings, num_codebooks)]), num_codebooks
+
+
+def folder_settings(settings: Mapping[str, Any], kbps: Sequence[float]) -> dict[str, Any]:
+    """A transformers EncodecModel's config.json of these `CODEC_SETTINGS` and bandwidths."""
+    return {
+        **settings,
         "model_type": "encodec",
         "architectures": ["EncodecModel"],
         "chunk_length_s": None,
         "overlap": None,
         "codebook_dim": settings["hidden_size"],
-        "target_bandwidths": [bandwidth(settings, num_codebooks)],
+        "target_bandwidths": list(kbps),
     }
-    return settings, num_codebooks
 
 
 def bandwidth(settings: Mapping, num_codebooks: int) -> float:
