@@ -514,26 +514,47 @@ def check_takes_tonal(source: str) -> SeanetConfig:
 def write_tonal(source: str, stream: Tonal, folder: Path) -> None:
     """Writes a codec with a tonal stream before its own codebooks into an existing folder.
 
-    It is a transformers EncodecModel's folder with a section and a tensor more. The stream's
-    codebook holds zeros, so that decoders, which add codebooks up, need not know of it.
+    It is a transformers EncodecModel's folder with a section and a tensor more.
     """
-    _, kbps, base, *_ = _find(source)
     config = check_takes_tonal(source)
-    tensors, first = {}, "quantizer.layers.0.codebook."
-    for name, array in base.items():
+    weights = _find(source)
+    settings = dataclasses.asdict(config)
+    counts = [int(1000 * one // config.bits_per_second) for one in weights.kbps]
+    settings = folder_settings(settings, [bandwidth(settings, 1 + count) for count in counts])
+    settings[TONAL_SECTION] = dataclasses.asdict(stream.spectrum)
+    tensors = _behind_zeros(weights.tensors) | {TONAL_CENTROIDS: stream.centroids_CM}
+    write_codec_folder(folder, settings, tensors)
+
+
+def extends(source: str, base: str) -> bool:
+    """Whether a codec is another one with a tonal stream before its codebooks.
+
+    Errors are those of `load_codec`.
+    """
+    weights, below = _find(source), _find(base)
+    if not weights.tonal or weights.config != below.config:
+        return False
+    tensors = _behind_zeros(below.tensors)
+    return weights.tensors.keys() == tensors.keys() and all(
+        np.array_equal(weights.tensors[name], array) for name, array in tensors.items()
+    )
+
+
+def _behind_zeros(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A codec's tensors with a codebook of zeros before its own.
+
+    Decoders, which add codebooks up, need not know of it.
+    """
+    found, first = {}, "quantizer.layers.0.codebook."
+    for name, array in tensors.items():
         layer = name.removeprefix("quantizer.layers.") if name.startswith("quantizer.") else ""
         if layer:
             number, rest = layer.split(".", 1)
-            tensors[f"quantizer.layers.{int(number) + 1}.{rest}"] = array
+            found[f"quantizer.layers.{int(number) + 1}.{rest}"] = array
         if not layer or name.startswith(first):
-            tensors[name] = np.zeros_like(array) if layer else array
-    tensors[f"{first}inited"] = np.ones_like(base[f"{first}inited"])
-    tensors[TONAL_CENTROIDS] = stream.centroids_CM
-    settings = dataclasses.asdict(config)
-    counts = [int(1000 * one // config.bits_per_second) for one in kbps]
-    settings = folder_settings(settings, [bandwidth(settings, 1 + count) for count in counts])
-    settings[TONAL_SECTION] = dataclasses.asdict(stream.spectrum)
-    write_codec_folder(folder, settings, tensors)
+            found[name] = np.zeros_like(array) if layer else array
+    found[f"{first}inited"] = np.ones_like(tensors[f"{first}inited"])
+    return found
 
 
 def _from_encodec(name: str, state: Mapping[str, np.ndarray], source: str) -> _Weights:
