@@ -41,7 +41,7 @@ def test_a_note_is_one_token_wherever_its_wave_begins_and_another_note_another(c
         tokens_BT = codec.encode(wav_BCN)[:, 0, 5:-5]
         assert (tokens_BT == 6 * n + 1).all()
         heard.append(len(np.unique(base.encode(wav_BCN)[:, 0, 5:-5])))
-    assert min(heard) > 5  # EnCodec's own first codebook spells the wave
+    assert min(heard) > 3  # EnCodec's own first codebook spells the wave
 
 
 def test_silence_has_a_token_of_its_own(codec):
@@ -83,7 +83,7 @@ def test_other_codebooks_and_their_sound_are_the_base_codecs(folder, codec):
 
 
 def test_stereo_has_a_tonal_stream_for_each_side(folder, codec):
-    stereo = encodec.load_codec(folder, 4, interleaved=True)
+    stereo = encodec.load_codec(folder, num_codebooks=4, interleaved=True)
     left_CN, right_CN, _ = music()
     codes_BKT = stereo.encode(np.concatenate([left_CN, right_CN])[None])
     for side, wav_CN in enumerate((left_CN, right_CN)):
