@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from magnet_jax import cli
 from magnet_jax.arguments import Between, check_fields
-from magnet_jax.codec import receptive_field
+from magnet_jax.codec import receptive_field, tonal
 from magnet_jax.codec.encodec import Codec, load_codec
 from magnet_jax.codec.receptive_field import Background, Field, Response, energy_within
 from magnet_jax.config import EMBEDDED
@@ -122,6 +122,9 @@ def summary(args: Args, codec: Codec, found: Findings) -> str:
             f"section 3.2)",
         ),
     ]
+    if codec.tonal:
+        before, after = tonal.reach(codec.tonal.spectrum, spec.sample_rate, codec.hop)
+        rows.append(("tonal stream", f"{before} frames before, {after} after"))
     lines = [
         f"codec {spec.source}, {spec.sample_rate} Hz, {spec.frame_rate:g} frames a second of "
         f"{codec.hop} samples; impulse on {args.background}"

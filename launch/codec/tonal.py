@@ -157,7 +157,7 @@ def fit_codec(settings: Fitting) -> dict[str, float]:
     spectrum = dataclasses.replace(settings.spectrum, highest_hz=highest)
     tonal.check_rate(spectrum, rate, f"codec {settings.codec}")
     settings = dataclasses.replace(settings, spectrum=spectrum)
-    frames = draw_frames(settings, Clips("--audio", settings.audio, rate, 0.0), rate, hop)
+    frames = draw_frames(settings, Clips("--audio", settings.audio, rate, hop / rate), rate, hop)
     if settings.size > len(frames.follows_N):
         raise UserError(
             f"--size {settings.size}: more than the {len(frames.follows_N)} frames of --audio "

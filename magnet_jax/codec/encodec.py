@@ -502,11 +502,13 @@ def check_takes_tonal(source: str) -> SeanetConfig:
     """
     weights = _find(source)
     if weights.tonal:
-        raise UserError(f"--codec {source}: has a tonal stream; name the codec that it was put on")
+        raise UserError(
+            f"codec {source}: has a tonal stream already; name the codec that it was fitted to"
+        )
     if weights.config.norms_over_clip:
         raise UserError(
-            f"--codec {source}: norms over chunks or clips, as encodec_48khz does: a tonal stream "
-            "takes a codec with weight norm"
+            f"codec {source}: norms over chunks or clips, as encodec_48khz does; a tonal stream "
+            "takes one with weight norm"
         )
     return weights.config
 

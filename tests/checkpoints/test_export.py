@@ -13,6 +13,7 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save_file
 from tiny import PUBLISHED_CODEC, TINY, assert_same_bits, random_params
+from tonal_codec import put_tonal, sine
 
 from launch import export as command
 from launch import sample
@@ -372,6 +373,56 @@ def test_export_copies_a_codec_folder(loaded, tmp_path):
     assert found.source == str(moved / "codec")
     assert str(tmp_path) not in (moved / "README.md").read_text()
     codec_rules.read_codec_folder(codec_rules.codec_folder(found))
+
+
+def test_a_tonal_stream_travels_along_but_for_audiocrafts_file(loaded, tmp_path):
+    from encodec.quantization import ResidualVectorQuantizer
+
+    from magnet_jax.codec.encodec import load_codec
+
+    codec = load_codec(put_tonal(tmp_path / "codec"))
+    model = dataclasses.replace(loaded.config.model, num_codebooks=5)
+    config = dataclasses.replace(
+        loaded.config, model=model, decode=dataclasses.replace(loaded.config.decode, steps=(1,) * 5)
+    )
+    model = loaded._replace(
+        config=config, codec=codec.spec, codec_source=codec.spec.source,
+        params=loaded.params | {"lm": random_params(model)},
+    )  # fmt: skip
+    assert "every bit equal" in run_export(model, tmp_path, logits=True)
+    out, wav_BCN = tmp_path / "out", sine(330.0)[None, None]
+    shutil.rmtree(tmp_path / "codec")
+    again = pretrained.load(out)
+    there = pretrained.load_decoder(again, "it", "torch")  # as edits of uploads have it
+    assert there.spec.sha256 == codec.spec.sha256
+    codes_BKT = codec.encode(wav_BCN)
+    np.testing.assert_array_equal(there.encode(wav_BCN), codes_BKT)
+    # AudioCraft's encoder, which knows no stream, gives 0 in its place and the same in the others.
+    file = audiocraft.read_file(out / audiocraft.CODEC_FILE)
+    assert file.xp_cfg["rvq"]["n_q"] == 5
+    torch = import_torch()
+    quantizer = ResidualVectorQuantizer(dimension=64, n_q=5, bins=1024).eval()
+    prefix = "quantizer."
+    quantizer.load_state_dict(
+        {n[len(prefix) :]: torch.from_numpy(a) for n, a in file.tensors.items() if prefix in n}
+    )
+    with torch.inference_mode():
+        latent = codec.encoder(torch.from_numpy(wav_BCN))
+        theirs_BKT = quantizer.encode(latent, sample_rate=1).transpose(0, 1).numpy()
+    assert not theirs_BKT[:, 0].any()
+    np.testing.assert_array_equal(theirs_BKT[:, 1:], codes_BKT[:, 1:])
+    # Its pair alone makes sound, but takes no uploads unless the codec's folder is named.
+    pair = tmp_path / "pair"
+    pair.mkdir()
+    for name in (audiocraft.CODEC_FILE, audiocraft.LM_FILE):
+        shutil.copy(out / name, pair / name)
+    text = {"text_encoder": str(out / "text_encoder")}
+    alone = pretrained.load_decoder(pretrained.load(pair, **text), "it", "torch")
+    assert np.array_equal(alone.decode(codes_BKT), codec.decode(codes_BKT))
+    with pytest.raises(UserError, match="its first codebook is zeros"):
+        alone.encode(wav_BCN)
+    named = pretrained.load(pair, codec=str(out / "codec"), **text)
+    assert pretrained.load_decoder(named, "it", "torch").spec.sha256 == codec.spec.sha256
 
 
 def all_text(folder: Path) -> str:
