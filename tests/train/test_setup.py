@@ -1,0 +1,54 @@
+"""What a run begins with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import tiny
+from tonal_codec import put_tonal
+
+from magnet_jax.checkpoints import pretrained
+from magnet_jax.codec import encodec
+from magnet_jax.config import ASSETS
+from magnet_jax.errors import UserError
+from magnet_jax.train import setup
+
+
+@pytest.fixture
+def run(tmp_path_factory):
+    return tiny.finished_run(tmp_path_factory)
+
+
+def tonal_tokens(folder, source):
+    """A data set of random tokens of a codec with a tonal stream."""
+    spec = encodec.read_spec(put_tonal(folder / "codec", source))
+    codes_KT = np.random.default_rng(0).integers(0, 25, (5, 60)).astype(np.int16)
+    example = {
+        "codes": codes_KT, "caption": "noise", "info": "{}", "track_id": "0",
+        "source_path": "0.wav", "start": 0.0, "duration": 60 / spec.frame_rate,
+    }  # fmt: skip
+    tiny.write_data_set(folder / "tokens", {"train": [example]}, spec)
+    return folder / "tokens"
+
+
+def begun(folder, run, source):
+    """The transformer that a run with a tonal stream starts from, begun with another run."""
+    data = tonal_tokens(folder, source)
+    config = tiny.run_config(data, folder / "run", init_from=str(run))
+    model = dataclasses.replace(config.model, num_codebooks=5)
+    decode = dataclasses.replace(config.decode, steps=(2, 1, 1, 1, 1))
+    return setup.set_up(dataclasses.replace(config, model=model, decode=decode)).lm
+
+
+def test_what_a_model_knows_of_a_codec_stays_where_a_tonal_stream_is_put_before_it(tmp_path, run):
+    lm, given = begun(tmp_path, run, "embedded"), pretrained.load(str(run)).params["lm"]
+    for name in ("embed", "heads"):
+        np.testing.assert_array_equal(lm[name][1:], given[name])
+        assert np.isfinite(lm[name][0]).all()
+    assert lm["embed"][0, :25].std() > 0.3  # the stream's spectra, not its zeros
+    tiny.assert_same_bits(lm["blocks"]["mlp"], given["blocks"]["mlp"])
+
+
+def test_a_tonal_stream_before_another_codec_helps_nobody(tmp_path, run):
+    with pytest.raises(UserError, match="learnt the tokens of"):
+        begun(tmp_path, run, str(ASSETS / "demo" / "codec"))
