@@ -26,8 +26,7 @@ from magnet_jax.io.files import check_new_folder, replacing
 _RUN_SECONDS = 4.0  # of frames that are drawn together: to open and to seek takes most of the time
 _BELOW_NYQUIST = 15 / 16  # where the highest band may lie
 _MOST_ROUNDS = 50
-_SETTLED = 1e-4  # of the distances, by which a round must lower them
-_ROWS = 8192  # frames whose distances to all centroids are in memory at once
+_SETTLED = 5e-4  # of the distances, by which a round must lower them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +86,8 @@ def fit(levels_NM: np.ndarray, size: int, seed: int) -> np.ndarray:
     centroids_CM = _begin(levels_NM, size, rng)
     before = math.inf
     for _ in tqdm(range(_MOST_ROUNDS), desc="fitting", mininterval=10):
-        labels_N, distances_N = _nearest(levels_NM, centroids_CM)
+        labels_N = tonal.nearest(levels_NM, centroids_CM)
+        distances_N = np.square(levels_NM - centroids_CM[labels_N]).sum(1)
         total = float(distances_N.sum(dtype=np.float64))
         if total > (1 - _SETTLED) * before:
             break
@@ -117,16 +117,6 @@ def _begin(levels_NM: np.ndarray, size: int, rng: np.random.Generator) -> np.nda
         new_N = squares_N - 2 * (levels_NM @ centroids_CM[c]) + np.square(centroids_CM[c]).sum()
         np.minimum(distances_N, np.maximum(new_N, 0), out=distances_N)
     return centroids_CM
-
-
-def _nearest(levels_NM: np.ndarray, centroids_CM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest centroid of each frame, and its squared distance."""
-    labels, distances = [], []
-    for begin in range(0, len(levels_NM), _ROWS):
-        rows_NM = levels_NM[begin : begin + _ROWS]
-        labels.append(tonal.nearest(rows_NM, centroids_CM))
-        distances.append(np.square(rows_NM - centroids_CM[labels[-1]]).sum(1))
-    return np.concatenate(labels), np.concatenate(distances)
 
 
 def report(labels_N: np.ndarray, follows_N: np.ndarray, size: int) -> dict[str, float]:

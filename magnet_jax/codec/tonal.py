@@ -15,7 +15,7 @@ from magnet_jax.arguments import Between, check_fields
 from magnet_jax.config import require
 from magnet_jax.errors import UserError
 
-_MOST_FRAMES = 1024  # whose windows are in memory at once
+_MOST_FRAMES = 4096  # whose windows are in memory at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,9 @@ def levels(wav_BN: np.ndarray, spectrum: Spectrum, sample_rate: int, hop: int) -
     weight_W = weight_W / (weight_W.sum() / 2)  # a sine of full scale has magnitude 1
     filters_FM = _filters(spectrum, window, sample_rate) / 10 ** (spectrum.floor_db / 20)
     found_BTM = np.empty((batch, frames, spectrum.bands))
-    for begin in range(0, frames, _MOST_FRAMES):
-        part = slice(begin, begin + _MOST_FRAMES)
+    step = max(1, _MOST_FRAMES // batch)
+    for begin in range(0, frames, step):
+        part = slice(begin, begin + step)
         magnitudes_BTF = np.abs(np.fft.rfft(windows_BTW[:, part] * weight_W))
         found_BTM[:, part] = np.log1p(magnitudes_BTF @ filters_FM)
     return found_BTM - (1 - spectrum.level) * found_BTM.mean(2, keepdims=True)
@@ -108,17 +109,19 @@ def _filters(spectrum: Spectrum, window: int, sample_rate: int) -> np.ndarray:
 
 
 def nearest(levels_TM: np.ndarray, centroids_CM: np.ndarray) -> np.ndarray:
-    """The nearest centroid of each row of [..., M], the first of those equally near."""
+    """The nearest centroid of each row, the first of those equally near."""
     centroids_CM = centroids_CM.astype(levels_TM.dtype, copy=False)
     squares_C = np.square(centroids_CM).sum(1)
-    return (squares_C - 2 * (levels_TM @ centroids_CM.T)).argmin(-1)
+    parts = np.split(levels_TM, range(_MOST_FRAMES, len(levels_TM), _MOST_FRAMES))
+    return np.concatenate([(squares_C - 2 * (x @ centroids_CM.T)).argmin(1) for x in parts])
 
 
 def encode(tonal: Tonal, wav_BCN: np.ndarray, sample_rate: int, hop: int) -> np.ndarray:
     """The stream [B, ceil(N / hop)] (int16) of audio [B, C, N], whose channels are mixed."""
     mono_BN = wav_BCN.astype(np.float64).mean(1)
     heard_BTM = levels(mono_BN, tonal.spectrum, sample_rate, hop)
-    return nearest(heard_BTM, tonal.centroids_CM).astype(np.int16)
+    found = nearest(heard_BTM.reshape(-1, heard_BTM.shape[2]), tonal.centroids_CM)
+    return found.astype(np.int16).reshape(heard_BTM.shape[:2])
 
 
 def vectors(tonal: Tonal, codebook_size: int, width: int) -> np.ndarray:
