@@ -1,6 +1,6 @@
 """Clips as they are drawn: a tune, an excerpt, an instrument, a key, a speed and words for it.
 
-What is drawn from is a part of the music (`PARTS`): melodies alone, to begin with, or all of it.
+What they are drawn from is a selection of the music: melodies alone, to begin with, or all of it.
 """
 
 import hashlib
@@ -115,8 +115,8 @@ NUM_CAPTIONS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A part of the music, and the words for it."""
+class Selection:
+    """A part of the music, what plays it, and the words for it."""
 
     about: str
     """For the data card."""
@@ -129,15 +129,15 @@ class Part:
     """Templates for several; without any, tunes are melodies alone."""
 
 
-PARTS = {
-    "all": Part(
+SELECTIONS = {
+    "all": Selection(
         about="Melodies and music of several voices, for all instruments.",
         instruments=INSTRUMENTS,
         shifts=range(-3, 4),
         melody_captions=(*_CAPTIONS, *_MELODY_CAPTIONS),
         voices_captions=(*_CAPTIONS, *_VOICES_CAPTIONS),
     ),
-    "solo": Part(
+    "solo": Selection(
         about=(
             "Melodies alone, in all twelve keys, for instruments that sound clear by themselves. "
             "Every caption names the instrument, the key and the speed."
@@ -206,22 +206,27 @@ def split_of(name: str, valid_percent: float, test_percent: float) -> str:
 
 
 def draw_clip(
-    repertoire: Repertoire, part: Part, split: str, number: int, seed: int, max_seconds: float
+    repertoire: Repertoire,
+    selection: Selection,
+    split: str,
+    number: int,
+    seed: int,
+    max_seconds: float,
 ) -> Clip:
     """Clip `number` of a split: tune, excerpt, instrument, key, speed, words, all drawn.
 
-    Every run of as many clips as the part has instruments has each of them once. Raises `UserError`
-    where no tune of the split suits the instrument.
+    Every run of as many clips as the selection has instruments has each of them once. Raises
+    `UserError` where no tune of the split suits the instrument.
     """
     place = SPLITS.index(split)
-    cycle, turn = divmod(number, len(part.instruments))
-    order = np.random.default_rng([seed, place, 0, cycle]).permutation(len(part.instruments))
-    instrument = part.instruments[order[turn]]
+    cycle, turn = divmod(number, len(selection.instruments))
+    order = np.random.default_rng([seed, place, 0, cycle]).permutation(len(selection.instruments))
+    instrument = selection.instruments[order[turn]]
     rng = np.random.default_rng([seed, place, 1, number])
     melody = bool(rng.random() >= instrument.several_voices)
     for _ in range(1000):
         tune = repertoire.draw(rng, melody)
-        semitones = int(rng.integers(part.shifts.start, part.shifts.stop))
+        semitones = int(rng.integers(selection.shifts.start, selection.shifts.stop))
         shift = _fit(tune, instrument, semitones)
         if shift is None:
             continue
@@ -234,7 +239,7 @@ def draw_clip(
         key = (_MINOR_KEYS if tune.minor else _MAJOR_KEYS)[(tune.tonic + shift) % 12]
         key += " minor" if tune.minor else " major"
         mood = str(rng.choice(list(_MOODS[speed, tune.minor])))
-        templates = part.melody_captions if len(played) == 1 else part.voices_captions
+        templates = selection.melody_captions if len(played) == 1 else selection.voices_captions
         about = {
             "title": tune.title,
             "artist": tune.composer,

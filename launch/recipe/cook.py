@@ -38,7 +38,7 @@ from launch.recipe.clips import (
     LEVEL,
     LEVEL_SPREAD_DB,
     NUM_CAPTIONS,
-    PARTS,
+    SELECTIONS,
     SPEEDS,
     SPLITS,
     Clip,
@@ -101,11 +101,11 @@ def plan(
     tunes: Sequence[Tune], groups: Sequence[str], recipe: Recipe
 ) -> tuple[list[Clip], dict[str, set[str]]]:
     """All clips, and each split's groups of tunes."""
-    part = PARTS[recipe.part]
+    selection = SELECTIONS[recipe.part]
     splits = defaultdict(list)
     members = defaultdict(set)
     for tune, group in zip(tunes, groups, strict=True):
-        if not (tune.is_melody or part.voices_captions):
+        if not (tune.is_melody or selection.voices_captions):
             continue
         split = split_of(group, recipe.valid_percent, recipe.test_percent)
         splits[split].append(tune)
@@ -121,7 +121,7 @@ def plan(
         for number in count():
             if wanted <= 0:
                 break
-            clip = draw_clip(repertoire, part, split, number, recipe.seed, recipe.max_seconds)
+            clip = draw_clip(repertoire, selection, split, number, recipe.seed, recipe.max_seconds)
             wanted -= clip.seconds
             clips.append(clip)
     return clips, members
@@ -357,7 +357,7 @@ def _write_card(
         count=len(clips),
         shortest=min(seconds.values()),
         longest=max(seconds.values()),
-        part=PARTS[recipe.part].about,
+        part=SELECTIONS[recipe.part].about,
         captions=NUM_CAPTIONS,
         command=_command(recipe),
         versions=", ".join(f"{name} {version(name)}" for name in ("music21", "pretty_midi")),

@@ -103,7 +103,7 @@ _FORMS = (
     "march", "minuet", "gavotte", "air", "lullaby", "lament",
 )  # fmt: skip
 _RESERVED = re.compile(
-    r"rights[^.<\n]{0,40}reserved|all rights|rights to|licen[cs](?:e|ing)\b|creative commons"
+    r"rights[^.<\n]{0,40}reserved|all rights|rights to|licen[cs](?:e|ing)|creative commons"
     r"|cc[- ]by|ed[il][zl][!i]on|electronic (?:edition|format|version)|permission|copyright|©"
     r"|\(c\) *\d{4}",
     re.IGNORECASE,

@@ -18,7 +18,7 @@ import soundfile
 from launch.recipe import clips as clips_of
 from launch.recipe import cook
 from launch.recipe import tunes as scores
-from launch.recipe.clips import INSTRUMENTS, PARTS
+from launch.recipe.clips import INSTRUMENTS, SELECTIONS
 from launch.recipe.cook import Recipe
 from launch.recipe.tunes import Collection, Note, Tune
 from magnet_jax.errors import UserError
@@ -70,7 +70,7 @@ def tunes(count=60):
 
 def drawn(count, part="all", split="train", seed=0, music=None):
     music = clips_of.Repertoire(music or tunes())
-    return [clips_of.draw_clip(music, PARTS[part], split, i, seed, 20.0) for i in range(count)]
+    return [clips_of.draw_clip(music, SELECTIONS[part], split, i, seed, 20.0) for i in range(count)]
 
 
 def shifted(one, semitones, stretch=1.0, keep=None, **changes):
@@ -204,8 +204,8 @@ def test_articles_are_right_in_every_caption():
         "played": {instrument.played for instrument in INSTRUMENTS},
         "key": {"A major"},
     }
-    for part in PARTS.values():
-        for template in {*part.melody_captions, *part.voices_captions}:
+    for selection in SELECTIONS.values():
+        for template in {*selection.melody_captions, *selection.voices_captions}:
             # (words that neither begin the text nor follow an article do not matter)
             slots = re.findall(r"(?:^|\ba )\{(\w+)\}", template)
             few = {slot: found if slot in slots else {min(found)} for slot, found in words.items()}
