@@ -1,9 +1,12 @@
-"""Clips as they are drawn: a tune, an excerpt, an instrument, a key, a speed and words for it."""
+"""Clips as they are drawn: a tune, an excerpt, an instrument, a key, a speed and words for it.
+
+What they are drawn from is a selection of the music: melodies alone, to begin with, or all of it.
+"""
 
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -97,7 +100,57 @@ _VOICES_CAPTIONS = (
     "a {mood} {form} in several voices {played}, {speed}",
     "{speed} {genre} music in {key} with rich harmony, {played}",
 )
+# All of these name the instrument, the key and the speed.
+_SOLO_CAPTIONS = (
+    "a {speed} {instrument} melody in {key}",
+    "a {speed} and {mood} melody in {key} {played}",
+    "a {mood} {form} in {key} {played}, {speed}",
+    "solo {instrument}, a {speed} {form} in {key}",
+    "{instrument} playing a {speed} {form} in {key}",
+    "{speed} and {mood} music for solo {instrument} in {key}",
+    "a {mood} tune for {instrument} in {key}, {speed} tempo",
+    "{speed} {instrument} solo in {key}, {mood}",
+)
 NUM_CAPTIONS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A part of the music, what plays it, and the words for it."""
+
+    about: str
+    """For the data card."""
+    instruments: Sequence[Instrument]
+    shifts: range
+    """Semitones that a tune is moved by, before octaves."""
+    melody_captions: Sequence[str]
+    """Templates for one voice."""
+    voices_captions: Sequence[str] = ()
+    """Templates for several; without any, tunes are melodies alone."""
+
+
+SELECTIONS = {
+    "all": Selection(
+        about="Melodies and music of several voices, for all instruments.",
+        instruments=INSTRUMENTS,
+        shifts=range(-3, 4),
+        melody_captions=(*_CAPTIONS, *_MELODY_CAPTIONS),
+        voices_captions=(*_CAPTIONS, *_VOICES_CAPTIONS),
+    ),
+    "solo": Selection(
+        about=(
+            "Melodies alone, in all twelve keys, for instruments that sound clear by themselves. "
+            "Every caption names the instrument, the key and the speed."
+        ),
+        instruments=tuple(
+            replace(instrument, several_voices=0.0)
+            for instrument in INSTRUMENTS
+            if instrument.name in ("piano", "guitar", "violin", "cello", "harp", "flute", "synth")
+        ),
+        shifts=range(-5, 7),
+        melody_captions=_SOLO_CAPTIONS,
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,40 +206,48 @@ def split_of(name: str, valid_percent: float, test_percent: float) -> str:
 
 
 def draw_clip(
-    repertoire: Repertoire, split: str, number: int, seed: int, max_seconds: float
+    repertoire: Repertoire,
+    selection: Selection,
+    split: str,
+    number: int,
+    seed: int,
+    max_seconds: float,
 ) -> Clip:
     """Clip `number` of a split: tune, excerpt, instrument, key, speed, words, all drawn.
 
-    Every run of as many clips as there are instruments has each of them once. Raises `UserError`
-    where no tune of the split suits the instrument.
+    Every run of as many clips as the selection has instruments has each of them once. Raises
+    `UserError` where no tune of the split suits the instrument.
     """
     place = SPLITS.index(split)
-    cycle, turn = divmod(number, len(INSTRUMENTS))
-    order = np.random.default_rng([seed, place, 0, cycle]).permutation(len(INSTRUMENTS))
-    instrument = INSTRUMENTS[order[turn]]
+    cycle, turn = divmod(number, len(selection.instruments))
+    order = np.random.default_rng([seed, place, 0, cycle]).permutation(len(selection.instruments))
+    instrument = selection.instruments[order[turn]]
     rng = np.random.default_rng([seed, place, 1, number])
     melody = bool(rng.random() >= instrument.several_voices)
     for _ in range(1000):
         tune = repertoire.draw(rng, melody)
-        shift = _fit(tune, instrument, int(rng.integers(-3, 4)))
+        semitones = int(rng.integers(selection.shifts.start, selection.shifts.stop))
+        shift = _fit(tune, instrument, semitones)
         if shift is None:
             continue
         speed = str(rng.choice(list(instrument.speeds)))
         excerpt = _excerpt(tune, rng, SPEEDS[speed], max_seconds)
         if excerpt is None:
             continue
-        parts, bpm, seconds = excerpt
-        played = [_play(part, bpm, shift, rng) for part in parts if part]
+        voices, bpm, seconds = excerpt
+        played = [_play(voice, bpm, shift, rng) for voice in voices if voice]
         key = (_MINOR_KEYS if tune.minor else _MAJOR_KEYS)[(tune.tonic + shift) % 12]
         key += " minor" if tune.minor else " major"
         mood = str(rng.choice(list(_MOODS[speed, tune.minor])))
+        templates = selection.melody_captions if len(played) == 1 else selection.voices_captions
         about = {
             "title": tune.title,
             "artist": tune.composer,
-            "description": _captions(rng, tune, instrument, key, speed, mood, len(played) == 1),
+            "description": _captions(rng, templates, tune, instrument, key, speed, mood),
             "genre": tune.genre,
             "instrument": instrument.name,
             "bpm": round(bpm / tune.beat),
+            "speed": speed,
             "key": key,
             "time_signature": tune.time_signature,
             "keywords": [speed, mood, tune.form],
@@ -270,18 +331,18 @@ def _play(
 
 def _captions(
     rng: np.random.Generator,
+    templates: Sequence[str],
     tune: Tune,
     instrument: Instrument,
     key: str,
     speed: str,
     mood: str,
-    melody: bool,
 ) -> list[str]:
     """Several captions, each in other words; all of them name the instrument."""
-    templates = [*_CAPTIONS, *(_MELODY_CAPTIONS if melody else _VOICES_CAPTIONS)]
     found = []
     for i in rng.permutation(len(templates))[:NUM_CAPTIONS]:
-        text = templates[i].format(
+        text = _filled(
+            templates[i],
             speed=speed,
             instrument=str(rng.choice(list(instrument.names))),
             played=instrument.played,
@@ -290,7 +351,13 @@ def _captions(
             key=key,
             mood=mood,
         )
-        text = re.sub(r"\ba (?=[aeio])", "an ", text)
-        text = text.replace("choir playing", "choir singing")
-        found.append(text[0].upper() + text[1:])
+        found.append(text)
     return found
+
+
+def _filled(template: str, **words: str) -> str:
+    """A template as a sentence: articles are right (an air, an Irish tune), and a choir sings."""
+    text = template.format(**words)
+    text = re.sub(r"\ba (?=[aeiouAEIOU])", "an ", text)
+    text = text.replace("choir playing", "choir singing")
+    return text[0].upper() + text[1:]

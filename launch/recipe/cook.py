@@ -3,8 +3,9 @@
 python -m launch.recipe --out data/recipe --hours 20 --seed 0
 
 Scores of music21's corpus (`tunes`) x instruments x tempi become clips of 16 kHz mono FLAC, each
-with a sidecar .json of captions, in three folders: train, valid and test, no tune in two of them.
-Clip number N of a split depends on the seed and N alone, so more hours add clips and change none.
+with a sidecar .json of captions and the .notes that are played, in three folders: train, valid and
+test, no tune in two of them. `--part solo` makes melodies alone. Clip number N of a split depends
+on part, seed and N alone, so more hours add clips and change none.
 The same command goes on where it was stopped. See docs/recipe.md.
 """
 
@@ -24,7 +25,7 @@ from importlib.metadata import version
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import soundfile
@@ -37,6 +38,7 @@ from launch.recipe.clips import (
     LEVEL,
     LEVEL_SPREAD_DB,
     NUM_CAPTIONS,
+    SELECTIONS,
     SPEEDS,
     SPLITS,
     Clip,
@@ -75,6 +77,8 @@ class Recipe:
     """Folder for the clips."""
     hours: Annotated[float, Between(0, 1000, above=True)] = 20.0
     """Of audio, all splits together."""
+    part: Literal["all", "solo"] = "all"
+    """Of the music: all, or melodies alone, which are easier to learn."""
     seed: Seed = 0
     """Of everything that is drawn."""
     max_seconds: Annotated[float, Between(2 * LEAST_SECONDS, 120)] = 20.0
@@ -97,9 +101,12 @@ def plan(
     tunes: Sequence[Tune], groups: Sequence[str], recipe: Recipe
 ) -> tuple[list[Clip], dict[str, set[str]]]:
     """All clips, and each split's groups of tunes."""
+    selection = SELECTIONS[recipe.part]
     splits = defaultdict(list)
     members = defaultdict(set)
     for tune, group in zip(tunes, groups, strict=True):
+        if not (tune.is_melody or selection.voices_captions):
+            continue
         split = split_of(group, recipe.valid_percent, recipe.test_percent)
         splits[split].append(tune)
         members[split].add(group)
@@ -114,14 +121,14 @@ def plan(
         for number in count():
             if wanted <= 0:
                 break
-            clip = draw_clip(repertoire, split, number, recipe.seed, recipe.max_seconds)
+            clip = draw_clip(repertoire, selection, split, number, recipe.seed, recipe.max_seconds)
             wanted -= clip.seconds
             clips.append(clip)
     return clips, members
 
 
 def render(clip: Clip, recipe: Recipe) -> None:
-    """Writes a clip and its sidecar, unless they are there; the audio comes last.
+    """Writes a clip, its sidecar and its notes, unless they are there; the audio comes last.
 
     Raises `UserError` where the synthesizer fails.
     """
@@ -140,10 +147,12 @@ def render(clip: Clip, recipe: Recipe) -> None:
             f"{lasts:.1f} s of {clip.name}; is there room in {tempfile.gettempdir()}?"
         )
     mono = soxr.resample(sound.mean(1), rate, 16_000, "VHQ")
-    mono = _finished(mono, clip)
-    with replacing_file(path.with_suffix(".json")) as temporary:
-        text = json.dumps(clip.about, indent=1, ensure_ascii=False) + "\n"
-        temporary.write_text(text, encoding="utf-8")
+    mono, first = _finished(mono, clip)
+    about = json.dumps(clip.about, indent=1, ensure_ascii=False) + "\n"
+    notes = _notes(clip, first / 16_000, len(mono) / 16_000)
+    for suffix, text in ((".json", about), (".notes", notes)):
+        with replacing_file(path.with_suffix(suffix)) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     audio.write(path, mono[None], 16_000, format="FLAC", subtype="PCM_16")
 
 
@@ -183,19 +192,34 @@ def _synthesize(midi: Path, wav: Path, instrument: Instrument, recipe: Recipe) -
         raise UserError(f"--synthesizer {recipe.synthesizer}: failed ({said})")
 
 
-def _finished(mono: np.ndarray, clip: Clip) -> np.ndarray:
-    """Cut to what sounds, faded, and brought to the clip's level; `UserError` for silence."""
+def _notes(clip: Clip, first: float, seconds: float) -> str:
+    """A line for each note: start and end in seconds of the audio, which begins at `first`, and
+    MIDI pitch, with tabs between.
+    """
+    found = [
+        (max(0.0, start - first), min(seconds, end - first), pitch)
+        for part in clip.parts
+        for start, end, pitch, _ in part
+    ]
+    return "".join(f"{s:.4f}\t{e:.4f}\t{pitch}\n" for s, e, pitch in sorted(found) if s < e)
+
+
+def _finished(mono: np.ndarray, clip: Clip) -> tuple[np.ndarray, int]:
+    """Cut to what sounds, faded, and brought to the clip's level; and how many samples were cut
+    from the beginning. `UserError` for silence.
+    """
     mono = mono[: round(16_000 * clip.seconds)]
     loud = float(np.sqrt(np.mean(np.square(mono)))) if len(mono) else 0.0
     if not loud > 1e-5:
         raise UserError(f"--soundfont: program {clip.instrument.program} of {clip.name} is silent")
     sounding = np.flatnonzero(np.abs(mono) > _FLOOR * loud)
     # (a hundredth of a second before the first sound)
-    mono = mono[max(0, sounding[0] - 160) : sounding[-1] + 1].copy()
+    first = max(0, int(sounding[0]) - 160)
+    mono = mono[first : sounding[-1] + 1].copy()
     fade = min(len(mono), round(16_000 * _FADE))
     mono[-fade:] *= np.linspace(1, 0, fade, dtype=np.float32)
     gain = clip.level / float(np.sqrt(np.mean(np.square(mono))))
-    return mono * min(gain, _PEAK / float(np.abs(mono).max()))
+    return mono * min(gain, _PEAK / float(np.abs(mono).max())), first
 
 
 def cook(recipe: Recipe) -> str:
@@ -250,7 +274,7 @@ def _held(out: Path) -> Iterator[None]:
 
 def _begin(recipe: Recipe) -> None:
     """Notes what the folder is begun with, or checks that it was begun with the same."""
-    fixed = ("seed", "max_seconds", "valid_percent", "test_percent")
+    fixed = ("part", "seed", "max_seconds", "valid_percent", "test_percent")
     begun = {name: getattr(recipe, name) for name in fixed}
     begun |= {"soundfont": _hash(recipe.soundfont), "notes": tunes.VERSION}
     path = recipe.out / "recipe.json"
@@ -325,7 +349,7 @@ def _write_card(
         collections.append(f"| {collection.source} | {len(names)} | {share} |")
     total = sum(seconds.values()) / 3600
     font = _hash(recipe.soundfont)
-    rights = "FluidR3 GM is under the MIT licence."
+    rights = "The sound font FluidR3 GM is by Frank Wen (2000-2002, 2008), under the MIT licence."
     if font != _FLUID_R3:
         rights = f"{recipe.soundfont.name} is under whatever licence its makers gave it."
     card = _CARD.read_text(encoding="utf-8").format(
@@ -333,6 +357,7 @@ def _write_card(
         count=len(clips),
         shortest=min(seconds.values()),
         longest=max(seconds.values()),
+        part=SELECTIONS[recipe.part].about,
         captions=NUM_CAPTIONS,
         command=_command(recipe),
         versions=", ".join(f"{name} {version(name)}" for name in ("music21", "pretty_midi")),

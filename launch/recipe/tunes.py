@@ -103,12 +103,15 @@ _FORMS = (
     "march", "minuet", "gavotte", "air", "lullaby", "lament",
 )  # fmt: skip
 _RESERVED = re.compile(
-    r"rights[^.<\n]{0,40}reserved|all rights|licen[cs]e|creative commons|cc[- ]by|ed[il][zl][!i]on"
-    r"|copyright|©|\(c\) *\d{4}",
+    r"rights[^.<\n]{0,40}reserved|all rights|rights to|licen[cs](?:e|ing)|creative commons"
+    r"|cc[- ]by|ed[il][zl][!i]on|electronic (?:edition|format|version)|permission|copyright|©"
+    r"|\(c\) *\d{4}",
     re.IGNORECASE,
 )
 # The notice in the chorales is of printed pages, which are not in the corpus.
-_HARMLESS = re.compile(r"PDF ©\s?\d{4} Margaret Greentree")
+_HARMLESS = re.compile(
+    r"PDF ©\s?\d{4} Margaret Greentree(?:[^©]{0,400}?used by permission)?", re.IGNORECASE
+)
 _PHRASE = 10  # intervals in a piece of melody that is compared
 _COMMON = 12  # tunes that share a piece of melody which then says nothing: scales, arpeggios
 _SAME = 0.25  # share of the shorter tune's melody

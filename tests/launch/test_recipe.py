@@ -1,6 +1,8 @@
 """The data recipe: tunes that are the same, draws, rendering that may be killed."""
 
+import itertools
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import soundfile
 from launch.recipe import clips as clips_of
 from launch.recipe import cook
 from launch.recipe import tunes as scores
-from launch.recipe.clips import INSTRUMENTS
+from launch.recipe.clips import INSTRUMENTS, SELECTIONS
 from launch.recipe.cook import Recipe
 from launch.recipe.tunes import Collection, Note, Tune
 from magnet_jax.errors import UserError
@@ -66,6 +68,11 @@ def tunes(count=60):
     return [tune(i, voices=1 + 3 * (i % 2)) for i in range(count)]
 
 
+def drawn(count, part="all", split="train", seed=0, music=None):
+    music = clips_of.Repertoire(music or tunes())
+    return [clips_of.draw_clip(music, SELECTIONS[part], split, i, seed, 20.0) for i in range(count)]
+
+
 def shifted(one, semitones, stretch=1.0, keep=None, **changes):
     parts = [
         [n._replace(pitch=n.pitch + semitones, start=n.start * stretch) for n in part[:keep]]
@@ -97,8 +104,13 @@ def test_titles_and_works_join_tunes():
         ("X:1\nT:Reel\nZ:Transcribed by someone\nK:D\nABc", None),
         ("%% GNU General Public License", "License"),
         ("!!!YEM: Rights to all derivative electronic formats reserved.", "Rights"),
+        ("!!!YEM: Rights to all derivative\n!!!YEM: works are kept", "Rights"),
+        ("%% This electronic edition is the property of its maker", "electronic edition"),
+        ("<words>Refer to the licensing agreement</words>", "licensing"),
+        ("<words>Printed by permission</words>", "permission"),
         ("<rights>Copyright ©</rights>", "Copyright"),
         ("<words>PDF © 2004 Margaret Greentree</words>", None),
+        ("<p>PDF ©2004 Margaret Greentree</p>\n<p>used by permission</p>", None),
         ("<words>UT ORPHEUS EDlZ!ONI 2003</words>", "EDl"),
     ],
 )
@@ -117,8 +129,7 @@ def test_splits_have_their_shares_and_stay():
 
 
 def test_draws_hang_on_seed_and_number_alone():
-    music = clips_of.Repertoire(tunes())
-    one, again, other = (clips_of.draw_clip(music, "train", 3, seed, 20.0) for seed in (0, 0, 1))
+    one, again, other = (drawn(4, seed=seed)[3] for seed in (0, 0, 1))
     assert one == again != other
     settings = Recipe(out=Path(), hours=0.3, valid_percent=20, test_percent=20)
     groups = [t.id for t in tunes()]
@@ -132,9 +143,8 @@ def test_draws_hang_on_seed_and_number_alone():
 
 
 def test_a_clip_is_what_its_captions_say():
-    music = clips_of.Repertoire(tunes())
     count = 3 * len(INSTRUMENTS)
-    clips = [clips_of.draw_clip(music, "train", i, 0, 20.0) for i in range(count)]
+    clips = drawn(count)
     for i in range(0, count, len(INSTRUMENTS)):
         assert len({c.instrument.name for c in clips[i : i + len(INSTRUMENTS)]}) == len(INSTRUMENTS)
     for clip in clips:
@@ -146,7 +156,7 @@ def test_a_clip_is_what_its_captions_say():
         assert len(set(captions)) == 3
         words = (*instrument.names, instrument.name)
         assert all(any(word in text.lower() for word in words) for text in captions)
-        low, high = clips_of.SPEEDS[about["keywords"][0]]
+        low, high = clips_of.SPEEDS[about["speed"]]
         starts = sorted(start for start, *_ in clip.parts[0])
         assert 0.9 * low < 1 / np.median(np.diff(starts)) < 1.1 * high
         # all voices move by the same interval, which is what the key moves by
@@ -158,12 +168,61 @@ def test_a_clip_is_what_its_captions_say():
         assert (len(clip.parts) > 1) <= (instrument.several_voices > 0)
 
 
+def test_solos_are_melodies_in_all_keys_and_every_caption_says_which():
+    clips = drawn(168, "solo", music=[tune(i) for i in range(30)])
+    for clip in clips:
+        (notes,), about = clip.parts, clip.about
+        assert all(a[0] < b[0] for a, b in itertools.pairwise(notes))
+        for text in about["description"]:
+            assert f" in {about['key']}" in text
+            assert re.search(rf"\b{about['speed']}\b", text.lower())
+            assert any(name in text.lower() for name in clip.instrument.names)
+    played = {clip.instrument.name for clip in clips}
+    assert played == {"piano", "guitar", "violin", "cello", "harp", "flute", "synth"}
+    assert len({clip.about["key"] for clip in clips}) == 12
+
+
+def test_solos_need_melodies_and_keep_the_splits_of_the_whole():
+    settings = Recipe(out=Path(), hours=0.3, valid_percent=20, test_percent=20)
+    groups = [t.id for t in tunes()]
+    _, members = cook.plan(tunes(), groups, settings)
+    clips, solo = cook.plan(tunes(), groups, replace(settings, part="solo"))
+    assert all(solo[split] < members[split] for split in clips_of.SPLITS)
+    assert all(len(clip.parts) == 1 for clip in clips)
+    chords = [tune(i, voices=2) for i in range(30)]
+    with pytest.raises(UserError, match="of 30 tunes none fell to train"):
+        cook.plan(chords, [t.id for t in chords], replace(settings, part="solo"))
+
+
+def test_articles_are_right_in_every_caption():
+    words = {
+        "form": {c.form for c in scores.COLLECTIONS} | {*scores._FORMS, "piece"},
+        "genre": {c.genre for c in scores.COLLECTIONS},
+        "mood": {mood for moods in clips_of._MOODS.values() for mood in moods},
+        "speed": set(clips_of.SPEEDS),
+        "instrument": {name for instrument in INSTRUMENTS for name in instrument.names},
+        "played": {instrument.played for instrument in INSTRUMENTS},
+        "key": {"A major"},
+    }
+    for selection in SELECTIONS.values():
+        for template in {*selection.melody_captions, *selection.voices_captions}:
+            # (words that neither begin the text nor follow an article do not matter)
+            slots = re.findall(r"(?:^|\ba )\{(\w+)\}", template)
+            few = {slot: found if slot in slots else {min(found)} for slot, found in words.items()}
+            for chosen in itertools.product(*few.values()):
+                text = clips_of._filled(template, **dict(zip(few, chosen)))
+                assert text[0].isupper() and "{" not in text
+                assert not re.search(r"\b[Aa] [aeiouAEIOU]|\b[Aa]n [^aeiouAEIOU]", text), text
+    air = clips_of._filled("a {form} for {instrument}", form="Irish tune", instrument="organ")
+    assert air == "An Irish tune for organ"
+
+
 def test_no_tune_that_suits_is_an_error():
     wide = tune(1)
     wide = replace(wide, parts=[[n._replace(pitch=20 + 90 * (i % 2)) for i, n in
                                  enumerate(wide.parts[0])]])  # fmt: skip
     with pytest.raises(UserError, match="no tune of the train split suits the"):
-        clips_of.draw_clip(clips_of.Repertoire([wide]), "train", 0, 0, 20.0)
+        drawn(1, music=[wide])
 
 
 # A tone of 12 s, whose pitch hangs on the MIDI file; fails after `limit` of them.
@@ -243,6 +302,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(kitchen):
         assert 0.06 < np.sqrt(np.mean(wav**2)) < 0.15 and np.abs(wav).max() < 1
         about = json.loads(found[name.replace(".flac", ".json")])
         assert len(about["description"]) == 3 and "bpm" in about and "artist" not in about
+        notes = np.loadtxt(kitchen("two").out / name.replace(".flac", ".notes"))
+        assert (notes[:, 0] < notes[:, 1]).all() and notes.max(0)[1] <= len(wav) / rate
     card = found["README.md"].decode()
     assert "| train |" in card and "1 tunes because" in card
     assert "MIT" not in card and "font.sf2 is under whatever licence" in card
@@ -406,5 +467,7 @@ def test_fluidsynth_plays_what_is_written(tmp_path):
         made.append((tmp_path / name / f"{clip.name}.flac").read_bytes())
     assert made[0] == made[1]
     wav, rate = soundfile.read(tmp_path / "one" / f"{clip.name}.flac")
+    ((start, end, pitch),) = np.loadtxt(tmp_path / "one" / f"{clip.name}.notes", ndmin=2)
+    assert 0 <= start < 0.011 and end == pytest.approx(2.5, abs=0.1) and pitch == 69
     spectrum = np.abs(np.fft.rfft(wav[: 2 * rate] * np.hanning(2 * rate)))
     assert spectrum.argmax() / 2 == pytest.approx(440, abs=5)

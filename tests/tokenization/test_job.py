@@ -309,8 +309,8 @@ def test_splits_are_stable_and_of_the_wanted_size():
     ids = [f"track {i}" for i in range(4000)]
     five = {i for i in ids if split_of(i, 5) == "validation"}
     assert 140 < len(five) < 260
-    assert split_of("01_palestrina", 11) == "validation"
-    assert split_of("01_palestrina", 10) == "train"
+    assert split_of("01_monteverdi", 8) == "validation"
+    assert split_of("01_monteverdi", 7) == "train"
 
 
 def test_folders_can_be_the_splits(tmp_path):
@@ -330,7 +330,7 @@ def test_folders_can_be_the_splits(tmp_path):
 
 
 def test_all_in_validation_is_an_error(tmp_path):
-    put(tmp_path / "audio" / "01_palestrina.wav", tone(1.2))
+    put(tmp_path / "audio" / "01_monteverdi.wav", tone(1.2))
     job = Job(audio=tmp_path / "audio", out=tmp_path / "out", validation_percent=50)
     with pytest.raises(UserError, match="all 1 tracks would fall to validation: lower"):
         run(job)
