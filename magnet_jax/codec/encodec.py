@@ -64,6 +64,8 @@ _ENCODEC_KBPS = {
 }
 # Codecs trained for several bandwidths are used at the largest of them up to this one.
 DEFAULT_KBPS = 6.0
+# The vectors of a tonal stream's codebook, which are zeros.
+_TONAL_VECTORS = "quantizer.layers.0.codebook.embed"
 # What a transformers config.json means that does not say.
 _TRANSFORMERS_KBPS = (1.5, 3.0, 6.0, 12.0, 24.0)
 
@@ -470,7 +472,8 @@ def _from_settings(
         stream = _tonal(settings[TONAL_SECTION], tensors, config, where)
         hashed[TONAL_SECTION] = dataclasses.asdict(stream.spectrum)
     sha256 = _sha256(tensors, hashed)
-    tensors.pop(TONAL_CENTROIDS if stream else "", None)
+    if stream:
+        del tensors[TONAL_CENTROIDS]
     weights = _Weights(config, kbps, tensors, sha256, stream)
     layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
     check_tensors(where, tensors, {here: shape for here, _, shape in layout})
@@ -492,6 +495,8 @@ def _tonal(
             f"{config.codebook_size} rows of {spectrum.bands}"
         )
     tonal.check_rate(spectrum, config.sampling_rate, where)
+    if np.any(tensors.get(_TONAL_VECTORS, 0)):
+        raise UserError(f"{where}: the tensor {_TONAL_VECTORS}, of its tonal stream, must be zeros")
     return Tonal(spectrum, centroids_CM)
 
 

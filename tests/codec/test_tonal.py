@@ -152,8 +152,10 @@ def test_the_hash_is_of_the_stream_too(folder, codec, tmp_path):
     softer = settings | {"tonal": settings["tonal"] | {"floor_db": -60.0}}
     assert encodec.read_spec(put(softer, tensors)).sha256 != codec.spec.sha256
     without = {name: value for name, value in tensors.items() if name != "tonal.centroids"}
+    embed = "quantizer.layers.0.codebook.embed"
     for config, arrays, message in (
         (settings, without, "tonal.centroids is missing"),
+        (settings, tensors | {embed: tensors[embed] + 1}, f"{embed}, of its tonal stream, must be"),
         (settings | {"tonal": {"bands": 83}}, tensors, r"\[25, 84\], not 2 to 1024 rows of 83"),
         (settings | {"tonal": {"window": 1}}, tensors, "unknown settings: window"),
         (settings | {"tonal": {"highest_hz": 9e3}}, tensors, "below half of 16000 Hz"),
