@@ -103,7 +103,10 @@ def _described(files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The scores as lines for people: each with its interval where there is one."""
+    """The scores as lines for people: each with its interval where there is one.
+
+    Of the notes, which have many columns, the distance alone has it.
+    """
     lines = []
     for network in next(iter(found.values())):
         names = NOTE_COLUMNS if network == "notes" else COLUMNS
@@ -111,7 +114,8 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         columns = [key for key in names if any(key in row for row in rows.values())]
         cells = [[network, *(names[key] for key in columns)]]
         for name, row in rows.items():
-            cells.append([name, *(_cell(row.get(key)) for key in columns)])
+            shown = (_cell(row.get(k), network != "notes" or k == "distance") for k in columns)
+            cells.append([name, *shown])
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines += [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -120,13 +124,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(score: Mapping[str, float | None] | None) -> str:
+def _cell(score: Mapping[str, float | None] | None, with_interval: bool) -> str:
     if score is None:
         return "-"
+    ends = (score["low"], score["high"]) if with_interval else ()
     # What is zero but for rounding reads as 0.
     value, *ends = (
-        f"{round(number, 4) + 0.0:.3g}"
-        for number in (score["value"], score["low"], score["high"])
-        if number is not None
+        f"{round(number, 4) + 0.0:.3g}" for number in (score["value"], *ends) if number is not None
     )
     return f"{value} [{', '.join(ends)}]" if ends else value

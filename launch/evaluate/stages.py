@@ -96,6 +96,8 @@ def run(args: Args) -> dict[str, Any]:
     print(table(found))
     if inputs.reference:
         print("(reference: FAD of one half to the other, KL of each clip to another one)")
+        if args.notes:
+            print("(notes: tune distance of two draws of real clips, F1 of each with another one)")
     print(args.out / "receipt.json")
     return written
 

@@ -40,13 +40,15 @@ def find_notes(posteriors: Posteriors) -> Notes:
     """The notes whose beginning is heard, as section 2.3 of the transcriber's paper finds them.
 
     A note begins where its onset peaks, or where its pitch suddenly sounds, and lasts until it is
-    hardly heard for an eighth of a second. The latest notes are taken first, and what a note takes
-    is not heard again, nor are its neighbours a semitone away.
+    hardly heard for an eighth of a second. The latest notes are taken first, of those at once the
+    surest, and what a note takes is not heard again, nor are its neighbours a semitone away.
     """
     left_TP = posteriors.notes_TP.copy()
-    peaks_TP = _peaks(_onsets(posteriors))
+    onsets_TP = _onsets(posteriors)
+    frames, pitches = np.nonzero(_peaks(onsets_TP))
+    order = np.lexsort((onsets_TP[frames, pitches], frames))[::-1]
     found = []
-    for first, pitch in reversed(np.argwhere(peaks_TP)):
+    for first, pitch in zip(frames[order], pitches[order]):
         sounding = np.flatnonzero(left_TP[first + 1 :, pitch] >= _SOUNDING)
         gaps = np.flatnonzero(np.diff(sounding, prepend=-1) > _GAP)
         if len(gaps):
@@ -153,7 +155,8 @@ def f1(reference: Notes, found: Notes) -> float:
 _WINDOW, _HOP = 1408, 220  # samples: 64 ms every 10
 _LOW, _HIGH, _NUM_BANDS = 60, 7600, 48  # Hz
 _APART = 8  # hops at least from one attack to the next
-_FLOOR = 1e-3  # of the flux's median: steady sound has next to none, and no attacks
+_QUIET = 1e-3  # of the loudest band: what is softer is next to nothing
+_FLOOR = 0.02  # of the flux's median: steady sound has next to none, and no attacks
 
 
 def attacks(wav_N: np.ndarray) -> float:
@@ -172,7 +175,8 @@ def attacks(wav_N: np.ndarray) -> float:
     bands_TC = sums_TF[:, lasts] - sums_TF[:, firsts]
     if not bands_TC.any():
         return 0.0
-    loudness_TC = np.log1p(10 * bands_TC / np.median(bands_TC[bands_TC > 0]))
+    usual = max(np.median(bands_TC[bands_TC > 0]), _QUIET * bands_TC.max())
+    loudness_TC = np.log1p(10 * bands_TC / usual)
     flux_T = (loudness_TC[2:] - loudness_TC[:-2]).clip(0).mean(1)
     middle = max(float(np.median(flux_T)), _FLOOR)
     peaks, _ = scipy.signal.find_peaks(

@@ -38,7 +38,7 @@ _BINS = 3 * NUM_PITCHES  # that the network hears of each harmonic
 _HARMONICS = tuple(round(_OCTAVE_BINS * float(np.log2(h))) for h in (0.5, 1, 2, 3, 4, 5, 6, 7))
 _EDGE = 15  # frames at either end of a window that know too little of what is around them
 _STEP = WINDOW_FRAMES - 2 * _EDGE  # frames from window to window
-_BATCH = 8  # windows a call; the last one is filled up, so that one program serves all lengths
+_BATCH = 8  # windows a call; the last one is filled up to a power of two: four programs for all
 _PRECISION = jax.lax.Precision.HIGHEST  # float32 means float32 on accelerators too
 
 Params = dict[str, dict[str, jax.Array]]
@@ -99,7 +99,8 @@ def transcribe(transcriber: Transcriber, wav_N: np.ndarray) -> Posteriors:
     found = []
     for first in range(0, len(windows_WN), _BATCH):
         batch_WN = windows_WN[first : first + _BATCH]
-        filled_WN = np.pad(batch_WN, ((0, _BATCH - len(batch_WN)), (0, 0)))
+        size = 1 << (len(batch_WN) - 1).bit_length()
+        filled_WN = np.pad(batch_WN, ((0, size - len(batch_WN)), (0, 0)))
         posteriors = transcribe_windows(transcriber.params, filled_WN)
         found.append([np.asarray(array)[: len(batch_WN)] for array in posteriors])
     return Posteriors(

@@ -301,9 +301,8 @@ def _apart(
     values: Mapping[str, np.ndarray], means: Mapping[str, float], units: Mapping[str, float]
 ) -> float:
     found = _means(values)
-    return float(
-        np.mean([abs(found[k] - means[k]) / units[k] for k in units if k in found and k in means])
-    )
+    apart = [abs(found[k] - means[k]) / units[k] for k in units if k in found and k in means]
+    return float(np.mean(apart)) if apart else 0.0
 
 
 def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -316,6 +315,6 @@ def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _units(real: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The standard deviation of each statistic over real clips."""
-    found = {key: float(np.nanstd(real[key])) for key in _means(real)}
-    return {key: max(unit, 1e-6) for key, unit in found.items()}
+    """The standard deviation over real clips of each statistic in which these differ at all."""
+    units = {key: float(np.nanstd(real[key])) for key in _means(real)}
+    return {key: unit for key, unit in units.items() if unit > 1e-9}
