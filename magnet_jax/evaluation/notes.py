@@ -13,8 +13,8 @@ from magnet_jax.evaluation.transcriber import FRAME_RATE, LOWEST, SAMPLE_RATE, P
 
 SPEEDS = ("slow", "moderate", "fast")  # words that captions use, as launch.recipe writes them
 
-# The thresholds of the paper on the transcriber.
-_ONSET, _SOUNDING = 0.5, 0.3
+_ONSET, _SOUNDING = 0.5, 0.3  # as basic-pitch has them
+_SURE = 0.45  # that a note sounds, on average: what is less is mostly another note's harmonic
 _SHORTEST = 11  # frames that a note must outlast
 _GAP = 11  # frames without sound that end a note
 _STEP, _LEAP = 4, 12  # semitones: a step has at most so many, a leap more
@@ -41,7 +41,8 @@ def find_notes(posteriors: Posteriors) -> Notes:
 
     A note begins where its onset peaks, or where its pitch suddenly sounds, and lasts until it is
     hardly heard for an eighth of a second. The latest notes are taken first, of those at once the
-    surest, and what a note takes is not heard again, nor are its neighbours a semitone away.
+    surest, and what a note takes is not heard again, nor are its neighbours a semitone away. Notes
+    that are hardly likely are left out, which is not in the paper: a codec's noise has many.
     """
     left_TP = posteriors.notes_TP.copy()
     onsets_TP = _onsets(posteriors)
@@ -54,7 +55,8 @@ def find_notes(posteriors: Posteriors) -> Notes:
         if len(gaps):
             sounding = sounding[: gaps[0]]
         end = first + 1 + (sounding[-1] + 1 if len(sounding) else 0)
-        if end - first > _SHORTEST:
+        sure = posteriors.notes_TP[first:end, pitch].mean() >= _SURE
+        if end - first > _SHORTEST and sure:
             left_TP[first:end, max(0, pitch - 1) : pitch + 2] = 0
             found.append((first / FRAME_RATE, end / FRAME_RATE, pitch + LOWEST))
     return as_notes(found)

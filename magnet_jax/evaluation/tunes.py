@@ -30,7 +30,7 @@ from magnet_jax.evaluation.transcriber import SAMPLE_RATE, Transcriber, transcri
 # What the tune distance is made of. Attacks are left out, which a codec blurs and no tune needs.
 DISTANCE = ("entropy", "in_key", "note_seconds", "speed", "steps", "leaps", "voices")
 
-_FORMAT = 1  # of what is kept; files of others are not read
+_FORMAT = 1  # of what is kept; raise it when `find_notes` or a ruin changes
 _BLOCK = round(0.3 * SAMPLE_RATE)
 _FADE = round(0.01 * SAMPLE_RATE)  # from block to block, without a click
 
