@@ -17,6 +17,17 @@ def tone(seconds, rate=RATE, channels=1, frequency=440.0):
     return np.repeat(wav[:, None], channels, axis=1).astype(np.float32)
 
 
+def plucked(pitches, seconds=0.4, rate=RATE):
+    """A string for each MIDI pitch, one after another; float32 [N]."""
+    t = np.arange(round(seconds * rate)) / rate
+    sounds = []
+    for pitch in pitches:
+        hertz = 440 * 2 ** ((pitch - 69) / 12)
+        partials = [np.sin(2 * np.pi * hertz * k * t) / k**2 for k in range(1, 7)]
+        sounds.append(0.3 * np.sum(partials, 0) * np.minimum(1, t / 0.005) * np.exp(-3 * t))
+    return np.concatenate(sounds).astype(np.float32)
+
+
 def put(path, wav, rate=RATE, caption="a tone", **how):
     path.parent.mkdir(parents=True, exist_ok=True)
     soundfile.write(path, wav, rate, **how)

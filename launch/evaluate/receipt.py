@@ -25,6 +25,20 @@ COLUMNS = {
     "probe": "probe",
     "probe_codec": "probe, codec",
 }
+NOTE_COLUMNS = {
+    "distance": "tune distance",
+    "entropy": "entropy",
+    "in_key": "in key",
+    "note_seconds": "note, s",
+    "notes": "notes/s",
+    "speed": "of real",
+    "steps": "steps",
+    "leaps": "leaps",
+    "voices": "voices",
+    "attacks": "attacks/s",
+    "note_f1": "note F1",
+    "written_f1": "F1, written",
+}
 _LIBRARIES = ("magnet-jax", "jax", "numpy", "soxr", "torch", "transformers")
 
 
@@ -32,6 +46,7 @@ def receipt(
     args: Args,
     *,
     networks: Iterable[Embedder],
+    transcriber: str | None,
     model: Mapping[str, Any] | None,
     listed: list[prompts.Prompt] | None,
     labelled: Labelled | None,
@@ -58,6 +73,7 @@ def receipt(
             }
             for network in networks
         },
+        "transcriber": transcriber,
         "model": model,
         "data": args.data and records.digest(args.data),
         "prompts": args.prompts and {"path": str(args.prompts), "sha256": prompts.digest(listed)},
@@ -87,13 +103,19 @@ def _described(files: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    """The scores as lines for people: each with its interval where there is one."""
+    """The scores as lines for people: each with its interval where there is one.
+
+    Of the notes, which have many columns, the distance alone has it.
+    """
     lines = []
     for network in next(iter(found.values())):
-        columns = [key for key in COLUMNS if any(key in row[network] for row in found.values())]
-        cells = [[network, *(COLUMNS[key] for key in columns)]]
-        for name, row in found.items():
-            cells.append([name, *(_cell(row[network].get(key)) for key in columns)])
+        names = NOTE_COLUMNS if network == "notes" else COLUMNS
+        rows = {name: row[network] for name, row in found.items() if network in row}
+        columns = [key for key in names if any(key in row for row in rows.values())]
+        cells = [[network, *(names[key] for key in columns)]]
+        for name, row in rows.items():
+            shown = (_cell(row.get(k), network != "notes" or k == "distance") for k in columns)
+            cells.append([name, *shown])
         widths = [max(map(len, column)) for column in zip(*cells)]
         lines += [
             "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
@@ -102,13 +124,12 @@ def table(found: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(score: Mapping[str, float | None] | None) -> str:
+def _cell(score: Mapping[str, float | None] | None, with_interval: bool) -> str:
     if score is None:
         return "-"
+    ends = (score["low"], score["high"]) if with_interval else ()
     # What is zero but for rounding reads as 0.
     value, *ends = (
-        f"{round(number, 4) + 0.0:.3g}"
-        for number in (score["value"], score["low"], score["high"])
-        if number is not None
+        f"{round(number, 4) + 0.0:.3g}" for number in (score["value"], *ends) if number is not None
     )
     return f"{value} [{', '.join(ends)}]" if ends else value

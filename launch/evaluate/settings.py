@@ -57,6 +57,9 @@ class Args:
     probe_round_trip: Path | None = None
     """Folder for what that codec makes of them, which any evaluations may share; by default
     OUT/probe-round-trip."""
+    notes: bool = False
+    """Score tunes as well: the notes that a transcriber hears, beside those of the reference and
+    of what is left of it where its tunes are destroyed."""
     lufs: Annotated[float, Between(-70, 0)] | None = None
     """Bring every clip, real and generated, to this loudness first, such as -14."""
     seconds: Seconds | None = None
@@ -81,7 +84,7 @@ class Args:
         return Listening(lufs=self.lufs, seconds=self.seconds)
 
     @property
-    def notes(self) -> Path:
+    def settings(self) -> Path:
         """Folder that says what made each clip.
 
         It lies beside the clips: fadtk takes whatever lies among them for audio.
@@ -153,7 +156,7 @@ def _check_places(args: Args) -> None:
     if args.checkpoint is None or not listed.exists():
         return
     is_cut = args.limit is not None and listed.resolve() == args.prompts.resolve()
-    if is_cut or not args.notes.is_dir():
+    if is_cut or not args.settings.is_dir():
         raise UserError(f"{listed}: would be replaced by the list that is used; name another --out")
 
 

@@ -22,6 +22,7 @@ from magnet_jax.evaluation.scores import Clips
 from magnet_jax.io.files import held, replacing_file
 
 if TYPE_CHECKING:
+    from launch.evaluate.tunes import Real
     from magnet_jax.codec.encodec import Codec
 
 
@@ -58,6 +59,8 @@ class Ready(NamedTuple):
     """The hash of --probe-codec."""
     codec: "Codec | None"
     """The model's, for --baselines."""
+    tunes: "Real | None"
+    """For --notes."""
 
 
 def run(args: Args) -> dict[str, Any]:
@@ -75,10 +78,11 @@ def run(args: Args) -> dict[str, Any]:
     rows = {"generated": row}
     if ready.codec is not None:
         rows |= baseline_rows(args, ready.codec, row, inputs.reference, real_captions)
-    found = score(args, ready.heard, rows, real_captions)
+    found = score(args, ready, rows, real_captions)
     written = receipt(
         args,
         networks=[heard.network for heard in ready.heard],
+        transcriber=ready.tunes and ready.tunes.transcriber.sha256,
         model=model,
         listed=inputs.listed,
         labelled=inputs.labelled,
@@ -92,6 +96,8 @@ def run(args: Args) -> dict[str, Any]:
     print(table(found))
     if inputs.reference:
         print("(reference: FAD of one half to the other, KL of each clip to another one)")
+        if args.notes:
+            print("(notes: tune distance of two draws of real clips, F1 of each with another one)")
     print(args.out / "receipt.json")
     return written
 
@@ -103,7 +109,9 @@ def prepare(args: Args) -> None:
     The model need not be there yet. Raises `UserError` for what cannot be had.
     """
     args = checked(args)
-    hear_real(args, read_inputs(args))
+    inputs = read_inputs(args)
+    hear_real(args, inputs)
+    hear_tunes(args, inputs)
 
 
 def make_ready(args: Args) -> Ready:
@@ -115,7 +123,7 @@ def make_ready(args: Args) -> Ready:
     sampler = None if args.checkpoint is None else make_sampler(args, inputs.listed)
     codec = baseline_codec(args, sampler, inputs.listed) if args.baselines else None
     heard, probe_codec = hear_real(args, inputs)
-    return Ready(inputs, sampler, heard, probe_codec, codec)
+    return Ready(inputs, sampler, heard, probe_codec, codec, hear_tunes(args, inputs))
 
 
 def read_inputs(args: Args) -> Inputs:
@@ -183,6 +191,15 @@ def hear_real(args: Args, inputs: Inputs) -> tuple[list[Heard], str | None]:
     return heard, probe_codec
 
 
+def hear_tunes(args: Args, inputs: Inputs) -> "Real | None":
+    """What the transcriber makes of the real clips; None without --notes."""
+    if not args.notes:
+        return None
+    from launch.evaluate import tunes  # which imports JAX, slowly
+
+    return tunes.hear_real(args, inputs.reference)
+
+
 def round_trip_of_probe(args: Args, labelled: Labelled) -> tuple[dict[str, Path], str]:
     """The clips of --probe as --probe-codec plays them, and the codec's hash."""
     from launch.evaluate import baselines  # which imports JAX, slowly
@@ -232,11 +249,11 @@ def fit_probes(
 def generate(args: Args, sampler: sample.Args, inputs: Inputs) -> tuple[Row, dict[str, Any]]:
     """Makes the clips, or those of them that are not there; also returns what made them."""
     names = [prompt.id for prompt in inputs.listed]
-    sample.sample(sampler, names, args.notes)
+    sample.sample(sampler, names, args.settings)
     lines = "".join(f"{json.dumps({'id': p.id, 'caption': p.text})}\n" for p in inputs.listed)
     with replacing_file(args.out / "prompts.jsonl") as temporary:
         temporary.write_text(lines, encoding="utf-8")
-    made = json.loads((args.notes / f"{names[0]}.json").read_text())
+    made = json.loads((args.settings / f"{names[0]}.json").read_text())
     for name in ("prompt", "sample", "reached_lufs", "sha256"):
         made.pop(name, None)
     return clips.match(args.out / "generated", inputs.listed, inputs.reference), made
@@ -272,11 +289,11 @@ def baseline_rows(
     from launch.evaluate import baselines
 
     about = baselines.about_round_trip(codec, scores.digest(reference), args.listening)
-    decoded = baselines.begin(args.out / "codec-round-trip", args.notes, list(reference), about)
+    decoded = baselines.begin(args.out / "codec-round-trip", args.settings, list(reference), about)
     baselines.codec_round_trip(codec, reference, args.listening, decoded)
     num_frames = round(args.seconds * codec.spec.frame_rate)
     about = baselines.about_unigrams(args.data, num_frames, args.seed)
-    drawn = baselines.begin(args.out / "unigram-tokens", args.notes, list(made.files), about)
+    drawn = baselines.begin(args.out / "unigram-tokens", args.settings, list(made.files), about)
     baselines.unigram_tokens(codec, args.data, drawn, num_frames=num_frames, seed=args.seed)
     others = _shuffled(list(made.captions), args.seed)
     shuffled = Row(
@@ -301,12 +318,12 @@ def _shuffled(names: list[str], seed: int) -> dict[str, str]:
 
 
 def score(
-    args: Args, heard: list[Heard], rows: Mapping[str, Row], real_captions: Mapping[str, str]
+    args: Args, ready: Ready, rows: Mapping[str, Row], real_captions: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
-    """The scores of each row, and of the reference, by the names of networks."""
+    """The scores of each row, and of the reference, by the names of networks; and 'notes'."""
     settings = scores.Settings(resamples=args.resamples, seed=args.seed)
     found: dict[str, dict[str, Any]] = {name: {} for name in rows}
-    for network, reference, probes in heard:
+    for network, reference, probes in ready.heard:
         embedded: dict[tuple[Path, ...], Clips] = {}  # shuffled captions are of the same clips
         for name, row in rows.items():
             key = tuple(row.files.values())
@@ -325,4 +342,9 @@ def score(
             found.setdefault("reference", {})[network.name] = scores.score_reference(
                 network, reference, captions=real_captions, probes=probes, settings=settings
             )
+    if ready.tunes is not None:
+        from launch.evaluate import tunes
+
+        for name, row in tunes.score(args, ready.tunes, rows, real_captions).items():
+            found.setdefault(name, {})["notes"] = row
     return found

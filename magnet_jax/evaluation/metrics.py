@@ -71,7 +71,22 @@ def fad(clips: Sequence[np.ndarray], reference: Gaussian, *, resamples: int, see
         products_E = np.linalg.eigvalsh(root_EE @ drawn.covariance_EE @ root_EE)
         return _distance(drawn, reference, np.sqrt(products_E.clip(0)).sum())
 
-    draws = _draws(measure, len(clips), resamples, seed)
+    return moved(value, measure, len(clips), resamples=resamples, seed=seed)
+
+
+def moved(
+    value: float,
+    measure: Callable[[np.ndarray], float],
+    count: int,
+    *,
+    resamples: int,
+    seed: int,
+) -> Score:
+    """A distance with the spread over sets of clips drawn with replacement, moved onto it.
+
+    `measure` gives the distance of the clips with these numbers, of `count`.
+    """
+    draws = _draws(measure, count, resamples, seed)
     return _interval(value, (draws + value - draws.mean()).clip(0) if len(draws) else draws)
 
 

@@ -29,7 +29,7 @@ from magnet_jax.io.files import replacing_file
 from magnet_jax.io.formats import SUFFIXES, RejectedError, open_sound, read_whole
 
 TOP_TAGS = 5  # that are asked whether they hold what a caption names
-_BESIDE = (".json", ".txt")  # of clips
+_BESIDE = (".json", ".txt", ".notes")  # of clips
 _FORMAT = 1  # of cached embeddings; files of others are not read
 
 
@@ -196,22 +196,34 @@ def _write_cache(path: Path, embedded: dict[str, Embedded]) -> None:
     }
     if rows[0].logits_PL is not None:
         arrays["logits"] = np.concatenate([row.logits_PL for row in rows])
+    write_kept(path, **arrays)
+
+
+def _read_cache(path: Path) -> dict[str, Embedded]:
+    with reading_kept(path) as held:
+        ends = np.cumsum(held["counts"])[:-1]
+        embeddings = np.split(held["embeddings"], ends)
+        logits = [None] * len(embeddings)
+        if "logits" in held:
+            logits = np.split(held["logits"], ends)
+        names = held["names"].tolist()
+    return {name: Embedded(*row) for name, row in zip(names, zip(embeddings, logits))}
+
+
+def write_kept(path: Path, **arrays: np.ndarray) -> None:
+    """Keeps what was heard of a set of clips."""
     with replacing_file(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def _read_cache(path: Path) -> dict[str, Embedded]:
+@contextmanager
+def reading_kept(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Reads what `write_kept` wrote; a damaged file is a `UserError`."""
     try:
         with np.load(path) as held:
-            ends = np.cumsum(held["counts"])[:-1]
-            embeddings = np.split(held["embeddings"], ends)
-            logits = [None] * len(embeddings)
-            if "logits" in held:
-                logits = np.split(held["logits"], ends)
-            names = held["names"].tolist()
+            yield held
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: damaged ({error}); remove it") from None
-    return {name: Embedded(*row) for name, row in zip(names, zip(embeddings, logits))}
 
 
 # --- scores ---------------------------------------------------------------------------------------

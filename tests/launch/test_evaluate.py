@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import tiny
 from refusals import refused
-from sounds import loudness_embedder, pitch_embedder, put, tone
+from sounds import loudness_embedder, pitch_embedder, plucked, put, tone
 
 from launch import sample
 from launch.evaluate import __main__ as command
@@ -18,7 +18,7 @@ from launch.evaluate import baselines, clips, settings, stages
 from magnet_jax import cli
 from magnet_jax.codec import encodec as codec_module
 from magnet_jax.errors import UserError
-from magnet_jax.evaluation import embedders
+from magnet_jax.evaluation import embedders, transcriber, tunes
 from magnet_jax.evaluation.embedders import Embedded, Embedder
 
 CAPTIONS = {"a": "a slow piano", "b": "a fast violin", "c": "a choir", "d": "a piano"}
@@ -172,6 +172,36 @@ def test_a_second_probe_knows_how_a_codec_sounds(real, probed, tmp_path, monkeyp
         )  # fmt: skip
     assert len(list(folder.glob("*/"))) == 2
     assert times == {path: path.stat().st_mtime_ns for path in first.iterdir()}
+
+
+def test_notes_are_scored_beside_ruins_of_the_reference(tmp_path, quick, capsys):
+    """Of four short tunes; what is generated is one note again and again."""
+    for i, pitches in enumerate([(0, 3, 7, 5), (2, 0, 3, 2), (7, 5, 3, 0), (3, 5, 7, 8)]):
+        caption = "a slow tune in C minor" if i else "a tune in B flat major"
+        path = put(
+            tmp_path / "real" / f"{i}.wav", plucked([60 + p for p in pitches]), caption=caption
+        )
+        about = json.loads(path.with_suffix(".json").read_text()) | {"keywords": ["fast"]}
+        path.with_suffix(".json").write_text(json.dumps(about))
+        lines = [f"{0.4 * j}\t{0.4 * j + 0.4}\t{60 + p}\n" for j, p in enumerate(pitches)]
+        path.with_suffix(".notes").write_text("".join(lines))
+        put(tmp_path / "made" / f"{i}.wav", plucked([60] * 4), caption=None)
+    words = ("--generated", tmp_path / "made", "--reference", tmp_path / "real", "--notes")
+    receipt = evaluated(tmp_path / "out", *words)
+    found = {name: row["notes"] for name, row in receipt["scores"].items()}
+    assert found.keys() == {"generated", "reference", *tunes.RUINS}
+    distances = {name: row["distance"]["value"] for name, row in found.items()}
+    assert distances["generated"] > distances["reference"] and distances["drone"] > 0
+    assert found["reference"]["written_f1"]["value"] > 0.5 > found["drone"]["written_f1"]["value"]
+    assert found["reference"]["speed"]["value"] == pytest.approx(1)
+    assert found["generated"]["entropy"]["value"] < 1 < found["reference"]["entropy"]["value"]
+    assert receipt["transcriber"] == transcriber.load().sha256
+    shown = capsys.readouterr().out
+    assert "one block looped" in shown and "tune distance" in shown
+    # Nothing to hold them against: the notes alone are scored.
+    receipt = evaluated(tmp_path / "alone", "--generated", tmp_path / "real", "--notes")
+    (row,) = receipt["scores"].values()
+    assert row["notes"]["in_key"]["value"] > 0.8 and "distance" not in row["notes"]
 
 
 def test_clips_in_subfolders_are_evaluated(real, tmp_path, quick):
