@@ -4,15 +4,19 @@ The compiler is asked how much memory the steps take.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import RunConfig
+from magnet_jax.checkpoints import run_folder
+from magnet_jax.config import KernelConfig, MeshConfig, Remat, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
+from magnet_jax.io import files
 from magnet_jax.model import sharding, t5
 from magnet_jax.train import chips, distributed, steps
 from magnet_jax.train.steps import StepSettings
@@ -165,17 +169,22 @@ def choose(
     device: int | None,
     devices: list[jax.Device] | None = None,
     say: Callable[[str], None] = print,
+    first: RunConfig | None = None,
 ) -> tuple[StepSettings, int | None]:
     """A run's settings, the first of its `candidates` that fit, and its peak.
 
     The steps are compiled, and have to fit as the compiler measures them. All processes of a run
     call this together, with the same arguments. `device` is the bytes that each device has; None
     asks nobody, takes the first choice and gives no peak. `say` gets a line before a compilation.
+    The candidates of `first` go before all others.
 
     Raises `UserError` where mesh, model and batch do not go together, or no mesh has room.
     """
     batch, text_tokens, tried = config.data.batch_size, config.text.max_tokens, ""
-    for settings in candidates(config, t5_config, dtype, num_frames, devices):
+    each = (
+        candidates(one, t5_config, dtype, num_frames, devices) for one in (first, config) if one
+    )
+    for settings in itertools.chain.from_iterable(each):
         if device is None:
             return settings, None
         clips = batch // sharding.num_rows(settings.mesh) // settings.num_parts
@@ -201,3 +210,64 @@ def choose(
         "shorter --data.segment-seconds, fewer --clips-per-device, split the parameters "
         "(--mesh.fsdp, --mesh.tensor) or take more devices"
     )
+
+
+# --- what a run has chosen ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The settings of `RunConfig` that say how a step is computed, as asked for or as chosen."""
+
+    mesh: MeshConfig
+    remat: Remat
+    clips_per_device: int
+    kernels: KernelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was asked for on what devices, and what was chosen."""
+
+    devices: int
+    device_kind: str
+    asked: Layout
+    chosen: Layout
+
+
+def _asked(config: RunConfig) -> Layout:
+    return Layout(
+        mesh=config.mesh,
+        remat=config.remat,
+        clips_per_device=config.clips_per_device,
+        kernels=config.kernels,
+    )
+
+
+def write_choice(run: Path, config: RunConfig, settings: StepSettings) -> None:
+    """Keeps in a run's folder what was chosen, for `read_choice` to find when the run goes on."""
+    devices, asked = jax.devices(), _asked(config)
+    share = config.data.batch_size // sharding.num_rows(settings.mesh)
+    chosen = dataclasses.replace(
+        asked,
+        mesh=MeshConfig(**settings.mesh.shape),
+        remat=settings.remat,
+        clips_per_device=share // settings.num_parts,
+    )
+    kind = devices[0].device_kind
+    choice = Choice(devices=len(devices), device_kind=kind, asked=asked, chosen=chosen)
+    files.write_text(run / run_folder.STEP, to_json(choice))
+
+
+def read_choice(run: Path, config: RunConfig) -> RunConfig | None:
+    """A run's config with what was chosen when it was last begun or taken up.
+
+    None where nothing is known, or something else is asked for now, or the devices are others.
+    """
+    if not (run / run_folder.STEP).exists():
+        return None
+    found, devices = from_json(Choice, run / run_folder.STEP), jax.devices()
+    here = len(devices), devices[0].device_kind, _asked(config)
+    if here != (found.devices, found.device_kind, found.asked):
+        return None
+    return dataclasses.replace(config, **vars(found.chosen))
