@@ -22,6 +22,10 @@ from magnet_jax.train import chips, distributed, steps
 from magnet_jax.train.steps import StepSettings
 
 USABLE = 0.9  # share of a device's memory; the rest is the compiler's and the runtime's
+# Frames of a part on a device. Of fewer, where parameters are split, it takes a v5e or an H100
+# longer to gather weights and to add up their gradients (8 bytes each, at 90 and 450 GB/s) than to
+# multiply by them (6 operations a frame).
+LEAST_FRAMES = 3000
 
 
 def device_memory() -> int | None:
@@ -147,18 +151,26 @@ def candidates(
 ) -> Iterator[StepSettings]:
     """All that a config leaves open: least computed again, then smallest fsdp, then fewest parts.
 
+    Parts of fewer than `LEAST_FRAMES` come last, where they would gather parameters.
+
     Raises `UserError` where mesh, model and batch do not go together.
     """
     all_devices = devices or jax.devices()
-    choices = sharding.mesh_choices(config.mesh, len(all_devices))
-    for remat in steps.remats(config.remat, all_devices[0].platform):
-        for choice in choices:
-            if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
-                continue
-            mesh = sharding.make_mesh(choice, devices)
-            settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
-            for parts in parts_to_try(config.data.batch_size, config.clips_per_device, mesh):
-                yield dataclasses.replace(settings, remat=remat, num_parts=parts)
+    choices, batch = sharding.mesh_choices(config.mesh, len(all_devices)), config.data.batch_size
+    each, later = steps.remats(config.remat, all_devices[0].platform), []
+    for remat, choice in itertools.product(each, choices):
+        if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
+            continue
+        mesh = sharding.make_mesh(choice, devices)
+        settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
+        for parts in parts_to_try(batch, config.clips_per_device, mesh):
+            frames = batch // sharding.num_rows(mesh) // parts * num_frames
+            found = dataclasses.replace(settings, remat=remat, num_parts=parts)
+            if mesh.shape["fsdp"] > 1 and parts > 1 and frames < LEAST_FRAMES:
+                later.append(found)
+            else:
+                yield found
+    yield from later
 
 
 def choose(

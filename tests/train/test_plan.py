@@ -69,6 +69,7 @@ def test_a_batch_is_computed_in_the_fewest_parts_that_fit(monkeypatch):
 def test_as_little_as_fits_is_computed_again(monkeypatch):
     """The least of what is computed again goes first, and what cannot fit is not compiled."""
     monkeypatch.setattr(steps, "remats", lambda asked, platform: tuple(transformer.KEPT))
+    monkeypatch.setattr(plan, "LEAST_FRAMES", 30)
     config = tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(data=4, fsdp=2))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16))
     base = choose(config, None)[0]
@@ -99,6 +100,26 @@ def test_as_little_as_fits_is_computed_again(monkeypatch):
             assert params + kept[tried, clips] <= device
     with pytest.raises(UserError, match="remat full needs more than .* GB"):
         choose(config, int((params + kept["full", 1] / 2) / plan.USABLE))
+
+
+def test_parts_of_few_frames_come_last_where_they_gather_parameters(monkeypatch):
+    monkeypatch.setattr(steps, "remats", lambda asked, platform: ("products", "full"))
+    monkeypatch.setattr(plan, "LEAST_FRAMES", 60)
+    t5_config, _, _ = t5_files.load("embedded")
+
+    def tried(**sizes):
+        config = tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(**sizes))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=32))
+        each = plan.candidates(config, t5_config, np.dtype("float32"), 30)
+        return [(one.remat, one.num_parts) for one in each]
+
+    parts = (
+        [("products", 1), ("products", 2), ("products", 4)],
+        [("full", 1), ("full", 2), ("full", 4)],
+    )
+    few = [("products", 4), ("full", 4)]  # a clip of 30 frames at once, of four
+    assert tried(data=8, fsdp=1) == parts[0] + parts[1]
+    assert tried(data=4, fsdp=2) == parts[0][:2] + parts[1][:2] + few
 
 
 @pytest.mark.parametrize("remat", transformer.KEPT)
