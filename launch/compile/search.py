@@ -82,7 +82,7 @@ def fitting(
         programs = []
         for stage in (0, 1):
             found = costs(settings, stage)
-            if found is None or plan.peak_of(found) > plan.USABLE * device:
+            if found is None or plan.peak_of([*programs, found]) > plan.USABLE * device:
                 break
             programs.append({"stage": stage} | found)
         if len(programs) == 2:
@@ -129,7 +129,7 @@ def ranking(args: Train) -> list[dict[str, Any]]:
                 "parts": settings.num_parts,
                 "step_seconds": seconds,
                 "mfu": report.share_of_peak(operations, seconds, target, settings.mesh.size),
-                "peak_bytes": max(map(plan.peak_of, programs)),
+                "peak_bytes": plan.peak_of(programs),
                 "programs": programs,
             }
         )

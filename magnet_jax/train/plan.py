@@ -6,7 +6,7 @@ The compiler is asked how much memory the steps take.
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def peak_bytes(
 
     Compiles the step of the first codebook and that of the others.
     """
-    peaks = []
+    programs = []
     for stage in (0, 1):
         lowered = lower(settings, batch_size, num_frames, text_tokens, stage)
         try:
@@ -93,21 +93,24 @@ def peak_bytes(
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None
             raise
-        peaks.append(
-            peak_of(
-                {
-                    "peak_bytes": found.peak_memory_in_bytes,
-                    "argument_bytes": found.argument_size_in_bytes,
-                    "temp_bytes": found.temp_size_in_bytes,
-                }
-            )
+        programs.append(
+            {
+                "peak_bytes": found.peak_memory_in_bytes,
+                "argument_bytes": found.argument_size_in_bytes,
+                "temp_bytes": found.temp_size_in_bytes,
+                "code_bytes": found.generated_code_size_in_bytes,
+            }
         )
-    return max(peaks)
+    return peak_of(programs)
 
 
-def peak_of(memory: Mapping[str, Any]) -> int:
-    """What a program takes of a device's memory, by the compiler's figures of it in bytes."""
-    return max(memory["peak_bytes"], memory["argument_bytes"] + memory["temp_bytes"])
+def peak_of(programs: Sequence[Mapping[str, Any]]) -> int:
+    """What programs that take turns take of a device's memory, by the compiler's figures in bytes.
+
+    The code of all stays there; a TPU's, with layers written out, is a gigabyte.
+    """
+    peaks = (max(one["peak_bytes"], one["argument_bytes"] + one["temp_bytes"]) for one in programs)
+    return max(peaks) + sum(one["code_bytes"] for one in programs)
 
 
 def parts_to_try(batch_size: int, clips_per_device: int, mesh: jax.sharding.Mesh) -> list[int]:

@@ -150,6 +150,12 @@ def test_the_backward_pass_keeps_what_is_counted(remat):
     assert least <= activations <= 1.05 * least
 
 
+def test_the_code_of_all_programs_stays_in_memory():
+    first = dict(peak_bytes=5, argument_bytes=2, temp_bytes=4, code_bytes=10)
+    other = dict(peak_bytes=7, argument_bytes=1, temp_bytes=1, code_bytes=20)
+    assert plan.peak_of([first]) == 16 and plan.peak_of([first, other]) == 37
+
+
 def test_nothing_is_compiled_where_no_memory_is_known(monkeypatch):
     monkeypatch.setattr(plan, "peak_bytes", None)
     config = tiny.run_config(Path("x"), Path("y"))
