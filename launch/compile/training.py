@@ -87,7 +87,7 @@ def costs(args: Train) -> dict[str, Any]:
         programs.append(found | {"mfu": share(seconds=found["estimated_seconds"])})
     seconds = [found["estimated_seconds"] for found in programs]
     mean = average(config, seconds)
-    peak, chip = max(found["peak_bytes"] for found in programs), target.chip
+    peak, chip = plan.peak_of(programs), target.chip
     memory = None if chip is None else chip.device_bytes
     return {
         "program": "train",

@@ -4,6 +4,7 @@ RUN/config.json              the resolved RunConfig
 RUN/codec.json, RUN/codec/   what tokens mean; a copy of the codec if it came from a folder
 RUN/text/                    the text encoder as the run started with it, and its tokenizer
 RUN/base.safetensors         the transformer that adapters are trained for
+RUN/step.json                the mesh, parts and recomputation of its steps (train/plan.py)
 RUN/checkpoints/STEP/        parameters, their average (ema), optimizer, data position
 RUN/tensorboard/, RUN/samples/
 
@@ -42,11 +43,11 @@ MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_ev
            "autoregressive", "prompt_seconds", "data.path", "data.num_threads",
            "data.prefetch"}  # fmt: skip
 
-BASE = "base.safetensors"
+BASE, STEP = "base.safetensors", "step.json"
 BEGUN = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that is not whole yet
 LOGGERS = ("absl", "gcsfs", "google")  # what these log, with traces, they raise as well
 OWN_NAMES = {"config.json", "codec.json", "codec", "text", "checkpoints", "metrics.jsonl",
-             "tensorboard", "wandb", "samples", "profile", BASE, lock.NAME}  # fmt: skip
+             "tensorboard", "wandb", "samples", "profile", BASE, STEP, lock.NAME}  # fmt: skip
 # What no run, sampling or export reads; nor are checkpoints fetched from a bucket.
 UNREAD = {"checkpoints", "tensorboard", "wandb", "samples", "profile", lock.NAME}
 

@@ -78,7 +78,10 @@ def choose_kernels(
             "attention kernel cudnn needs a GPU, bfloat16 and a head size that is a multiple of 8 "
             f"up to 128; here are {platform}, {jnp.dtype(dtype)} and {model.head_size}",
         ),
-        (full != "chunks" or trained, "attention kernel chunks is for training: leave it out"),
+        (
+            full != "chunks" or (trained and platform == "tpu"),
+            "attention kernel chunks is for training on TPUs: leave it out",
+        ),
         (
             "splash" not in (full, local) or (platform == "tpu" and not split),
             "attention kernel splash needs a TPU and all frames on one device (mesh.frames 1)",

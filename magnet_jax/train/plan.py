@@ -4,20 +4,28 @@ The compiler is asked how much memory the steps take.
 """
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from magnet_jax.config import RunConfig
+from magnet_jax.checkpoints import run_folder
+from magnet_jax.config import KernelConfig, MeshConfig, Remat, RunConfig, from_json, to_json
 from magnet_jax.errors import UserError
+from magnet_jax.io import files
 from magnet_jax.model import sharding, t5
 from magnet_jax.train import chips, distributed, steps
 from magnet_jax.train.steps import StepSettings
 
 USABLE = 0.9  # share of a device's memory; the rest is the compiler's and the runtime's
+# Frames of a part on a device. Of fewer, where parameters are split, it takes a v5e or an H100
+# longer to gather weights and to add up their gradients (8 bytes each, at 90 and 450 GB/s) than to
+# multiply by them (6 operations a frame).
+LEAST_FRAMES = 3000
 
 
 def device_memory() -> int | None:
@@ -76,7 +84,7 @@ def peak_bytes(
 
     Compiles the step of the first codebook and that of the others.
     """
-    peaks = []
+    programs = []
     for stage in (0, 1):
         lowered = lower(settings, batch_size, num_frames, text_tokens, stage)
         try:
@@ -85,21 +93,24 @@ def peak_bytes(
             if "RESOURCE_EXHAUSTED" in str(error):
                 return None
             raise
-        peaks.append(
-            peak_of(
-                {
-                    "peak_bytes": found.peak_memory_in_bytes,
-                    "argument_bytes": found.argument_size_in_bytes,
-                    "temp_bytes": found.temp_size_in_bytes,
-                }
-            )
+        programs.append(
+            {
+                "peak_bytes": found.peak_memory_in_bytes,
+                "argument_bytes": found.argument_size_in_bytes,
+                "temp_bytes": found.temp_size_in_bytes,
+                "code_bytes": found.generated_code_size_in_bytes,
+            }
         )
-    return max(peaks)
+    return peak_of(programs)
 
 
-def peak_of(memory: Mapping[str, Any]) -> int:
-    """What a program takes of a device's memory, by the compiler's figures of it in bytes."""
-    return max(memory["peak_bytes"], memory["argument_bytes"] + memory["temp_bytes"])
+def peak_of(programs: Sequence[Mapping[str, Any]]) -> int:
+    """What programs that take turns take of a device's memory, by the compiler's figures in bytes.
+
+    The code of all stays there; a TPU's, with layers written out, is a gigabyte.
+    """
+    peaks = (max(one["peak_bytes"], one["argument_bytes"] + one["temp_bytes"]) for one in programs)
+    return max(peaks) + sum(one["code_bytes"] for one in programs)
 
 
 def parts_to_try(batch_size: int, clips_per_device: int, mesh: jax.sharding.Mesh) -> list[int]:
@@ -143,18 +154,26 @@ def candidates(
 ) -> Iterator[StepSettings]:
     """All that a config leaves open: least computed again, then smallest fsdp, then fewest parts.
 
+    Parts of fewer than `LEAST_FRAMES` come last, where they would gather parameters.
+
     Raises `UserError` where mesh, model and batch do not go together.
     """
     all_devices = devices or jax.devices()
-    choices = sharding.mesh_choices(config.mesh, len(all_devices))
-    for remat in steps.remats(config.remat, all_devices[0].platform):
-        for choice in choices:
-            if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
-                continue
-            mesh = sharding.make_mesh(choice, devices)
-            settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
-            for parts in parts_to_try(config.data.batch_size, config.clips_per_device, mesh):
-                yield dataclasses.replace(settings, remat=remat, num_parts=parts)
+    choices, batch = sharding.mesh_choices(config.mesh, len(all_devices)), config.data.batch_size
+    each, later = steps.remats(config.remat, all_devices[0].platform), []
+    for remat, choice in itertools.product(each, choices):
+        if choice.fsdp > 1 and config.model.width % choice.fsdp and len(choices) > 1:
+            continue
+        mesh = sharding.make_mesh(choice, devices)
+        settings = steps.make_settings(config, t5_config, dtype, num_frames, mesh)
+        for parts in parts_to_try(batch, config.clips_per_device, mesh):
+            frames = batch // sharding.num_rows(mesh) // parts * num_frames
+            found = dataclasses.replace(settings, remat=remat, num_parts=parts)
+            if mesh.shape["fsdp"] > 1 and parts > 1 and frames < LEAST_FRAMES:
+                later.append(found)
+            else:
+                yield found
+    yield from later
 
 
 def choose(
@@ -165,17 +184,22 @@ def choose(
     device: int | None,
     devices: list[jax.Device] | None = None,
     say: Callable[[str], None] = print,
+    first: RunConfig | None = None,
 ) -> tuple[StepSettings, int | None]:
     """A run's settings, the first of its `candidates` that fit, and its peak.
 
     The steps are compiled, and have to fit as the compiler measures them. All processes of a run
     call this together, with the same arguments. `device` is the bytes that each device has; None
     asks nobody, takes the first choice and gives no peak. `say` gets a line before a compilation.
+    The candidates of `first` go before all others.
 
     Raises `UserError` where mesh, model and batch do not go together, or no mesh has room.
     """
     batch, text_tokens, tried = config.data.batch_size, config.text.max_tokens, ""
-    for settings in candidates(config, t5_config, dtype, num_frames, devices):
+    each = (
+        candidates(one, t5_config, dtype, num_frames, devices) for one in (first, config) if one
+    )
+    for settings in itertools.chain.from_iterable(each):
         if device is None:
             return settings, None
         clips = batch // sharding.num_rows(settings.mesh) // settings.num_parts
@@ -201,3 +225,64 @@ def choose(
         "shorter --data.segment-seconds, fewer --clips-per-device, split the parameters "
         "(--mesh.fsdp, --mesh.tensor) or take more devices"
     )
+
+
+# --- what a run has chosen ----------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The settings of `RunConfig` that say how a step is computed, as asked for or as chosen."""
+
+    mesh: MeshConfig
+    remat: Remat
+    clips_per_device: int
+    kernels: KernelConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was asked for on what devices, and what was chosen."""
+
+    devices: int
+    device_kind: str
+    asked: Layout
+    chosen: Layout
+
+
+def _asked(config: RunConfig) -> Layout:
+    return Layout(
+        mesh=config.mesh,
+        remat=config.remat,
+        clips_per_device=config.clips_per_device,
+        kernels=config.kernels,
+    )
+
+
+def write_choice(run: Path, config: RunConfig, settings: StepSettings) -> None:
+    """Keeps in a run's folder what was chosen, for `read_choice` to find when the run goes on."""
+    devices, asked = jax.devices(), _asked(config)
+    share = config.data.batch_size // sharding.num_rows(settings.mesh)
+    chosen = dataclasses.replace(
+        asked,
+        mesh=MeshConfig(**settings.mesh.shape),
+        remat=settings.remat,
+        clips_per_device=share // settings.num_parts,
+    )
+    kind = devices[0].device_kind
+    choice = Choice(devices=len(devices), device_kind=kind, asked=asked, chosen=chosen)
+    files.write_text(run / run_folder.STEP, to_json(choice))
+
+
+def read_choice(run: Path, config: RunConfig) -> RunConfig | None:
+    """A run's config with what was chosen when it was last begun or taken up.
+
+    None where nothing is known, or something else is asked for now, or the devices are others.
+    """
+    if not (run / run_folder.STEP).exists():
+        return None
+    found, devices = from_json(Choice, run / run_folder.STEP), jax.devices()
+    here = len(devices), devices[0].device_kind, _asked(config)
+    if here != (found.devices, found.device_kind, found.asked):
+        return None
+    return dataclasses.replace(config, **vars(found.chosen))

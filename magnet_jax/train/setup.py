@@ -167,9 +167,13 @@ def set_up(config: RunConfig) -> Setup:
     frames, dtype = sampling.segment_frames(config, spec), precision.compute_dtype(config)
     # All must choose the same mesh and parts; devices may differ in what is free on them.
     device = distributed.broadcast_json(plan.device_memory())
-    settings, _ = plan.choose(config, text[0], dtype, frames, device, say=distributed.say_first)
+    # A run that goes on takes what it began with, and so has the same bits.
+    first = distributed.all_do(lambda: plan.read_choice(run, config)) if begun else None
+    say = distributed.say_first
+    settings, _ = plan.choose(config, text[0], dtype, frames, device, say=say, first=first)
     base = lm if config.lora.rank else None
     distributed.first_does(lambda: run_folder.prepare_run(run, config, spec, text, base))
+    distributed.first_does(lambda: plan.write_choice(run, config, settings))
     if jax.process_count() > 1 and mirror is None:
         distributed.check_shared(run)
     setup = Setup(spec, *text, lm, frames, settings, run, mirror)

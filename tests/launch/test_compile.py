@@ -302,7 +302,7 @@ def test_what_is_left_open_is_ranked(monkeypatch, tmp_path, capsys):
             return None  # the compiler finds no room
         peak = target.chip.device_bytes / (fsdp * parts if settings.remat == "products" else 2)
         seconds = 1 + stage + fsdp / 10 + (settings.remat == "full")
-        memory = {"peak_bytes": peak, "argument_bytes": 0, "temp_bytes": 0}
+        memory = {"peak_bytes": peak, "argument_bytes": 0, "temp_bytes": 0, "code_bytes": 0}
         return memory | {"estimated_seconds": seconds}
 
     monkeypatch.setattr(search, "compiled", costs)
@@ -318,7 +318,13 @@ def test_what_is_left_open_is_ranked(monkeypatch, tmp_path, capsys):
     assert ("products", 1, 1, 0) in compiled and ("products", 1, 1, 1) not in compiled
     shown = capsys.readouterr().out
     assert "--mesh.data 8, 2 parts, --remat products" in shown and "of the peak, 8.59 GB" in shown
-    for topology, chip, message in (("h100:8", "h100", "needs a TPU"), ("cpu:1", None, "a TPU")):
+    memory = {"peak_bytes": 1, "argument_bytes": 0, "temp_bytes": 0, "code_bytes": 0}
+    monkeypatch.setattr(search, "compiled", lambda *_: memory | {"estimated_seconds": None})
+    for topology, chip, message in (
+        ("h100:8", "h100", "needs a TPU"),
+        ("cpu:1", None, "a TPU"),
+        ("v5p:2x2x2", "v5p", "cannot rank for v5p:2x2x2"),
+    ):
         other = dataclasses.replace(target, name=topology, chip=chip and chips.CHIPS[chip])
         monkeypatch.setattr(targets, "load", lambda name, other=other: other)
         with pytest.raises(UserError, match=message):

@@ -9,6 +9,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
 from magnet_jax.config import KernelConfig, LoraConfig, MeshConfig, ModelConfig
+from magnet_jax.errors import UserError
 from magnet_jax.io import trees
 from magnet_jax.model import chunks, forms, kernels, lora, sharding, transformer
 from magnet_jax.train import objective
@@ -99,6 +100,12 @@ def test_forms_go_by_platform():
             KernelConfig(), platform, ModelConfig(), 1500, jnp.bfloat16, trained=trained
         )
         assert chosen.full == full
+        if full != "chunks":
+            with pytest.raises(UserError, match="chunks is for training on TPUs"):
+                kernels.choose_kernels(
+                    KernelConfig(full="chunks"), platform, ModelConfig(), 1500, jnp.bfloat16,
+                    trained=trained,
+                )  # fmt: skip
 
 
 @pytest.mark.parametrize(("remat", "forwards"), [("products", 1), ("attention", 1), ("full", 2)])

@@ -242,9 +242,9 @@ def test_gradients_of_float32_are_of_float32(full):
     """Those too whose rules are our own, which are traced last."""
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     t5_config, _, _ = t5_files.load("embedded")
-    config = RunConfig(model=SMALL, kernels=KernelConfig(full=full), remat="products")
+    config = RunConfig(model=SMALL, remat="products")
     settings = steps.make_settings(config, t5_config, jnp.dtype("float32"), 12, mesh)
-    attend = kernels.with_kernels(settings.kernels, near=False, mesh=mesh)
+    attend = kernels.with_kernels(KernelConfig(full=full), near=False, mesh=mesh)
     codes = jax.random.randint(jax.random.key(1), (2, 4, 12), 0, 33)
 
     @transformer.exact_products

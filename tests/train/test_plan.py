@@ -69,6 +69,7 @@ def test_a_batch_is_computed_in_the_fewest_parts_that_fit(monkeypatch):
 def test_as_little_as_fits_is_computed_again(monkeypatch):
     """The least of what is computed again goes first, and what cannot fit is not compiled."""
     monkeypatch.setattr(steps, "remats", lambda asked, platform: tuple(transformer.KEPT))
+    monkeypatch.setattr(plan, "LEAST_FRAMES", 30)
     config = tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(data=4, fsdp=2))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=16))
     base = choose(config, None)[0]
@@ -101,6 +102,26 @@ def test_as_little_as_fits_is_computed_again(monkeypatch):
         choose(config, int((params + kept["full", 1] / 2) / plan.USABLE))
 
 
+def test_parts_of_few_frames_come_last_where_they_gather_parameters(monkeypatch):
+    monkeypatch.setattr(steps, "remats", lambda asked, platform: ("products", "full"))
+    monkeypatch.setattr(plan, "LEAST_FRAMES", 60)
+    t5_config, _, _ = t5_files.load("embedded")
+
+    def tried(**sizes):
+        config = tiny.run_config(Path("x"), Path("y"), mesh=MeshConfig(**sizes))
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=32))
+        each = plan.candidates(config, t5_config, np.dtype("float32"), 30)
+        return [(one.remat, one.num_parts) for one in each]
+
+    parts = (
+        [("products", 1), ("products", 2), ("products", 4)],
+        [("full", 1), ("full", 2), ("full", 4)],
+    )
+    few = [("products", 4), ("full", 4)]  # a clip of 30 frames at once, of four
+    assert tried(data=8, fsdp=1) == parts[0] + parts[1]
+    assert tried(data=4, fsdp=2) == parts[0][:2] + parts[1][:2] + few
+
+
 @pytest.mark.parametrize("remat", transformer.KEPT)
 def test_the_backward_pass_keeps_what_is_counted(remat):
     """By the shapes of what it is given, beside parameters and what is small."""
@@ -127,6 +148,12 @@ def test_the_backward_pass_keeps_what_is_counted(remat):
     activations = sum(x.size * 4 for x in shapes if x.ndim >= 4 and x.shape[:3] == (3, 4, 200))
     least = plan.kept_bytes(settings, 4, 200)
     assert least <= activations <= 1.05 * least
+
+
+def test_the_code_of_all_programs_stays_in_memory():
+    first = dict(peak_bytes=5, argument_bytes=2, temp_bytes=4, code_bytes=10)
+    other = dict(peak_bytes=7, argument_bytes=1, temp_bytes=1, code_bytes=20)
+    assert plan.peak_of([first]) == 16 and plan.peak_of([first, other]) == 37
 
 
 def test_nothing_is_compiled_where_no_memory_is_known(monkeypatch):

@@ -19,7 +19,8 @@ from magnet_jax.checkpoints import run_folder
 from magnet_jax.config import RunConfig, to_json
 from magnet_jax.convert import t5_files
 from magnet_jax.model import sharding
-from magnet_jax.train import loop, steps, watch
+from magnet_jax.train import loop, plan, steps, watch
+from magnet_jax.train.setup import set_up
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,3 +79,24 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(tmp_path):
     assert [line["step"] for line in lines] == [5, 10, 15, 20, 25, 30]
     whole = [line for line in watch.read_scalars(Path(finished.out)) if "train/loss" in line]
     assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in whole]
+
+
+def test_a_run_goes_on_with_the_mesh_parts_and_recomputation_that_it_began_with(
+    tmp_path, monkeypatch
+):
+    """Others would add up in another order; and the compiler's figures may change."""
+    tiny.write_noise(tmp_path / "tokens", {"train": 8})
+    config = tiny.run_config(tmp_path / "tokens", tmp_path / "run", steps=1)
+    share = config.data.batch_size
+    peak = lambda settings, *_: 10**9 * share // settings.num_parts  # noqa: E731
+    monkeypatch.setattr(plan, "peak_bytes", peak)
+    monkeypatch.setattr(plan, "device_memory", lambda: 10**9 * (share - 1))
+    assert set_up(config).settings.num_parts == 2
+    (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
+    monkeypatch.setattr(plan, "device_memory", lambda: 10**9 * 2 * share)
+    assert set_up(config).settings.num_parts == 2
+    changed = dataclasses.replace(config, remat="full")
+    assert set_up(changed).settings.num_parts == 1  # which is chosen anew
+    assert set_up(changed).settings.remat == "full"
+    monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]] * 2)
+    assert plan.read_choice(Path(config.out), changed) is None
