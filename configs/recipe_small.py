@@ -9,13 +9,10 @@ launch.ablate ends the schedule at its own number of steps, so that equal budget
 import dataclasses
 
 from configs import recipe
-from magnet_jax.config import DecodeConfig
 
 config = dataclasses.replace(
     recipe.config,
-    model=dataclasses.replace(
-        recipe.config.model, num_codebooks=4, width=128, num_layers=4, first_context=25
-    ),
+    model=dataclasses.replace(recipe.config.model, width=128, num_layers=4),
     data=dataclasses.replace(recipe.config.data, segment_seconds=5.0),
     optimizer=dataclasses.replace(
         recipe.config.optimizer,
@@ -25,7 +22,6 @@ config = dataclasses.replace(
         ema_decay=0.99,
     ),
     stage_weights=(),  # (Table 2's restricted context is of the codebooks above the first)
-    decode=DecodeConfig(temperature=1.0),
     steps=1000,
     eval_every=1000,
     sample_every=0,

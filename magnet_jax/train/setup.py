@@ -90,7 +90,8 @@ def _text_and_lm(
         )
     given = loaded.params["lm"]
     same = loaded.codec.sha256 == spec.sha256
-    if not same and encodec.extends(spec.source, loaded.codec.source):
+    one_more = config.model.num_codebooks == loaded.config.model.num_codebooks + 1
+    if not same and one_more and encodec.extends(spec.source, loaded.codec_source):
         distributed.say_first(f"{config.init_from}: its codebooks follow a new tonal stream")
         given, same = _with_tonal_stream(config, given, spec), True
     if not same and not config.init_partial:

@@ -239,7 +239,7 @@ def test_which_runs_are_averaged_every_step():
     """AudioCraft's ten steps where it trains hundreds of thousands; every step in short runs."""
     assert OptimizerConfig().ema_updates == 10
     for name in config_names():
-        short = name in ("demo", "recipe", "recipe_small")
+        short = name in ("demo", "recipe", "recipe_small", "recipe_tonal")
         assert load_config(name).optimizer.ema_updates == (1 if short else 10), name
 
 

@@ -1,0 +1,31 @@
+"""The recipe's model with a tonal first stream, for tunes (docs/recipe.md).
+
+python -m launch.train --config recipe_tonal --data data/tokens-tonal --text.source data/text \\
+    --out runs/tonal-model
+
+A token of the first stream lasts as long as its note. So it is worth looking far, and spans are
+kept in random order: the surest first would be a drone.
+"""
+
+import dataclasses
+
+from configs import recipe
+from magnet_jax.config import DecodeConfig
+
+config = dataclasses.replace(
+    recipe.config,
+    model=dataclasses.replace(recipe.config.model, num_codebooks=5, first_context=100),
+    stage_weights=(5.0, 3.0, 0.7, 0.7, 0.6),
+    decode=DecodeConfig(
+        steps=(40, 20, 10, 10, 10),
+        temperature=1.0,
+        order="random",
+        max_guidance=3.0,
+        min_guidance=3.0,
+    ),
+    sample_prompts=(
+        "A slow melody in G minor played on the cello",
+        "A fast reel in D major played on the violin",
+        "A moderate melody in C major played on the flute",
+    ),
+)
