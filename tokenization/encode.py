@@ -16,6 +16,7 @@ import numpy as np
 
 from magnet_jax.codec.encodec import Codec, exactly, join_sides
 from magnet_jax.codec.receptive_field import token_frames
+from magnet_jax.errors import UserError
 from magnet_jax.io.torch_env import import_torch
 
 MOST_SHORT = 64  # tracks shorter than a window that wait for others of their length
@@ -67,7 +68,7 @@ def encode(
 
     Raises:
       UserError: a codec that norms over the whole clip.
-      ValueError: windows that are nearly all overlap.
+      UserError: windows that are nearly all overlap.
     """
     encoder = _Encoder(codec, window_frames, precision, sides)
     with ThreadPoolExecutor(num_open(batch_size), "reader") as readers:
@@ -301,8 +302,9 @@ class _Encoder:
         self.left, self.right = token_frames(codec)
         self.step = window_frames - self.left - self.right
         if self.step < 1:
-            raise ValueError(
-                f"windows of {window_frames} frames overlap by {self.left + self.right}"
+            raise UserError(
+                f"--window-seconds: windows of {window_frames} frames overlap by "
+                f"{self.left + self.right}; give more"
             )
         layers = list(codec.encoder.layers)
         (place,) = [i for i, layer in enumerate(layers) if isinstance(layer, EncodecLSTM)]
@@ -315,8 +317,9 @@ class _Encoder:
         self._after = 0 if codec.config.use_causal_conv else total // 2
         self._before = total - self._after
         if self.step <= max(self._before, self._after):
-            raise ValueError(
-                f"windows of {window_frames} frames overlap by {self.left + self.right}: too short"
+            raise UserError(
+                f"--window-seconds: windows of {window_frames} frames overlap by "
+                f"{self.left + self.right}: too short; give more"
             )
 
     def encode_whole(self, tracks: list[_Track]) -> None:

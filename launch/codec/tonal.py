@@ -18,7 +18,7 @@ from launch.codec.training import Clips
 from magnet_jax import cli, errors
 from magnet_jax.arguments import Between, Seed, check_fields
 from magnet_jax.codec import tonal
-from magnet_jax.codec.encodec import check_takes_tonal, write_tonal
+from magnet_jax.codec.encodec import read_base, write_tonal
 from magnet_jax.codec.tonal import Spectrum, Tonal
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import check_new_folder, replacing
@@ -70,6 +70,8 @@ def draw_frames(settings: Fitting, clips: Clips, sample_rate: int, hop: int) -> 
     for i, first, count in tqdm([runs[j] for j in sorted(order)], desc="listening", mininterval=10):
         begin, end = max(0, first - before), first + count + after
         wav = clips.read(i, begin * hop, min(end * hop, clips.frames[i]) - begin * hop)
+        if not np.isfinite(wav).all():
+            raise UserError(f"--audio {clips.paths[i]}: holds NaN or infinity")
         heard_TM = tonal.levels(wav[None].astype(np.float64), settings.spectrum, sample_rate, hop)
         levels.append(heard_TM[0, first - begin :][:count].astype(np.float32))
         follows.append(np.arange(count) > 0)
@@ -136,16 +138,15 @@ def fit_codec(settings: Fitting) -> dict[str, float]:
     """Fits the stream and writes the codec; `report`'s numbers. `UserError` for what cannot be."""
     check_fields(settings, "--")
     check_new_folder("--out", settings.out)
-    config = check_takes_tonal(settings.codec)
-    rate, hop = config.sampling_rate, config.hop
-    if settings.size > config.codebook_size:
+    base = read_base(settings.codec)
+    rate, hop, most = base.config.sampling_rate, base.config.hop, base.config.codebook_size
+    if settings.size > most:
         raise UserError(
-            f"--size {settings.size}: codec {settings.codec} has codebooks of "
-            f"{config.codebook_size} entries"
+            f"--size {settings.size}: codec {settings.codec} has codebooks of {most} entries"
         )
     highest = min(settings.spectrum.highest_hz, _BELOW_NYQUIST * rate / 2)
     spectrum = dataclasses.replace(settings.spectrum, highest_hz=highest)
-    tonal.check_rate(spectrum, rate, f"codec {settings.codec}")
+    tonal.check_rate(spectrum, rate, "--spectrum")
     settings = dataclasses.replace(settings, spectrum=spectrum)
     frames = draw_frames(settings, Clips("--audio", settings.audio, rate, hop / rate), rate, hop)
     if settings.size > len(frames.follows_N):
@@ -155,7 +156,7 @@ def fit_codec(settings: Fitting) -> dict[str, float]:
         )
     centroids_CM = fit(frames.levels_NM, settings.size, settings.seed)
     with replacing(settings.out) as partial:
-        write_tonal(settings.codec, Tonal(spectrum, centroids_CM), partial)
+        write_tonal(base, Tonal(spectrum, centroids_CM), partial)
     labels_N = tonal.nearest(frames.levels_NM, centroids_CM)
     return report(labels_N, frames.follows_N, settings.size)
 

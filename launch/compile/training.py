@@ -102,7 +102,8 @@ def costs(args: Train) -> dict[str, Any]:
         "param_bytes": plan.param_bytes(settings),
         "peak_bytes": peak,
         "device_bytes": memory,
-        "fits": None if memory is None else peak <= memory,
+        # (of one of the two programs it is not known what the other one's code takes)
+        "fits": None if memory is None or len(programs) < 2 else peak <= plan.USABLE * memory,
         "model_flops": operations,
         "step_seconds": mean,
         "mfu": share(seconds=mean),
@@ -112,7 +113,7 @@ def costs(args: Train) -> dict[str, Any]:
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     """What there is to say of training beyond what there is of any program."""
     memory = found["device_bytes"]
-    verdict = "unknown" if memory is None else ("yes" if found["fits"] else "NO")
+    verdict = {None: "unknown", True: "yes", False: "NO"}[found["fits"]]
     of = "" if memory is None else f": {report.size(found['peak_bytes'])} of {report.size(memory)}"
     lines = [
         ("batch", f"in {found['parts']} parts of {found['clips_at_once']} clips a device"),

@@ -33,7 +33,7 @@ def hear_real(args: Args, reference: dict[str, Path]) -> Real:
     Raises `UserError` for .notes that are none.
     """
     network = transcriber.load()
-    written = {name: tunes.written_notes(path, args.seconds) for name, path in reference.items()}
+    written = {name: tunes.written_notes(path) for name, path in reference.items()}
     if not reference:
         return Real(network, {}, {}, {}, {})
 
@@ -61,7 +61,7 @@ def score(
         for key, held in _wanted(itself, real)
     }
     about_real = tunes.values_of(real.played, known) if names else None
-    real_speeds = [held.speed for held in known.values()]
+    real_speeds = [known[name].speed for name in real.played]
 
     def values_of(row: Row, played: Mapping[str, Played]) -> dict[str, np.ndarray]:
         wanted = dict(_wanted(row, real))

@@ -115,7 +115,7 @@ _HARMLESS = re.compile(
 _PHRASE = 10  # intervals in a piece of melody that is compared
 _COMMON = 12  # tunes that share a piece of melody which then says nothing: scales, arpeggios
 _SAME = 0.25  # share of the shorter tune's melody
-VERSION = 1  # of the notes kept; raise it when `_tune` changes
+VERSION = 2  # of the notes kept; raise it when `_tune` changes, or what is a claim of rights
 
 
 class Note(NamedTuple):

@@ -78,7 +78,7 @@ class Decoder(NamedTuple):
     params: dict[str, Any]
 
 
-class _Weights(NamedTuple):
+class Weights(NamedTuple):
     """A codec as its files have it, all its codebooks."""
 
     config: SeanetConfig
@@ -277,7 +277,7 @@ def codebook_vectors(
 
 def _read(
     source: str, num_codebooks: int | None, interleaved: bool = False
-) -> tuple[CodecSpec, _Weights]:
+) -> tuple[CodecSpec, Weights]:
     """What a codec is, with so many codebooks, and its weights; see `load_codec`."""
     if interleaved:
         if num_codebooks is not None and num_codebooks % 2:
@@ -324,7 +324,7 @@ def _read(
     return spec, weights
 
 
-def _find(source: str) -> _Weights:
+def _find(source: str) -> Weights:
     path = Path(source)
     if source == EMBEDDED:
         return _from_transformers(ASSETS / "codec", source)
@@ -414,7 +414,7 @@ def _sha256(tensors: Mapping[str, np.ndarray], settings: Mapping[str, Any]) -> s
     return digest.hexdigest()
 
 
-def _torch_model(torch: Any, weights: _Weights) -> Any:
+def _torch_model(torch: Any, weights: Weights) -> Any:
     """Encoder, decoder and quantizer as transformers' modules.
 
     The parts themselves: the whole model wants codebooks of a power of two, which they do not.
@@ -436,12 +436,12 @@ def _torch_model(torch: Any, weights: _Weights) -> Any:
     return model
 
 
-def _from_transformers(folder: Path, source: str) -> _Weights:
+def _from_transformers(folder: Path, source: str) -> Weights:
     where = f"codec {source}"
     return _from_settings(*read_codec_folder(folder, where), where)
 
 
-def _from_audiocraft(path: Path) -> _Weights:
+def _from_audiocraft(path: Path) -> Weights:
     """An AudioCraft codec with weights of its own."""
     file = read_file(path)
     if file.pretrained:
@@ -453,7 +453,7 @@ def _from_audiocraft(path: Path) -> _Weights:
 
 def _from_settings(
     settings: Mapping[str, Any], tensors: Mapping[str, np.ndarray], where: str
-) -> _Weights:
+) -> Weights:
     """Settings of a transformers config.json, and tensors by transformers' names."""
     given = {name: settings[name] for name in CODEC_SETTINGS if name in settings}
     kbps = settings.get("target_bandwidths", _TRANSFORMERS_KBPS)
@@ -474,7 +474,7 @@ def _from_settings(
     sha256 = _sha256(tensors, hashed)
     if stream:
         del tensors[TONAL_CENTROIDS]
-    weights = _Weights(config, kbps, tensors, sha256, stream)
+    weights = Weights(config, kbps, tensors, sha256, stream)
     layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
     check_tensors(where, tensors, {here: shape for here, _, shape in layout})
     return weights
@@ -485,6 +485,7 @@ def _tonal(
 ) -> Tonal:
     """The tonal stream of a codec's config.json and tensors; `UserError` where they do not fit."""
     spectrum = from_dict(Spectrum, settings, f"{where}: config.json: {TONAL_SECTION}")
+    tonal.check_rate(spectrum, config.sampling_rate, f"{where}: config.json: {TONAL_SECTION}")
     centroids_CM = tensors.get(TONAL_CENTROIDS)
     if centroids_CM is None:
         raise UserError(f"{where}: the tensor {TONAL_CENTROIDS} is missing")
@@ -494,14 +495,13 @@ def _tonal(
             f"{where}: the tensor {TONAL_CENTROIDS} is {list(centroids_CM.shape)}, not 2 to "
             f"{config.codebook_size} rows of {spectrum.bands}"
         )
-    tonal.check_rate(spectrum, config.sampling_rate, where)
     if np.any(tensors.get(_TONAL_VECTORS, 0)):
         raise UserError(f"{where}: the tensor {_TONAL_VECTORS}, of its tonal stream, must be zeros")
     return Tonal(spectrum, centroids_CM)
 
 
-def check_takes_tonal(source: str) -> SeanetConfig:
-    """What is computed by a codec before which a tonal stream may be put.
+def read_base(source: str) -> Weights:
+    """A codec as its files have it, before which a tonal stream may be put.
 
     Raises `UserError` for a codec that has one, or norms over the whole clip.
     """
@@ -515,31 +515,35 @@ def check_takes_tonal(source: str) -> SeanetConfig:
             f"codec {source}: norms over chunks or clips, as encodec_48khz does; a tonal stream "
             "takes one with weight norm"
         )
-    return weights.config
+    return weights
 
 
-def write_tonal(source: str, stream: Tonal, folder: Path) -> None:
+def write_tonal(base: Weights, stream: Tonal, folder: Path) -> None:
     """Writes a codec with a tonal stream before its own codebooks into an existing folder.
 
     It is a transformers EncodecModel's folder with a section and a tensor more.
     """
-    config = check_takes_tonal(source)
-    weights = _find(source)
-    settings = dataclasses.asdict(config)
-    counts = [int(1000 * one // config.bits_per_second) for one in weights.kbps]
+    settings = dataclasses.asdict(base.config)
+    counts = [int(1000 * one // base.config.bits_per_second) for one in base.kbps]
     settings = folder_settings(settings, [bandwidth(settings, 1 + count) for count in counts])
     settings[TONAL_SECTION] = dataclasses.asdict(stream.spectrum)
-    tensors = _behind_zeros(weights.tensors) | {TONAL_CENTROIDS: stream.centroids_CM}
+    tensors = _behind_zeros(base.tensors) | {TONAL_CENTROIDS: stream.centroids_CM}
     write_codec_folder(folder, settings, tensors)
 
 
 def extends(source: str, base: str) -> bool:
     """Whether a codec is another one with a tonal stream before its codebooks.
 
-    Errors are those of `load_codec`.
+    A codec that is not to be found here is none.
     """
-    weights, below = _find(source), _find(base)
-    if not weights.tonal or weights.config != below.config:
+    try:
+        weights = _find(source)
+        if not weights.tonal:
+            return False
+        below = _find(base)
+    except UserError:
+        return False
+    if below.tonal or weights.config != below.config:
         return False
     tensors = _behind_zeros(below.tensors)
     return weights.tensors.keys() == tensors.keys() and all(
@@ -564,12 +568,12 @@ def _behind_zeros(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def _from_encodec(name: str, state: Mapping[str, np.ndarray], source: str) -> _Weights:
+def _from_encodec(name: str, state: Mapping[str, np.ndarray], source: str) -> Weights:
     """One of the `encodec` package's models with these weights, by the package's names."""
     config = _ENCODEC_CONFIGS[name]
     state = {key: array.astype(np.float32, copy=False) for key, array in state.items()}
     # (the package's name stands for all settings)
-    weights = _Weights(config, _ENCODEC_KBPS[name], {}, _sha256(state, {"encodec": name}))
+    weights = Weights(config, _ENCODEC_KBPS[name], {}, _sha256(state, {"encodec": name}))
     layout = encodec_layout(dataclasses.asdict(config), weights.num_codebooks)
     where = f"codec {source}: not the weights of {name}"
     return weights._replace(tensors=renamed_from_audiocraft(state, layout, where))

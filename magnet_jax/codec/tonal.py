@@ -12,10 +12,10 @@ from typing import Annotated, NamedTuple
 import numpy as np
 
 from magnet_jax.arguments import Between, check_fields
-from magnet_jax.config import require
 from magnet_jax.errors import UserError
 
-_MOST_FRAMES = 4096  # whose windows are in memory at once
+_MOST_SAMPLES = 2**22  # of windows that are in memory at once
+_MOST_FRAMES = 4096  # whose distances to all centroids are
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class Spectrum:
 
     def __post_init__(self):
         check_fields(self, "")
-        require((self.lowest_hz < self.highest_hz, "lowest_hz must lie below highest_hz"))
 
 
 class Tonal(NamedTuple):
@@ -53,10 +52,11 @@ def window_samples(spectrum: Spectrum, sample_rate: int) -> int:
 
 
 def check_rate(spectrum: Spectrum, sample_rate: int, where: str) -> None:
-    """Raises `UserError` where the bands, or the window, are beyond audio of a rate."""
-    if spectrum.highest_hz >= sample_rate / 2:
+    """Raises `UserError` where the bands are not below half of a rate, one above another."""
+    if not spectrum.lowest_hz < spectrum.highest_hz < sample_rate / 2:
         raise UserError(
-            f"{where}: highest_hz {spectrum.highest_hz:g} must lie below half of {sample_rate} Hz"
+            f"{where}: lowest_hz {spectrum.lowest_hz:g} must lie below highest_hz "
+            f"{spectrum.highest_hz:g}, and that below half of {sample_rate} Hz"
         )
 
 
@@ -87,7 +87,7 @@ def levels(wav_BN: np.ndarray, spectrum: Spectrum, sample_rate: int, hop: int) -
     weight_W = weight_W / (weight_W.sum() / 2)  # a sine of full scale has magnitude 1
     filters_FM = _filters(spectrum, window, sample_rate) / 10 ** (spectrum.floor_db / 20)
     found_BTM = np.empty((batch, frames, spectrum.bands))
-    step = max(1, _MOST_FRAMES // batch)
+    step = max(1, _MOST_SAMPLES // (batch * window))
     for begin in range(0, frames, step):
         part = slice(begin, begin + step)
         magnitudes_BTF = np.abs(np.fft.rfft(windows_BTW[:, part] * weight_W))

@@ -22,7 +22,10 @@ _TOLERANCE = 0.08  # seconds by which the beginnings of the same note may differ
 
 _TONICS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 _ALTERED = {"flat": -1, "-": -1, "b": -1, "♭": -1, "sharp": 1, "#": 1, "♯": 1}
-_KEY = re.compile(r"\b([A-G])(?:[ -]?(flat|sharp)|([-b♭#♯]))?[ -](major|minor)\b")
+_KEY = re.compile(
+    r"\b([A-G])(?:[ -]?((?i:flat|sharp))|([-b♭#♯]))?[ -]((?i:major|minor))\b"
+    r"(?! (?:key|scale|hit)\b)"
+)
 _SCALES = {"major": (0, 2, 4, 5, 7, 9, 11), "minor": (0, 2, 3, 5, 7, 8, 9, 10, 11)}
 
 
@@ -119,14 +122,15 @@ def statistics(notes: Notes, seconds: float, key: frozenset[int] | None = None) 
 def key_in(text: str) -> frozenset[int] | None:
     """Pitch classes of the key that a text names, as in 'D flat major' or 'F# minor', if any.
 
-    A minor key has the raised sixth and seventh as well.
+    A minor key has the raised sixth and seventh as well. Of several keys the last one counts, as a
+    text may begin with an article: "A minor waltz in D major".
     """
-    found = _KEY.search(text)
-    if found is None:
+    found = [*_KEY.finditer(text)]
+    if not found:
         return None
-    letter, word, sign, mode = found.groups()
-    tonic = _TONICS[letter] + _ALTERED.get(word or sign, 0)
-    return frozenset((tonic + step) % 12 for step in _SCALES[mode])
+    letter, word, sign, mode = found[-1].groups()
+    tonic = _TONICS[letter] + _ALTERED.get((word or sign or "").lower(), 0)
+    return frozenset((tonic + step) % 12 for step in _SCALES[mode.lower()])
 
 
 def speed_in(text: str) -> str | None:

@@ -5,7 +5,10 @@ and another one's melody on the same instrument score alike. A ruin is a real cl
 destroyed and whose sound is kept; a score of tunes must tell it from the clip.
 """
 
+import dataclasses
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from magnet_jax.errors import UserError
+from magnet_jax.errors import UserError, first_line
 from magnet_jax.evaluation import metrics, scores
 from magnet_jax.evaluation.notes import (
     Notes,
@@ -30,7 +33,8 @@ from magnet_jax.evaluation.transcriber import SAMPLE_RATE, Transcriber, transcri
 # What the tune distance is made of. Attacks are left out, which a codec blurs and no tune needs.
 DISTANCE = ("entropy", "in_key", "note_seconds", "speed", "steps", "leaps", "voices")
 
-_FORMAT = 1  # of what is kept; raise it when `find_notes` or a ruin changes
+Seed = int | tuple[int, int]
+
 _BLOCK = round(0.3 * SAMPLE_RATE)
 _FADE = round(0.01 * SAMPLE_RATE)  # from block to block, without a click
 
@@ -58,20 +62,20 @@ class Wanted(NamedTuple):
 # --- ruins ----------------------------------------------------------------------------------------
 
 
-def shuffled(wav_N: np.ndarray, seed: int) -> np.ndarray:
+def shuffled(wav_N: np.ndarray, seed: Seed) -> np.ndarray:
     """A clip's blocks of 0.3 s in random order."""
     count = max(len(wav_N) // _BLOCK, 1)
     order = np.random.default_rng(seed).permutation(count)
     return _joined([wav_N[i * _BLOCK :][: _BLOCK + _FADE] for i in order])
 
 
-def looped(wav_N: np.ndarray, seed: int) -> np.ndarray:
+def looped(wav_N: np.ndarray, seed: Seed) -> np.ndarray:
     """A clip's loudest block of 0.3 s again and again; nothing is drawn."""
     first = _loudest(wav_N)
     return _joined([wav_N[first:][: _BLOCK + _FADE]] * max(len(wav_N) // _BLOCK, 1))
 
 
-def drone(wav_N: np.ndarray, seed: int) -> np.ndarray:
+def drone(wav_N: np.ndarray, seed: Seed) -> np.ndarray:
     """A clip's loudest block of 0.3 s held: its spectrum with new phases, overlapped and added."""
     block_N = wav_N[_loudest(wav_N) :][:_BLOCK]
     hop = max(len(block_N) // 2, 1)
@@ -88,7 +92,7 @@ def drone(wav_N: np.ndarray, seed: int) -> np.ndarray:
     return (held_N * loudness).astype(np.float32)
 
 
-RUINS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+RUINS: dict[str, Callable[[np.ndarray, Seed], np.ndarray]] = {
     "shuffled blocks": shuffled,
     "one block looped": looped,
     "drone": drone,
@@ -138,21 +142,30 @@ def hear(
     """
     path = None
     if cache is not None:
-        key = [_FORMAT, scores.digest(files), transcriber.sha256, ruin, ruin and seed]
-        key += [listening.lufs, listening.seconds]
+        key = [_rules(), scores.digest(files), transcriber.sha256, ruin, ruin and seed]
+        key += list(dataclasses.astuple(listening))
         path = cache / f"notes-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.npz"
         if path.exists():
             return _read_kept(path)
     played = {}
-    for name, file in tqdm(files.items(), desc=f"notes: {what}", unit="clip", leave=False, delay=2):
+    progress = tqdm(files.items(), desc=f"notes: {what}", unit="clip", leave=False, delay=2)
+    for number, (name, file) in enumerate(progress):
         wav_N = scores.read_mono(file, SAMPLE_RATE, listening)
         if ruin is not None:
-            wav_N = RUINS[ruin](wav_N, seed)
+            wav_N = RUINS[ruin](wav_N, (seed, number))
         notes = find_notes(transcribe(transcriber, wav_N))
         played[name] = Played(notes, len(wav_N) / SAMPLE_RATE, attacks(wav_N))
     if path is not None:
         _keep(path, played)
     return played
+
+
+@functools.cache
+def _rules() -> str:
+    """A hash of the code that hears, by whose rules what is kept was heard."""
+    modules = {inspect.getmodule(part) for part in (transcribe, find_notes, hear)}
+    source = "".join(sorted(inspect.getsource(module) for module in modules))
+    return hashlib.sha256(source.encode()).hexdigest()
 
 
 def _keep(path: Path, played: Mapping[str, Played]) -> None:
@@ -173,22 +186,24 @@ def _read_kept(path: Path) -> dict[str, Played]:
         return {name: Played(as_notes(row.tolist()), *rest) for name, row, rest in clips}
 
 
-def written_notes(clip: Path, seconds: float | None = None) -> Notes | None:
-    """The notes in the .notes beside a clip, which begin in its first `seconds`; None without one.
+def written_notes(clip: Path) -> Notes | None:
+    """The notes in the .notes beside a clip; None without one.
 
     A line has start and end in seconds and a MIDI pitch, as launch.recipe writes them. Raises
     `UserError` for a file of anything else.
     """
     path = clip.with_suffix(".notes")
-    if not path.is_file():
-        return None
     try:
-        rows = [tuple(map(float, line.split())) for line in path.read_text("utf-8").splitlines()]
-        if any(len(row) != 3 for row in rows):
-            raise ValueError("a line needs start, end and pitch")
-    except ValueError as error:
-        raise UserError(f"{path}: holds no notes ({error})") from None
-    return as_notes([row for row in rows if seconds is None or row[0] < seconds])
+        rows_M3 = np.loadtxt(path, ndmin=2) if path.stat().st_size else np.zeros((0, 3))
+        if rows_M3.shape[1] != 3 or (rows_M3 < 0).any() or not np.isfinite(rows_M3).all():
+            raise ValueError("a line needs start, end and pitch, none below 0")
+        if (rows_M3[:, 2] % 1).any():
+            raise ValueError("a pitch is a whole number, as MIDI has it")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: holds no notes ({first_line(error)})") from None
+    return as_notes(rows_M3.tolist())
 
 
 # --- scores ---------------------------------------------------------------------------------------
@@ -201,9 +216,16 @@ def values_of(played: Mapping[str, Played], wanted: Mapping[str, Wanted]) -> dic
         held = wanted.get(name, Wanted())
         row = statistics(clip.notes, clip.seconds, held.key) | {"attacks": clip.attacks}
         for key, notes in (("note_f1", held.real), ("written_f1", held.written)):
-            row[key] = float("nan") if notes is None else f1(notes, clip.notes)
+            row[key] = (
+                float("nan") if notes is None else f1(_until(notes, clip.seconds), clip.notes)
+            )
         rows.append(row)
     return {key: np.array([row[key] for row in rows]) for key in rows[0]}
+
+
+def _until(notes: Notes, seconds: float) -> Notes:
+    """Those that begin in so many seconds: a shorter clip has no time for the others."""
+    return Notes(*(part_M[notes.starts_M < seconds] for part_M in notes))
 
 
 def add_speed(
@@ -251,7 +273,7 @@ def score(
         if len(values_N):
             result = metrics.mean(values_N, resamples=settings.resamples, seed=settings.seed)
             found[key] = {**result._asdict(), "clips": len(values_N)}
-    if real is not None and len(real["notes"]) > 1:
+    if real is not None and _units(real):
         found["distance"] = {**_distance(values, real, settings)._asdict(), "clips": count}
     return found
 
@@ -262,10 +284,10 @@ def score_reference(values: Mapping[str, np.ndarray], settings: Settings) -> dic
     'distance' is how far two draws of as many of them lie from each other by chance.
     """
     found = score(values, None, settings)
-    count = len(values["notes"])
-    if count < 2:
+    count, units = len(values["notes"]), _units(values)
+    if not units:
         return found
-    random, units = np.random.default_rng(settings.seed), _units(values)
+    random = np.random.default_rng(settings.seed)
     apart = []
     for _ in range(max(settings.resamples, 1)):
         first, second = (
@@ -302,7 +324,7 @@ def _apart(
 ) -> float:
     found = _means(values)
     apart = [abs(found[k] - means[k]) / units[k] for k in units if k in found and k in means]
-    return float(np.mean(apart)) if apart else 0.0
+    return float(np.mean(apart))
 
 
 def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -315,6 +337,9 @@ def _means(values: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def _units(real: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """The standard deviation over real clips of each statistic in which these differ at all."""
+    """The standard deviation over real clips of each statistic in which these differ at all.
+
+    Real clips without notes, such as noises, differ in none: then there is no distance.
+    """
     units = {key: float(np.nanstd(real[key])) for key in _means(real)}
     return {key: unit for key, unit in units.items() if unit > 1e-9}

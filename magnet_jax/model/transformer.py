@@ -582,14 +582,18 @@ def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> 
     Vectors are taken from their codebook's mean, brought to one size (elements of mean square 1),
     and projected at random to the model's width, lengths kept on average: an embedding of E
     numbers is sqrt(E) long, where a position is sqrt(D / 2). Heads are as long as random ones, 1.
-    Codebooks beyond those of `params` are left out; the id for 'masked' keeps its embedding.
+    Codebooks beyond those of `params` are left out, entries that are zeros stay so, and the id for
+    'masked' keeps its embedding.
     """
     width = params["embed"].shape[-1]
-    vectors_KVE = vectors_KVE - vectors_KVE.mean(1, keepdims=True)
-    size_K11 = np.sqrt(np.square(vectors_KVE).mean((1, 2), keepdims=True))
-    vectors_KVE = vectors_KVE / np.where(size_K11 > 0, size_K11, 1)  # (0: all alike)
     vectors_KVE = vectors_KVE[: len(params["embed"])]
     num_codebooks, size, code_width = vectors_KVE.shape
+    used_KV1 = vectors_KVE.any(2, keepdims=True)
+    count_K11 = np.maximum(used_KV1.sum(1, keepdims=True), 1)
+    mean_K1E = vectors_KVE.sum(1, keepdims=True) / count_K11
+    vectors_KVE = np.where(used_KV1, vectors_KVE - mean_K1E, 0)
+    size_K11 = np.sqrt(np.square(vectors_KVE).sum((1, 2), keepdims=True) / count_K11 / code_width)
+    vectors_KVE = vectors_KVE / np.where(size_K11 > 0, size_K11, 1)  # (0: all alike)
     shape = (num_codebooks, code_width, width)
     projection_KED = jax.random.normal(key, shape) / math.sqrt(width)
     embed_KVD = jnp.einsum("KVE,KED->KVD", vectors_KVE, projection_KED)
@@ -600,13 +604,18 @@ def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> 
     }
 
 
-def with_first_codebook(params: dict, fresh: dict) -> dict:
-    """Parameters of K codebooks as those of the further ones of a model of K + 1.
+def with_first_codebooks(params: dict, fresh: dict, count: int) -> dict:
+    """Parameters of K codebooks as those of the further ones of a model of `count` more.
 
-    What belongs to the new first codebook is taken of `fresh`, parameters of that larger model.
+    What belongs to the new first ones is taken of `fresh`, parameters of that larger model. What
+    has another width there stays as it is.
     """
-    names = [name for name in ("embed", "heads", "heads_bias") if name in params]
-    return params | {n: np.concatenate([np.asarray(fresh[n])[:1], params[n]]) for n in names}
+    more = {
+        name: np.concatenate([np.asarray(fresh[name])[:count], params[name]])
+        for name in ("embed", "heads", "heads_bias")
+        if name in params and np.shape(fresh.get(name))[1:] == np.shape(params[name])[1:]
+    }
+    return params | more
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict:

@@ -259,8 +259,8 @@ def _asked(config: RunConfig) -> Layout:
     )
 
 
-def write_choice(run: Path, config: RunConfig, settings: StepSettings) -> None:
-    """Keeps in a run's folder what was chosen, for `read_choice` to find when the run goes on."""
+def choice(config: RunConfig, settings: StepSettings) -> Choice:
+    """What was chosen on these devices for what a config asks."""
     devices, asked = jax.devices(), _asked(config)
     share = config.data.batch_size // sharding.num_rows(settings.mesh)
     chosen = dataclasses.replace(
@@ -270,19 +270,44 @@ def write_choice(run: Path, config: RunConfig, settings: StepSettings) -> None:
         clips_per_device=share // settings.num_parts,
     )
     kind = devices[0].device_kind
-    choice = Choice(devices=len(devices), device_kind=kind, asked=asked, chosen=chosen)
-    files.write_text(run / run_folder.STEP, to_json(choice))
+    return Choice(devices=len(devices), device_kind=kind, asked=asked, chosen=chosen)
 
 
-def read_choice(run: Path, config: RunConfig) -> RunConfig | None:
-    """A run's config with what was chosen when it was last begun or taken up.
+def write_choice(run: Path, made: Choice) -> None:
+    """Keeps in a run's folder what was chosen, for `read_choice` to find when the run goes on."""
+    files.write_text(run / run_folder.STEP, to_json(made))
 
-    None where nothing is known, or something else is asked for now, or the devices are others.
+
+def read_choice(run: Path) -> Choice | None:
+    """What was chosen when a run was last begun or taken up; None where that is not known.
+
+    Raises `UserError` for a damaged file.
     """
-    if not (run / run_folder.STEP).exists():
+    path = run / run_folder.STEP
+    if not path.exists():
         return None
-    found, devices = from_json(Choice, run / run_folder.STEP), jax.devices()
+    try:
+        return from_json(Choice, path)
+    except UserError as error:
+        raise UserError(f"{error}; remove it, and mesh and parts are chosen anew") from None
+
+
+def as_before(config: RunConfig, before: Choice | None) -> RunConfig | None:
+    """A config with what was chosen before; None where devices, or what is asked, are others."""
+    devices = jax.devices()
     here = len(devices), devices[0].device_kind, _asked(config)
-    if here != (found.devices, found.device_kind, found.asked):
+    if before is None or here != (before.devices, before.device_kind, before.asked):
         return None
-    return dataclasses.replace(config, **vars(found.chosen))
+    return dataclasses.replace(config, **vars(before.chosen))
+
+
+def changed(before: Choice | None, now: Choice) -> str:
+    """What to say where a run goes on with other choices than before; '' where it does not."""
+    if before is None or before.chosen == now.chosen:
+        return ""
+    was = before.chosen
+    mesh = " ".join(f"--mesh.{name} {size}" for name, size in vars(was.mesh).items() if size > 1)
+    return (
+        "note: the run goes on with another mesh, parts or remat than before, and so not with the "
+        f"same bits; before: {mesh} --remat {was.remat} --clips-per-device {was.clips_per_device}"
+    )

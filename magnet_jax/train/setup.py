@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from magnet_jax.checkpoints import matching, pretrained, run_folder
 from magnet_jax.codec import encodec
-from magnet_jax.config import CodecSpec, RunConfig
+from magnet_jax.config import CodecSpec, RunConfig, from_dict
 from magnet_jax.convert import t5_files
 from magnet_jax.data import pipeline, records
 from magnet_jax.decode import sampling
@@ -88,12 +88,9 @@ def _text_and_lm(
             f"{loaded.codec.layout}: tokenize in the same way (--stereo), or give --init-partial "
             "to learn new tokens"
         )
-    given = loaded.params["lm"]
-    same = loaded.codec.sha256 == spec.sha256
-    one_more = config.model.num_codebooks == loaded.config.model.num_codebooks + 1
-    if not same and one_more and encodec.extends(spec.source, loaded.codec_source):
-        distributed.say_first(f"{config.init_from}: its codebooks follow a new tonal stream")
-        given, same = _with_tonal_stream(config, given, spec), True
+    given, same = loaded.params["lm"], loaded.codec.sha256 == spec.sha256
+    if not same and encodec.extends(spec.source, loaded.codec_source):
+        given, same = _with_tonal_stream(config, loaded, spec), True
     if not same and not config.init_partial:
         raise UserError(
             f"{config.data.path} was tokenized with {spec.source}, but {config.init_from} learnt "
@@ -119,13 +116,28 @@ def _text_and_lm(
     return (loaded.t5_config, loaded.t5_params, loaded.tokenizer), lm
 
 
-def _with_tonal_stream(config: RunConfig, params: dict, spec: CodecSpec) -> dict:
-    """A transformer that knows a codec's own codebooks, with a new one for its tonal stream."""
-    return transformer.with_first_codebook(params, _begun_with_codec(config, spec))
+def _with_tonal_stream(config: RunConfig, loaded: pretrained.Loaded, spec: CodecSpec) -> dict:
+    """A transformer that knows a codec's own codebooks, with new ones for its tonal stream."""
+    count = loaded.config.model.num_codebooks + spec.sides
+    if config.model.num_codebooks != count:
+        raise UserError(
+            f"{config.data.path}: its codec is that of {config.init_from} behind a tonal stream: "
+            f"give --model.num-codebooks {count}, and as many numbers in --decode.steps"
+        )
+    if config.lora.rank:
+        raise UserError(
+            f"--lora.rank: adapters cannot learn the new tonal stream of {config.data.path}; train "
+            "the weights themselves"
+        )
+    check_data_fits(config, spec)
+    distributed.say_first(f"{config.init_from}: its codebooks follow a new tonal stream")
+    fresh = _begun_with_codec(config, spec)
+    return transformer.with_first_codebooks(loaded.params["lm"], fresh, spec.sides)
 
 
 def _begun_with_codec(config: RunConfig, spec: CodecSpec) -> dict:
     """A new transformer with the codec's vectors."""
+    spec = dataclasses.replace(spec, num_codebooks=config.model.num_codebooks)
     found, vectors_KVE = encodec.codebook_vectors(spec.source, spec.num_codebooks, spec.interleaved)
     encodec.check_same_codec(spec, found, config.data.path)
     keys = jax.random.split(jax.random.key(config.seed))
@@ -168,18 +180,28 @@ def set_up(config: RunConfig) -> Setup:
     frames, dtype = sampling.segment_frames(config, spec), precision.compute_dtype(config)
     # All must choose the same mesh and parts; devices may differ in what is free on them.
     device = distributed.broadcast_json(plan.device_memory())
-    # A run that goes on takes what it began with, and so has the same bits.
-    first = distributed.all_do(lambda: plan.read_choice(run, config)) if begun else None
+    # A run that goes on takes what it took last, and so has the same bits.
+    before = distributed.first_tells(lambda: _kept_choice(run)) if begun else None
+    before = before and from_dict(plan.Choice, before, run_folder.STEP)
+    first = plan.as_before(config, before)
     say = distributed.say_first
     settings, _ = plan.choose(config, text[0], dtype, frames, device, say=say, first=first)
     base = lm if config.lora.rank else None
     distributed.first_does(lambda: run_folder.prepare_run(run, config, spec, text, base))
-    distributed.first_does(lambda: plan.write_choice(run, config, settings))
+    now = plan.choice(config, settings)
+    if note := plan.changed(before, now):
+        say(note)
+    distributed.first_does(lambda: plan.write_choice(run, now))
     if jax.process_count() > 1 and mirror is None:
         distributed.check_shared(run)
     setup = Setup(spec, *text, lm, frames, settings, run, mirror)
     push(setup)
     return setup
+
+
+def _kept_choice(run: Path) -> dict | None:
+    found = plan.read_choice(run)
+    return found and dataclasses.asdict(found)
 
 
 def open_mirror(out: str) -> bucket.Mirror | None:

@@ -70,6 +70,22 @@ def test_what_does_not_apply_is_left_out():
     assert "note_f1" not in found and "distance" not in found
 
 
+def test_a_shorter_clip_is_held_against_what_it_had_time_for():
+    whole = notes.as_notes([(0, 1, 60), (1, 2, 62), (5, 6, 64)])
+    half = tunes.Played(notes.as_notes([(0, 1, 60), (1, 2, 62)]), 3.0, 0.0)
+    found = tunes.values_of({"a": half}, {"a": tunes.Wanted(real=whole, written=whole)})
+    assert found["note_f1"] == found["written_f1"] == 1
+
+
+def test_real_clips_without_notes_give_no_distance():
+    values = dict.fromkeys(measured(3, 0), np.zeros(3))
+    for found in (
+        tunes.score(measured(3, 0), values, Settings()),
+        tunes.score_reference(values, Settings()),
+    ):
+        assert "distance" not in found and found["entropy"]["clips"] == 3
+
+
 def test_speed_is_that_of_real_clips_of_the_same_word():
     real = {"notes": np.array([2.0, 4.0, 9.0])}
     values = {"notes": np.array([3.0, 3.0, 5.0])}
@@ -88,10 +104,13 @@ def test_what_is_heard_is_kept(tmp_path, monkeypatch):
     assert first["a"].seconds == again["a"].seconds == 1 and list(again) == ["a", "b"]
     for name in "ab":
         np.testing.assert_equal(first[name], again[name])
+    monkeypatch.setattr(tunes, "transcribe", lambda *args: transcriber.Posteriors(*SILENCE))
     for changed in ({"ruin": "drone"}, {"ruin": "drone", "seed": 1}):
-        monkeypatch.setattr(tunes, "transcribe", lambda *args: transcriber.Posteriors(*SILENCE))
         tunes.hear(network, files, Listening(), cache=cache, **changed)
-    assert len(list(cache.iterdir())) == 3
+    tunes.hear(network, files, Listening(seconds=0.5), cache=cache)
+    monkeypatch.setattr(tunes, "_rules", lambda: "others")
+    tunes.hear(network, files, Listening(), cache=cache)
+    assert len(list(cache.iterdir())) == 5
     for path in cache.iterdir():
         cut_file(path)
     with pytest.raises(UserError, match=r"notes-.*\.npz: damaged"):
@@ -106,8 +125,9 @@ def test_notes_beside_a_clip_are_read(tmp_path):
     assert tunes.written_notes(clip) is None
     clip.with_suffix(".notes").write_text("0.0000\t0.5\t60\n0.5\t1.0\t64\n9.0\t9.5\t62\n")
     assert tunes.written_notes(clip).pitches_M.tolist() == [60, 64, 62]
-    assert tunes.written_notes(clip, 5.0).pitches_M.tolist() == [60, 64]
-    for text in ("a melody\n", "0.5 60\n"):
+    clip.with_suffix(".notes").write_text("")
+    assert not len(tunes.written_notes(clip).starts_M)
+    for text in ("a melody\n", "0.5 60\n", "0 nan 60\n", "0 1 60.5\n", "0 1 60\n0 1\n"):
         clip.with_suffix(".notes").write_text(text)
         with pytest.raises(UserError, match=r"a\.notes: holds no notes"):
             tunes.written_notes(clip)

@@ -18,6 +18,7 @@ from several import drawn
 from magnet_jax.checkpoints import run_folder
 from magnet_jax.config import RunConfig, to_json
 from magnet_jax.convert import t5_files
+from magnet_jax.errors import UserError
 from magnet_jax.model import sharding
 from magnet_jax.train import loop, plan, steps, watch
 from magnet_jax.train.setup import set_up
@@ -82,7 +83,7 @@ def test_killed_at_any_step_and_resumed_equals_never_killed(tmp_path):
 
 
 def test_a_run_goes_on_with_the_mesh_parts_and_recomputation_that_it_began_with(
-    tmp_path, monkeypatch
+    tmp_path, monkeypatch, capsys
 ):
     """Others would add up in another order; and the compiler's figures may change."""
     tiny.write_noise(tmp_path / "tokens", {"train": 8})
@@ -95,8 +96,14 @@ def test_a_run_goes_on_with_the_mesh_parts_and_recomputation_that_it_began_with(
     (tmp_path / "run" / "checkpoints" / "1").mkdir(parents=True)
     monkeypatch.setattr(plan, "device_memory", lambda: 10**9 * 2 * share)
     assert set_up(config).settings.num_parts == 2
+    assert "another mesh, parts or remat" not in capsys.readouterr().out
     changed = dataclasses.replace(config, remat="full")
     assert set_up(changed).settings.num_parts == 1  # which is chosen anew
+    assert f"--remat none --clips-per-device {share // 2}" in capsys.readouterr().out
     assert set_up(changed).settings.remat == "full"
     monkeypatch.setattr(jax, "devices", lambda *_: [jax.local_devices()[0]] * 2)
-    assert plan.read_choice(Path(config.out), changed) is None
+    before = plan.read_choice(Path(config.out))
+    assert plan.as_before(changed, before) is None and before.chosen.remat == "full"
+    (tmp_path / "run" / "step.json").write_text("{")
+    with pytest.raises(UserError, match=r"step.json: not valid JSON .*; remove it, and mesh"):
+        set_up(config)

@@ -9,9 +9,12 @@ from tonal_codec import put_tonal
 
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import encodec
-from magnet_jax.config import ASSETS
+from magnet_jax.config import ASSETS, LoraConfig, TextConfig
 from magnet_jax.errors import UserError
 from magnet_jax.train import setup
+
+
+TEXT = TextConfig(max_tokens=16)  # which is not trained
 
 
 @pytest.fixture
@@ -31,12 +34,12 @@ def tonal_tokens(folder, source):
     return folder / "tokens"
 
 
-def begun(folder, run, source):
+def begun(folder, run, source, count=5, **changes):
     """The transformer that a run with a tonal stream starts from, begun with another run."""
     data = tonal_tokens(folder, source)
-    config = tiny.run_config(data, folder / "run", init_from=str(run))
-    model = dataclasses.replace(config.model, num_codebooks=5)
-    decode = dataclasses.replace(config.decode, steps=(2, 1, 1, 1, 1))
+    config = tiny.run_config(data, folder / "run", init_from=str(run), **changes)
+    model = dataclasses.replace(config.model, num_codebooks=count)
+    decode = dataclasses.replace(config.decode, steps=(2, *[1] * (count - 1)))
     return setup.set_up(dataclasses.replace(config, model=model, decode=decode)).lm
 
 
@@ -44,11 +47,28 @@ def test_what_a_model_knows_of_a_codec_stays_where_a_tonal_stream_is_put_before_
     lm, given = begun(tmp_path, run, "embedded"), pretrained.load(str(run)).params["lm"]
     for name in ("embed", "heads"):
         np.testing.assert_array_equal(lm[name][1:], given[name])
-        assert np.isfinite(lm[name][0]).all()
-    assert lm["embed"][0, :25].std() > 0.3  # the stream's spectra, not its zeros
     tiny.assert_same_bits(lm["blocks"]["mlp"], given["blocks"]["mlp"])
+    # The stream's entries are as long as other tokens, E numbers of mean square 1, and no others.
+    lengths = np.square(lm["embed"][0, :1024]).sum(1)
+    assert 30 < lengths[:25].mean() < 130 and not lengths[25:].any()
 
 
 def test_a_tonal_stream_before_another_codec_helps_nobody(tmp_path, run):
     with pytest.raises(UserError, match="learnt the tokens of"):
         begun(tmp_path, run, str(ASSETS / "demo" / "codec"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 4}, "behind a tonal stream: give --model.num-codebooks 5, and as many"),
+        ({"count": 4, "init_partial": True}, "behind a tonal stream: give --model.num-codebooks 5"),
+        (
+            {"lora": LoraConfig(rank=2), "text": TEXT},
+            "--lora.rank: adapters cannot learn the new tonal stream",
+        ),
+    ],
+)
+def test_a_tonal_stream_wants_room_and_training(tmp_path, run, changes, message):
+    with pytest.raises(UserError, match=message):
+        begun(tmp_path, run, "embedded", **changes)
