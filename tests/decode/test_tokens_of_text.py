@@ -167,7 +167,9 @@ def test_clips_do_not_depend_on_their_neighbours_nor_on_the_devices():
     mesh = SamplingMeshConfig(data=2, guidance=2, frames=2)
     in_segments = Execution(between=lambda progress: None)
     for execution in (Execution(mesh=mesh), Execution(savings=NO_SAVINGS), in_segments):
-        np.testing.assert_array_equal(generate(RICH, execution=execution), expected)
+        # (Programs round in ways of their own: on some CPUs a token that is as likely as another
+        # falls the other way. What hangs on a neighbour changes whole clips.)
+        assert (generate(RICH, execution=execution) != expected).mean() < 0.005
 
 
 def test_loops_have_texts_that_come_round_again():
