@@ -3,8 +3,8 @@
 python -m launch.train --config recipe_tonal --data data/tokens-tonal --text.source data/text \\
     --out runs/tonal-model
 
-A token of the first stream lasts as long as its note. So it is worth looking far, and spans are
-kept in random order: the surest first would be a drone.
+A token of the first stream lasts as long as its note. So its neighbours tell it, whom a small model
+finds where it sees no others, and spans are kept in random order: the surest first would be a drone.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from magnet_jax.config import DecodeConfig
 
 config = dataclasses.replace(
     recipe.config,
-    model=dataclasses.replace(recipe.config.model, num_codebooks=5, first_context=100),
+    model=dataclasses.replace(recipe.config.model, num_codebooks=5, first_context=10),
     stage_weights=(5.0, 3.0, 0.7, 0.7, 0.6),
     decode=DecodeConfig(
         steps=(40, 20, 10, 10, 10),
