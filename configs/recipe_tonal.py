@@ -4,7 +4,8 @@ python -m launch.train --config recipe_tonal --data data/tokens-tonal --text.sou
     --out runs/tonal-model
 
 A token of the first stream lasts as long as its note. So its neighbours tell it, whom a small model
-finds where it sees no others, and spans are kept in random order: the surest first would be a drone.
+finds where it sees no others; and spans are kept in random order: the surest first would be a
+drone.
 """
 
 import dataclasses
