@@ -67,8 +67,7 @@ def encode(
         their codebooks alternate, see `CodecSpec.interleaved`.
 
     Raises:
-      UserError: a codec that norms over the whole clip.
-      UserError: windows that are nearly all overlap.
+      UserError: a codec that norms over the whole clip, or windows that are nearly all overlap.
     """
     encoder = _Encoder(codec, window_frames, precision, sides)
     with ThreadPoolExecutor(num_open(batch_size), "reader") as readers:
@@ -301,11 +300,6 @@ class _Encoder:
         self.hop, self.window, self.sides = codec.hop, window_frames, sides
         self.left, self.right = token_frames(codec)
         self.step = window_frames - self.left - self.right
-        if self.step < 1:
-            raise UserError(
-                f"--window-seconds: windows of {window_frames} frames overlap by "
-                f"{self.left + self.right}; give more"
-            )
         layers = list(codec.encoder.layers)
         (place,) = [i for i, layer in enumerate(layers) if isinstance(layer, EncodecLSTM)]
         self._front = self._torch.nn.Sequential(*layers[:place])

@@ -148,8 +148,8 @@ def run(args: Train) -> None:
 def shown(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     lines = []
     for row in rows:
-        mesh = " ".join(f"--mesh.{name} {size}" for name, size in row["mesh"].items() if size > 1)
         time = f"{row['step_seconds']:.3f} s, {row['mfu']:.1%} of the peak"
-        settings = f"{mesh or 'one device'}, {row['parts']} parts, --remat {row['remat']}"
+        mesh = plan.mesh_options(row["mesh"]) or "one device"
+        settings = f"{mesh}, {row['parts']} parts, --remat {row['remat']}"
         lines.append((settings, f"{time}, {report.size(row['peak_bytes'])}"))
     return lines

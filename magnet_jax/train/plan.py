@@ -306,8 +306,13 @@ def changed(before: Choice | None, now: Choice) -> str:
     if before is None or before.chosen == now.chosen:
         return ""
     was = before.chosen
-    mesh = " ".join(f"--mesh.{name} {size}" for name, size in vars(was.mesh).items() if size > 1)
     return (
         "note: the run goes on with another mesh, parts or remat than before, and so not with the "
-        f"same bits; before: {mesh} --remat {was.remat} --clips-per-device {was.clips_per_device}"
+        f"same bits; before: {mesh_options(vars(was.mesh)) or 'one device'}, --remat {was.remat} "
+        f"--clips-per-device {was.clips_per_device}"
     )
+
+
+def mesh_options(sizes: Mapping[str, int]) -> str:
+    """A mesh as it is asked for on a command line; '' for one device."""
+    return " ".join(f"--mesh.{name} {size}" for name, size in sizes.items() if size > 1)
