@@ -335,7 +335,8 @@ class Editing(Retouching):
         log_BKT = self._confidence(codes_BKT, texts)
         for number in range(rounds if worst else 0):
             free_BKT = np.stack([free.worst(log_KT, worst, self._span) for log_KT in log_BKT])
-            new_BKT = self._redo(codes_BKT, free_BKT, texts, later(seed, number), progress)
+            own_seed = later(seed, number * codes_BKT.shape[-1])  # (windows count on from it)
+            new_BKT = self._redo(codes_BKT, free_BKT, texts, own_seed, progress)
             new_log_BKT = self._confidence(new_BKT, texts)
             better_B = new_log_BKT.mean((1, 2)) > log_BKT.mean((1, 2))
             codes_BKT = np.where(better_B[:, None, None], new_BKT, codes_BKT)

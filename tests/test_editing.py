@@ -201,6 +201,15 @@ def test_an_edit_hears_the_window_around_it(model):
     assert not differs_KT[0].any() and (differs_KT[1:].mean(1) > 0.9).all()
 
 
+def test_a_clip_that_fits_the_window_is_edited_so_beside_one_that_does_not(model):
+    """Each region is computed in as many parts as it needs itself."""
+    wav_BCN, regions = np.stack([upload(4.0, RATE)] * 2), [[(1.9, 2.2)], [(0, 0.4), (3.4, 3.8)]]
+    both = model.generate_inpainting(wav_BCN, RATE, regions)
+    alone = model.generate_inpainting(wav_BCN[0], RATE, regions[0])
+    np.testing.assert_array_equal(both.tokens_BKT[:1], alone.tokens_BKT)
+    assert both.changed[0] == alone.changed[0] and len(both.changed[1]) == 2
+
+
 def test_a_mask_and_codebooks_free_what_lies_above(model, own):
     wav_BCN, tokens_BKT = (x[:1] for x in own)
     mask_KT = np.zeros((4, FRAMES), bool)

@@ -190,9 +190,10 @@ class Retouching:
         """
         num_frames = codes_BKT.shape[-1]
         window = min(self._window, num_frames)
-        if (extents(free_BKT.any(1))[1] <= window).all():
-            return self._redo_within(codes_BKT, free_BKT, texts, seed, progress, **how)
-        stride = window - self._context
+        fits_B11 = (extents(free_BKT.any(1))[1] <= window)[:, None, None]
+        codes_BKT = self._redo_within(codes_BKT, free_BKT & fits_B11, texts, seed, progress, **how)
+        free_BKT = free_BKT & ~fits_B11
+        stride = self._window - self._context
         for number, start in enumerate(range(0, num_frames, stride)):
             part_BKT = free_BKT.copy()
             part_BKT[..., :start] = part_BKT[..., start + stride :] = False
