@@ -19,7 +19,7 @@ from magnet_jax import cli, prompts
 from magnet_jax.arguments import RARE, Between, Count, Index, Seconds, Seed, check_fields
 from magnet_jax.config import CodecSpec, EditConfig, Share
 from magnet_jax.errors import UserError, reported
-from magnet_jax.io.files import check_new_file, make_folder, replacing_file
+from magnet_jax.io.files import PICTURES, check_new_file, make_folder, replacing_file
 from magnet_jax.prompts import Description
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def mask_of(path: Path, model: "MAGNeT") -> np.ndarray:
 def check(args: Options) -> None:
     """Raises `UserError` for what is wrong whatever the model is."""
     check_fields(args, "--")
-    check_new_file("--picture", args.picture, (".png", ".pdf", ".svg"))
+    check_new_file("--picture", args.picture, PICTURES)
     if isinstance(args, Inpaint) and bool(args.region) == (args.mask is not None):
         raise UserError("nothing to do: give --region BEGIN:END, or --mask FILE, and not both")
     for text in getattr(args, "region", ()):

@@ -10,7 +10,7 @@ from launch.benchmark import report
 from magnet_jax.arguments import Between, Count, Seconds, Seed, check_fields
 from magnet_jax.config import ASSETS, EMBEDDED, ComputeDtype, Preset, RescoreConfig
 from magnet_jax.errors import UserError
-from magnet_jax.io.files import check_new_file
+from magnet_jax.io.files import PICTURES, check_new_file
 from tokenization.settings import Job
 
 Minutes = Annotated[float, Between(0.1, 600)]
@@ -270,7 +270,7 @@ class Editing:
         if min(self.steps, default=0) < 1:
             raise UserError("--steps must be numbers of at least 1")
         report.check_parent("--json", self.json)
-        check_new_file("--picture", self.picture, (".png", ".pdf", ".svg"))
+        check_new_file("--picture", self.picture, PICTURES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

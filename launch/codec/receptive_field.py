@@ -21,7 +21,7 @@ from magnet_jax.codec.encodec import Codec, load_codec
 from magnet_jax.codec.receptive_field import Background, Field, Response, energy_within
 from magnet_jax.config import EMBEDDED
 from magnet_jax.errors import reported
-from magnet_jax.io.files import check_new_file, replacing_file
+from magnet_jax.io.files import PICTURES, check_new_file, replacing_file
 
 _FLOOR = 1e-5  # the picture's lower end, of the response's peak; its square, of the energy
 
@@ -228,7 +228,7 @@ def _percent(share: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     args = cli.parse(Args, argv, prog="python -m launch.codec.receptive_field", description=__doc__)
-    check_new_file("--picture", args.picture, [".png", ".pdf", ".svg"])
+    check_new_file("--picture", args.picture, PICTURES)
     codec = load_codec(args.codec)
     found = measure(args, codec)
     print(summary(args, codec, found))

@@ -12,7 +12,7 @@ from magnet_jax.errors import UserError
 from magnet_jax.evaluation.embedders import DEFAULT_WEIGHTS, Name
 from magnet_jax.evaluation.scores import Listening
 from magnet_jax.io import bucket
-from magnet_jax.io.files import read_object
+from magnet_jax.io.files import PICTURES, check_new_file, read_object
 
 FORMAT = "magnet_jax evaluation 1"
 
@@ -60,6 +60,9 @@ class Args:
     notes: bool = False
     """Score tunes as well: the notes that a transcriber hears, beside those of the reference and
     of what is left of it where its tunes are destroyed."""
+    picture: Path | None = None
+    """Draw spectrograms of the first three clips beside their real ones into this .png, .pdf or
+    .svg."""
     lufs: Annotated[float, Between(-70, 0)] | None = None
     """Bring every clip, real and generated, to this loudness first, such as -14."""
     seconds: Seconds | None = None
@@ -102,6 +105,7 @@ def checked(args: Args) -> Args:
         if is_made:
             raise UserError(mistake)
     _check_places(args)
+    check_new_file("--picture", args.picture, PICTURES)
     if args.seconds is None and args.checkpoint is not None:
         from magnet_jax.checkpoints import pretrained  # JAX is slow to load
 

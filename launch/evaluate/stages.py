@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from launch import sample
-from launch.evaluate import clips, prompts
+from launch.evaluate import clips, picture, prompts
 from launch.evaluate.clips import Labelled, Row
 from launch.evaluate.receipt import receipt, table
 from launch.evaluate.settings import Args, checked
@@ -74,6 +74,8 @@ def run(args: Args) -> dict[str, Any]:
     row, model = inputs.generated, None
     if ready.sampler is not None:
         row, model = generate(args, ready.sampler, inputs)
+    if args.picture is not None:
+        picture.draw(args.picture, row, inputs.reference, args.listening)
     real_captions = clips.captions_of_reference(row, inputs.reference)
     rows = {"generated": row}
     if ready.codec is not None:

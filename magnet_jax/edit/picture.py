@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from magnet_jax.io.files import check_new_file, replacing_file
+from magnet_jax.io.files import PICTURES, check_new_file, replacing_file
 
-FORMATS = (".png", ".pdf", ".svg")
 _WINDOW = 0.032  # seconds of a spectrum
 
 
@@ -36,20 +35,16 @@ def draw(
     """
     from matplotlib.figure import Figure  # takes a second, and needs no display
 
-    check_new_file("--picture", path, FORMATS)
+    check_new_file("--picture", path, PICTURES)
     rows = [("before", before_CN), ("after", after_CN)]
     heights = [2, 1, 2, 1] + [1] * (confidence_KT is not None)
     figure = Figure(figsize=(12, 1.6 * sum(heights) ** 0.9), layout="constrained")
     axes = figure.subplots(len(heights), sharex=True, height_ratios=heights)
     seconds = max(wav_CN.shape[1] for _, wav_CN in rows) / sample_rate
-    size = 2 ** max(4, round(np.log2(_WINDOW * sample_rate)))
     for (name, wav_CN), sound, wave in zip(rows, axes[0::2], axes[1::2]):
-        wav_N = np.pad(wav_CN.mean(0), (0, max(0, size - wav_CN.shape[1])))
-        sound.specgram(
-            wav_N + 1e-7, NFFT=size, Fs=sample_rate, noverlap=size * 3 // 4, vmin=-140, vmax=-30
-        )
-        sound.set(ylabel="Hz", title=name)
-        _draw_wave(wave, wav_N, sample_rate)
+        draw_spectrogram(sound, wav_CN.mean(0), sample_rate)
+        sound.set(title=name)
+        _draw_wave(wave, wav_CN.mean(0), sample_rate)
         for first, end in changed:
             for axis in (sound, wave):
                 axis.axvspan(
@@ -67,6 +62,16 @@ def draw(
     axes[-1].set(xlabel="seconds", xlim=(0, seconds))
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=100, format=path.suffix[1:].lower())
+
+
+def draw_spectrogram(axis, wav_N: np.ndarray, sample_rate: int) -> None:
+    """A clip's spectrogram, in colours that mean the same of any clip."""
+    size = 2 ** max(4, round(np.log2(_WINDOW * sample_rate)))
+    wav_N = np.pad(wav_N, (0, max(0, size - len(wav_N))))
+    axis.specgram(
+        wav_N + 1e-7, NFFT=size, Fs=sample_rate, noverlap=size * 3 // 4, vmin=-140, vmax=-30
+    )
+    axis.set(ylabel="Hz")
 
 
 def _draw_wave(axis, wav_N: np.ndarray, sample_rate: int) -> None:

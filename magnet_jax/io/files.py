@@ -273,6 +273,9 @@ def how_to_make_room(error: Exception) -> str:
     return ""
 
 
+PICTURES = (".png", ".pdf", ".svg")
+
+
 def check_new_file(option: str, path: Path | None, suffixes: Sequence[str]) -> None:
     """Raises `UserError`, which names the option, for a path that no such file can have."""
     if path is None:

@@ -369,7 +369,8 @@ def test_what_is_missing_of_a_list_is_said(real, tmp_path, capsys, quick):
     listed = tmp_path / "list.csv"
     listed.write_text("id,caption\n" + "".join(f"{name},a piano\n" for name in (*names, "new")))
     evaluated(tmp_path / "out", "--generated", tmp_path / "made", "--reference", real,
-              "--prompts", listed)  # fmt: skip
+              "--prompts", listed, "--picture", tmp_path / "seen.png")  # fmt: skip
+    assert (tmp_path / "seen.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert f"has 3 of the {len(names) + 1} clips that --prompts lists, and not {names[2]}" in shown
     assert "note: 2 of the 3 clips have a reference clip of their name" in shown
@@ -426,6 +427,7 @@ def test_sample_options_leave_alone_what_the_evaluation_decides(
         (["--generated", "REAL", "--lufs", "3"], "--lufs must lie"),
         (["--generated", "REAL", "--seconds", "0"], "--seconds must be a positive"),
         (["--generated", "REAL", "--limit", "3"], "goes with --prompts"),
+        (["--generated", "REAL", "--picture", "a.gif"], "--picture a.gif: the name must end in"),
         (["--generated", "REAL", "--embedders", "clap", "clap"], "name each once"),
         (["--generated", "REAL", "--embedders", "vgish"], "--embedders"),
         (["--generated", "nowhere"], "nowhere: no such folder"),
