@@ -36,7 +36,7 @@ class Fitting:
     audio: Path
     """Folder of .flac and .wav files at the codec's rate, mono, as launch.codec.train takes."""
     codec: str = "embedded"
-    """As in tokenization.job; its own codebooks follow the stream."""
+    """As in tokenization.job; its own codebooks follow the stream, in place of an older stream."""
     out: Path
     """New folder for the codec of one codebook more, which all that take --codec take."""
     size: Annotated[int, Between(2, 2**15)] = 512

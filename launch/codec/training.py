@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from magnet_jax.arguments import Between, Seed, check_fields
+from magnet_jax.codec.encodec import read_base
 from magnet_jax.config import ASSETS, EMBEDDED
 from magnet_jax.convert.codec_rules import (
     TONAL_SECTION,
@@ -240,11 +241,9 @@ def read_initial(source: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """
     folder = ASSETS / "codec" if source == EMBEDDED else Path(source)
     settings, tensors = read_codec_folder(folder, f"--init-from {source}")
-    if TONAL_SECTION in settings:
-        raise UserError(
-            f"--init-from {source}: its first codebook is tonal and cannot be trained; train the "
-            "codec that it was fitted to, and fit it again with launch.codec.tonal"
-        )
+    if TONAL_SECTION in settings:  # which is fitted to audio, not trained
+        tensors = read_base(source).tensors
+        del settings[TONAL_SECTION]
     tensors = codec_to_audiocraft(tensors, settings, NUM_CODEBOOKS)
     return settings | {"target_bandwidths": [bandwidth(settings, NUM_CODEBOOKS)]}, tensors
 

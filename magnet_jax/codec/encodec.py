@@ -65,7 +65,8 @@ _ENCODEC_KBPS = {
 # Codecs trained for several bandwidths are used at the largest of them up to this one.
 DEFAULT_KBPS = 6.0
 # The vectors of a tonal stream's codebook, which are zeros.
-_TONAL_VECTORS = "quantizer.layers.0.codebook.embed"
+_LAYERS = "quantizer.layers."
+_TONAL_VECTORS = f"{_LAYERS}0.codebook.embed"
 # What a transformers config.json means that does not say.
 _TRANSFORMERS_KBPS = (1.5, 3.0, 6.0, 12.0, 24.0)
 
@@ -501,15 +502,11 @@ def _tonal(
 
 
 def read_base(source: str) -> Weights:
-    """A codec as its files have it, before which a tonal stream may be put.
+    """A codec as its files have it, less a tonal stream: one may be put before it.
 
-    Raises `UserError` for a codec that has one, or norms over the whole clip.
+    Raises `UserError` for a codec that norms over the whole clip.
     """
-    weights = _find(source)
-    if weights.tonal:
-        raise UserError(
-            f"codec {source}: has a tonal stream already; name the codec that it was fitted to"
-        )
+    weights = _without_stream(_find(source))
     if weights.config.norms_over_clip:
         raise UserError(
             f"codec {source}: norms over chunks or clips, as encodec_48khz does; a tonal stream "
@@ -532,23 +529,41 @@ def write_tonal(base: Weights, stream: Tonal, folder: Path) -> None:
 
 
 def extends(source: str, base: str) -> bool:
-    """Whether a codec is another one with a tonal stream before its codebooks.
+    """Whether a codec is another one with a tonal stream, or another stream, before its codebooks.
 
     A codec that is not to be found here is none.
     """
     try:
-        weights = _find(source)
-        if not weights.tonal:
+        if not is_tonal(source):
             return False
-        below = _find(base)
+        one, other = read_base(source), read_base(base)
     except UserError:
         return False
-    if below.tonal or weights.config != below.config:
-        return False
-    tensors = _behind_zeros(below.tensors)
-    return weights.tensors.keys() == tensors.keys() and all(
-        np.array_equal(weights.tensors[name], array) for name, array in tensors.items()
+    return (one.config, one.tensors.keys()) == (other.config, other.tensors.keys()) and all(
+        np.array_equal(other.tensors[name], array) for name, array in one.tensors.items()
     )
+
+
+def is_tonal(source: str) -> bool:
+    """Whether a codec's first codebook is a tonal stream, on each side of a stereo one."""
+    return _find(source).tonal is not None
+
+
+def _without_stream(weights: Weights) -> Weights:
+    """A codec behind its tonal stream; itself without one."""
+    if not weights.tonal:
+        return weights
+    tensors = {}
+    for name, array in weights.tensors.items():
+        number, _, rest = name.removeprefix(_LAYERS).partition(".")
+        if not name.startswith(_LAYERS):
+            tensors[name] = array
+        elif number != "0":
+            tensors[f"{_LAYERS}{int(number) - 1}.{rest}"] = array
+    settings = dataclasses.asdict(weights.config)
+    counts = [int(1000 * one // weights.config.bits_per_second) for one in weights.kbps]
+    kbps = [bandwidth(settings, count - 1) for count in counts if count > 1]
+    return Weights(weights.config, kbps, tensors, _sha256(tensors, settings))
 
 
 def _behind_zeros(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -556,14 +571,15 @@ def _behind_zeros(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     Decoders, which add codebooks up, need not know of it.
     """
-    found, first = {}, "quantizer.layers.0.codebook."
+    found, first = {}, f"{_LAYERS}0.codebook."
     for name, array in tensors.items():
-        layer = name.removeprefix("quantizer.layers.") if name.startswith("quantizer.") else ""
-        if layer:
-            number, rest = layer.split(".", 1)
-            found[f"quantizer.layers.{int(number) + 1}.{rest}"] = array
-        if not layer or name.startswith(first):
-            found[name] = np.zeros_like(array) if layer else array
+        number, _, rest = name.removeprefix(_LAYERS).partition(".")
+        if not name.startswith(_LAYERS):
+            found[name] = array
+            continue
+        found[f"{_LAYERS}{int(number) + 1}.{rest}"] = array
+        if name.startswith(first):
+            found[name] = np.zeros_like(array)
     found[f"{first}inited"] = np.ones_like(tensors[f"{first}inited"])
     return found
 

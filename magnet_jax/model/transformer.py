@@ -604,14 +604,14 @@ def with_code_vectors(params: dict, vectors_KVE: np.ndarray, key: jax.Array) -> 
     }
 
 
-def with_first_codebooks(params: dict, fresh: dict, count: int) -> dict:
-    """Parameters of K codebooks as those of the further ones of a model of `count` more.
+def with_first_codebooks(params: dict, fresh: dict, count: int, own: int) -> dict:
+    """Parameters of K codebooks, of which the last `own` become those behind `count` new ones.
 
-    What belongs to the new first ones is taken of `fresh`, parameters of that larger model. What
-    has another width there stays as it is.
+    What belongs to the new first ones is taken of `fresh`, parameters of that model. What has
+    another width there stays as it is.
     """
     more = {
-        name: np.concatenate([np.asarray(fresh[name])[:count], params[name]])
+        name: np.concatenate([np.asarray(fresh[name])[:count], params[name][-own:]])
         for name in ("embed", "heads", "heads_bias")
         if name in params and np.shape(fresh.get(name))[1:] == np.shape(params[name])[1:]
     }

@@ -118,7 +118,9 @@ def _text_and_lm(
 
 def _with_tonal_stream(config: RunConfig, loaded: pretrained.Loaded, spec: CodecSpec) -> dict:
     """A transformer that knows a codec's own codebooks, with new ones for its tonal stream."""
-    count = loaded.config.model.num_codebooks + spec.sides
+    own = loaded.config.model.num_codebooks
+    own -= spec.sides * encodec.is_tonal(loaded.codec_source)
+    count = own + spec.sides
     if config.model.num_codebooks != count:
         raise UserError(
             f"{config.data.path}: its codec is that of {config.init_from} behind a tonal stream: "
@@ -132,7 +134,7 @@ def _with_tonal_stream(config: RunConfig, loaded: pretrained.Loaded, spec: Codec
     check_data_fits(config, spec)
     distributed.say_first(f"{config.init_from}: its codebooks follow a new tonal stream")
     fresh = _begun_with_codec(config, spec)
-    return transformer.with_first_codebooks(loaded.params["lm"], fresh, spec.sides)
+    return transformer.with_first_codebooks(loaded.params["lm"], fresh, spec.sides, own)
 
 
 def _begun_with_codec(config: RunConfig, spec: CodecSpec) -> dict:

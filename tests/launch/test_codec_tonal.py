@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from random_codecs import RANDOM, SMALL, save_random
 from sounds import put, tone
+from tiny import assert_same_bits
 from tonal_codec import put_tonal, sine
 
 from launch.codec import tonal as command
 from launch.codec import training
 from launch.codec.tonal import Fitting, fit_codec
-from magnet_jax.codec.encodec import load_codec
+from magnet_jax.codec.encodec import load_codec, read_spec
 from magnet_jax.errors import UserError
 
 
@@ -86,7 +87,6 @@ def test_what_cannot_be_fitted_is_one_line(settings, tmp_path):
         ({"size": 1025}, "--size 1025: codec embedded has codebooks of 1024 entries"),
         ({"size": 1}, "--size must"),
         ({"size": 500}, "--size 500: more than the 258 frames"),
-        ({"codec": str(tmp_path / "tonal")}, "tonal: has a tonal stream already"),
         ({"codec": str(tmp_path / "like_48khz")}, "norms over chunks or clips"),
         ({"codec": "nowhere"}, "codec nowhere: no such folder"),
     ):
@@ -96,8 +96,17 @@ def test_what_cannot_be_fitted_is_one_line(settings, tmp_path):
     with pytest.raises(UserError, match="x.wav has 1 channels at 8000 Hz, not 1 at 16000 Hz"):
         fit_codec(settings)
     assert not settings.out.exists()
-    with pytest.raises(UserError, match="first codebook is tonal and cannot be trained; train"):
-        training.read_initial(str(tmp_path / "tonal"))
+
+
+def test_a_codec_that_has_a_stream_gets_another_in_its_place(settings, tmp_path):
+    old = put_tonal(tmp_path / "tonal")
+    fit_codec(settings)
+    fit_codec(replace(settings, codec=old, out=tmp_path / "new"))
+    specs = [read_spec(str(path)) for path in (settings.out, tmp_path / "new", old)]
+    assert specs[0].sha256 == specs[1].sha256 != specs[2].sha256
+    (config, tensors), (of_base, bare) = map(training.read_initial, (old, "embedded"))
+    assert config["target_bandwidths"] == of_base["target_bandwidths"]
+    assert_same_bits(tensors, bare)
 
 
 def test_what_is_written_says_how_it_hears(settings):

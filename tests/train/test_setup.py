@@ -9,6 +9,7 @@ from tonal_codec import put_tonal
 
 from magnet_jax.checkpoints import pretrained
 from magnet_jax.codec import encodec
+from magnet_jax.codec.tonal import Spectrum
 from magnet_jax.config import ASSETS, LoraConfig, TextConfig
 from magnet_jax.errors import UserError
 from magnet_jax.train import setup
@@ -50,6 +51,25 @@ def test_what_a_model_knows_of_a_codec_stays_where_a_tonal_stream_is_put_before_
     # The stream's entries are as long as other tokens, E numbers of mean square 1, and no others.
     lengths = np.square(lm["embed"][0, :1024]).sum(1)
     assert 30 < lengths[:25].mean() < 130 and not lengths[25:].any()
+
+
+def test_another_tonal_stream_takes_the_place_of_the_one_that_a_model_knows(
+    tmp_path, run, monkeypatch
+):
+    known, loaded = begun(tmp_path / "one", run, "embedded"), pretrained.load(str(run))
+    known["embed"][0] = known["heads"][0] = 7
+    model = dataclasses.replace(loaded.config.model, num_codebooks=5)
+    decode = dataclasses.replace(loaded.config.decode, steps=(2, 1, 1, 1, 1))
+    source = put_tonal(tmp_path / "old", spectrum=Spectrum(bands=60))
+    tonal = loaded._replace(
+        config=dataclasses.replace(loaded.config, model=model, decode=decode),
+        codec=encodec.read_spec(source), codec_source=source, params={"lm": known},
+    )  # fmt: skip
+    monkeypatch.setattr(pretrained, "load", lambda *args, **how: tonal)
+    lm = begun(tmp_path / "two", run, "embedded")
+    for name in ("embed", "heads"):
+        assert lm[name].shape == known[name].shape and not (lm[name][0] == 7).any()
+        np.testing.assert_array_equal(lm[name][1:], known[name][1:])
 
 
 def test_a_tonal_stream_before_another_codec_helps_nobody(tmp_path, run):
