@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from launch.benchmark.options import Editing
+from launch.benchmark.options import Editing, balanced
 from launch.benchmark.peaks import seconds_of
 from launch.compile import hlo
 from magnet_jax.config import DecodeConfig, EditConfig
@@ -108,7 +108,7 @@ def opened(args: Editing) -> Study:
         codes.append(model._encode(wav_CN, source.sample_rate)[:, :window])
         about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
         texts.append(about["description"])
-    decode = dataclasses.replace(model.generation, steps=args.steps)
+    decode = dataclasses.replace(model.generation, steps=balanced(args.steps, model.generation))
     codes_BKT = np.concatenate([np.stack(codes)] * len(PLACES)).astype(np.int32)
     names = [path.name for path, _ in picked]
     return Study(model, decode, texts * len(PLACES), codes_BKT, names, args.seed)
@@ -266,7 +266,7 @@ def print_hole(seconds: float, read: dict[str, Any], filled: dict[str, Any]) -> 
 def measure(args: Editing) -> None:
     """Prints the figures as they come."""
     study = opened(args)
-    print(f"{args.checkpoint}; steps {args.steps}; {', '.join(study.names)}", flush=True)
+    print(f"{args.checkpoint}; steps {study.decode.steps}; {', '.join(study.names)}", flush=True)
     found = {"arguments": dataclasses.asdict(args), "clips": study.names, "holes": {}}
     found["cost"] = cost(study)
     for name, row in found["cost"].items():

@@ -14,7 +14,7 @@ import soxr
 from tqdm import tqdm
 
 from launch.benchmark import report
-from launch.benchmark.options import Long
+from launch.benchmark.options import Long, balanced
 from launch.compile import hlo
 from magnet_jax import programs
 from magnet_jax.codec import decoding
@@ -201,6 +201,7 @@ def measure(args: Long) -> None:
     from magnet_jax import api  # its parts are slow to load
 
     model = api.MAGNeT.get_pretrained(args.checkpoint)
+    args = dataclasses.replace(args, steps=balanced(args.steps, model.generation))
     model.generation = dataclasses.replace(model.generation, steps=args.steps)
     window = sampling.segment_frames(model.loaded.config, model.loaded.codec)
     samples, heard = round(window * model.sample_rate / model.frame_rate), tagger.load()

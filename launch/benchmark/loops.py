@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from launch.benchmark.options import Loops
+from launch.benchmark.options import Loops, balanced
 from launch.compile import hlo
 from magnet_jax.config import EditConfig
 from magnet_jax.decode import canvas, likelihood, placement, rescore, sampler, sampling
@@ -168,6 +168,7 @@ def measure(args: Loops) -> None:
     from magnet_jax.edit import bars
 
     model = api.MAGNeT.get_pretrained(args.checkpoint)
+    args = dataclasses.replace(args, steps=balanced(args.steps, model.generation))
     model.generation = dataclasses.replace(model.generation, steps=args.steps)
     length = bars.of(args.bpm, args.bars, None, most=model.max_duration)
     print(f"{args.checkpoint}; {args.clips} of {length.words}; steps {args.steps}", flush=True)

@@ -8,7 +8,15 @@ import tyro
 
 from launch.benchmark import report
 from magnet_jax.arguments import Between, Count, Seconds, Seed, check_fields
-from magnet_jax.config import ASSETS, EMBEDDED, ComputeDtype, Preset, RescoreConfig
+from magnet_jax.config import (
+    ASSETS,
+    EMBEDDED,
+    ComputeDtype,
+    DecodeConfig,
+    Preset,
+    RescoreConfig,
+    preset_steps,
+)
 from magnet_jax.errors import UserError
 from magnet_jax.io.files import PICTURES, check_new_file
 from tokenization.settings import Job
@@ -224,8 +232,8 @@ class Long:
     """Length of a clip."""
     ways: tuple[str, ...] = ("sliding", "sliding, rate", "anchors", "anchors, lead 0", "joint")
     """What is compared: these, and windows that know nothing of each other."""
-    steps: Annotated[tuple[Count, ...], tyro.conf.arg(name="decode.steps")] = (10, 5, 5, 5)
-    """Decoding steps of each codebook."""
+    steps: Annotated[tuple[Count, ...] | None, tyro.conf.arg(name="decode.steps")] = None
+    """Decoding steps of each codebook, by default those of the preset balanced."""
     seed: Seed = 0
     json: Path | None = None
     """File for all figures, written anew after each clip."""
@@ -253,8 +261,8 @@ class Editing:
     """How many of those that fill the model's window."""
     holes: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
     """Seconds of a hole, at a quarter and at three quarters of the window."""
-    steps: tuple[int, ...] = (10, 5, 5, 5)
-    """Decoding steps of each codebook."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default those of the preset balanced."""
     seed: int = 0
     """Of the decoding, of the planted errors and of the intervals."""
     json: Path | None = None
@@ -263,12 +271,11 @@ class Editing:
     """PNG, PDF or SVG file for a clip with planted errors, before and after its repair."""
 
     def __post_init__(self):
+        check_fields(self, "--")
         if self.clips < 2:
             raise UserError("--clips must be at least 2: a clip is read within another's sides")
         if not self.holes or not all(0 < seconds < 1e4 for seconds in self.holes):
             raise UserError("--holes must be seconds above 0")
-        if min(self.steps, default=0) < 1:
-            raise UserError("--steps must be numbers of at least 1")
         report.check_parent("--json", self.json)
         check_new_file("--picture", self.picture, PICTURES)
 
@@ -281,8 +288,8 @@ class Serving:
     """The model, as for launch.sample."""
     seconds: Annotated[float, Between(0, 600, above=True)] = 2.0
     """Length of a clip."""
-    steps: tuple[int, ...] = (20, 10, 10, 10)
-    """Decoding steps of each codebook."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default those of the preset balanced."""
     requests: Count = 48
     """Clips of each way, in each repeat."""
     concurrency: Count = 8
@@ -306,8 +313,8 @@ class Loops:
     """Quarters a minute."""
     bars: Count = 2
     """Of a loop."""
-    steps: tuple[Count, ...] = (10, 5, 5, 5)
-    """Decoding steps of each codebook."""
+    steps: tuple[Count, ...] | None = None
+    """Decoding steps of each codebook, by default those of the preset balanced."""
     seed: int = 0
     """Of the decoding and of the intervals."""
     json: Path | None = None
@@ -340,7 +347,7 @@ class Texts:
     fade: Annotated[float, Between(0, 60)] = 0.5
     """Seconds in which it does."""
     steps: tuple[Count, ...] | None = None
-    """Decoding steps of each codebook, by default the paper's."""
+    """Decoding steps of each codebook, by default those of the preset balanced."""
     batch_size: Count = 8
     """Clips at once."""
     seed: Seed = 0
@@ -355,3 +362,8 @@ class Texts:
         if list(self.shares) != sorted(set(self.shares)):
             raise UserError("--shares must rise")
         report.check_parent("--json", self.json)
+
+
+def balanced(steps: tuple[int, ...] | None, model: DecodeConfig) -> tuple[int, ...]:
+    """Decoding steps as given, or those of the preset balanced for a model of these settings."""
+    return steps or preset_steps("balanced", len(model.steps))

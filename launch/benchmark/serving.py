@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import uvicorn
 
-from launch.benchmark.options import Serving
+from launch.benchmark.options import Serving, balanced
 from launch.serve.__main__ import Args, open_engine
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
@@ -81,6 +81,8 @@ def measure(args: Serving) -> None:
         limits = Limits(max_batch=args.concurrency, queue=1000, queue_per_client=1000)
         serve = Args(checkpoint=args.checkpoint, folder=Path(folder), warm="none", limits=limits)
         engine = open_engine(serve)
+        steps = balanced(args.steps, engine.model.loaded.config.decode)
+        args = dataclasses.replace(args, steps=steps)
         with engine, _served(engine) as port, ThreadPoolExecutor(args.concurrency) as pool:
             engine.warmed.wait()
 

@@ -15,9 +15,8 @@ import numpy as np
 import soxr
 
 from launch.benchmark.editing import shown
-from launch.benchmark.options import Texts
+from launch.benchmark.options import Texts, balanced
 from launch.compile import hlo
-from magnet_jax.config import preset_steps
 from magnet_jax.decode import canvas, placement, sampler, sampling
 from magnet_jax.decode.tokens_of_text import tokenize_texts
 from magnet_jax.errors import UserError
@@ -179,9 +178,9 @@ def measure(args: Texts) -> None:
     from magnet_jax import api  # its parts are slow to load
 
     model = api.MAGNeT.get_pretrained(args.checkpoint)
-    steps = args.steps or preset_steps("paper", len(model.generation.steps))
-    model.set_generation_params(decoding_steps=steps, duration=args.seconds)
-    print(f"{args.checkpoint}; steps {steps}; {args.clips} clips of {args.seconds:g} s a row")
+    args = dataclasses.replace(args, steps=balanced(args.steps, model.generation))
+    model.set_generation_params(decoding_steps=args.steps, duration=args.seconds)
+    print(f"{args.checkpoint}; steps {args.steps}; {args.clips} clips of {args.seconds:g} s a row")
     print("share of the second text that is heard, from 0 to 1, with 95 % intervals")
     print("| | probe | tag |\n| --- | --- | --- |", flush=True)
     heard = {}

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse
 
-from magnet_jax.config import PRESETS, DecodeConfig, decode_of
+from magnet_jax.config import PRESETS, DecodeConfig, decode_of, preset_steps
 from magnet_jax.serving import requests
 from magnet_jax.serving.engine import Engine
 
@@ -46,7 +46,7 @@ async def models(request: Request) -> dict[str, Any]:
         "frame_rate": model.frame_rate,
         "seconds": model.max_duration,
         "decode": dataclasses.asdict(how),
-        "presets": PRESETS if steps and len(steps) == 4 else {},
+        "presets": {name: preset_steps(name, len(steps)) for name in PRESETS} if steps else {},
         "makes": ["generate", *edits],
         "limits": dataclasses.asdict(engine.limits),
     }
