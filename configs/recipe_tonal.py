@@ -3,9 +3,9 @@
 python -m launch.train --config recipe_tonal --data data/tokens-tonal --text.source data/text \\
     --out runs/tonal-model
 
-A token of the first stream lasts as long as its note. So its neighbours tell it, whom a small model
-finds where it sees no others; and spans are kept in random order: the surest first would be a
-drone.
+A token of the first stream lasts as long as its note, so it mostly follows from its neighbours. A
+small model learns that sooner if it sees near frames alone. And spans are kept in random order,
+because keeping the surest first gives one held note.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ drums or bands. Its scores are in {card}. The rest shows how such models are mad
 ABOUT_MADE = """\
   heard      {shipped}, the model that ships
   data set   {data}
-  run        {run}; tensorboard --logdir {run}
+  run        {run}; losses in {run}/metrics.jsonl
   music      {wavs}
   export     {exported}
 This second model, trained for minutes on twenty clips, has learned what such music sounds like, not

@@ -435,7 +435,6 @@ class RescoreConfig:
 
 
 Preset = Literal["paper", "paper-30s", "balanced", "draft"]
-# Decoding steps of each codebook. Time goes with their sum.
 # Decoding steps of the first codebook, and of each further one.
 PRESETS: dict[str, tuple[int, int]] = {
     "paper": (20, 10),  # section 4

@@ -12,7 +12,7 @@ DIR may be gs://BUCKET/FOLDER, see tokenization/place.py. On Apache Beam: tokeni
     DIR/units/          finished shards until the end, then their .json files only
     DIR/rejects.jsonl   one line a file left out: path, reason, detail
     DIR/mix_rejects.jsonl   with --mix-ratio: the same of mixed tracks
-    DIR/tokens-*        the data set, see magnet_jax/records.py
+    DIR/tokens-*        the data set, see magnet_jax/data/records.py
 """
 
 import contextlib

@@ -36,7 +36,7 @@ from magnet_jax.io import bucket, files, lock, trees
 from magnet_jax.model import lora, t5, transformer
 
 # Settings that may change when a run goes on: what is trained is the same without them. Each
-# setting is here or in tests/test_checkpoint.py.
+# setting is here or in tests/checkpoints/test_run_folder.py.
 MUTABLE = {"out", "steps", "log_every", "eval_every", "eval_batches", "sample_every",
            "sample_prompts", "save_every", "keep_last", "keep_every", "keep_best", "remat",
            "clips_per_device", "kernels", "mesh", "distributed", "profile", "wandb", "decode",

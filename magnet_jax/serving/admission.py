@@ -51,17 +51,22 @@ def check(job: Job, server: Server) -> None:
     if job.kind == "loop":
         most = min(most, server.model.max_duration)
     require(sum(lengths) <= most, "seconds", f"must be at most {most:g}")
+    there = 0.0  # seconds of what becomes longer
     if job.kind == "generate":
         return
     require(server.edits, "model", f"a {server.model.kind} makes clips of texts alone")
     for file, clip in sources_of(request):
         if file is not None:
-            server.files.about(file, job.owner)
+            there += server.files.about(file, job.owner)["seconds"]
         else:
             made = server.job(clip.id, job.owner)
-            there = made.state == "done" and server.files.clip(made.id, clip.index).exists()
+            done = made.state == "done" and server.files.clip(made.id, clip.index).exists()
             what = f"job {clip.id} has no clip {clip.index}, or not yet"
-            require(there, "job", what, status=409, code="job_not_done")
+            require(done, "job", what, status=409, code="job_not_done")
+            there += sum(one.seconds for one in made.clips if one.index == clip.index)
+    if job.kind in ("extend", "between"):
+        whole = f"must be at most {most:g} in all, with the {there:g} that are there"
+        require(sum(lengths) + there <= most, "seconds", whole)
 
 
 def check_room(job: Job, waiting: list[Job], server: Server, seconds: float | None) -> None:

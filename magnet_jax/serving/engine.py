@@ -95,6 +95,7 @@ class Engine:
         self._running: list[Job] = []
         # Of longer clips that were begun: what makes more of them, and what there is.
         self._begun: dict[str, tuple[Iterator[long.Part], long.Part]] = {}
+        self._heard = work.first_heard(model)
         self._share = 1.0  # of a job that is made alone: how much the device has just made
         self.draining = self._closed = False
         # Of idempotent requests: owner, client and key; the job, and what its request hashes to.
@@ -319,8 +320,10 @@ class Engine:
         """Begins a batch of jobs, or goes on with them. Each is charged what all of it takes."""
         estimate, least = self._seconds_of(jobs), self.limits.job_seconds
         for job in jobs:
-            # Where nothing like it was made yet, an edit's smaller programs are compiled as well.
-            budget = 10 * least if estimate is None else max(least, job.spent + 2 * estimate)
+            # Where nothing like it was made yet, programs are compiled; and how long an edit takes
+            # depends on more than its kind.
+            known = estimate is not None and job.kind == "generate"
+            budget = max(least if known else 10 * least, job.spent + 2 * (estimate or 0))
             job.budget = max(job.budget, budget)
             if job.state == "queued":
                 job.state, job.started = "running", time.time()
@@ -376,9 +379,10 @@ class Engine:
                         if job.state in ENDED:  # while the device was at it
                             self._begun.pop(job.id, None)
                     self._made["busy_seconds"] += took
-                    self._running = []
-                    if programs.count() == compiled:  # nothing was compiled meanwhile
+                    # Nothing was compiled meanwhile, and no job left before its work was done.
+                    if programs.count() == compiled and not any(map(_left, self._running)):
                         self._pace.took(batch, self._share, took)
+                    self._running = []
                     self._batches[len(batch)] += 1
                     self._lock.notify_all()
 
@@ -413,7 +417,7 @@ class Engine:
                 job.done = before[job.id] + count * progress.done
                 job.stage = f"codebook {progress.codebook + 1}"
                 job.changed()
-            if progress.done < progress.total and progress.codebook == 0:
+            if progress.done < progress.total and progress.codebook < self._heard:
                 self._previews(batch, progress)
 
         try:
@@ -429,12 +433,13 @@ class Engine:
 
     def _previews(self, batch: list[Row], progress: Progress) -> None:
         """Keeps what the first codebook sounds like, for those who want to hear it."""
-        steps = getattr(work.decode_of(batch[0].decoding), "steps", (0,))
+        steps, heard = getattr(work.decode_of(batch[0].decoding), "steps", (0,)), self._heard
         wanted = [i for i, row in enumerate(batch) if row.index == 0 and row.job.request.preview]
-        if progress.done != steps[0] or not wanted or len(steps) == 1:
+        if progress.done != sum(steps[:heard]) or not wanted or len(steps) == heard:
             return
         for i in wanted:
-            wav_CN = work.preview(self.model, progress.codes_BKT[i], batch[i].num_frames)
+            codes_KT = progress.codes_BKT[i, :heard]
+            wav_CN = work.preview(self.model, codes_KT, batch[i].num_frames)
             self._write(batch[i].job, self._keep_preview, batch[i].job, wav_CN)
 
     def _go_on(self, row: Row) -> None:
@@ -478,10 +483,14 @@ class Engine:
         return work.confidence(self.model, made.codes_KT, row.text)
 
     def _edit(self, job: Job) -> None:
+        part = 1
+
         def between(progress: Progress) -> None:
+            nonlocal part
             self._live([job])
+            part += progress.done < job.done  # a window after another
             job.done, job.total = progress.done, progress.total
-            job.stage = f"codebook {progress.codebook + 1}"
+            job.stage = (part > 1) * f"part {part}, " + f"codebook {progress.codebook + 1}"
             job.changed()
 
         made = self._editor.run(job, between)
@@ -649,3 +658,8 @@ class Engine:
                 self._remembered(record)
             own = [job for job in self._jobs.values() if job.owner == owner]
             return sorted(own, key=lambda job: job.created)
+
+
+def _left(job: Job) -> bool:
+    """Whether the device left a job before its work was done, but for taking too long."""
+    return job.state == "cancelled" or (job.error is not None and job.error.code != "time_limit")

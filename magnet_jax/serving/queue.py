@@ -65,7 +65,7 @@ class Pace:
 
     def __init__(self, window_seconds: float, frame_rate: float):
         self._window, self._rate = window_seconds, frame_rate
-        self._speed: dict[str, float] = {}  # seconds of a frame's step; or of a frame, of an edit
+        self._speed: dict[str, float] = {}  # seconds of a frame's step; or of a frame, or an edit
 
     def _size(self, job: Job) -> tuple[str, float]:
         """What a job is like, and how much of it there is in all."""
@@ -80,7 +80,8 @@ class Pace:
         """Seconds that what is left of a job takes; None where nothing like it was made yet."""
         kind, size = self._size(job)
         speed = self._speed.get(kind)
-        left = 1 - job.done / job.total if job.total else 1.0
+        # (an edit's parts count from 0 each, and how many there are is not known)
+        left = 1 - job.done / job.total if job.total and job.kind == "generate" else 1.0
         return None if speed is None else size * left * speed
 
     def took(self, batch: list[Row], share: float, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticSerializationError
 
 from magnet_jax.config import Preset
 from magnet_jax.errors import UserError
@@ -101,6 +102,10 @@ class Request(BaseModel):
             self.description  # noqa: B018 (which says what is wrong)
         except UserError as error:
             raise ValueError(str(error)) from None
+        try:
+            self.model_dump_json()
+        except PydanticSerializationError:
+            raise ValueError("a text is not valid Unicode: it holds half a character") from None
         return self
 
     @property

@@ -95,7 +95,7 @@ def decoding_of(model: Model, request: requests.Request) -> SamplingConfig:
         raise RequestError(
             f"steps: give one number a codebook, {len(how.steps)}, not {len(steps)}", param="steps"
         )
-    ends = {"max_guidance": guidance[0], "min_guidance": guidance[1:] and guidance[1] or None}
+    ends = {"max_guidance": guidance[0], "min_guidance": guidance[1] if len(guidance) > 1 else None}
     return with_decode(default, replaced(how, **given, **ends, steps=steps or None))
 
 
@@ -178,13 +178,19 @@ def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
     ]
 
 
+def first_heard(model: Model) -> int:
+    """How many codebooks, from the first one on, make a sound: a tonal stream alone makes none."""
+    sounds_K = np.asarray(model.decoder.params["codebooks"]).any((1, 2))
+    return int(sounds_K.argmax()) + 1
+
+
 def preview(model: Model, codes_KT: jax.Array, num_frames: int) -> np.ndarray:
-    """What the first codebook alone sounds like, [C, N]."""
+    """What the first codebooks alone sound like, [C, N]."""
     decoder = model.decoder
-    params = decoder.params | {"codebooks": decoder.params["codebooks"][:1]}
+    params = decoder.params | {"codebooks": decoder.params["codebooks"][: len(codes_KT)]}
     how = {"config": decoder.config, "frames": None, "platform": jax.default_backend()}
     wav_1CN = programs.call(
-        segments.finish, params, codes_KT[None, :1], np.int32(num_frames), what="a preview", **how
+        segments.finish, params, codes_KT[None], np.int32(num_frames), what="a preview", **how
     )
     return np.asarray(wav_1CN)[0, :, : round(num_frames * model.sample_rate / model.frame_rate)]
 

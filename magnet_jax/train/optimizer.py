@@ -40,6 +40,12 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return lambda count: schedule(count + 1)
 
 
+def ends_at(config: OptimizerConfig) -> float:
+    """The step from which on the learning rate is 0; infinity where it never is."""
+    ends = config.schedule == "cosine" and config.final_lr_ratio == 0
+    return config.schedule_steps if ends else math.inf
+
+
 class DAdamState(NamedTuple):
     """What `dadam` remembers; of the three trees each has the parameters' structure, in float32."""
 

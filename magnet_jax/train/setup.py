@@ -20,7 +20,7 @@ from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.io import bucket
 from magnet_jax.model import precision, sharding, t5, transformer
-from magnet_jax.train import distributed, plan, steps
+from magnet_jax.train import distributed, optimizer, plan, steps
 from magnet_jax.train.steps import StepSettings
 
 
@@ -187,6 +187,11 @@ def set_up(config: RunConfig) -> Setup:
     before = before and from_dict(plan.Choice, before, run_folder.STEP)
     first = plan.as_before(config, before)
     say = distributed.say_first
+    if (end := optimizer.ends_at(config.optimizer)) < config.steps:
+        say(
+            f"note: the learning rate is 0 from step {end} on, and --steps are {config.steps}: "
+            "give --optimizer.schedule-steps as many"
+        )
     settings, _ = plan.choose(config, text[0], dtype, frames, device, say=say, first=first)
     base = lm if config.lora.rank else None
     distributed.first_does(lambda: run_folder.prepare_run(run, config, spec, text, base))

@@ -11,10 +11,10 @@ import pytest
 from magnet_jax.decode import sampling
 from magnet_jax.errors import UserError
 from magnet_jax.prompts import Prompt
-from magnet_jax.serving import store, work
+from magnet_jax.serving import admission, store, work
 from magnet_jax.serving.errors import RequestError
 from magnet_jax.serving.jobs import new_job
-from magnet_jax.serving.requests import KINDS, Extend, Generate, Inpaint, Result
+from magnet_jax.serving.requests import KINDS, Extend, Generate, Inpaint, Result, Vary
 
 SECONDS = 0.6
 
@@ -274,6 +274,38 @@ def test_estimates_come_of_what_was_made(engine, gate):
         assert all(view["eta_seconds"] is not None for view in views)
         assert views[2]["eta_seconds"] >= views[0]["eta_seconds"]
     assert all(job.wait(300) for job in jobs)
+
+
+def test_what_was_left_teaches_nothing_of_how_long_work_takes(engine, gate, monkeypatch):
+    """Else the next job of its kind is ended as one that takes too long."""
+    assert engine.submit(request()).wait(300)
+    before = dict(engine._pace._speed)
+    with gate.shut():
+        job = engine.submit(request("left"))
+        while job.state == "queued":
+            time.sleep(0.01)
+        engine.cancel(job)
+    assert job.wait(300) and job.state == "cancelled"
+    assert engine.submit(request()).wait(300)  # whose batch comes after that one
+
+    def fail(*args):
+        raise UserError("the region is too short")
+
+    monkeypatch.setattr(work.Editor, "run", fail)
+    monkeypatch.setattr(admission, "check", lambda *args: None)
+    failed = engine.submit(Vary(job=Result(id=job.id), input="x"))
+    assert failed.wait(300) and failed.error and "vary" not in engine._pace._speed
+    assert failed.budget >= 10 * engine.limits.job_seconds
+    assert engine._pace._speed.keys() == before.keys()
+
+
+def test_a_tonal_stream_is_not_heard_alone():
+    sounds = np.ones((5, 4, 3), np.float32)
+    decoder = SimpleNamespace(params={"codebooks": sounds})
+    model = SimpleNamespace(decoder=decoder)
+    assert work.first_heard(model) == 1
+    sounds[0] = 0
+    assert work.first_heard(model) == 2
 
 
 CLIP = {"job": {"id": "a" * 26}, "seed": 5, "input": "x"}

@@ -197,6 +197,32 @@ def test_an_edit_by_keys_alone_and_how_sure_the_model_is(page):
     page.get_by_label("Show how sure", exact=False).evaluate("box => box.checked = false")
 
 
+def test_what_was_typed_and_marked_outlives_uploads_refreshes_and_other_edits(page):
+    text, begin = (
+        page.get_by_label("Text", exact=True),
+        page.get_by_label("Region 1, begin", exact=False),
+    )
+    text.fill("typed and not sent")
+    page.get_by_role("button", name="Example").click()
+    page.get_by_text("an example, ").wait_for()
+    assert text.input_value() == "typed and not sent"
+    page.get_by_role("button", name="Add a region").click()
+    page.get_by_role("button", name="Add a region").click()  # behind the first
+    assert page.get_by_label("Region 2, begin", exact=False).input_value() == "1.2"
+    page.get_by_label("Region 2, end", exact=False).press("ArrowUp")  # stays under the keys
+    page.keyboard.press("ArrowUp")
+    assert page.get_by_label("Region 2, end", exact=False).input_value() == "4.2"
+    page.reload()
+    page.get_by_text("an example, ").wait_for()
+    assert text.input_value() == "typed and not sent" and page.locator("#regions li").count() == 2
+    page.locator("#kind").select_option("restyle")
+    page.get_by_text("All of the clip is edited.").wait_for()
+    page.reload()
+    page.get_by_text("All of the clip is edited.").wait_for()
+    assert page.get_by_label("Strength").is_visible() and not begin.is_visible()
+    page.locator("#kind").select_option("inpaint")
+
+
 def test_a_recording_is_edited(page, engine):
     page.get_by_role("button", name="Record").click()
     page.get_by_role("button", name="End the recording").wait_for()

@@ -81,6 +81,18 @@ def test_a_clip_and_what_is_told_of_it(client, model):
     assert client.get(result["audio"], headers={"Range": "bytes=9999999-"}).status_code == 416
 
 
+def test_guidance_may_end_at_nothing(client):
+    job = client.get(f"/v1/jobs/{ask(client, guidance=[10, 0]).headers['x-job-id']}").json()
+    decode = client.get(job["results"][0]["settings"]).json()["decode"]
+    assert (decode["max_guidance"], decode["min_guidance"]) == (10, 0)
+
+
+def test_what_becomes_longer_stays_within_the_limit(client):
+    clip = {"id": ask(client).headers["x-job-id"]}
+    told = failed(ask(client, "extend", job=clip, after=599.9), 400, param="seconds")
+    assert "must be at most 600 in all, with the" in told
+
+
 def test_names_of_similar_services_and_drawn_seeds(client):
     fields = {"prompt": "a harp", "audio_length": SECONDS, "guidance_scale": 3, "input": None}
     del fields["input"]
@@ -218,6 +230,9 @@ def test_what_is_wrong_with_a_request_is_said(client):
     failed(ask(client, n=99), 400, param="n")
     failed(ask(client, seed=-1), 400, param="seed")
     failed(ask(client, input="x" * 2001), 400, param="input")
+    half = b'{"input": "\\ud800"}'
+    told = failed(client.post("/v1/audio/generate", content=half, headers=JSON), 400)
+    assert "not valid Unicode" in told
     failed(ask(client, seconds=601.0), 400, param="seconds")
     failed(ask(client, "loop", seconds=3.0), 400, param="seconds")
     failed(ask(client, seconds=0.001), 400, param="seconds")

@@ -91,3 +91,10 @@ def test_a_tonal_stream_before_another_codec_helps_nobody(tmp_path, run):
 def test_a_tonal_stream_wants_room_and_training(tmp_path, run, changes, message):
     with pytest.raises(UserError, match=message):
         begun(tmp_path, run, "embedded", **changes)
+
+
+@pytest.mark.parametrize(("steps", "is_said"), [(60, False), (61, True)])
+def test_steps_that_would_teach_nothing_are_said(tmp_path, run, capsys, steps, is_said):
+    begun(tmp_path, run, "embedded", steps=steps)
+    note = "the learning rate is 0 from step 60 on, and --steps are 61"
+    assert (note in capsys.readouterr().out) == is_said

@@ -9,6 +9,8 @@ const WORDS = {
   restyle: "restyled", vary: "varied", repair: "repaired",
 };
 const ENDED = ["done", "failed", "cancelled"];
+const ROUGH = "Hear a rough version";
+const SHORT = "This region is too short to change no sample outside it. Mark a longer one, or untick that.";
 
 export const ended = (view) => ENDED.includes(view.state);
 export const say = (text) => ($("said").textContent = text);
@@ -68,7 +70,7 @@ class Part {
     Object.assign(this, { entry, card, draft, over: false, latest: entry });
     this.words = h("span", {}, "sent");
     this.bar = h("progress", { "aria-label": "progress" });
-    this.hear = h("button", { hidden: true, onclick: () => this.preview() }, "Hear its beginning");
+    this.hear = h("button", { hidden: true, onclick: () => this.preview() }, ROUGH);
     this.status = h("div", {}, this.bar, h("p", { klass: "about" }, this.words, " ", this.hear));
     this.clips = h("div", {});
     this.element = h("div", { "data-job": entry.id }, this.status, this.clips);
@@ -100,13 +102,22 @@ class Part {
   }
 
   preview() {
+    if (this.rough && playing() === this.rough) return stop();
     const still = () => {};
-    const sound = { url: this.view.preview };
-    play({ sound, time: 0, seconds: 1e9, at: still, played: still, failed: still });
+    const played = (is) => (this.hear.textContent = is ? "Stop" : ROUGH);
+    this.rough = { sound: { url: this.view.preview }, time: 0, seconds: 1e9, at: still, played, failed: still };
+    play(this.rough);
+  }
+
+  /** Nothing more comes of the job: its rough version, whose button goes, is not heard on. */
+  leave() {
+    this.over = true;
+    if (this.rough && playing() === this.rough) stop();
   }
 
   end(text, bad = false) {
-    this.over = true;
+    this.leave();
+    if (text.includes("edge='inside'")) text = SHORT;
     this.status.replaceChildren(h("p", { klass: bad ? "about bad" : "about" }, text));
     this.card.changed();
   }
@@ -118,7 +129,7 @@ class Part {
   }
 
   done(view) {
-    this.over = true;
+    this.leave();
     this.status.remove();
     const several = view.results.length > 1;
     this.clips.append(...view.results.map((result) => this.clip(view, result, several)));

@@ -26,12 +26,7 @@ export class Editor {
       this.upload(await (await fetch("/page/example.flac")).blob(), "an example");
     }));
     $("undo").addEventListener("click", () => this.load(this.last.pop(), false));
-    $("add-region").addEventListener("click", () => {
-      const { time, seconds } = this.strip;
-      const first = time < seconds - 0.5 ? time : 0;
-      this.strip.add(first, Math.min(first + 1, seconds));
-      $("regions").querySelector("li:last-child input").focus();
-    });
+    $("add-region").addEventListener("click", () => this.addRegion());
     $("record").hidden = !navigator.mediaDevices;
     $("record").addEventListener("click", () => this.record());
     const drop = $("controls");
@@ -42,10 +37,12 @@ export class Editor {
     });
     drop.addEventListener("dragleave", () => drop.classList.remove("dropping"));
     drop.addEventListener("drop", (event) => {
-      event.preventDefault();
       drop.classList.remove("dropping");
+      const [file] = event.dataTransfer.files;
+      if (!file) return; // words, which go where they are dropped
+      event.preventDefault();
       $("tab-edit").click();
-      if (event.dataTransfer.files[0]) this.upload(event.dataTransfer.files[0]);
+      this.upload(file);
     });
     this.choose("inpaint");
   }
@@ -56,7 +53,22 @@ export class Editor {
 
   choose(kind) {
     $("kind").value = kind;
-    for (const part of document.querySelectorAll("[data-for]")) part.hidden = part.dataset.for !== kind;
+    for (const part of document.querySelectorAll("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(kind);
+    this.strip.marked = kind === "inpaint";
+    this.strip.draw();
+  }
+
+  /** A second from where the clip is heard, or where there is room for one; those that touch would be one. */
+  addRegion() {
+    const { time, seconds, regions } = this.strip;
+    const apart = 0.2;
+    const free = (t) => t <= seconds - 0.5 && !regions.some(([first, end]) => t < end + apart && t + 0.5 + apart > first);
+    const first = [time, 0, ...regions.map(([, end]) => end + apart)].find(free);
+    if (first === undefined) return this.failed(new Error("There is no room for another region."));
+    const next = regions.map(([begin]) => begin - apart).filter((begin) => begin > first);
+    this.strip.add(first, Math.min(first + 1, seconds, ...next));
+    const place = this.strip.regions.findIndex(([begin, end]) => begin <= first + 0.25 && first + 0.25 < end);
+    $("regions").children[place]?.querySelector("input").focus();
   }
 
   /** The fields of an edit; raises what is missing, unless it is an example. */
@@ -86,7 +98,8 @@ export class Editor {
 
   /** Takes a clip of a card. */
   take({ job, name, request, extra }) {
-    this.text(request.input);
+    this.taken = request.input ?? "";
+    this.text(this.taken);
     return this.load({ job, name, confidence: extra.confidence, loop: extra.loop });
   }
 
@@ -117,7 +130,7 @@ export class Editor {
       $("no-source").textContent = `Reading ${name} …`;
       try {
         const { id } = await ask("/v1/files", { method: "POST", form });
-        this.text("");
+        if ($("input").value === this.taken) this.text(""); // another clip's; what was typed stays
         await this.load({ file: id, name });
       } finally {
         $("no-source").textContent = "Upload or drop a file, or press Edit at a clip.";
@@ -151,6 +164,10 @@ export class Editor {
 
   /** Regions as numbers, for who does not drag. */
   list() {
+    const { regions } = this.strip;
+    if (regions.length && this.kind !== "inpaint") this.choose("inpaint"); // they were dragged just now
+    memory.set("regions", regions);
+    const focused = document.activeElement?.getAttribute("aria-label");
     $("regions").replaceChildren(...this.strip.regions.map((range, i) => {
       const field = (end, name) => {
         const input = h("input", {
@@ -169,6 +186,7 @@ export class Editor {
         onclick: () => this.strip.mark(this.strip.regions.filter((other) => other !== range)),
       }, "✕"));
     }));
+    if (focused) [...$("regions").querySelectorAll("input")].find((input) => input.getAttribute("aria-label") === focused)?.focus();
   }
 
   /** Clips that a clip can be led on to. */
@@ -196,10 +214,12 @@ export class Editor {
   /** What was edited before a refresh, if the server still has it. */
   async restore() {
     const source = memory.get("source", null);
+    const regions = memory.get("regions", []);
     if (!source) return;
     try {
       await soundOf(source);
       await this.load(source);
+      if (this.kind === "inpaint") this.strip.mark(regions);
     } catch (error) {
       if (error.status === 404) memory.set("source", null); // else it may be there once more
       else this.failed(error);

@@ -86,6 +86,7 @@ function qualityOf() {
   if (own) return { steps: own.split(",").map(Number) };
   return $("quality").value ? { preset: $("quality").value } : {};
 }
+$("quality").addEventListener("input", () => ($("steps").value = "")); // which would win over it
 
 const kindOf = (which) => ({ edit: editor.kind, loop: "loop" })[which] ?? "generate";
 
@@ -99,7 +100,10 @@ function requestOf(which, example = false) {
     deterministic: $("deterministic").checked || undefined, async: true,
     negative_prompt: $("negative").value || undefined,
   };
-  if (guidance[0] !== undefined) body.guidance = guidance.filter((one) => one !== undefined);
+  if (guidance.some((one) => one !== undefined)) {
+    guidance[0] ??= model.decode.max_guidance ?? model.decode.guidance;
+    body.guidance = guidance.filter((one) => one !== undefined);
+  }
   const text = $("input").value;
   const later = laterOf();
   if (later.length) body.timeline = [[0, text], ...later];
@@ -180,7 +184,6 @@ $("form").addEventListener("submit", async (event) => {
   try {
     if (tab === "drafts") await makeDrafts();
     else await make(kindOf(tab), requestOf(tab));
-    keepSettings();
   } catch (error) {
     $("failed").textContent = error.message;
   }
@@ -315,8 +318,10 @@ $("forget").addEventListener("click", () => {
 const fields = () => [...$("form").elements].filter((field) => field.id && "value" in field && !["file", "submit", "button"].includes(field.type));
 
 function keepSettings() {
-  memory.set("settings", Object.fromEntries(fields().map((f) => [f.id, f.type === "checkbox" ? f.checked : f.value])));
+  const values = Object.fromEntries(fields().map((f) => [f.id, f.type === "checkbox" ? f.checked : f.value]));
+  memory.set("settings", { ...values, later: laterOf() });
 }
+addEventListener("pagehide", keepSettings);
 
 function setFields(values) {
   for (const field of fields()) {
@@ -324,6 +329,8 @@ function setFields(values) {
     const value = values[field.id] ?? "";
     if (field.type === "checkbox") field.checked = Boolean(value);
     else if (field.tagName !== "SELECT" || [...field.options].some((o) => o.value === `${value}`)) field.value = value;
+    const hidden = $("advanced").contains(field) && (field.type === "checkbox" ? field.checked !== field.defaultChecked : field.value !== plain[field.id]);
+    if (hidden) $("advanced").open = true; // nothing steers unseen
   }
   showLength();
 }
@@ -428,7 +435,11 @@ async function restore() {
 }
 
 fill();
-setFields(memory.get("settings", {}));
+const plain = Object.fromEntries(fields().map((field) => [field.id, field.value]));
+const kept = memory.get("settings", {});
+setFields(kept);
+(kept.later ?? []).forEach(([from, text]) => addLater(from, text));
+editor.choose(editor.kind);
 open(location.hash.slice(1));
 await restore();
 await editor.restore();

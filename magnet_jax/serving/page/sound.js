@@ -28,13 +28,17 @@ function begin(voice) {
 /** Plays a strip's sound from some second on; within `region` again and again. */
 export function play(strip, from = 0, region = null) {
   stop();
-  if (strip.sound.loop) return playLoop(strip, from);
+  if (strip.sound.loop && !region) return playLoop(strip, from);
   const audio = $("player");
   const url = new URL(strip.sound.url, location).href;
   if (audio.src !== url) audio.src = url;
   audio.currentTime = from;
   audio.onended = () => {
     if (now?.strip !== strip) return;
+    if (region) {
+      audio.currentTime = region[0];
+      return audio.play();
+    }
     stop();
     strip.at(0);
   };

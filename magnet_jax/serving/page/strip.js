@@ -19,7 +19,7 @@ export class Strip {
    */
   constructor(label, { marks = null, played = () => {}, failed = () => {} } = {}) {
     Object.assign(this, { label, marks, failed, whenPlayed: played });
-    Object.assign(this, { time: 0, seconds: 0, regions: [], chosen: -1, sound: {}, drag: null });
+    Object.assign(this, { time: 0, seconds: 0, regions: [], chosen: -1, sound: {}, drag: null, marked: true });
     this.canvas = h("canvas", { tabindex: 0, role: "slider", "aria-label": label, "aria-valuemin": 0 });
     this.element = h("div", { klass: marks ? "strip marks" : "strip" }, this.canvas);
     const on = (name, does) => this.canvas.addEventListener(name, does.bind(this));
@@ -83,7 +83,9 @@ export class Strip {
     this.drawWave(pen, width, tall, colour("wave"), colour("played"));
     this.drawBars(pen, tall, colour("dim"));
     for (const range of sound.changed ?? []) this.hatch(pen, range, tall, colour("mark"));
-    this.regions.forEach((range, i) => this.drawRegion(pen, range, tall, colour("mark"), i === this.chosen));
+    if (this.marked || this.drag) {
+      this.regions.forEach((range, i) => this.drawRegion(pen, range, tall, colour("mark"), i === this.chosen));
+    }
     if (sound.confidence) this.drawSure(pen, width, tall, colour("sure"), colour("unsure"));
     pen.fillStyle = colour("ink");
     pen.fillRect(Math.min(this.x(this.time), width - 2), 0, 2, height);
