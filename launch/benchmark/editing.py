@@ -266,7 +266,8 @@ def print_hole(seconds: float, read: dict[str, Any], filled: dict[str, Any]) -> 
 def measure(args: Editing) -> None:
     """Prints the figures as they come."""
     study = opened(args)
-    print(f"{args.checkpoint}; steps {study.decode.steps}; {', '.join(study.names)}", flush=True)
+    args = dataclasses.replace(args, steps=study.decode.steps)
+    print(f"{args.checkpoint}; steps {args.steps}; {', '.join(study.names)}", flush=True)
     found = {"arguments": dataclasses.asdict(args), "clips": study.names, "holes": {}}
     found["cost"] = cost(study)
     for name, row in found["cost"].items():

@@ -1,7 +1,9 @@
 """Clips seen beside the real ones of their names."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from launch.evaluate.clips import Row
 from magnet_jax.edit.picture import draw_spectrogram
@@ -26,15 +28,15 @@ def draw(path: Path, row: Row, reference: Mapping[str, Path], listening: Listeni
 
     names = list(row.files)[:COUNT]
     figure = Figure(figsize=(14, 3 * len(names)), layout="constrained")
-    axes = figure.subplots(len(names), 2, sharex=True, sharey=True, squeeze=False)
+    axes = figure.subplots(len(names), 2, sharex="row", sharey=True, squeeze=False)
     for name, (left, right) in zip(names, axes):
         made_N = scores.read_mono(row.files[name], _RATE, listening)
         draw_spectrogram(left, made_N, _RATE)
-        left.set(title=row.captions.get(name, name))
+        _name(left, row.captions.get(name, name))
         if name in row.pairs:
             real_N = scores.read_mono(reference[row.pairs[name]], _RATE, listening)
             draw_spectrogram(right, real_N, _RATE)
-            right.set(title=f"real: {row.pairs[name]}")
+            _name(right, f"real: {row.pairs[name]}")
         else:
             right.set_axis_off()
         left.set(xlim=(0, len(made_N) / _RATE), ylim=(0, _RATE / 4))
@@ -42,3 +44,7 @@ def draw(path: Path, row: Row, reference: Mapping[str, Path], listening: Listeni
         axis.set(xlabel="seconds")
     with replacing_file(path) as temporary:
         figure.savefig(temporary, dpi=80, format=path.suffix[1:].lower())
+
+
+def _name(axis: Any, text: str) -> None:
+    axis.set_title(textwrap.shorten(text, 70, placeholder=" ..."), parse_math=False)

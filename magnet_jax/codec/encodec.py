@@ -64,8 +64,8 @@ _ENCODEC_KBPS = {
 }
 # Codecs trained for several bandwidths are used at the largest of them up to this one.
 DEFAULT_KBPS = 6.0
-# The vectors of a tonal stream's codebook, which are zeros.
 _LAYERS = "quantizer.layers."
+# The vectors of a tonal stream's codebook, which are zeros.
 _TONAL_VECTORS = f"{_LAYERS}0.codebook.embed"
 # What a transformers config.json means that does not say.
 _TRANSFORMERS_KBPS = (1.5, 3.0, 6.0, 12.0, 24.0)

@@ -66,7 +66,8 @@ def check(job: Job, server: Server) -> None:
             there += sum(one.seconds for one in made.clips if one.index == clip.index)
     if job.kind in ("extend", "between"):
         whole = f"must be at most {most:g} in all, with the {there:g} that are there"
-        require(sum(lengths) + there <= most, "seconds", whole)
+        where = "seconds" if job.kind == "between" else "after"
+        require(sum(lengths) + there <= most, where, whole)
 
 
 def check_room(job: Job, waiting: list[Job], server: Server, seconds: float | None) -> None:

@@ -410,15 +410,20 @@ class Engine:
     def _generate(self, batch: list[Row]) -> None:
         jobs = list({row.job.id: row.job for row in batch}.values())
         before = {job.id: job.done for job in jobs}
+        steps = getattr(work.decode_of(batch[0].decoding), "steps", ())
+        heard = sum(steps[: self._heard])  # steps after which something can be heard
+        last = 0
 
         def between(progress: Progress) -> None:
+            nonlocal last
             for job in self._live(jobs):
                 count = sum(row.job is job for row in batch)
                 job.done = before[job.id] + count * progress.done
                 job.stage = f"codebook {progress.codebook + 1}"
                 job.changed()
-            if progress.done < progress.total and progress.codebook < self._heard:
+            if last < heard <= progress.done < progress.total:
                 self._previews(batch, progress)
+            last = progress.done
 
         try:
             made = work.generate(self.model, batch, between)
@@ -432,13 +437,10 @@ class Engine:
                 self._write(row.job, self._keep_row, row, one, sure)
 
     def _previews(self, batch: list[Row], progress: Progress) -> None:
-        """Keeps what the first codebook sounds like, for those who want to hear it."""
-        steps, heard = getattr(work.decode_of(batch[0].decoding), "steps", (0,)), self._heard
+        """Keeps what the first codebooks sound like, for those who want to hear it."""
         wanted = [i for i, row in enumerate(batch) if row.index == 0 and row.job.request.preview]
-        if progress.done != sum(steps[:heard]) or not wanted or len(steps) == heard:
-            return
         for i in wanted:
-            codes_KT = progress.codes_BKT[i, :heard]
+            codes_KT = progress.codes_BKT[i, : self._heard]
             wav_CN = work.preview(self.model, codes_KT, batch[i].num_frames)
             self._write(batch[i].job, self._keep_preview, batch[i].job, wav_CN)
 
@@ -449,10 +451,10 @@ class Engine:
         if begun is None:
             parts = work.parts(self.model, row, lambda progress: self._tell(job, progress))
             begun = self._begun[job.id] = parts, next(parts)  # before any is made
-        parts, _ = begun
+        parts, part = begun
+        self._share = 1 / part.total
         part = next(parts)
         self._begun[job.id] = parts, part
-        self._share = 1 / part.total
         with self._lock:
             if job.state in ENDED:
                 return
@@ -488,7 +490,7 @@ class Engine:
         def between(progress: Progress) -> None:
             nonlocal part
             self._live([job])
-            part += progress.done < job.done  # a window after another
+            part += progress.done <= job.done  # a window after another
             job.done, job.total = progress.done, progress.total
             job.stage = (part > 1) * f"part {part}, " + f"codebook {progress.codebook + 1}"
             job.changed()

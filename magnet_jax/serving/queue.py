@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import time
 from collections import OrderedDict
 
 from magnet_jax.serving.jobs import Job
@@ -80,9 +81,12 @@ class Pace:
         """Seconds that what is left of a job takes; None where nothing like it was made yet."""
         kind, size = self._size(job)
         speed = self._speed.get(kind)
-        # (an edit's parts count from 0 each, and how many there are is not known)
-        left = 1 - job.done / job.total if job.total and job.kind == "generate" else 1.0
-        return None if speed is None else size * left * speed
+        if speed is None:
+            return None
+        if job.kind == "generate":
+            return size * speed * (1 - job.done / job.total if job.total else 1.0)
+        # The parts of an edit count from 0 each, and how many there are is not known.
+        return max(0.0, size * speed - (time.time() - job.started if job.started else 0.0))
 
     def took(self, batch: list[Row], share: float, seconds: float) -> None:
         """Notes what a batch took, or such a share of a job that is made alone."""

@@ -143,7 +143,7 @@ class Generate(Fresh):
         "sliding", description="How clips longer than the model hears at once are made."
     )
     preview: bool = Field(
-        False, description="Let the first codebook be heard as soon as it is there."
+        False, description="Let the first codebook that sounds be heard as soon as it is there."
     )
 
 

@@ -181,13 +181,14 @@ def generate(model: Model, rows: Sequence[Row], between: Between) -> list[Made]:
 def first_heard(model: Model) -> int:
     """How many codebooks, from the first one on, make a sound: a tonal stream alone makes none."""
     sounds_K = np.asarray(model.decoder.params["codebooks"]).any((1, 2))
-    return int(sounds_K.argmax()) + 1
+    return (int(sounds_K.argmax()) + 1) * model.loaded.codec.sides
 
 
 def preview(model: Model, codes_KT: jax.Array, num_frames: int) -> np.ndarray:
     """What the first codebooks alone sound like, [C, N]."""
     decoder = model.decoder
-    params = decoder.params | {"codebooks": decoder.params["codebooks"][: len(codes_KT)]}
+    count = len(codes_KT) // model.loaded.codec.sides
+    params = decoder.params | {"codebooks": decoder.params["codebooks"][:count]}
     how = {"config": decoder.config, "frames": None, "platform": jax.default_backend()}
     wav_1CN = programs.call(
         segments.finish, params, codes_KT[None], np.int32(num_frames), what="a preview", **how

@@ -278,34 +278,55 @@ def test_estimates_come_of_what_was_made(engine, gate):
 
 def test_what_was_left_teaches_nothing_of_how_long_work_takes(engine, gate, monkeypatch):
     """Else the next job of its kind is ended as one that takes too long."""
-    assert engine.submit(request()).wait(300)
-    before = dict(engine._pace._speed)
+    assert engine.submit(request()).wait(300)  # which compiles
+    taught, took = [], engine._pace.took
+
+    def watched(batch, *how):
+        taught.extend(row.job for row in batch)
+        took(batch, *how)
+
+    monkeypatch.setattr(engine._pace, "took", watched)
     with gate.shut():
-        job = engine.submit(request("left"))
-        while job.state == "queued":
+        left = engine.submit(request("left"))
+        while left.state == "queued":
             time.sleep(0.01)
-        engine.cancel(job)
-    assert job.wait(300) and job.state == "cancelled"
-    assert engine.submit(request()).wait(300)  # whose batch comes after that one
+        engine.cancel(left)
+    assert left.wait(300) and left.state == "cancelled"
 
     def fail(*args):
         raise UserError("the region is too short")
 
     monkeypatch.setattr(work.Editor, "run", fail)
     monkeypatch.setattr(admission, "check", lambda *args: None)
-    failed = engine.submit(Vary(job=Result(id=job.id), input="x"))
-    assert failed.wait(300) and failed.error and "vary" not in engine._pace._speed
+    failed = engine.submit(Vary(job=Result(id=left.id), input="x"))
+    assert failed.wait(300) and failed.error
     assert failed.budget >= 10 * engine.limits.job_seconds
-    assert engine._pace._speed.keys() == before.keys()
+    made = [engine.submit(request(seed=seed)) for seed in (1, 2)]  # behind those
+    assert all(job.wait(300) for job in made)
+    while engine._running:
+        time.sleep(0.01)
+    assert set(taught) == set(made)
 
 
-def test_a_tonal_stream_is_not_heard_alone():
+@pytest.mark.parametrize("sides", [1, 2])
+def test_a_tonal_stream_is_not_heard_alone(sides):
     sounds = np.ones((5, 4, 3), np.float32)
+    loaded = SimpleNamespace(codec=SimpleNamespace(sides=sides))
     decoder = SimpleNamespace(params={"codebooks": sounds})
-    model = SimpleNamespace(decoder=decoder)
-    assert work.first_heard(model) == 1
+    model = SimpleNamespace(decoder=decoder, loaded=loaded)
+    assert work.first_heard(model) == sides
     sounds[0] = 0
-    assert work.first_heard(model) == 2
+    assert work.first_heard(model) == 2 * sides
+
+
+@pytest.mark.parametrize("heard", [1, 2])
+def test_a_preview_is_made_once_as_soon_as_something_is_heard(engine, monkeypatch, heard):
+    """Also where no segment of steps ends with that codebook."""
+    previewed = []
+    monkeypatch.setattr(engine, "_heard", heard)
+    monkeypatch.setattr(engine, "_previews", lambda batch, progress: previewed.append(progress))
+    assert engine.submit(request(steps=[6, 2, 2, 3], preview=True)).wait(300)
+    assert len(previewed) == 1 and sum([6, 2][:heard]) <= previewed[0].done < 13
 
 
 CLIP = {"job": {"id": "a" * 26}, "seed": 5, "input": "x"}

@@ -221,6 +221,7 @@ def test_what_was_typed_and_marked_outlives_uploads_refreshes_and_other_edits(pa
     page.get_by_text("All of the clip is edited.").wait_for()
     assert page.get_by_label("Strength").is_visible() and not begin.is_visible()
     page.locator("#kind").select_option("inpaint")
+    assert page.locator("#regions li").count() == 2 and begin.is_visible()
 
 
 def test_a_recording_is_edited(page, engine):

@@ -89,7 +89,7 @@ def test_guidance_may_end_at_nothing(client):
 
 def test_what_becomes_longer_stays_within_the_limit(client):
     clip = {"id": ask(client).headers["x-job-id"]}
-    told = failed(ask(client, "extend", job=clip, after=599.9), 400, param="seconds")
+    told = failed(ask(client, "extend", job=clip, after=599.9), 400, param="after")
     assert "must be at most 600 in all, with the" in told
 
 

@@ -55,6 +55,7 @@ export class Editor {
     $("kind").value = kind;
     for (const part of document.querySelectorAll("[data-for]")) part.hidden = !part.dataset.for.split(" ").includes(kind);
     this.strip.marked = kind === "inpaint";
+    if (!this.strip.marked) this.strip.chosen = -1;
     this.strip.draw();
   }
 
@@ -219,7 +220,9 @@ export class Editor {
     try {
       await soundOf(source);
       await this.load(source);
-      if (this.kind === "inpaint") this.strip.mark(regions);
+      const { kind } = this;
+      this.strip.mark(regions);
+      this.choose(kind);
     } catch (error) {
       if (error.status === 404) memory.set("source", null); // else it may be there once more
       else this.failed(error);

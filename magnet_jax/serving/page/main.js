@@ -184,6 +184,7 @@ $("form").addEventListener("submit", async (event) => {
   try {
     if (tab === "drafts") await makeDrafts();
     else await make(kindOf(tab), requestOf(tab));
+    keepSettings();
   } catch (error) {
     $("failed").textContent = error.message;
   }
@@ -322,6 +323,7 @@ function keepSettings() {
   memory.set("settings", { ...values, later: laterOf() });
 }
 addEventListener("pagehide", keepSettings);
+document.addEventListener("visibilitychange", () => document.hidden && keepSettings());
 
 function setFields(values) {
   for (const field of fields()) {
@@ -409,6 +411,7 @@ function fill() {
       .map((name) => h("option", { value: name }, names[name] ?? name)),
     h("option", { value: "" }, "the model's own"));
   if (presets.length) $("quality").value = "balanced";
+  if (steps) $("steps").placeholder = steps.join(", ");
   for (const id of ["quality", "steps", "windows", "guidance1"]) $(id).closest("label").hidden = !steps;
   for (const text of EXAMPLES) {
     $("examples").append(h("button", { type: "button", klass: "link", onclick: () => ($("input").value = text) }, text));

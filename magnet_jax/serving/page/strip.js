@@ -193,6 +193,7 @@ export class Strip {
 
   /** The region at a time and which edge of it is near: 0, 1, or -1 for none. */
   hit(time) {
+    if (!this.marked) return null;
     const near = (EDGE / this.canvas.clientWidth) * this.seconds;
     for (const [i, range] of this.regions.entries()) {
       const edge = range.findIndex((end) => Math.abs(end - time) < near);
