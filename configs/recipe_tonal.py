@@ -18,7 +18,7 @@ config = dataclasses.replace(
     model=dataclasses.replace(recipe.config.model, num_codebooks=5, first_context=10),
     stage_weights=(5.0, 3.0, 0.7, 0.7, 0.6),
     decode=DecodeConfig(
-        steps=(40, 20, 10, 10, 10),
+        steps=(40, 10, 5, 5, 5),
         temperature=1.0,
         order="random",
         max_guidance=3.0,
